@@ -1,0 +1,211 @@
+//! What the server and a VM process say to each other: messages, and the descriptors that travel with them.
+//!
+//! The socket is a `SOCK_SEQPACKET` pair; a message is one packet (its bytes in a sealed memfd where they are too many
+//! for a packet), its descriptors ride on it and, past what one packet carries, on packets that follow.
+
+use crate::machine::state::MachineState;
+use guest_mem::window::{Harvest, Run};
+use guest_mem::{PageCount, StoreId};
+use serde::{Deserialize, Serialize};
+
+/// The parts of a VM that are fixed when its KVM VM is made: a prepared VM process fits any VM of its shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Shape {
+    /// RAM.
+    pub ram: PageCount,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+}
+
+/// How a VM process is kept apart from the server and from its siblings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Isolation {
+    /// A user and group id of its own, no /proc (the server is root).
+    OwnUser,
+    /// A user namespace without capabilities, no /proc.
+    UserNamespace,
+    /// None: this host allows neither.
+    Off,
+}
+
+/// Kernel features that have a fallback; `OFFSHOOT_DISABLE=userfaultfd,pagemap-scan` turns them off for tests of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFeatures {
+    /// Traps: without them a fork settles within the pause.
+    pub userfaultfd: bool,
+    /// The `PAGEMAP_SCAN` ioctl (Linux 6.7): without it the pagemap is read.
+    pub pagemap_scan: bool,
+}
+
+/// Who a VM is; new for every launch and every fork.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The VM's name.
+    pub name: String,
+    /// Unique per VM of a server: the guest's generation id and its event word.
+    pub generation: u64,
+}
+
+/// A line for the guest, or from it. The answer carries the tag of its line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Line {
+    /// Tells the answer to this line from answers to others.
+    pub tag: u64,
+    /// The text, without a newline.
+    pub text: String,
+}
+
+/// Whether a VM's vCPUs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Activity {
+    /// They run.
+    Running,
+    /// They stand still.
+    Paused,
+}
+
+/// Where a VM's machine state comes from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Origin {
+    /// The monitor, from its entry point.
+    Monitor,
+    /// A fork: the parent's state, and this child's number in its fork, from 1.
+    Fork {
+        /// The parent's machine state.
+        state: Box<MachineState>,
+        /// This child's number.
+        index: u32,
+    },
+}
+
+/// Everything a prepared VM process needs to become a VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Start {
+    /// Who it is.
+    pub identity: Identity,
+    /// Its window; a descriptor for each store in `stores` travels along.
+    pub runs: Vec<Run>,
+    /// The stores that `runs` name, in the order of the descriptors.
+    pub stores: Vec<StoreId>,
+    /// Where its machine state comes from.
+    pub origin: Origin,
+    /// Whether it runs at once.
+    pub activity: Activity,
+}
+
+/// Server to VM process.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToVm {
+    /// First message: make the KVM VM, the vCPUs and the window; answer `Ready`. Isolate as told, with `cage`, an empty
+    /// directory, as root directory.
+    Prepare {
+        /// What to make.
+        shape: Shape,
+        /// How to keep apart.
+        isolation: Isolation,
+        /// Which of the host's features to use.
+        features: HostFeatures,
+        /// An empty directory.
+        cage: std::path::PathBuf,
+    },
+    /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`.
+    Start(Box<Start>),
+    /// Stop the vCPUs, move all dirty private pages out, put this store (its descriptor travels along) in their place,
+    /// run on as before. Answered by `Frozen` or `FreezeFailed`.
+    Freeze {
+        /// The store that takes the pages' place, and names the scratch range.
+        store: StoreId,
+        /// The window may have this many mappings afterwards.
+        max_runs: u32,
+    },
+    /// The pages of this freeze have settled: unmap its scratch range.
+    DropScratch(StoreId),
+    /// Stop the vCPUs. Answered by `Paused`.
+    Pause,
+    /// Run. Answered by `Running`.
+    Resume,
+    /// A line for the guest. Answered by `Answer`, in the guest's time.
+    Input(Line),
+    /// Bytes typed on the serial console.
+    Console(Vec<u8>),
+    /// How the fork that the guest asked for went: the children's names, or why not.
+    ForkDone(Result<Vec<String>, String>),
+    /// Ask the guest to power off.
+    Stop,
+    /// Try to write to the store whose descriptor travels along. Answered by `Probed`.
+    Probe,
+}
+
+/// How a VM came to its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// The guest powered off.
+    Off,
+    /// It cannot go on, and why.
+    Dead(String),
+}
+
+/// A freeze, done.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Frozen {
+    /// The freeze's store.
+    pub store: StoreId,
+    /// What was taken out.
+    pub harvest: Harvest,
+    /// Host address, in the VM process, where guest frame 0 would stand in the scratch range.
+    pub scratch_base: u64,
+    /// The machine as it stood.
+    pub state: Box<MachineState>,
+    /// Whether the vCPUs run again. They do not if they stood still before, or if the host has no userfaultfd: then the
+    /// server settles all pages first and sends `Resume`.
+    pub activity: Activity,
+    /// `CLOCK_MONOTONIC` of the first vCPU kick, in nanoseconds.
+    pub kicked_ns: u64,
+    /// From the first vCPU kick to the last vCPU able to run again; null where they do not run again.
+    pub pause_ns: Option<u64>,
+}
+
+/// VM process to server. Times are `CLOCK_MONOTONIC` nanoseconds.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromVm {
+    /// Prepared; the window's userfaultfd travels along, if the host has one.
+    Ready {
+        /// Process id of the keeper.
+        keeper: i32,
+        /// Host address of guest-physical address 0 in the VM process.
+        window_base: u64,
+    },
+    /// It could not be prepared.
+    PrepareFailed(String),
+    /// The first vCPU is about to enter `KVM_RUN`.
+    Running {
+        /// When.
+        at_ns: u64,
+    },
+    /// The guest rang for its new event word: the first sign of life.
+    FirstSign {
+        /// When.
+        at_ns: u64,
+    },
+    /// The start went wrong.
+    StartFailed(String),
+    /// A freeze, done.
+    Frozen(Box<Frozen>),
+    /// A freeze that changed nothing, and why.
+    FreezeFailed(String),
+    /// The vCPUs stand still.
+    Paused,
+    /// The guest's answer to a line.
+    Answer(Line),
+    /// Bytes the guest wrote to its serial console.
+    Console(Vec<u8>),
+    /// The guest asks to be forked. It waits for `ForkDone`.
+    Fork {
+        /// How many children.
+        count: u32,
+    },
+    /// The VM has ended.
+    Ended(Ending),
+    /// The ways by which the descriptor let itself be written to: none, if all is well.
+    Probed(Vec<String>),
+}
