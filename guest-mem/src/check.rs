@@ -1,0 +1,212 @@
+//! The invariants, numbered as in the design. Run after every step of every model test, and on live servers.
+
+use crate::addr::{Gfn, GfnRange};
+use crate::family::{Family, Vm, VmId};
+use crate::object::{Kind, ObjectId, Slot};
+use crate::stage2::{TableId, View, entries};
+use crate::window::{Run, Source, StoreId};
+use rangemap::RangeSet;
+use std::collections::{BTreeMap, HashMap};
+
+impl Family {
+    /// Checks everything the books can tell: invariants 1, 2, 3, 5, 6, 7, 11, and 8 as far as the books say what windows
+    /// map.
+    ///
+    /// # Errors
+    /// Every one that does not hold, and where.
+    pub fn check_invariants(&self) -> Result<(), Vec<String>> {
+        let mut broken = Vec::new();
+        for (&id, vm) in &self.vms {
+            self.check_sources(id, "1: stage-2", vm, self.stage2_runs(vm), &mut broken);
+            self.check_sources(id, "8: window", vm, vm.runs().collect(), &mut broken);
+        }
+        self.check_links(&mut broken);
+        self.check_uses(&mut broken);
+        self.check_accounts(&mut broken);
+        self.check_seen(&mut broken);
+        if let Err(error) = self.stage2.rmap().check(&self.stage2) {
+            broken.push(error);
+        }
+        if broken.is_empty() { Ok(()) } else { Err(broken) }
+    }
+
+    fn stage2_runs(&self, vm: &Vm) -> Vec<Run> {
+        vm.map.iter().flat_map(|(pages, _)| self.stage2.runs(vm.root, pages)).collect()
+    }
+
+    /// 1 and 8: what these runs show is what the chains say.
+    fn check_sources(&self, id: VmId, what: &str, vm: &Vm, runs: Vec<Run>, broken: &mut Vec<String>) {
+        let told: u64 = runs.iter().map(|run| run.pages.count().0).sum();
+        let shown: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
+        if told != shown {
+            broken.push(format!("{what} of {id:?} tells of {told} pages, its map has {shown}"));
+        }
+        for (pages, entry) in vm.map.iter() {
+            for run in &runs {
+                for segment in self.objects.resolve(entry.object, entry.origin, run.pages.intersect(pages)) {
+                    let slot = segment.found.map(|found| (found.slot, found.origin));
+                    let right = match (run.source, slot) {
+                        (_, Some((Slot::Zero, _))) | (Source::Anonymous, None) => true,
+                        (Source::Store { store, origin }, Some((slot, at))) => {
+                            slot.store() == Some(store) && origin == at
+                        }
+                        (Source::Anonymous, Some(_)) | (Source::Store { .. }, None) => segment.pages.is_empty(),
+                    };
+                    if !right {
+                        broken.push(format!(
+                            "{what} of {id:?} says {:?} at {:?}, its chain {:?}",
+                            run.source, segment.pages, segment.found
+                        ));
+                    }
+                }
+            }
+        }
+    }
+
+    /// 2: backing and shadows mirror each other, mappings are exact, nothing is left that nothing needs.
+    fn check_links(&self, broken: &mut Vec<String>) {
+        let mut mappings: HashMap<ObjectId, u32> = HashMap::new();
+        for vm in self.vms.values() {
+            for (_, entry) in vm.map.iter() {
+                if let Some(object) = entry.object {
+                    *mappings.entry(object).or_default() += 1;
+                }
+            }
+        }
+        for (id, object) in self.objects.iter() {
+            if let Some(backing) = object.backing
+                && !(self.objects.contains(backing.object) && self.objects.get(backing.object).shadows.contains(&id))
+            {
+                broken.push(format!("2: {id:?} is not among the shadows of {:?}", backing.object));
+            }
+            for &shadow in &object.shadows {
+                if !self.objects.contains(shadow)
+                    || self.objects.get(shadow).backing.is_none_or(|backing| backing.object != id)
+                {
+                    broken.push(format!("2: {shadow:?} is a shadow of {id:?} that is not stacked on it"));
+                }
+            }
+            let mapped = mappings.get(&id).copied().unwrap_or(0);
+            if mapped != object.mappings {
+                broken.push(format!("2: {id:?} counts {} mappings, {mapped} entries show it", object.mappings));
+            }
+            let absorbable = object.shadows.len() == 1
+                && object.kind == Kind::Anonymous
+                && object.shadows.iter().all(|&shadow| !self.objects.has_gaps(shadow));
+            if object.mappings == 0 && (object.shadows.is_empty() || absorbable) {
+                broken.push(format!("2: {id:?} should have been collapsed"));
+            }
+        }
+    }
+
+    /// 2: the use counts of tables are exact.
+    fn check_uses(&self, broken: &mut Vec<String>) {
+        let mut uses: HashMap<TableId, u32> = HashMap::new();
+        for vm in self.vms.values() {
+            *uses.entry(vm.root).or_default() += 1;
+        }
+        for id in self.stage2.ids() {
+            for (pages, entry) in entries(self.stage2.shape(), self.stage2.table(id)) {
+                if let View::Table(below) = entry.view(pages.start()) {
+                    *uses.entry(below).or_default() += 1;
+                }
+            }
+        }
+        for id in self.stage2.ids() {
+            let (told, counted) = (self.stage2.table(id).uses, uses.get(&id).copied().unwrap_or(0));
+            if told != counted {
+                broken.push(format!("2: {id:?} counts {told} uses, {counted} exist"));
+            }
+        }
+    }
+
+    /// 3 and 11: a page is in one place only, and the stores' accounts say how many are where.
+    fn check_accounts(&self, broken: &mut Vec<String>) {
+        let mut owners: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
+        let mut counts: BTreeMap<StoreId, [u64; 4]> = BTreeMap::new();
+        for (id, object) in self.objects.iter() {
+            for (pages, slot) in object.slots.iter() {
+                let Some(store) = slot.store() else { continue };
+                let owned = owners.entry(store).or_default();
+                if owned.overlaps(pages) {
+                    broken.push(format!("3: pages {pages:?} of {store:?} belong to {id:?} and to another object"));
+                }
+                owned.insert(pages.clone());
+                let count = counts.entry(store).or_default();
+                let held = pages.end - pages.start;
+                count[0] += held;
+                match slot {
+                    Slot::Resident(_) => count[1] += held,
+                    Slot::Gap(_) => count[2] += held,
+                    Slot::Unsettled(_) => count[3] += held,
+                    Slot::Zero | Slot::Lost(_) => {}
+                }
+                if slot.is_pending() && !self.objects.pending.contains(&id) {
+                    broken.push(format!("3: {id:?} has pending pages and is not listed"));
+                }
+            }
+        }
+        for (store, account) in &self.objects.stores {
+            let left = account.scratch.map_or(0, |scratch| scratch.left);
+            let told = [account.pages, account.resident, account.gaps, left];
+            let counted = counts.remove(store).unwrap_or_default();
+            if told != counted {
+                broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
+            }
+            if account.scratch.is_some_and(|scratch| scratch.left == 0) {
+                broken.push(format!("11: the scratch range of {store:?} is kept for nothing"));
+            }
+        }
+        for store in counts.keys() {
+            broken.push(format!("3: {store:?} has pages and no account"));
+        }
+    }
+
+    /// 6 and 7: every stored page is seen by some VM (or waited for by a gap), and the reverse map finds who sees it.
+    fn check_seen(&self, broken: &mut Vec<String>) {
+        let mut seen: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
+        let mut mapped: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
+        for vm in self.vms.values() {
+            for run in self.chain_runs(&vm.map) {
+                if let Source::Store { store, origin } = run.source {
+                    let pages = crate::object::shift_down(run.pages, origin);
+                    seen.entry(store).or_default().insert(pages.raw());
+                }
+            }
+            for run in self.stage2_runs(vm) {
+                if let Source::Store { store, .. } = run.source {
+                    mapped.entry(store).or_default().insert(run.pages.raw());
+                }
+            }
+        }
+        for (id, object) in self.objects.iter().filter(|(_, object)| object.kind == Kind::Anonymous) {
+            for (pages, slot) in object.slots.iter() {
+                let Some(store) = slot.store() else { continue };
+                let empty = RangeSet::new();
+                let hidden: Vec<_> = seen.get(&store).unwrap_or(&empty).gaps(pages).collect();
+                for part in hidden {
+                    if !self.awaited_above(id, part.clone().into()) {
+                        broken.push(format!("6: nobody sees pages {part:?} of {store:?}, state {slot:?}"));
+                    }
+                }
+            }
+        }
+        for (store, pages) in &mapped {
+            for part in pages.iter() {
+                let found = self.stage2.rmap().seen(&self.stage2, part.clone().into(), *store);
+                if !found.gaps(part).eq(std::iter::empty()) {
+                    broken.push(format!("7: the reverse map finds {found:?} of {part:?} of {store:?}"));
+                }
+            }
+        }
+    }
+
+    fn awaited_above(&self, object: ObjectId, pages: GfnRange) -> bool {
+        pages.iter().all(|page: Gfn| {
+            self.objects.iter().any(|(above, o)| {
+                matches!(o.slots.get(&page.0), Some(Slot::Gap(_)))
+                    && self.objects.chain(Some(above)).skip(1).any(|below| below == object)
+            })
+        })
+    }
+}

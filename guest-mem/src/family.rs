@@ -1,0 +1,113 @@
+//! A family's books: its objects, its VMs' address spaces, and the stage-2 tables between them.
+//!
+//! A family is the VMs that descend from one launch (Torvalds 2004: exec makes a new group, fork joins it). A page of
+//! anonymous memory has the same index in all of them, which is what makes the reverse map one look.
+//!
+//! Objects and stage-2 tables do not know each other; they meet in the operations of [`ops`](crate::ops), each of which
+//! changes the books and collects [effects](crate::effect). Nothing here touches memory, waits, or can fail half way.
+
+use crate::addr::{GfnRange, PageCount};
+use crate::map::AddressMap;
+use crate::object::{ObjectId, Objects};
+use crate::stage2::{Shape, Stage2, TableId};
+use crate::window::{Run, Source, StoreId};
+use rangemap::RangeMap;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Names a VM of its family; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct VmId(pub u32);
+
+/// One VM's side of the books.
+#[derive(Debug)]
+pub struct Vm {
+    pub(crate) map: AddressMap,
+    pub(crate) root: TableId,
+    /// What its window maps, run by run.
+    pub(crate) runs: RangeMap<u64, Source>,
+    /// The store of the freeze under way.
+    pub(crate) freezing: Option<StoreId>,
+}
+
+/// The VMs that descend from one launch, and all their memory.
+#[derive(Debug)]
+pub struct Family {
+    pub(crate) objects: Objects,
+    pub(crate) stage2: Stage2,
+    pub(crate) vms: BTreeMap<VmId, Vm>,
+    next_vm: u32,
+}
+
+/// Something at launch that is not fresh memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileMapping {
+    /// Where it stands.
+    pub pages: GfnRange,
+    /// The file object, whose page 0 stands at the first of `pages`.
+    pub file: ObjectId,
+}
+
+impl Family {
+    /// An empty family whose stage-2 tables have this shape.
+    pub fn new(shape: Shape) -> Self {
+        Self { objects: Objects::default(), stage2: Stage2::new(shape), vms: BTreeMap::new(), next_vm: 1 }
+    }
+
+    /// The objects.
+    pub fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    /// The stage-2 tables.
+    pub fn stage2(&self) -> &Stage2 {
+        &self.stage2
+    }
+
+    /// The VMs, oldest first.
+    pub fn vms(&self) -> impl Iterator<Item = (VmId, &Vm)> {
+        self.vms.iter().map(|(&id, vm)| (id, vm))
+    }
+
+    /// One VM.
+    ///
+    /// # Panics
+    /// If it is gone: ids come from this family.
+    pub fn vm(&self, id: VmId) -> &Vm {
+        &self.vms[&id]
+    }
+
+    pub(crate) fn vm_mut(&mut self, id: VmId) -> &mut Vm {
+        self.vms.get_mut(&id).expect("a VM of this family")
+    }
+
+    /// A file object, before the launch that maps it; its store belongs to no family.
+    pub fn add_file(&mut self, pages: PageCount) -> (ObjectId, StoreId) {
+        let store = self.objects.reserve_store();
+        (self.objects.add_file(store, pages), store)
+    }
+
+    pub(crate) fn insert_vm(&mut self, vm: Vm) -> VmId {
+        let id = VmId(self.next_vm);
+        self.next_vm += 1;
+        self.vms.insert(id, vm);
+        id
+    }
+}
+
+impl Vm {
+    /// Its address space.
+    pub fn map(&self) -> &AddressMap {
+        &self.map
+    }
+
+    /// What its window maps.
+    pub fn runs(&self) -> impl Iterator<Item = Run> {
+        self.runs.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source })
+    }
+
+    /// How many mappings its window has.
+    pub fn run_count(&self) -> usize {
+        self.runs.len()
+    }
+}

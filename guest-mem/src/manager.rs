@@ -1,0 +1,345 @@
+//! One family's memory manager: the books, and the hands that carry out what they say.
+
+use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use crate::effect::{Effect, Effects};
+use crate::family::{Family, FileMapping, VmId};
+use crate::ops::{CopyFrom, Job, Placed, Trap};
+use crate::stage2::Shape;
+use crate::store::{FileStore, Store, StoreFactory};
+use crate::window::{Harvest, StoreId, Window};
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+
+/// Pages settled at a time: small enough that whoever owns the manager soon gets to a waiting trap.
+const SETTLE_BATCH: PageCount = PageCount(64);
+/// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a mapping.
+const ZERO_RUN: u64 = 16;
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A store could not be made: nothing has changed.
+    #[error("cannot make a store of {} pages", pages.0)]
+    CreateStore {
+        /// Its size.
+        pages: PageCount,
+        /// Why.
+        source: io::Error,
+    },
+    /// Pages could not be put into their store. They wait on; try again.
+    #[error("cannot put pages {pages:?} into store {store:?}")]
+    Fill {
+        /// The store.
+        store: StoreId,
+        /// The pages.
+        pages: GfnRange,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file's pages could not be read. They wait on; try again.
+    #[error("cannot read pages {pages:?} of a file")]
+    File {
+        /// The pages.
+        pages: GfnRange,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// What was copied for a freeze, by the time all of it has settled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Pages put into the store, gaps included.
+    pub pages: u64,
+    /// Clean pages among them.
+    pub gaps: u64,
+}
+
+/// One family's memory. Single owner, no locks, and no method waits.
+///
+/// It owns the family's stores and the windows of its VMs; file stores are shared. When a VM exits, its window lives on
+/// until the last of its moved-out pages that others see has settled.
+pub struct Manager<S: StoreFactory, W> {
+    family: Family,
+    factory: S,
+    span: PageCount,
+    stores: HashMap<StoreId, S::Store>,
+    files: HashMap<StoreId, Rc<dyn FileStore>>,
+    windows: HashMap<VmId, W>,
+    copied: HashMap<StoreId, Copied>,
+    staging: Vec<u8>,
+}
+
+impl<S: StoreFactory, W: Window> Manager<S, W> {
+    /// A family without VMs, whose guest frames are all below `span`.
+    pub fn new(shape: Shape, span: PageCount, factory: S) -> Self {
+        Self {
+            family: Family::new(shape),
+            factory,
+            span,
+            stores: HashMap::new(),
+            files: HashMap::new(),
+            windows: HashMap::new(),
+            copied: HashMap::new(),
+            staging: vec![0; SETTLE_BATCH.bytes() as usize],
+        }
+    }
+
+    /// The books.
+    pub fn family(&self) -> &Family {
+        &self.family
+    }
+
+    /// The store behind an id, for its descriptor.
+    pub fn store(&self, id: StoreId) -> Option<&S::Store> {
+        self.stores.get(&id)
+    }
+
+    /// The file store behind an id.
+    pub fn file(&self, id: StoreId) -> Option<&Rc<dyn FileStore>> {
+        self.files.get(&id)
+    }
+
+    /// A VM's window; there is one for each VM, and for some that are gone.
+    pub fn window(&self, vm: VmId) -> Option<&W> {
+        self.windows.get(&vm)
+    }
+
+    /// The same, to change it.
+    pub fn window_mut(&mut self, vm: VmId) -> Option<&mut W> {
+        self.windows.get_mut(&vm)
+    }
+
+    /// Windows there are, those of VMs that are gone included.
+    pub fn windows(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// A VM of `ram`, with files at their places. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
+    pub fn launch(&mut self, ram: &[GfnRange], files: &[(GfnRange, Rc<dyn FileStore>)], window: W) -> VmId {
+        let mappings: Vec<FileMapping> = files
+            .iter()
+            .map(|(pages, file)| {
+                let (object, store) = self.family.add_file(pages.count());
+                self.files.insert(store, Rc::clone(file));
+                FileMapping { pages: *pages, file: object }
+            })
+            .collect();
+        let vm = self.family.launch(ram, &mappings);
+        self.windows.insert(vm, window);
+        vm
+    }
+
+    /// First half of a freeze: a store for the window to put in the place of what it moves out.
+    ///
+    /// # Errors
+    /// [`Error::CreateStore`]; nothing has changed.
+    pub fn begin_freeze(&mut self, vm: VmId) -> Result<StoreId, Error> {
+        let pages = self.span;
+        let store = self.factory.create(pages).map_err(|source| Error::CreateStore { pages, source })?;
+        let id = self.family.begin_freeze(vm);
+        self.stores.insert(id, store);
+        Ok(id)
+    }
+
+    /// The window could not freeze, and has changed nothing.
+    pub fn abort_freeze(&mut self, vm: VmId) {
+        let mut effects = Effects::default();
+        self.family.abort_freeze(vm, &mut effects);
+        self.carry_out(effects);
+    }
+
+    /// Second half of a freeze: the window has moved pages out.
+    pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest) {
+        let mut effects = Effects::default();
+        self.family.finish_freeze(vm, harvest, &mut effects);
+        self.carry_out(effects);
+    }
+
+    /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
+    pub fn fork(&mut self, parent: VmId, window: W) -> VmId {
+        let child = self.family.fork(parent);
+        self.windows.insert(child, window);
+        child
+    }
+
+    /// Takes a VM out.
+    pub fn exit(&mut self, vm: VmId) {
+        let mut effects = Effects::default();
+        self.family.exit(vm, &mut effects);
+        self.carry_out(effects);
+    }
+
+    /// A guest waits for the page at `gfn`: gets it there and wakes the guest.
+    ///
+    /// # Errors
+    /// The page could not be filled in. The guest waits on.
+    pub fn trap(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        loop {
+            match self.family.trap(vm, gfn) {
+                Trap::Settle(job) => self.run_job(&job)?,
+                Trap::Wake(pages) => break self.window_do(vm, |window| window.wake(pages)),
+                Trap::Zero(pages) => {
+                    break self.window_do(vm, |window| {
+                        window.zero(pages);
+                        window.wake(pages);
+                    });
+                }
+                Trap::File { store, pages, wake } => {
+                    self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
+                    break self.window_do(vm, |window| window.wake(wake));
+                }
+                Trap::Lost => break self.window_do(vm, |window| window.fail(&lost(gfn))),
+                Trap::Outside => break self.window_do(vm, |window| window.fail("a trap outside of its memory")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Settles one batch of pages. Whether more are left.
+    ///
+    /// # Errors
+    /// [`Error::Fill`]: the batch waits on.
+    pub fn settle(&mut self) -> Result<bool, Error> {
+        let Some(job) = self.family.next_job(SETTLE_BATCH) else { return Ok(false) };
+        self.run_job(&job)?;
+        Ok(true)
+    }
+
+    /// Whether all pages of a freeze are where they belong.
+    pub fn has_settled(&self, store: StoreId) -> bool {
+        self.family.objects().has_settled(store)
+    }
+
+    /// What was copied for a freeze so far; asked for once, when it has settled.
+    pub fn take_copied(&mut self, store: StoreId) -> Copied {
+        self.copied.remove(&store).unwrap_or_default()
+    }
+
+    fn window_do(&mut self, vm: VmId, action: impl FnOnce(&mut W)) {
+        if let Some(window) = self.windows.get_mut(&vm) {
+            action(window);
+        }
+    }
+
+    /// Brings a job's pages where they belong.
+    fn run_job(&mut self, job: &Job) -> Result<(), Error> {
+        let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(SETTLE_BATCH.0)));
+        let job = Job { pages, ..*job };
+        let placed = if self.read(&job) { self.place(&job)? } else { vec![(pages, Placed::Lost)] };
+        let mut effects = Effects::default();
+        self.family.settled(&job, &placed, &mut effects);
+        self.carry_out(effects);
+        if self.has_settled(job.store)
+            && let Some(store) = self.stores.get_mut(&job.store)
+        {
+            store.rest();
+        }
+        Ok(())
+    }
+
+    /// Reads a job's bytes into the staging buffer. Whether they are still to be had.
+    fn read(&mut self, job: &Job) -> bool {
+        let first = job.pages.start();
+        let buf = &mut self.staging[..job.pages.len_bytes()];
+        let done = match job.from {
+            CopyFrom::Lost => return false,
+            CopyFrom::Zero => {
+                buf.fill(0);
+                return true;
+            }
+            CopyFrom::Scratch(holder) => match self.windows.get(&holder) {
+                Some(window) => window.read_scratch(job.store, first, buf),
+                None => Err(io::ErrorKind::NotFound.into()),
+            },
+            CopyFrom::Store { store, origin } => {
+                let first = PageIndex(first.0 - origin.0);
+                match self.stores.get(&store) {
+                    Some(store) => store.read(first, buf),
+                    None => self.files[&store].read(first, buf),
+                }
+            }
+        };
+        if let Err(error) = &done {
+            log::error!("pages {:?} for store {:?} are lost: {error}", job.pages, job.store);
+        }
+        done.is_ok()
+    }
+
+    /// Puts the staged pages of a job into its store, but for long stretches of zeros.
+    fn place(&mut self, job: &Job) -> Result<Vec<(GfnRange, Placed)>, Error> {
+        let store = self.stores.get_mut(&job.store).expect("a pending page is bound for a store");
+        let buf = &self.staging[..job.pages.len_bytes()];
+        let placed = split_zeros(job.pages, buf);
+        for &(pages, outcome) in &placed {
+            if outcome == Placed::Stored {
+                let at = (pages.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
+                store
+                    .fill(PageIndex(pages.start().0), &buf[at..at + pages.len_bytes()])
+                    .map_err(|source| Error::Fill { store: job.store, pages, source })?;
+                let copied = self.copied.entry(job.store).or_default();
+                copied.pages += pages.count().0;
+                if !matches!(job.from, CopyFrom::Scratch(_)) {
+                    copied.gaps += pages.count().0;
+                }
+            }
+        }
+        Ok(placed)
+    }
+
+    fn carry_out(&mut self, effects: Effects) {
+        for effect in effects.0 {
+            match effect {
+                Effect::Punch(store, pages) => {
+                    if let Some(store) = self.stores.get_mut(&store) {
+                        store.punch(PageIndex(pages.start().0), pages.count());
+                    }
+                }
+                Effect::DropStore(store) => {
+                    self.stores.remove(&store);
+                    self.files.remove(&store);
+                }
+                Effect::DropScratch(holder, store) => {
+                    self.window_do(holder, |window| window.drop_scratch(store));
+                    if self.family.window_is_done(holder) {
+                        self.windows.remove(&holder);
+                    }
+                }
+                Effect::Zero(vm, pages) => self.window_do(vm, |window| window.zero(pages)),
+                Effect::DropWindow(vm) => {
+                    self.windows.remove(&vm);
+                }
+                Effect::Fail(vm, pages) => self.window_do(vm, |window| window.fail(&lost(pages.start()))),
+            }
+        }
+    }
+}
+
+fn lost(gfn: Gfn) -> String {
+    format!("memory at {gfn} was lost with the process of the VM that wrote it")
+}
+
+/// Cuts a batch into what is to be stored and long stretches of zeros.
+fn split_zeros(pages: GfnRange, bytes: &[u8]) -> Vec<(GfnRange, Placed)> {
+    let zero: Vec<bool> = bytes.chunks_exact(PAGE_SIZE).map(is_zero).collect();
+    let mut placed: Vec<(GfnRange, Placed)> = Vec::new();
+    let mut at = pages.start();
+    for stretch in zero.chunk_by(|a, b| a == b) {
+        let count = stretch.len() as u64;
+        let range = GfnRange::new(at, PageCount(count));
+        at = range.end();
+        let outcome = if stretch[0] && count >= ZERO_RUN { Placed::Zero } else { Placed::Stored };
+        match placed.last_mut() {
+            Some((last, Placed::Stored)) if outcome == Placed::Stored => {
+                *last = GfnRange::between(last.start(), range.end());
+            }
+            _ => placed.push((range, outcome)),
+        }
+    }
+    placed
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    page.iter().fold(0, |all, byte| all | byte) == 0
+}

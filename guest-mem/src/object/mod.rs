@@ -1,0 +1,275 @@
+//! Objects: logical memory, stacked copy-on-write (Dillon 2000).
+//!
+//! An object is a range of pages, each in a [`Slot`] or absent; what is absent is looked for in its *backing* object.
+//! Every object is frozen: its bytes never change. What a VM has written since its last freeze is not in an object yet.
+//!
+//! Objects know nothing of stage-2 tables and of windows. They own the accounts of the stores: a store ends with the
+//! last slot that names it, and a scratch range with the last page that waits in it.
+
+mod collapse;
+mod resolve;
+mod slot;
+
+pub(crate) use resolve::shift_down;
+pub use resolve::{Found, Segment};
+pub use slot::Slot;
+
+use crate::addr::{GfnRange, PageCount};
+use crate::effect::{Effect, Effects};
+use crate::family::VmId;
+use crate::window::StoreId;
+use rangemap::RangeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Names an object of its family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId(pub u32);
+
+/// What lies beneath an object: its page `i` over page `i - origin` of the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The object beneath.
+    pub object: ObjectId,
+    /// Index, in the object on top, of the page over page 0 of the one beneath.
+    pub origin: u64,
+}
+
+/// Kinds of objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// What VMs of the family wrote.
+    Anonymous,
+    /// A file: frozen from birth, all its pages in one store that belongs to no family.
+    File,
+}
+
+/// A range of pages in its place in the forest.
+#[derive(Debug)]
+pub struct Object {
+    pub(crate) kind: Kind,
+    pub(crate) backing: Option<Backing>,
+    /// Objects stacked directly on this one.
+    pub(crate) shadows: BTreeSet<ObjectId>,
+    /// Map entries that show this object.
+    pub(crate) mappings: u32,
+    pub(crate) slots: RangeMap<u64, Slot>,
+    /// No pending slot stands before this index.
+    settle_from: u64,
+}
+
+/// The accounts of a store.
+#[derive(Debug)]
+pub(crate) struct StoreAccount {
+    pub(crate) kind: Kind,
+    /// Slots that name it.
+    pub(crate) pages: u64,
+    /// Slots of them that are resident.
+    pub(crate) resident: u64,
+    /// Slots of them that have still to be copied from below.
+    pub(crate) gaps: u64,
+    /// Slots of them whose page is still in a scratch range, and whose.
+    pub(crate) scratch: Option<Scratch>,
+}
+
+/// Pages that have not settled.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scratch {
+    pub(crate) holder: VmId,
+    pub(crate) left: u64,
+}
+
+/// All objects of a family and the accounts of their stores.
+#[derive(Debug, Default)]
+pub struct Objects {
+    objects: slab::Slab<Object>,
+    pub(crate) stores: BTreeMap<StoreId, StoreAccount>,
+    next_store: u32,
+    /// Objects with pending slots.
+    pub(crate) pending: BTreeSet<ObjectId>,
+}
+
+impl Objects {
+    /// A store id of its own, without an account yet.
+    pub(crate) fn reserve_store(&mut self) -> StoreId {
+        let id = StoreId(self.next_store);
+        self.next_store += 1;
+        id
+    }
+
+    /// A file of `pages` pages, in the store `store`.
+    pub(crate) fn add_file(&mut self, store: StoreId, pages: PageCount) -> ObjectId {
+        self.stores.insert(store, StoreAccount { kind: Kind::File, pages: 0, resident: 0, gaps: 0, scratch: None });
+        let id = self.insert(Kind::File, None);
+        if pages.0 > 0 {
+            self.put(id, 0..pages.0, Slot::Resident(store));
+        }
+        id
+    }
+
+    /// Opens the account of a freeze's store; `moved` pages of it wait with `holder`.
+    pub(crate) fn open_store(&mut self, store: StoreId, holder: VmId) {
+        let scratch = Some(Scratch { holder, left: 0 });
+        self.stores.insert(store, StoreAccount { kind: Kind::Anonymous, pages: 0, resident: 0, gaps: 0, scratch });
+    }
+
+    /// An empty anonymous object over `backing`.
+    pub(crate) fn stack(&mut self, backing: Option<Backing>) -> ObjectId {
+        let id = self.insert(Kind::Anonymous, backing);
+        if let Some(backing) = backing {
+            self.get_mut(backing.object).shadows.insert(id);
+        }
+        id
+    }
+
+    fn insert(&mut self, kind: Kind, backing: Option<Backing>) -> ObjectId {
+        let slots = RangeMap::new();
+        let object = Object { kind, backing, shadows: BTreeSet::new(), mappings: 0, slots, settle_from: 0 };
+        ObjectId(self.objects.insert(object) as u32)
+    }
+
+    /// An object.
+    pub fn get(&self, id: ObjectId) -> &Object {
+        &self.objects[id.0 as usize]
+    }
+
+    fn get_mut(&mut self, id: ObjectId) -> &mut Object {
+        &mut self.objects[id.0 as usize]
+    }
+
+    /// All objects.
+    pub fn iter(&self) -> impl Iterator<Item = (ObjectId, &Object)> {
+        self.objects.iter().map(|(id, object)| (ObjectId(id as u32), object))
+    }
+
+    /// How many objects there are.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    /// One more map entry shows `id`.
+    pub(crate) fn map(&mut self, id: ObjectId) {
+        self.get_mut(id).mappings += 1;
+    }
+
+    /// Gives absent pages a slot.
+    pub(crate) fn put(&mut self, id: ObjectId, pages: std::ops::Range<u64>, slot: Slot) {
+        let object = self.get_mut(id);
+        assert!(!object.slots.overlaps(&pages), "a slot that holds a page is not overwritten");
+        if slot.is_pending() {
+            object.settle_from = object.settle_from.min(pages.start);
+            self.pending.insert(id);
+        }
+        let count = pages.end - pages.start;
+        self.get_mut(id).slots.insert(pages, slot);
+        self.charge(slot, count);
+    }
+
+    /// Moves pages from one state to the next. Their storage goes with them where it stays the same store.
+    pub(crate) fn advance(&mut self, id: ObjectId, pages: GfnRange, to: Slot, effects: &mut Effects) {
+        let old: Vec<(u64, Slot)> = self.slots_in(id, pages).map(|(part, slot)| (part.count().0, slot)).collect();
+        let held: u64 = old.iter().map(|(count, _)| count).sum();
+        assert_eq!(held, pages.count().0, "only pages that have a slot move on");
+        self.charge(to, held);
+        self.get_mut(id).slots.insert(pages.raw(), to);
+        for (count, slot) in old {
+            assert!(slot.is_pending(), "{slot:?} is a page's last state");
+            self.discharge(slot, count, effects);
+        }
+    }
+
+    /// Makes pages absent and frees their storage: nobody sees them.
+    pub(crate) fn vacate(&mut self, id: ObjectId, pages: GfnRange, effects: &mut Effects) {
+        let old: Vec<(GfnRange, Slot)> = self.slots_in(id, pages).collect();
+        self.get_mut(id).slots.remove(pages.raw());
+        for (part, slot) in old {
+            if let Slot::Resident(store) = slot
+                && self.stores[&store].kind == Kind::Anonymous
+            {
+                effects.push(Effect::Punch(store, part));
+            }
+            self.discharge(slot, part.count().0, effects);
+        }
+    }
+
+    /// The slots of `pages`, cut to them.
+    pub(crate) fn slots_in(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
+        self.get(id)
+            .slots
+            .overlapping(pages.raw())
+            .map(move |(part, &slot)| (GfnRange::from(part.clone()).intersect(pages), slot))
+    }
+
+    /// The first pending slot of `id`, and its pages.
+    pub(crate) fn first_pending(&mut self, id: ObjectId) -> Option<(GfnRange, Slot)> {
+        let object = self.get_mut(id);
+        let from = object.settle_from;
+        let found = object.slots.overlapping(from..u64::MAX).find(|(_, slot)| slot.is_pending());
+        match found {
+            Some((pages, &slot)) => {
+                let pages = pages.clone();
+                object.settle_from = pages.start;
+                Some((pages.into(), slot))
+            }
+            None => {
+                object.settle_from = u64::MAX;
+                self.pending.remove(&id);
+                None
+            }
+        }
+    }
+
+    fn charge(&mut self, slot: Slot, count: u64) {
+        let Some(store) = slot.store() else { return };
+        let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
+        account.pages += count;
+        match slot {
+            Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
+            Slot::Resident(_) => account.resident += count,
+            Slot::Gap(_) => account.gaps += count,
+            _ => {}
+        }
+    }
+
+    fn discharge(&mut self, slot: Slot, count: u64, effects: &mut Effects) {
+        let Some(store) = slot.store() else { return };
+        let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
+        account.pages -= count;
+        match slot {
+            Slot::Unsettled(_) => {
+                account.scratch.as_mut().expect("a freeze has a scratch range").left -= count;
+            }
+            Slot::Resident(_) => account.resident -= count,
+            Slot::Gap(_) => account.gaps -= count,
+            _ => {}
+        }
+        self.settle_accounts(store, effects);
+    }
+
+    /// Closes the scratch range and the account of a store that need not be open any more.
+    pub(crate) fn settle_accounts(&mut self, store: StoreId, effects: &mut Effects) {
+        let account = self.stores.get_mut(&store).expect("a store has an account");
+        if let Some(Scratch { holder, left: 0 }) = account.scratch {
+            account.scratch = None;
+            effects.push(Effect::DropScratch(holder, store));
+        }
+        if account.pages == 0 {
+            self.stores.remove(&store);
+            effects.push(Effect::DropStore(store));
+        }
+    }
+
+    /// Whether all pages of a freeze's store are where they belong.
+    pub fn has_settled(&self, store: StoreId) -> bool {
+        self.stores.get(&store).is_none_or(|account| account.gaps == 0 && account.scratch.is_none())
+    }
+
+    /// Whether pages of a window of `holder` are waited for.
+    pub(crate) fn waits_for(&self, holder: VmId) -> bool {
+        self.stores.values().any(|account| account.scratch.is_some_and(|scratch| scratch.holder == holder))
+    }
+}

@@ -1,0 +1,30 @@
+//! Exit: a VM goes, and everything that only it saw.
+
+use crate::effect::{Effect, Effects};
+use crate::family::{Family, VmId};
+
+impl Family {
+    /// Takes `vm` out of the books. Its window stays for as long as pages that others see wait in its scratch ranges.
+    pub fn exit(&mut self, vm: VmId, effects: &mut Effects) {
+        let gone = self.vms.remove(&vm).expect("a VM of this family");
+        if let Some(store) = gone.freezing {
+            effects.push(Effect::DropStore(store));
+        }
+        let mut dropped = Vec::new();
+        self.stage2.release(gone.root, &mut dropped);
+        self.free_unseen(&gone.map, dropped, effects);
+        for (_, entry) in gone.map.iter() {
+            if let Some(object) = entry.object {
+                self.objects.unmap(object, effects);
+            }
+        }
+        if !self.objects.waits_for(vm) {
+            effects.push(Effect::DropWindow(vm));
+        }
+    }
+
+    /// Called after scratch ranges were dropped: whether a VM that is gone left a window nobody needs any more.
+    pub(crate) fn window_is_done(&self, vm: VmId) -> bool {
+        !self.vms.contains_key(&vm) && !self.objects.waits_for(vm)
+    }
+}

@@ -1,0 +1,45 @@
+//! Launch: a new VM over files and fresh memory.
+
+use crate::addr::GfnRange;
+use crate::family::{Family, FileMapping, Vm, VmId};
+use crate::map::{AddressMap, MapEntry};
+use crate::stage2::Cursor;
+use crate::window::{Run, Source};
+use rangemap::RangeMap;
+
+impl Family {
+    /// A VM whose memory is `ram`, with `files` in it.
+    pub fn launch(&mut self, ram: &[GfnRange], files: &[FileMapping]) -> VmId {
+        let mut map = AddressMap::default();
+        for &pages in ram {
+            map.set(pages, MapEntry::ANONYMOUS);
+        }
+        for mapping in files {
+            self.objects.map(mapping.file);
+            let entry = MapEntry { object: Some(mapping.file), origin: mapping.pages.start(), needs_copy: true };
+            map.set(mapping.pages, entry);
+        }
+        let root = self.stage2.new_root();
+        let mut vm = Vm { map, root, runs: RangeMap::new(), freezing: None };
+        for run in self.chain_runs(&vm.map) {
+            Cursor::new(&mut self.stage2, &mut vm.root).set(run, &mut Vec::new());
+            vm.runs.insert(run.pages.raw(), run.source);
+        }
+        self.insert_vm(vm)
+    }
+
+    /// What the chains behind a map supply, run by run: what stage-2 is a cache of.
+    pub(crate) fn chain_runs(&self, map: &AddressMap) -> Vec<Run> {
+        let mut runs = Vec::new();
+        for (pages, entry) in map.iter() {
+            for segment in self.objects.resolve(entry.object, entry.origin, pages) {
+                let source = segment.found.and_then(|found| {
+                    found.slot.store().map(|store| Source::Store { store, origin: found.origin })
+                });
+                let run = Run { pages: segment.pages, source: source.unwrap_or(Source::Anonymous) };
+                crate::stage2::push_run(&mut runs, run);
+            }
+        }
+        runs
+    }
+}

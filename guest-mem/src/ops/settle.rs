@@ -1,0 +1,146 @@
+//! Settle: moved-out pages get into their store, behind the back of the VMs that run on.
+
+use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::effect::{Effect, Effects};
+use crate::family::{Family, VmId};
+use crate::object::{Backing, Found, ObjectId, Slot};
+use crate::window::{Source, StoreId};
+
+/// Where the bytes of a job are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyFrom {
+    /// In the scratch range of this VM's window.
+    Scratch(VmId),
+    /// In another store, `origin` pages before.
+    Store {
+        /// The store below.
+        store: StoreId,
+        /// Guest frame of its page 0.
+        origin: Gfn,
+    },
+    /// Nowhere: they are zero.
+    Zero,
+    /// Nowhere any more.
+    Lost,
+}
+
+/// Pages to put into a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// The object they belong to.
+    pub(crate) object: ObjectId,
+    /// Which.
+    pub pages: GfnRange,
+    /// The store they belong into.
+    pub store: StoreId,
+    /// Where they are.
+    pub from: CopyFrom,
+}
+
+/// What became of pages of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placed {
+    /// They are in the store.
+    Stored,
+    /// They are zero, and take no storage.
+    Zero,
+    /// Their bytes are gone.
+    Lost,
+}
+
+impl Family {
+    /// Some pages that have not settled, at most `limit`; none if all have.
+    pub fn next_job(&mut self, limit: PageCount) -> Option<Job> {
+        loop {
+            let object = *self.objects.pending.first()?;
+            if let Some((pages, slot)) = self.objects.first_pending(object) {
+                let pages = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + limit.0)));
+                return Some(self.job(object, pages, slot));
+            }
+        }
+    }
+
+    /// What has to be done for pending pages of one state: a job for them, or for what they are to be copied from.
+    pub(crate) fn job(&self, object: ObjectId, pages: GfnRange, slot: Slot) -> Job {
+        let store = slot.store().expect("a pending page is bound for a store");
+        if let Slot::Unsettled(_) = slot {
+            let scratch = self.objects.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
+            return Job { object, pages, store, from: CopyFrom::Scratch(scratch.holder) };
+        }
+        let (below, origin) = match self.objects.get(object).backing {
+            Some(Backing { object, origin }) => (Some(object), Gfn(origin)),
+            None => (None, Gfn(0)),
+        };
+        let segment = self.objects.resolve(below, origin, pages)[0];
+        let job = |from| Job { object, pages: segment.pages, store, from };
+        match segment.found {
+            None => job(CopyFrom::Zero),
+            Some(Found { slot: Slot::Zero, .. }) => job(CopyFrom::Zero),
+            Some(Found { slot: Slot::Lost(_), .. }) => job(CopyFrom::Lost),
+            Some(Found { slot: Slot::Resident(store), origin, .. }) => job(CopyFrom::Store { store, origin }),
+            Some(found) => self.job(found.object, found.indexes(segment.pages), found.slot),
+        }
+    }
+
+    /// The pages of a job have been placed.
+    pub fn settled(&mut self, job: &Job, placed: &[(GfnRange, Placed)], effects: &mut Effects) {
+        let below = self.objects.get(job.object).backing;
+        let was_gap = !matches!(job.from, CopyFrom::Scratch(_));
+        for &(pages, outcome) in placed {
+            let to = match outcome {
+                Placed::Stored => Slot::Resident(job.store),
+                Placed::Zero => Slot::Zero,
+                Placed::Lost => Slot::Lost(job.store),
+            };
+            self.objects.advance(job.object, pages, to, effects);
+            if outcome != Placed::Stored {
+                self.tell_windows(pages, job.store, outcome, effects);
+            }
+        }
+        if was_gap {
+            self.gap_filled(job, below, effects);
+        }
+    }
+
+    /// Windows that map a hole here get zeros before they trap; those that see a lost page fail.
+    fn tell_windows(&self, pages: GfnRange, store: StoreId, outcome: Placed, effects: &mut Effects) {
+        for (&id, vm) in &self.vms {
+            for (part, _) in vm.runs.overlapping(pages.raw()).filter(|(_, source)| source.is_store(store)) {
+                let part = GfnRange::from(part.clone()).intersect(pages);
+                effects.push(match outcome {
+                    Placed::Lost => Effect::Fail(id, part),
+                    _ => Effect::Zero(id, part),
+                });
+            }
+        }
+    }
+
+    /// A page under a gap may have been kept for the copy alone, and a chain for its gaps.
+    fn gap_filled(&mut self, job: &Job, below: Option<Backing>, effects: &mut Effects) {
+        let Some(below) = below else { return };
+        for segment in self.objects.resolve(Some(below.object), Gfn(below.origin), job.pages) {
+            let Some(found) = segment.found else { continue };
+            if let Some(store) = found.slot.store() {
+                let run = crate::window::Run {
+                    pages: segment.pages,
+                    source: Source::Store { store, origin: found.origin },
+                };
+                let mut map = crate::map::AddressMap::default();
+                let entry = crate::map::MapEntry {
+                    object: Some(found.object),
+                    origin: found.origin,
+                    needs_copy: true,
+                };
+                map.set(segment.pages, entry);
+                self.free_unseen(&map, vec![run], effects);
+            }
+        }
+        if self.objects.contains(job.object) && !self.objects.has_gaps(job.object) {
+            self.objects.bypass(job.object, effects);
+            if let Some(below) = self.objects.contains(job.object).then(|| self.objects.get(job.object).backing).flatten()
+            {
+                self.objects.tidy(below.object, effects);
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! The only writer of stage-2 tables.
+
+use super::{Entry, Stage2, TableId, View, entries_in, push_run};
+use crate::addr::{Gfn, GfnRange};
+use crate::window::{Run, Source};
+
+/// Changes one VM's tree: every table it changes is that VM's alone, copied first if it was shared.
+pub struct Cursor<'a> {
+    stage2: &'a mut Stage2,
+    root: &'a mut TableId,
+}
+
+impl<'a> Cursor<'a> {
+    /// A cursor on the tree of `root`, which is replaced if it is shared and gets changed.
+    pub fn new(stage2: &'a mut Stage2, root: &'a mut TableId) -> Self {
+        Self { stage2, root }
+    }
+
+    /// Makes `run.source` supply `run.pages`. Appends what supplied them before to `replaced`; others may still see it.
+    pub fn set(&mut self, run: Run, replaced: &mut Vec<Run>) {
+        if !run.pages.is_empty() {
+            *self.root = self.own(*self.root);
+            self.set_below(*self.root, run, replaced);
+        }
+    }
+
+    fn set_below(&mut self, table: TableId, run: Run, replaced: &mut Vec<Run>) {
+        let shape = self.stage2.shape();
+        let t = self.stage2.table(table);
+        let level = t.level;
+        let touched: Vec<(GfnRange, Entry)> = entries_in(shape, t, run.pages).collect();
+        for (pages, entry) in touched {
+            let part = pages.intersect(run.pages);
+            let view = entry.view(pages.start());
+            if part == pages && level <= shape.leaf_levels {
+                match view {
+                    View::Empty => {}
+                    View::Leaf(source) => push_run(replaced, Run { pages, source }),
+                    View::Table(below) => self.stage2.release(below, replaced),
+                }
+                self.write(table, pages.start(), View::Leaf(run.source));
+                continue;
+            }
+            let below = match view {
+                View::Table(below) => self.own(below),
+                leaf => self.split(level - 1, pages.start(), leaf),
+            };
+            self.write(table, pages.start(), View::Table(below));
+            self.set_below(below, run, replaced);
+            if let Some(source) = self.uniform(below)
+                && level <= shape.leaf_levels
+            {
+                self.stage2.release(below, &mut Vec::new());
+                self.write(table, pages.start(), View::Leaf(source));
+            }
+        }
+    }
+
+    /// The table itself if nobody shares it, else a copy in its place.
+    fn own(&mut self, table: TableId) -> TableId {
+        let t = self.stage2.table_mut(table);
+        if t.uses == 1 {
+            return table;
+        }
+        t.uses -= 1;
+        let (level, first, entries) = (t.level, t.first, t.entries.clone());
+        let span = self.stage2.shape().entry_span(level).0;
+        for (i, entry) in entries.iter().enumerate() {
+            if let View::Table(below) = entry.view(Gfn(first.0 + i as u64 * span)) {
+                self.stage2.table_mut(below).uses += 1;
+            }
+        }
+        self.stage2.insert(level, first, entries)
+    }
+
+    /// A table at `level` whose entries say together what `leaf` said.
+    fn split(&mut self, level: u32, first: Gfn, leaf: View) -> TableId {
+        let shape = self.stage2.shape();
+        let span = shape.entry_span(level).0;
+        let entries = (0..1u64 << shape.bits).map(|i| Entry::new(leaf, Gfn(first.0 + i * span))).collect();
+        self.stage2.insert(level, first, entries)
+    }
+
+    /// The one source of all frames below a table, if they have one.
+    fn uniform(&self, table: TableId) -> Option<Source> {
+        let t = self.stage2.table(table);
+        let View::Leaf(source) = t.entries[0].view(t.first) else { return None };
+        let span = self.stage2.shape().entry_span(t.level).0;
+        let all = t.entries.iter().enumerate().all(|(i, entry)| {
+            let first = Gfn(t.first.0 + i as u64 * span);
+            *entry == Entry::new(View::Leaf(source), first)
+        });
+        all.then_some(source)
+    }
+
+    fn write(&mut self, table: TableId, first: Gfn, view: View) {
+        let span = self.stage2.shape().entry_span(self.stage2.table(table).level).0;
+        let t = self.stage2.table_mut(table);
+        assert_eq!(t.uses, 1, "a shared table is changed by nobody");
+        let index = (first.0 - t.first.0) / span;
+        t.entries[index as usize] = Entry::new(view, first);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Shape;
+    use super::*;
+    use crate::addr::PageCount;
+    use crate::window::StoreId;
+
+    const TINY: Shape = Shape { bits: 2, levels: 3, leaf_levels: 2 };
+
+    fn run(start: u64, count: u64, store: Option<u32>) -> Run {
+        Run {
+            pages: GfnRange::new(Gfn(start), PageCount(count)),
+            source: store.map_or(Source::Anonymous, |s| Source::Store { store: StoreId(s), origin: Gfn(0) }),
+        }
+    }
+
+    fn set(stage2: &mut Stage2, root: &mut TableId, r: Run) -> Vec<Run> {
+        let mut replaced = Vec::new();
+        Cursor::new(stage2, root).set(r, &mut replaced);
+        replaced
+    }
+
+    /// Every sequence of three sets on two sharing trees, against an array of sources each.
+    #[test]
+    fn every_short_sequence_of_changes_to_shared_trees() {
+        let ranges: Vec<(u64, u64)> = vec![(0, 64), (0, 16), (4, 4), (5, 1), (3, 6), (15, 34)];
+        let choices: Vec<(usize, usize)> = (0..2).flat_map(|vm| (0..ranges.len()).map(move |r| (vm, r))).collect();
+        for &a in &choices {
+            for &b in &choices {
+                for &c in &choices {
+                    let mut s = Stage2::new(TINY);
+                    let mut first = s.new_root();
+                    set(&mut s, &mut first, run(0, 64, None));
+                    let mut roots = [first, s.share(first)];
+                    let mut model = [[None; 64]; 2];
+                    for (step, (vm, r)) in [a, b, c].into_iter().enumerate() {
+                        let (start, count) = ranges[r];
+                        let store = Some(step as u32);
+                        let replaced = set(&mut s, &mut roots[vm], run(start, count, store));
+                        let total: u64 = replaced.iter().map(|r| r.pages.count().0).sum();
+                        assert!(total <= count);
+                        model[vm][start as usize..(start + count) as usize].fill(store);
+                        for vm in 0..2 {
+                            for g in 0..64u64 {
+                                let want = run(g, 1, model[vm][g as usize]).source;
+                                assert_eq!(s.walk(roots[vm], Gfn(g)), Some(want));
+                            }
+                            let all = s.runs(roots[vm], GfnRange::between(Gfn(0), Gfn(64)));
+                            assert_eq!(all.iter().map(|r| r.pages.count().0).sum::<u64>(), 64);
+                            assert!(all.windows(2).all(|w| w[0].source != w[1].source));
+                        }
+                        s.rmap().check(&s).unwrap();
+                    }
+                    let mut dropped = Vec::new();
+                    s.release(roots[0], &mut dropped);
+                    s.release(roots[1], &mut dropped);
+                    assert_eq!(s.tables(), 0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_fork_shares_every_table_and_a_change_copies_one_path() {
+        let mut s = Stage2::new(Shape::X86_64);
+        let mut parent = s.new_root();
+        set(&mut s, &mut parent, run(0, 1 << 20, None));
+        assert_eq!(s.tables(), 2, "4 GiB of one source are four big leaves below a root");
+        for i in 0..512 {
+            set(&mut s, &mut parent, run(i * 513, 1, Some(1)));
+        }
+        let tables = s.tables();
+        let mut child = s.share(parent);
+        assert_eq!(s.tables(), tables);
+        set(&mut s, &mut child, run(7, 1, Some(2)));
+        assert_eq!(s.tables(), tables + 4);
+        assert_eq!(s.walk(parent, Gfn(7)), Some(Source::Anonymous));
+    }
+
+    #[test]
+    fn a_table_whose_leaves_continue_each_other_becomes_a_big_leaf() {
+        let mut s = Stage2::new(TINY);
+        let mut root = s.new_root();
+        set(&mut s, &mut root, run(0, 64, None));
+        for g in 0..4 {
+            set(&mut s, &mut root, run(g, 1, Some(9)));
+        }
+        assert_eq!(s.tables(), 2);
+        assert_eq!(s.walk(root, Gfn(3)), Some(run(0, 1, Some(9)).source));
+    }
+}

@@ -1,0 +1,84 @@
+//! An entry of a stage-2 table: 8 bytes that say what supplies a stretch of guest frames, or which table knows.
+
+use crate::addr::Gfn;
+use crate::window::{Source, StoreId};
+
+/// Names a table of its [`Stage2`](super::Stage2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TableId(pub u32);
+
+/// What an entry holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    /// Nothing known: ask the chain.
+    Empty,
+    /// All frames below it have this source.
+    Leaf(Source),
+    /// The table of the next level down.
+    Table(TableId),
+}
+
+/// A [`View`] in 8 bytes: 2 bits of kind, then 28 bits of store and 34 of the index of the store's page at the entry's
+/// first frame, or 32 bits of table.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Entry(u64);
+
+const KIND_BITS: u32 = 2;
+const STORE_BITS: u32 = 28;
+const EMPTY: u64 = 0;
+const ANONYMOUS: u64 = 1;
+const STORE: u64 = 2;
+const TABLE: u64 = 3;
+
+impl Entry {
+    /// An entry whose first frame is `first`.
+    ///
+    /// # Panics
+    /// If a store's number or page index does not fit: 268 million stores, 64 TiB.
+    pub fn new(view: View, first: Gfn) -> Self {
+        Self(match view {
+            View::Empty => EMPTY,
+            View::Leaf(Source::Anonymous) => ANONYMOUS,
+            View::Leaf(Source::Store { store, origin }) => {
+                let index = first.0 - origin.0;
+                assert!(store.0 < 1 << STORE_BITS && index < 1 << (64 - KIND_BITS - STORE_BITS), "stage-2 leaf overflow");
+                STORE | u64::from(store.0) << KIND_BITS | index << (KIND_BITS + STORE_BITS)
+            }
+            View::Table(table) => TABLE | u64::from(table.0) << KIND_BITS,
+        })
+    }
+
+    /// What the entry, whose first frame is `first`, holds.
+    pub fn view(self, first: Gfn) -> View {
+        let payload = self.0 >> KIND_BITS;
+        match self.0 & ((1 << KIND_BITS) - 1) {
+            EMPTY => View::Empty,
+            ANONYMOUS => View::Leaf(Source::Anonymous),
+            STORE => View::Leaf(Source::Store {
+                store: StoreId((payload & ((1 << STORE_BITS) - 1)) as u32),
+                origin: Gfn(first.0 - (payload >> STORE_BITS)),
+            }),
+            _ => View::Table(TableId(payload as u32)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_view_survives_its_encoding() {
+        let first = Gfn(1 << 30);
+        for view in [
+            View::Empty,
+            View::Leaf(Source::Anonymous),
+            View::Leaf(Source::Store { store: StoreId((1 << 28) - 1), origin: Gfn(0) }),
+            View::Leaf(Source::Store { store: StoreId(7), origin: first }),
+            View::Leaf(Source::Store { store: StoreId(0), origin: Gfn(first.0 - 5) }),
+            View::Table(TableId(u32::MAX)),
+        ] {
+            assert_eq!(Entry::new(view, first).view(first), view);
+        }
+    }
+}

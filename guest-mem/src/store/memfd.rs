@@ -1,0 +1,108 @@
+//! Stores that are memfds: what windows of other processes map.
+
+use super::{Store, StoreFactory};
+use crate::addr::{PageCount, PageIndex};
+use crate::sys::{Alias, FillError, Memfd, Userfaultfd};
+use nix::sys::stat::fstat;
+use nix::sys::uio::{pread, pwrite};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// Makes memfd stores. They are filled through this process's userfaultfd; on a host without one they are written
+/// plainly, which nobody may look at meanwhile.
+#[derive(Clone, Debug)]
+pub struct MemfdStores {
+    userfaultfd: Option<Arc<Userfaultfd>>,
+}
+
+/// A store that is a memfd.
+#[derive(Debug)]
+pub struct MemfdStore {
+    file: Memfd,
+    read_only: OwnedFd,
+    inode: u64,
+    userfaultfd: Option<Arc<Userfaultfd>>,
+    /// Mapped while pages are filled in.
+    alias: Option<Alias>,
+}
+
+impl MemfdStores {
+    /// Stores filled through `userfaultfd`, or plainly.
+    pub fn new(userfaultfd: Option<Arc<Userfaultfd>>) -> Self {
+        Self { userfaultfd }
+    }
+}
+
+impl StoreFactory for MemfdStores {
+    type Store = MemfdStore;
+
+    fn create(&mut self, pages: PageCount) -> io::Result<MemfdStore> {
+        let file = Memfd::new("offshoot-store", pages)?;
+        let read_only = file.read_only()?;
+        let inode = fstat(&file)?.st_ino;
+        Ok(MemfdStore { file, read_only, inode, userfaultfd: self.userfaultfd.clone(), alias: None })
+    }
+}
+
+impl MemfdStore {
+    /// The descriptor for windows: it cannot be written through.
+    pub fn read_only(&self) -> BorrowedFd<'_> {
+        self.read_only.as_fd()
+    }
+
+    /// The file's inode, by which `/proc/PID/maps` names it.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+}
+
+impl Store for MemfdStore {
+    fn fill(&mut self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        let Some(userfaultfd) = &self.userfaultfd else {
+            return write_all(&self.file, first, bytes);
+        };
+        if self.alias.is_none() {
+            self.alias = Some(Alias::new(&self.file, Arc::clone(userfaultfd))?);
+        }
+        let alias = self.alias.as_ref().expect("mapped above");
+        let filled = alias.fill(first, bytes).map_err(|error| match error {
+            FillError::Planted(_) => io::Error::new(io::ErrorKind::AlreadyExists, error),
+            FillError::Call { .. } => io::Error::other(error),
+        });
+        alias.forget();
+        filled
+    }
+
+    fn read(&self, first: PageIndex, buf: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            match pread(&self.file, &mut buf[done..], first.offset() as i64 + done as i64)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => done += n,
+            }
+        }
+        Ok(())
+    }
+
+    fn punch(&mut self, first: PageIndex, count: PageCount) {
+        if let Err(error) = self.file.punch(first, count) {
+            log::error!("pages {first:?}+{} of a store stay allocated: {error}", count.0);
+        }
+    }
+
+    fn rest(&mut self) {
+        self.alias = None;
+    }
+}
+
+fn write_all(file: &Memfd, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match pwrite(file, &bytes[done..], first.offset() as i64 + done as i64)? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            n => done += n,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,313 @@
+//! A stretch of this process's addresses that mirrors guest-physical space.
+#![allow(unsafe_code)] // mmap and its relatives: every call stays within an area that this type owns
+
+use super::inject;
+use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice};
+
+/// Where an [`Area`] goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Where the kernel finds room. The area's addresses stay reserved to its end.
+    Anywhere,
+    /// At this address, which must be free and far from where the kernel places mappings of its own choice: the area
+    /// may then be vacated, and nobody moves in.
+    Fixed(u64),
+}
+
+/// What may be done with mapped pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing: a touch is an error.
+    None,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+/// What the kernel is told about mapped pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// Huge pages are welcome.
+    Huge,
+    /// No huge pages, whatever the system's setting: one write must not make 512 pages private.
+    Small,
+    /// Private copies are not needed any more: what lies beneath shows again.
+    DropPrivate,
+}
+
+/// Addresses that mirror guest-physical space from frame 0: frame `g` stands at `base + g * 4096`.
+///
+/// An area owns its addresses: nothing else in the process maps, unmaps or refers to them, and no reference into them is
+/// ever made (guest bytes are touched by volatile access alone). All methods take guest frames and refuse those beyond
+/// the area. Dropping it unmaps everything.
+#[derive(Debug)]
+pub struct Area {
+    base: u64,
+    frames: GfnRange,
+    place: Place,
+}
+
+/// Both ends of an area are multiples of this (1 GiB), so that moving pages between two areas moves whole page tables.
+const ALIGN: u64 = 1 << 30;
+
+impl Area {
+    /// Reserves room for the frames from 0 to `frames`.
+    ///
+    /// # Errors
+    /// There is no room, or with [`Place::Fixed`] something stands there already.
+    pub fn reserve(place: Place, frames: PageCount) -> io::Result<Self> {
+        let span = Self::span(frames);
+        let base = match place {
+            Place::Fixed(base) => {
+                let at = reserve_at(base, span as usize, libc::MAP_FIXED_NOREPLACE)?;
+                if at != base {
+                    // A kernel that does not know MAP_FIXED_NOREPLACE takes the address as a hint.
+                    unmap_raw(at, span as usize)?;
+                    return Err(io::Error::from_raw_os_error(libc::EEXIST));
+                }
+                base
+            }
+            Place::Anywhere => {
+                let at = reserve_at(0, (span + ALIGN) as usize, 0)?;
+                let base = at.next_multiple_of(ALIGN);
+                let (head, tail) = ((base - at) as usize, (at + ALIGN - base) as usize);
+                for (start, len) in [(at, head), (base + span, tail)] {
+                    if len > 0 {
+                        unmap_raw(start, len)?;
+                    }
+                }
+                base
+            }
+        };
+        Ok(Self { base, frames: GfnRange::new(Gfn(0), PageCount(span / PAGE_SIZE as u64)), place })
+    }
+
+    /// How many bytes of addresses an area of so many frames takes: whole GiB.
+    pub fn span(frames: PageCount) -> u64 {
+        frames.bytes().next_multiple_of(ALIGN).max(ALIGN)
+    }
+
+    /// The host address of guest frame 0.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// The host address where `range` starts, and its length in bytes.
+    ///
+    /// # Errors
+    /// `ERANGE`: it is not within the area.
+    pub fn host(&self, range: GfnRange) -> io::Result<(u64, usize)> {
+        if range.intersect(self.frames) != range {
+            return Err(io::Error::from_raw_os_error(libc::ERANGE));
+        }
+        Ok((self.base + range.start().gpa(), range.len_bytes()))
+    }
+
+    /// Gives the reservation up and keeps the addresses: mapping into an empty range is cheaper than over a
+    /// reservation. Only a [fixed](Place::Fixed) area does it, elsewhere the next allocation could move in.
+    ///
+    /// # Errors
+    /// Of `munmap`.
+    pub fn vacate(&self) -> io::Result<()> {
+        match self.place {
+            Place::Fixed(_) => unmap_raw(self.base, self.frames.len_bytes()),
+            Place::Anywhere => Ok(()),
+        }
+    }
+
+    /// Maps private zero-filled memory.
+    ///
+    /// # Errors
+    /// Of `mmap`; nothing has changed.
+    pub fn map_anonymous(&self, range: GfnRange) -> io::Result<()> {
+        self.map(range, Access::ReadWrite, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)
+    }
+
+    /// Maps `file` privately, its page `first` at the start of the range.
+    ///
+    /// # Errors
+    /// Of `mmap`; nothing has changed.
+    pub fn map_private(
+        &self,
+        range: GfnRange,
+        file: BorrowedFd<'_>,
+        first: PageIndex,
+        access: Access,
+    ) -> io::Result<()> {
+        self.map(range, access, libc::MAP_PRIVATE, Some((file, first)))
+    }
+
+    /// Maps `file` shared, page by page.
+    ///
+    /// # Errors
+    /// Of `mmap`; nothing has changed.
+    pub(super) fn map_shared(&self, range: GfnRange, file: BorrowedFd<'_>) -> io::Result<()> {
+        self.map(range, Access::ReadWrite, libc::MAP_SHARED, Some((file, PageIndex(range.start().0))))
+    }
+
+    fn map(
+        &self,
+        range: GfnRange,
+        access: Access,
+        flags: i32,
+        file: Option<(BorrowedFd<'_>, PageIndex)>,
+    ) -> io::Result<()> {
+        let (start, len) = self.host(range)?;
+        let (fd, offset) = file.map_or((-1, 0), |(fd, first)| (fd.as_raw_fd(), first.offset()));
+        let offset =
+            libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        inject::check()?;
+        let flags = flags | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: The range lies within this area, whose addresses nobody else uses and nobody refers to.
+        let at = unsafe { libc::mmap(start as *mut libc::c_void, len, access.bits(), flags, fd, offset) };
+        if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Changes what may be done with mapped pages.
+    ///
+    /// # Errors
+    /// Of `mprotect`; part of the range may have changed.
+    pub fn protect(&self, range: GfnRange, access: Access) -> io::Result<()> {
+        let (start, len) = self.host(range)?;
+        inject::check()?;
+        // SAFETY: The range lies within this area; nobody holds a reference into it.
+        check(unsafe { libc::mprotect(start as *mut libc::c_void, len, access.bits()) })
+    }
+
+    /// Gives advice about mapped pages.
+    ///
+    /// # Errors
+    /// Of `madvise`.
+    pub fn advise(&self, range: GfnRange, advice: Advice) -> io::Result<()> {
+        let (start, len) = self.host(range)?;
+        inject::check()?;
+        // SAFETY: The range lies within this area; no advice that is given here can affect memory elsewhere.
+        check(unsafe { libc::madvise(start as *mut libc::c_void, len, advice.bits()) })
+    }
+
+    /// Moves the pages of `range`, which one mapping holds, to the same place in `to`. Page tables move, bytes do not.
+    ///
+    /// # Errors
+    /// Of `mremap`; nothing has changed. `EFAULT`: it is not one mapping.
+    pub fn move_to(&self, to: &Self, range: GfnRange) -> io::Result<()> {
+        let (from, len) = self.host(range)?;
+        let (there, _) = to.host(range)?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        inject::check()?;
+        // SAFETY: Both ranges lie within areas whose addresses nobody else uses and nobody refers to.
+        let at = unsafe {
+            libc::mremap(from as *mut libc::c_void, len, len, flags, there as *mut libc::c_void)
+        };
+        if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// The memory of `ram` as vm-memory sees it. Whoever holds it touches mapped frames only, and not after the area's
+    /// end.
+    ///
+    /// # Errors
+    /// A range is not within the area, or the ranges overlap.
+    pub fn guest_memory(&self, ram: &[GfnRange]) -> io::Result<GuestMemoryMmap<AtomicBitmap>> {
+        let region = |range: &GfnRange| {
+            let (start, len) = self.host(*range)?;
+            // SAFETY: The range lies within this area. That only mapped frames are touched is the holder's duty, as
+            // documented: vm-memory makes no reference to guest bytes, an unmapped page means a signal.
+            let region = unsafe {
+                MmapRegion::build_raw(
+                    start as *mut u8,
+                    len,
+                    Access::ReadWrite.bits(),
+                    libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+                )
+            };
+            let region = region.map_err(io::Error::other)?;
+            let region = GuestRegionMmap::new(region, GuestAddress(range.start().gpa()));
+            region.ok_or_else(|| io::Error::from_raw_os_error(libc::ERANGE))
+        };
+        let regions = ram.iter().map(region).collect::<io::Result<Vec<_>>>()?;
+        GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
+    }
+
+    /// Copies out pages that are mapped and can be read.
+    ///
+    /// # Errors
+    /// The range is not within the area.
+    pub fn copy_out(&self, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
+        let (start, len) = self.host(GfnRange::new(first, PageCount::covering(buf.len() as u64)))?;
+        debug_assert_eq!(len, buf.len(), "whole pages");
+        // SAFETY: The range lies within this area, nobody has a reference into it, and the slice is gone at the end of
+        // this function. An unmapped page means a signal, not a wrong access.
+        let slice: VolatileSlice<'_> = unsafe { VolatileSlice::new(start as *mut u8, buf.len()) };
+        slice.copy_to(buf);
+        Ok(())
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        if let Err(error) = unmap_raw(self.base, self.frames.len_bytes()) {
+            log::error!("munmap of the area at {:#x}: {error}", self.base);
+        }
+    }
+}
+
+impl Access {
+    fn bits(self) -> i32 {
+        match self {
+            Self::None => libc::PROT_NONE,
+            Self::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        }
+    }
+}
+
+impl Advice {
+    fn bits(self) -> i32 {
+        match self {
+            Self::Huge => libc::MADV_HUGEPAGE,
+            Self::Small => libc::MADV_NOHUGEPAGE,
+            Self::DropPrivate => libc::MADV_DONTNEED,
+        }
+    }
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn reserve_at(at: u64, len: usize, extra_flags: i32) -> io::Result<u64> {
+    let hint = if at == 0 { ptr::null_mut() } else { at as *mut libc::c_void };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | extra_flags;
+    inject::check()?;
+    // SAFETY: Without MAP_FIXED the call replaces no mapping.
+    let got = unsafe { libc::mmap(hint, len, libc::PROT_NONE, flags, -1, 0) };
+    if got == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(got as u64) }
+}
+
+/// Only for addresses that an area owns.
+fn unmap_raw(at: u64, len: usize) -> io::Result<()> {
+    // SAFETY: The callers, all in this file, pass addresses of an area or of a reservation just made for one.
+    check(unsafe { libc::munmap(at as *mut libc::c_void, len) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fixed_place_that_is_taken_is_refused() {
+        let first = Area::reserve(Place::Anywhere, PageCount(16)).unwrap();
+        let error = Area::reserve(Place::Fixed(first.base()), PageCount(16)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EEXIST));
+        assert_eq!(first.base() % ALIGN, 0);
+    }
+
+    #[test]
+    fn frames_beyond_the_area_are_refused() {
+        let area = Area::reserve(Place::Anywhere, PageCount(16)).unwrap();
+        let beyond = GfnRange::new(Gfn(ALIGN / PAGE_SIZE as u64 - 1), PageCount(2));
+        assert_eq!(area.map_anonymous(beyond).unwrap_err().raw_os_error(), Some(libc::ERANGE));
+    }
+}

@@ -1,0 +1,288 @@
+//! The window in this process: guest memory as mappings of our own.
+//!
+//! ```text
+//!   area (window)    |· run ·|··· run ···|  anonymous run  |      frame g at base + g·4096
+//!   scratch 0              |moved|   |m|                          the same frames, moved out by a freeze
+//!   scratch 1                                                     the next freeze, while 0 still settles
+//! ```
+//!
+//! One rule is behind the order of all calls here: **no touch may ever read a hole of a store untrapped**, because the
+//! kernel would plant a zero page in the store, for everybody who maps it, for ever. So a store that takes the place of
+//! moved pages is mapped inaccessible, registered, and only then opened; and moved pages leave *registered*: to
+//! unregister first would wake who waits there (KVM faults guest pages in from threads of its own, which no vCPU kick
+//! stops) and let them touch the hole untrapped.
+
+mod dirty;
+mod freeze;
+mod moves;
+mod runs;
+mod scratch;
+
+pub use crate::sys::Place;
+pub use dirty::{Dirty, SlotLog};
+pub use freeze::Frozen;
+
+use super::{Run, Source, StoreId, Window};
+use crate::addr::{Gfn, GfnRange, PageIndex};
+use crate::sys::{Access, Advice, Area, Pagemap, ScanMethod, Userfaultfd};
+use dirty::DirtyMap;
+use runs::RunMap;
+use scratch::Scratches;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use thiserror::Error;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::GuestMemoryMmap;
+
+/// Which of the kernel's features a window uses; each has a fallback.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Traps. Without them whoever freezes keeps the VM still until all pages have settled.
+    pub userfaultfd: bool,
+    /// The `PAGEMAP_SCAN` ioctl. Without it the pagemap is read.
+    pub pagemap_scan: bool,
+}
+
+/// Whether anonymous runs get huge pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePages {
+    /// They do: a launched VM's.
+    Advised,
+    /// They do not: a clone's, where one write would make 512 pages private.
+    Never,
+}
+
+/// Something went wrong with a window.
+#[derive(Debug, Error)]
+pub enum WindowError {
+    /// A system call failed. Nothing has changed.
+    #[error("{call} of guest pages {pages:?}: {cause}")]
+    Call {
+        /// Which call.
+        call: &'static str,
+        /// What it was asked for.
+        pages: GfnRange,
+        /// Why.
+        cause: io::Error,
+    },
+    /// The kernel lacks something that the window needs.
+    #[error("{what}: {cause}")]
+    Unsupported {
+        /// What.
+        what: &'static str,
+        /// Why.
+        cause: io::Error,
+    },
+    /// A run lies outside of the window's RAM, or names a store that did not come along.
+    #[error("run {0:?} lies outside of RAM, or its store did not come along")]
+    BadRun(Run),
+    /// There was no room for a scratch range.
+    #[error("room for moved pages: {0}")]
+    NoScratch(io::Error),
+    /// Undoing a failed freeze failed as well: the window has lost pages, the VM must not run on.
+    #[error("undoing {failed}: {cause}; the window is torn")]
+    Torn {
+        /// What failed in the first place.
+        failed: Box<WindowError>,
+        /// Why it could not be undone.
+        cause: io::Error,
+    },
+}
+
+/// Adds the call and the guest pages to an error of the system.
+fn during(call: &'static str, pages: GfnRange) -> impl FnOnce(io::Error) -> WindowError {
+    move |cause| WindowError::Call { call, pages, cause }
+}
+
+/// A VM's guest-physical space in this process.
+///
+/// Owns the mappings, the scratch ranges of freezes that have not settled, the traps and the record of what the VMM
+/// wrote. Stays outside: the stores (the window keeps no descriptor, mappings hold the files), KVM, and who stops the
+/// vCPUs. Dropping it unmaps everything.
+#[derive(Debug)]
+pub struct HostWindow {
+    area: Area,
+    ram: Vec<GfnRange>,
+    memory: GuestMemoryMmap<AtomicBitmap>,
+    runs: RunMap,
+    scratches: Scratches,
+    /// Pages dirty since the last successful freeze, as far as we were told and have not used it.
+    pending: DirtyMap,
+    uffd: Option<Userfaultfd>,
+    pagemap: Pagemap,
+}
+
+impl HostWindow {
+    /// Reserves room for `ram` (sorted, apart): guest address `g` will stand at `base + g`, and what lies between the
+    /// RAM ranges stays empty. Nothing is mapped yet.
+    ///
+    /// # Errors
+    /// The place is taken, or the kernel lacks what `features` ask for.
+    pub fn reserve(ram: &[GfnRange], place: Place, features: Features) -> Result<Self, WindowError> {
+        let end = ram.last().map_or(Gfn(0), |range| range.end());
+        let all = GfnRange::between(Gfn(0), end);
+        let area = Area::reserve(place, all.count()).map_err(during("reserving addresses", all))?;
+        let uffd = features.userfaultfd.then(Userfaultfd::new).transpose();
+        let uffd = uffd.map_err(|cause| WindowError::Unsupported { what: "userfaultfd", cause })?;
+        let method = if features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
+        let pagemap = Pagemap::open(method);
+        let pagemap = pagemap.map_err(|cause| WindowError::Unsupported { what: "/proc/self/pagemap", cause })?;
+        Ok(Self {
+            memory: area.guest_memory(ram).map_err(during("describing", all))?,
+            scratches: Scratches::beside(&area, place, all.count()),
+            pending: DirtyMap::clean(ram),
+            ram: ram.to_vec(),
+            runs: RunMap::default(),
+            area,
+            uffd,
+            pagemap,
+        })
+    }
+
+    /// Host address of guest-physical address 0.
+    pub fn base(&self) -> u64 {
+        self.area.base()
+    }
+
+    /// The traps' descriptor, if the window traps.
+    pub fn userfaultfd(&self) -> Option<BorrowedFd<'_>> {
+        self.uffd.as_ref().map(Userfaultfd::as_fd)
+    }
+
+    /// Gives up the reservation but not the addresses, once KVM's memory slots stand on it: mapping a run into an empty
+    /// range is what makes a prepared VM process quick to start. A window [anywhere](Place::Anywhere) keeps it.
+    ///
+    /// # Errors
+    /// Of `munmap`.
+    pub fn vacate(&mut self) -> Result<(), WindowError> {
+        let all = GfnRange::between(Gfn(0), self.ram.last().map_or(Gfn(0), |range| range.end()));
+        self.area.vacate().map_err(during("munmap", all))
+    }
+
+    /// Maps `runs`, and traps touches of what their stores do not hold. Whoever could touch the window stands still,
+    /// and none of the pages is private.
+    ///
+    /// # Errors
+    /// A run is out of place, or a system call failed: runs before the one it names are mapped.
+    pub fn map(
+        &mut self,
+        runs: &[Run],
+        stores: &[(StoreId, BorrowedFd<'_>)],
+        huge: HugePages,
+    ) -> Result<(), WindowError> {
+        let mut trapping: Option<GfnRange> = None;
+        for run in runs {
+            self.map_run(run, stores, huge)?;
+            match (run.source, trapping) {
+                (Source::Store { .. }, Some(range)) if range.end() == run.pages.start() => {
+                    trapping = Some(GfnRange::between(range.start(), run.pages.end()));
+                }
+                (Source::Store { .. }, before) => {
+                    self.trap(before)?;
+                    trapping = Some(run.pages);
+                }
+                (Source::Anonymous, before) => {
+                    self.trap(before)?;
+                    trapping = None;
+                }
+            }
+        }
+        self.trap(trapping)
+    }
+
+    fn map_run(
+        &mut self,
+        run: &Run,
+        stores: &[(StoreId, BorrowedFd<'_>)],
+        huge: HugePages,
+    ) -> Result<(), WindowError> {
+        let bad = || WindowError::BadRun(*run);
+        if run.pages.is_empty() || !self.ram.iter().any(|ram| ram.intersect(run.pages) == run.pages) {
+            return Err(bad());
+        }
+        match run.source {
+            Source::Anonymous => {
+                self.area.map_anonymous(run.pages).map_err(during("mmap", run.pages))?;
+                let advice = match huge {
+                    HugePages::Advised => Advice::Huge,
+                    HugePages::Never => Advice::Small,
+                };
+                // A kernel without huge pages refuses the advice, and needs none.
+                if let Err(error) = self.area.advise(run.pages, advice) {
+                    log::debug!("{advice:?} advice for guest pages {:?}: {error}", run.pages);
+                }
+            }
+            Source::Store { store, origin } => {
+                let (_, file) = stores.iter().find(|(id, _)| *id == store).ok_or_else(bad)?;
+                let first = run.pages.start().0.checked_sub(origin.0).ok_or_else(bad)?;
+                let map = self.area.map_private(run.pages, *file, PageIndex(first), Access::ReadWrite);
+                map.map_err(during("mmap", run.pages))?;
+            }
+        }
+        self.runs.mapped(run.pages, run.source);
+        Ok(())
+    }
+
+    fn trap(&self, pages: Option<GfnRange>) -> Result<(), WindowError> {
+        match pages {
+            Some(pages) => self.register(pages).map_err(during("UFFDIO_REGISTER", pages)),
+            None => Ok(()),
+        }
+    }
+
+    fn register(&self, pages: GfnRange) -> io::Result<()> {
+        let Some(uffd) = &self.uffd else { return Ok(()) };
+        let (start, len) = self.area.host(pages)?;
+        uffd.register(start, len)
+    }
+
+    /// The guest's memory, for the VMM's own reads and writes: it records what is written. Only mapped frames may be
+    /// touched, so not before [`map`](Self::map); a touch of a page that no store holds yet waits for the manager.
+    pub fn memory(&self) -> &GuestMemoryMmap<AtomicBitmap> {
+        &self.memory
+    }
+
+    /// What is mapped, sorted; neighbours that continue each other are one.
+    pub fn runs(&self) -> impl Iterator<Item = Run> {
+        self.runs.joined()
+    }
+
+    /// Keeps pages that are known to be dirty for the next freeze: what a dirty log said before the freeze that asked
+    /// came to nothing.
+    pub fn remember_dirty(&mut self, logs: &[SlotLog]) {
+        logs.iter().for_each(|log| self.pending.mark_log(log));
+    }
+}
+
+impl Window for HostWindow {
+    fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
+        self.scratches.read(scratch, first, buf)
+    }
+
+    fn drop_scratch(&mut self, scratch: StoreId) {
+        self.scratches.drop(scratch);
+    }
+
+    fn zero(&mut self, pages: GfnRange) {
+        let Some(uffd) = &self.uffd else { return };
+        for (range, source) in self.runs.within(pages) {
+            let Source::Store { .. } = source else { continue };
+            let done = self.area.host(range).and_then(|(start, len)| uffd.zero(start, len));
+            if let Err(error) = done {
+                log::error!("UFFDIO_ZEROPAGE of guest pages {range:?}: {error}");
+            }
+        }
+        self.wake(pages);
+    }
+
+    fn wake(&mut self, pages: GfnRange) {
+        let Some(uffd) = &self.uffd else { return };
+        if let Err(error) = self.area.host(pages).and_then(|(start, len)| uffd.wake(start, len)) {
+            log::error!("UFFDIO_WAKE of guest pages {pages:?}: {error}");
+        }
+    }
+
+    fn fail(&mut self, why: &str) {
+        log::error!("the window lost a page, its VM must not run on: {why}");
+    }
+}

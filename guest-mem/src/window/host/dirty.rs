@@ -1,0 +1,161 @@
+//! Which pages may have been written since the last freeze.
+
+use crate::addr::{Gfn, GfnRange};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// What the caller of a freeze knows of the guest's writes.
+#[derive(Clone, Copy, Debug)]
+pub enum Dirty<'a> {
+    /// Nothing: no log was kept since the last freeze, so every private page counts as dirty.
+    Every,
+    /// What KVM's dirty log says for each memory slot.
+    Logged(&'a [SlotLog]),
+}
+
+/// The dirty log of one memory slot: bit `n` of word `w` stands for frame `first + 64·w + n`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotLog {
+    /// First frame of the slot.
+    pub first: Gfn,
+    /// The bits.
+    pub words: Vec<u64>,
+}
+
+const WORD: u64 = u64::BITS as u64;
+
+/// One bit per page of RAM.
+#[derive(Clone, Debug)]
+pub(super) struct DirtyMap {
+    slots: Vec<(GfnRange, Vec<u64>)>,
+}
+
+impl DirtyMap {
+    /// No page of `ram` is dirty.
+    pub fn clean(ram: &[GfnRange]) -> Self {
+        let words = |range: &GfnRange| vec![0; range.count().0.div_ceil(WORD) as usize];
+        Self { slots: ram.iter().map(|range| (*range, words(range))).collect() }
+    }
+
+    /// Every page of RAM is dirty.
+    pub fn mark_every(&mut self) {
+        self.slots.iter_mut().for_each(|(_, words)| words.fill(u64::MAX));
+    }
+
+    /// Marks what KVM's log of a slot says. A log that fits no RAM range marks nothing: there are no such slots.
+    pub fn mark_log(&mut self, log: &SlotLog) {
+        let slot = self.slots.iter_mut().find(|(range, _)| range.start() == log.first);
+        debug_assert!(slot.is_some(), "a dirty log of {:?}, which is no RAM", log.first);
+        if let Some((_, words)) = slot {
+            words.iter_mut().zip(&log.words).for_each(|(word, more)| *word |= more);
+        }
+    }
+
+    /// Marks what the VMM wrote, and clears its record.
+    pub fn take_writes(&mut self, memory: &GuestMemoryMmap<AtomicBitmap>) {
+        for (range, words) in &mut self.slots {
+            let region = memory.find_region(GuestAddress(range.start().gpa()));
+            debug_assert!(region.is_some_and(|region| region.len() == range.len_bytes() as u64));
+            let Some(region) = region else { continue };
+            let written = std::ops::Deref::deref(region).bitmap().get_and_reset();
+            words.iter_mut().zip(written).for_each(|(word, more)| *word |= more);
+        }
+    }
+
+    /// No page is dirty.
+    pub fn clear(&mut self) {
+        self.slots.iter_mut().for_each(|(_, words)| words.fill(0));
+    }
+
+    /// Ranges that hold all dirty pages and clean ones between, coarse enough that looking at each costs little.
+    pub fn ranges(&self) -> Vec<GfnRange> {
+        let mut ranges: Vec<GfnRange> = Vec::new();
+        for (slot, words) in &self.slots {
+            let from = ranges.len();
+            for (index, _) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
+                let start = Gfn(slot.start().0 + index as u64 * WORD);
+                let end = Gfn(start.0 + WORD).min(slot.end());
+                match ranges[from..].last_mut() {
+                    // Up to one clean word between: as cheap to look at as to ask again.
+                    Some(last) if start.0 - last.end().0 <= WORD => {
+                        *last = GfnRange::between(last.start(), end);
+                    }
+                    _ => ranges.push(GfnRange::between(start, end)),
+                }
+            }
+        }
+        ranges
+    }
+
+    /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.
+    pub fn split(&self, pages: GfnRange, mut each: impl FnMut(GfnRange, Cleanness)) {
+        let slot = self.slots.iter().find(|(range, _)| range.contains(pages.start()));
+        let Some((range, words)) = slot else { return };
+        let dirty = |frame: u64| {
+            let bit = frame - range.start().0;
+            words[(bit / WORD) as usize] >> (bit % WORD)
+        };
+        let end = pages.end().min(range.end()).0;
+        let mut at = pages.start().0;
+        while at < end {
+            let from = at;
+            let state = dirty(at) & 1;
+            while at < end && dirty(at) & 1 == state {
+                let left_in_word = WORD - (at - range.start().0) % WORD;
+                let same = if state == 1 { dirty(at).trailing_ones() } else { dirty(at).trailing_zeros() };
+                at += left_in_word.min(same.into());
+            }
+            let cleanness = if state == 1 { Cleanness::Dirty } else { Cleanness::Clean };
+            each((from..at.min(end)).into(), cleanness);
+        }
+    }
+}
+
+/// Whether pages differ from what lies beneath them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cleanness {
+    /// They were written.
+    Dirty,
+    /// They were not.
+    Clean,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PageCount;
+
+    fn map_of(frames: &[u64]) -> DirtyMap {
+        let ram = [GfnRange::new(Gfn(0), PageCount(200)), GfnRange::new(Gfn(1000), PageCount(100))];
+        let mut map = DirtyMap::clean(&ram);
+        for frame in frames {
+            let first = if *frame < 1000 { Gfn(0) } else { Gfn(1000) };
+            let mut words = vec![0; 4];
+            words[((frame - first.0) / 64) as usize] = 1 << ((frame - first.0) % 64);
+            map.mark_log(&SlotLog { first, words });
+        }
+        map
+    }
+
+    #[test]
+    fn ranges_cover_the_dirty_words_and_stay_within_ram() {
+        let map = map_of(&[3, 199, 1099]);
+        let expect = [0..64, 192..200, 1064..1100].map(GfnRange::from);
+        assert_eq!(map.ranges(), expect);
+        assert_eq!(map_of(&[3, 130]).ranges(), [GfnRange::from(0..192)]);
+    }
+
+    #[test]
+    fn split_is_exact_at_every_boundary() {
+        for (from, to) in [(0, 200), (3, 4), (60, 70), (63, 65), (128, 200)] {
+            let frames: Vec<u64> = (0..200).filter(|frame| frame % 7 == 3 || (62..67).contains(frame)).collect();
+            let map = map_of(&frames);
+            let mut seen = Vec::new();
+            map.split((from..to).into(), |range, cleanness| {
+                seen.extend(range.iter().map(|gfn| (gfn.0, cleanness == Cleanness::Dirty)));
+            });
+            let expect: Vec<_> = (from..to).map(|frame| (frame, frames.contains(&frame))).collect();
+            assert_eq!(seen, expect);
+        }
+    }
+}
