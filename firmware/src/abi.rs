@@ -38,17 +38,17 @@ pub const FIRST_FREE_PAGE: u64 = IMAGE_LIMIT / PAGE_SIZE;
 pub const HOLE_START: u64 = 3 << 30;
 /// RAM continues here.
 pub const HOLE_END: u64 = 4 << 30;
-/// Most RAM the image's page tables can show, in pages: 512 GiB less the hole.
-pub const MAX_PAGES: u64 = ((512 << 30) - (HOLE_END - HOLE_START)) / PAGE_SIZE;
+/// Most RAM a VM with the monitor can have, in pages: what the page tables inside the image show, 32 GiB.
+pub const MAX_PAGES: u64 = (32 << 30) / PAGE_SIZE;
 
-/// The top-level page table inside the image, for CR3. It maps the first 512 GiB to themselves, for user mode.
+/// The top-level page table inside the image, for CR3. It maps RAM to itself, for user mode.
 pub const PAGE_TABLE: u64 = IMAGE_BASE;
 /// The task state segment inside the image; its I/O bitmap allows [`DOORBELL`], [`WAIT`] and [`COM1`] to user mode.
-pub const TSS: u64 = IMAGE_BASE + 0x2000;
+pub const TSS: u64 = IMAGE_BASE + 0x2_2000;
 /// Segment limit of [`TSS`]: size in bytes less one.
 pub const TSS_LIMIT: u32 = 0x68 + (WAIT as u32 + 8) / 8;
 /// First instruction, in 64-bit user mode, with the stack pointer at [`ENTRY_STACK`].
-pub const ENTRY: u64 = IMAGE_BASE + 0x3000;
+pub const ENTRY: u64 = IMAGE_BASE + 0x2_3000;
 /// The stack pointer at [`ENTRY`]: as after a call.
 pub const ENTRY_STACK: u64 = STACK_TOP - 8;
 
@@ -114,6 +114,19 @@ pub enum ForkState {
     Failed = 3,
 }
 
+impl ForkState {
+    /// Decodes [`EventPage::fork_state`].
+    pub const fn from_u32(value: u32) -> Option<Self> {
+        match value {
+            0 => Some(Self::Pending),
+            1 => Some(Self::Parent),
+            2 => Some(Self::Child),
+            3 => Some(Self::Failed),
+            _ => None,
+        }
+    }
+}
+
 /// Longest VM name, in bytes.
 pub const NAME_MAX: usize = 64;
 /// Longest [`EventPage::fork_text`], in bytes.
@@ -137,7 +150,7 @@ pub struct EventPage {
     pub tsc_khz: AtomicU64,
     /// Bytes of `name` in use.
     pub name_len: AtomicU32,
-    /// The VM's name, UTF-8.
+    /// The VM's name, printable ASCII.
     pub name: [AtomicU8; NAME_MAX],
     /// A [`ForkState`].
     pub fork_state: AtomicU32,
@@ -145,7 +158,7 @@ pub struct EventPage {
     pub fork_index: AtomicU32,
     /// Bytes of `fork_text` in use.
     pub fork_text_len: AtomicU32,
-    /// Names of the children or an error, UTF-8.
+    /// Names of the children or an error, printable ASCII.
     pub fork_text: [AtomicU8; FORK_TEXT_MAX],
     /// How many children the monitor asks for.
     pub fork_count: AtomicU32,
@@ -222,5 +235,9 @@ pub mod at {
 /// The guest physical address of linear page `page`, which must be below [`MAX_PAGES`].
 pub const fn page_to_gpa(page: u64) -> u64 {
     let linear = page * PAGE_SIZE;
-    if linear < HOLE_START { linear } else { linear + (HOLE_END - HOLE_START) }
+    if linear < HOLE_START {
+        linear
+    } else {
+        linear + (HOLE_END - HOLE_START)
+    }
 }

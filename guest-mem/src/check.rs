@@ -1,6 +1,6 @@
 //! The invariants, numbered as in the design. Run after every step of every model test, and on live servers.
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Vm, VmId};
 use crate::object::{Kind, ObjectId, Slot};
 use crate::stage2::{TableId, View, entries};
@@ -148,7 +148,7 @@ impl Family {
         }
         for (store, account) in &self.objects.stores {
             let left = account.scratch.map_or(0, |scratch| scratch.left);
-            let told = [account.pages, account.resident, account.gaps, left];
+            let told = [account.holders.values().sum(), account.resident, account.gaps, left];
             let counted = counts.remove(store).unwrap_or_default();
             if told != counted {
                 broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
@@ -201,11 +201,17 @@ impl Family {
         }
     }
 
+    /// Whether a gap is to be copied from each of these pages of an object.
     fn awaited_above(&self, object: ObjectId, pages: GfnRange) -> bool {
         pages.iter().all(|page: Gfn| {
-            self.objects.iter().any(|(above, o)| {
-                matches!(o.slots.get(&page.0), Some(Slot::Gap(_)))
-                    && self.objects.chain(Some(above)).skip(1).any(|below| below == object)
+            self.objects.iter().any(|(_, above)| {
+                let is_gap = matches!(above.slots.get(&page.0), Some(Slot::Gap(_)));
+                let below = above.backing.filter(|_| is_gap);
+                below.is_some_and(|below| {
+                    let one = GfnRange::new(page, PageCount(1));
+                    let source = self.objects.resolve(Some(below.object), Gfn(below.origin), one)[0].found;
+                    source.is_some_and(|found| found.object == object)
+                })
             })
         })
     }

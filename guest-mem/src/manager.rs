@@ -7,6 +7,7 @@ use crate::ops::{CopyFrom, Job, Placed, Trap};
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::window::{Harvest, StoreId, Window};
+use rangemap::RangeSet;
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
@@ -37,6 +38,16 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// Pages of a store, of which a copy is to be made, could not be read. They wait on; try again.
+    #[error("cannot read store {store:?} for pages {pages:?}")]
+    Read {
+        /// The store.
+        store: StoreId,
+        /// The pages that are to get the copy.
+        pages: GfnRange,
+        /// Why.
+        source: io::Error,
+    },
     /// A file's pages could not be read. They wait on; try again.
     #[error("cannot read pages {pages:?} of a file")]
     File {
@@ -45,6 +56,13 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+}
+
+impl Error {
+    /// Somebody put a page where the books say that there is none: nothing that sees the store can be trusted.
+    pub fn is_planted(&self) -> bool {
+        matches!(self, Self::Fill { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
+    }
 }
 
 /// What was copied for a freeze, by the time all of it has settled.
@@ -65,7 +83,7 @@ pub struct Manager<S: StoreFactory, W> {
     factory: S,
     span: PageCount,
     stores: HashMap<StoreId, S::Store>,
-    files: HashMap<StoreId, Rc<dyn FileStore>>,
+    files: HashMap<StoreId, Rc<S::File>>,
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
     staging: Vec<u8>,
@@ -97,7 +115,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// The file store behind an id.
-    pub fn file(&self, id: StoreId) -> Option<&Rc<dyn FileStore>> {
+    pub fn file(&self, id: StoreId) -> Option<&Rc<S::File>> {
         self.files.get(&id)
     }
 
@@ -117,7 +135,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// A VM of `ram`, with files at their places. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
-    pub fn launch(&mut self, ram: &[GfnRange], files: &[(GfnRange, Rc<dyn FileStore>)], window: W) -> VmId {
+    pub fn launch(&mut self, ram: &[GfnRange], files: &[(GfnRange, Rc<S::File>)], window: W) -> VmId {
         let mappings: Vec<FileMapping> = files
             .iter()
             .map(|(pages, file)| {
@@ -217,6 +235,22 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.copied.remove(&store).unwrap_or_default()
     }
 
+    /// Holds the stores against the books: a page is in its store exactly if its slot says so (invariants 3 and 6).
+    pub fn check_stores(&self, broken: &mut Vec<String>) {
+        for (&id, store) in &self.stores {
+            match store.extents() {
+                Err(error) => broken.push(format!("3: {id:?} cannot tell what it has: {error}")),
+                Ok(extents) => {
+                    let there: RangeSet<u64> = extents.into_iter().map(GfnRange::raw).collect();
+                    let told = self.family.objects().resident(id);
+                    if there != told {
+                        broken.push(format!("3: {id:?} has pages {there:?}, the books say {told:?}"));
+                    }
+                }
+            }
+        }
+    }
+
     fn window_do(&mut self, vm: VmId, action: impl FnOnce(&mut W)) {
         if let Some(window) = self.windows.get_mut(&vm) {
             action(window);
@@ -227,7 +261,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     fn run_job(&mut self, job: &Job) -> Result<(), Error> {
         let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(SETTLE_BATCH.0)));
         let job = Job { pages, ..*job };
-        let placed = if self.read(&job) { self.place(&job)? } else { vec![(pages, Placed::Lost)] };
+        let (placed, done) = match self.read(&job)? {
+            true => self.place(&job),
+            false => (vec![(pages, Placed::Lost)], Ok(())),
+        };
         let mut effects = Effects::default();
         self.family.settled(&job, &placed, &mut effects);
         self.carry_out(effects);
@@ -236,48 +273,54 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         {
             store.rest();
         }
-        Ok(())
+        done
     }
 
     /// Reads a job's bytes into the staging buffer. Whether they are still to be had.
-    fn read(&mut self, job: &Job) -> bool {
-        let first = job.pages.start();
-        let buf = &mut self.staging[..job.pages.len_bytes()];
-        let done = match job.from {
-            CopyFrom::Lost => return false,
-            CopyFrom::Zero => {
-                buf.fill(0);
-                return true;
-            }
-            CopyFrom::Scratch(holder) => match self.windows.get(&holder) {
-                Some(window) => window.read_scratch(job.store, first, buf),
-                None => Err(io::ErrorKind::NotFound.into()),
-            },
-            CopyFrom::Store { store, origin } => {
-                let first = PageIndex(first.0 - origin.0);
-                match self.stores.get(&store) {
-                    Some(store) => store.read(first, buf),
-                    None => self.files[&store].read(first, buf),
+    fn read(&mut self, job: &Job) -> Result<bool, Error> {
+        let pages = job.pages;
+        let buf = &mut self.staging[..pages.len_bytes()];
+        match job.from {
+            CopyFrom::Lost => return Ok(false),
+            CopyFrom::Zero => buf.fill(0),
+            CopyFrom::Scratch(holder) => {
+                let gone = || Err(io::ErrorKind::NotFound.into());
+                let window = self.windows.get(&holder);
+                if let Err(error) = window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
+                    log::error!("pages {pages:?} for store {:?} are lost: {error}", job.store);
+                    return Ok(false);
                 }
             }
-        };
-        if let Err(error) = &done {
-            log::error!("pages {:?} for store {:?} are lost: {error}", job.pages, job.store);
+            CopyFrom::Store { store: from, origin } => {
+                let first = PageIndex(pages.start().0 - origin.0);
+                match self.stores.get(&from) {
+                    Some(store) => store.read(first, buf).map_err(|source| Error::Read { store: from, pages, source }),
+                    None => self.files[&from].read(first, buf).map_err(|source| Error::File { pages, source }),
+                }?;
+            }
         }
-        done.is_ok()
+        Ok(true)
     }
 
-    /// Puts the staged pages of a job into its store, but for long stretches of zeros.
-    fn place(&mut self, job: &Job) -> Result<Vec<(GfnRange, Placed)>, Error> {
+    /// Puts the staged pages of a job into its store, but for long stretches of zeros. What was placed, from the start,
+    /// and why not all of it.
+    fn place(&mut self, job: &Job) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
         let store = self.stores.get_mut(&job.store).expect("a pending page is bound for a store");
         let buf = &self.staging[..job.pages.len_bytes()];
-        let placed = split_zeros(job.pages, buf);
-        for &(pages, outcome) in &placed {
+        let mut placed = split_zeros(job.pages, buf);
+        for at in 0..placed.len() {
+            let (pages, outcome) = placed[at];
             if outcome == Placed::Stored {
-                let at = (pages.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
-                store
-                    .fill(PageIndex(pages.start().0), &buf[at..at + pages.len_bytes()])
-                    .map_err(|source| Error::Fill { store: job.store, pages, source })?;
+                let from = (pages.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
+                let first = PageIndex(pages.start().0);
+                if let Err(source) = store.fill(first, &buf[from..from + pages.len_bytes()]) {
+                    if source.kind() != io::ErrorKind::AlreadyExists {
+                        // What did get in would be in the way of the next try.
+                        store.punch(first, pages.count());
+                    }
+                    placed.truncate(at);
+                    return (placed, Err(Error::Fill { store: job.store, pages, source }));
+                }
                 let copied = self.copied.entry(job.store).or_default();
                 copied.pages += pages.count().0;
                 if !matches!(job.from, CopyFrom::Scratch(_)) {
@@ -285,7 +328,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }
             }
         }
-        Ok(placed)
+        (placed, Ok(()))
     }
 
     fn carry_out(&mut self, effects: Effects) {
@@ -298,6 +341,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }
                 Effect::DropStore(store) => {
                     self.stores.remove(&store);
+                    self.copied.remove(&store);
                     self.files.remove(&store);
                 }
                 Effect::DropScratch(holder, store) => {

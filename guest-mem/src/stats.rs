@@ -1,7 +1,7 @@
 //! Figures: who has what to itself, and what is shared.
 
 use crate::family::{Family, VmId};
-use crate::object::Slot;
+use crate::object::{Kind, Slot};
 use crate::stage2::{View, entries};
 use crate::window::{Source, StoreId};
 use rangemap::{RangeMap, RangeSet};
@@ -94,10 +94,11 @@ impl Family {
     /// Figures of the family.
     pub fn totals(&self) -> Totals {
         let accounts = &self.objects.stores;
+        let anonymous = accounts.values().filter(|account| account.kind == Kind::Anonymous);
         Totals {
             objects: self.objects.len() as u64,
             stores: accounts.len() as u64,
-            resident: accounts.values().map(|account| account.resident).sum(),
+            resident: anonymous.map(|account| account.resident).sum(),
             unsettled: accounts.values().map(|a| a.gaps + a.scratch.map_or(0, |scratch| scratch.left)).sum(),
             tables: self.stage2.tables() as u64,
             unshared_tables: self.vms.values().map(|vm| self.stage2.tables_below(vm.root) as u64).sum(),

@@ -3,6 +3,7 @@
 //! Windows map a store privately and find holes through traps. So a page must get into a store at once and whole: with
 //! a memfd there is exactly one way, `UFFDIO_COPY` into a registered alias of it ([`memfd`]).
 
+pub mod file;
 pub mod memfd;
 
 use crate::addr::{GfnRange, PageCount, PageIndex};
@@ -25,6 +26,12 @@ pub trait Store {
     /// Makes a hole again, in all windows too.
     fn punch(&mut self, first: PageIndex, count: PageCount);
 
+    /// The pages that are there, as frames of the family, in order.
+    ///
+    /// # Errors
+    /// The store cannot tell.
+    fn extents(&self) -> io::Result<Vec<GfnRange>>;
+
     /// No page is expected to be filled in for a while: lets go of what only filling needs.
     fn rest(&mut self) {}
 }
@@ -33,6 +40,8 @@ pub trait Store {
 pub trait StoreFactory {
     /// What it makes.
     type Store: Store;
+    /// Stores of files that go with them.
+    type File: FileStore;
 
     /// An empty store of `pages` pages.
     ///

@@ -1,1 +1,16 @@
-//! x
+//! Offshoot: launch a microVM and fork it while it runs.
+
+pub mod api;
+pub mod boot;
+pub mod client;
+pub mod clock;
+pub mod host;
+pub mod devices;
+pub mod layout;
+pub mod link;
+pub mod machine;
+pub mod name;
+pub mod procfs;
+pub mod server;
+pub mod units;
+pub mod wire;

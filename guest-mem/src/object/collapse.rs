@@ -17,41 +17,39 @@ impl Objects {
         self.tidy(id, effects);
     }
 
-    /// Removes `id` if nothing needs it, absorbs it if one shadow does, and goes on below.
+    /// Removes `id` if nothing needs it, has it absorbed if one shadow does, and goes on below.
     pub(crate) fn tidy(&mut self, id: ObjectId, effects: &mut Effects) {
-        if !self.contains(id) {
-            return;
-        }
-        let object = self.get(id);
-        if object.mappings > 0 {
-            return;
-        }
-        match object.shadows.len() {
-            0 => {
-                let all: Vec<GfnRange> = object.slots.iter().map(|(pages, _)| pages.clone().into()).collect();
-                for pages in all {
-                    self.vacate(id, pages, effects);
+        let mut next = Some(id);
+        while let Some(id) = next.filter(|&id| self.contains(id) && self.get(id).mappings == 0) {
+            let object = self.get(id);
+            let mut shadows = object.shadows.iter();
+            next = match (shadows.next(), shadows.next()) {
+                (None, _) => self.remove(id, effects),
+                (Some(&shadow), None) if object.kind == Kind::Anonymous && !self.has_gaps(shadow) => {
+                    self.absorb(id, shadow, effects)
                 }
-                let backing = self.get(id).backing;
-                self.objects.remove(id.0 as usize);
-                self.pending.remove(&id);
-                if let Some(Backing { object: below, .. }) = backing {
-                    self.get_mut(below).shadows.remove(&id);
-                    self.tidy(below, effects);
-                }
-            }
-            1 if object.kind == Kind::Anonymous => {
-                let shadow = *object.shadows.first().expect("it has one");
-                if !self.has_gaps(shadow) {
-                    self.absorb(id, shadow, effects);
-                }
-            }
-            _ => {}
+                _ => None,
+            };
         }
     }
 
-    /// Gives `shadow` what it does not hide of `id`, and its place in the chain.
-    fn absorb(&mut self, id: ObjectId, shadow: ObjectId, effects: &mut Effects) {
+    /// Removes an object that nothing needs. Returns what lies beneath.
+    fn remove(&mut self, id: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
+        let all: Vec<GfnRange> = self.get(id).slots.iter().map(|(pages, _)| pages.clone().into()).collect();
+        for pages in all {
+            self.vacate(id, pages, effects);
+        }
+        let below = self.get(id).backing.map(|backing| backing.object);
+        if let Some(below) = below {
+            self.get_mut(below).shadows.remove(&id);
+        }
+        self.objects.remove(id.0 as usize);
+        self.pending.remove(&id);
+        below
+    }
+
+    /// Gives `shadow` what it does not hide of `id`, and its place in the chain. Returns what lies beneath.
+    fn absorb(&mut self, id: ObjectId, shadow: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
         let origin = self.get(shadow).backing.expect("a shadow has a backing object").origin;
         assert_eq!(origin, 0, "anonymous objects of a family share one index space");
         let slots: Vec<(GfnRange, Slot)> = self.get(id).slots.iter().map(|(p, &s)| (p.clone().into(), s)).collect();
@@ -61,19 +59,15 @@ impl Objects {
                 // Charged before the old slot is discharged, so that no store ends in between.
                 self.put(shadow, part.raw(), slot);
                 self.get_mut(id).slots.remove(part.raw());
-                self.discharge(slot, part.count().0, effects);
+                self.discharge(id, slot, part.count().0, effects);
             }
-            self.vacate(id, pages, effects);
         }
         let backing = self.get(id).backing;
         self.get_mut(shadow).backing = backing;
         if let Some(Backing { object: below, .. }) = backing {
-            let below = &mut self.get_mut(below).shadows;
-            below.remove(&id);
-            below.insert(shadow);
+            self.get_mut(below).shadows.insert(shadow);
         }
-        self.objects.remove(id.0 as usize);
-        self.pending.remove(&id);
+        self.remove(id, effects)
     }
 
     /// Unlinks `id` from backing objects of which it hides everything.
@@ -81,8 +75,11 @@ impl Objects {
         while self.contains(id) && !self.has_gaps(id) {
             let Some(Backing { object: below, origin }) = self.get(id).backing else { return };
             let top = &self.get(id).slots;
-            let hidden =
-                self.get(below).slots.iter().all(|(p, _)| top.gaps(&(p.start + origin..p.end + origin)).next().is_none());
+            let hidden = self
+                .get(below)
+                .slots
+                .iter()
+                .all(|(p, _)| top.gaps(&(p.start + origin..p.end + origin)).next().is_none());
             if !hidden {
                 return;
             }
@@ -96,7 +93,15 @@ impl Objects {
         }
     }
 
-    /// `id` lost pages, or pages of it became hidden: makes of it and its shadows what can be made.
+    /// Takes out of the chain below `id` what `id` hides, or is alone to need.
+    pub(crate) fn shorten(&mut self, id: ObjectId, effects: &mut Effects) {
+        self.bypass(id, effects);
+        if let Some(below) = self.get(id).backing {
+            self.tidy(below.object, effects);
+        }
+    }
+
+    /// `id` lost pages: makes of it and of its shadows what can be made.
     pub(crate) fn collapse(&mut self, id: ObjectId, effects: &mut Effects) {
         if !self.contains(id) {
             return;
@@ -104,7 +109,10 @@ impl Objects {
         for shadow in self.get(id).shadows.clone() {
             self.bypass(shadow, effects);
         }
-        self.tidy(id, effects);
+        if self.contains(id) {
+            self.shorten(id, effects);
+            self.tidy(id, effects);
+        }
     }
 
     pub(crate) fn contains(&self, id: ObjectId) -> bool {
@@ -113,6 +121,6 @@ impl Objects {
 
     /// Whether pages of `id` are still to be copied from below.
     pub(crate) fn has_gaps(&self, id: ObjectId) -> bool {
-        self.pending.contains(&id) && self.get(id).slots.iter().any(|(_, slot)| matches!(slot, Slot::Gap(_)))
+        self.get(id).gaps > 0
     }
 }

@@ -14,11 +14,11 @@ pub(crate) use resolve::shift_down;
 pub use resolve::{Found, Segment};
 pub use slot::Slot;
 
-use crate::addr::{GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::VmId;
 use crate::window::StoreId;
-use rangemap::RangeMap;
+use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Names an object of its family.
@@ -53,6 +53,8 @@ pub struct Object {
     /// Map entries that show this object.
     pub(crate) mappings: u32,
     pub(crate) slots: RangeMap<u64, Slot>,
+    /// Slots that are gaps.
+    pub(crate) gaps: u64,
     /// No pending slot stands before this index.
     settle_from: u64,
 }
@@ -61,14 +63,16 @@ pub struct Object {
 #[derive(Debug)]
 pub(crate) struct StoreAccount {
     pub(crate) kind: Kind,
-    /// Slots that name it.
-    pub(crate) pages: u64,
+    /// Slots that name it, by the objects they are of: as many objects as the freeze found map entries, at most.
+    pub(crate) holders: BTreeMap<ObjectId, u64>,
     /// Slots of them that are resident.
     pub(crate) resident: u64,
     /// Slots of them that have still to be copied from below.
     pub(crate) gaps: u64,
     /// Slots of them whose page is still in a scratch range, and whose.
     pub(crate) scratch: Option<Scratch>,
+    /// Whether pages that were bound for it have turned out zero.
+    pub(crate) zeros: bool,
 }
 
 /// Pages that have not settled.
@@ -86,6 +90,16 @@ pub struct Objects {
     next_store: u32,
     /// Objects with pending slots.
     pub(crate) pending: BTreeSet<ObjectId>,
+    /// Scratch ranges that are in use, by the VMs that hold them.
+    scratches: BTreeMap<VmId, u32>,
+    /// Pages that gaps were to be copied from and are not any more: perhaps nobody needs them.
+    unneeded: Vec<(StoreId, GfnRange)>,
+}
+
+impl StoreAccount {
+    fn new(kind: Kind, scratch: Option<Scratch>) -> Self {
+        Self { kind, holders: BTreeMap::new(), resident: 0, gaps: 0, scratch, zeros: false }
+    }
 }
 
 impl Objects {
@@ -98,7 +112,7 @@ impl Objects {
 
     /// A file of `pages` pages, in the store `store`.
     pub(crate) fn add_file(&mut self, store: StoreId, pages: PageCount) -> ObjectId {
-        self.stores.insert(store, StoreAccount { kind: Kind::File, pages: 0, resident: 0, gaps: 0, scratch: None });
+        self.stores.insert(store, StoreAccount::new(Kind::File, None));
         let id = self.insert(Kind::File, None);
         if pages.0 > 0 {
             self.put(id, 0..pages.0, Slot::Resident(store));
@@ -106,10 +120,11 @@ impl Objects {
         id
     }
 
-    /// Opens the account of a freeze's store; `moved` pages of it wait with `holder`.
+    /// Opens the account of a freeze's store, whose pages wait with `holder`.
     pub(crate) fn open_store(&mut self, store: StoreId, holder: VmId) {
         let scratch = Some(Scratch { holder, left: 0 });
-        self.stores.insert(store, StoreAccount { kind: Kind::Anonymous, pages: 0, resident: 0, gaps: 0, scratch });
+        self.stores.insert(store, StoreAccount::new(Kind::Anonymous, scratch));
+        *self.scratches.entry(holder).or_default() += 1;
     }
 
     /// An empty anonymous object over `backing`.
@@ -123,7 +138,7 @@ impl Objects {
 
     fn insert(&mut self, kind: Kind, backing: Option<Backing>) -> ObjectId {
         let slots = RangeMap::new();
-        let object = Object { kind, backing, shadows: BTreeSet::new(), mappings: 0, slots, settle_from: 0 };
+        let object = Object { kind, backing, shadows: BTreeSet::new(), mappings: 0, slots, gaps: 0, settle_from: 0 };
         ObjectId(self.objects.insert(object) as u32)
     }
 
@@ -166,19 +181,22 @@ impl Objects {
         }
         let count = pages.end - pages.start;
         self.get_mut(id).slots.insert(pages, slot);
-        self.charge(slot, count);
+        self.charge(id, slot, count);
     }
 
     /// Moves pages from one state to the next. Their storage goes with them where it stays the same store.
     pub(crate) fn advance(&mut self, id: ObjectId, pages: GfnRange, to: Slot, effects: &mut Effects) {
-        let old: Vec<(u64, Slot)> = self.slots_in(id, pages).map(|(part, slot)| (part.count().0, slot)).collect();
-        let held: u64 = old.iter().map(|(count, _)| count).sum();
+        let old: Vec<(GfnRange, Slot)> = self.slots_in(id, pages).collect();
+        let held: u64 = old.iter().map(|(part, _)| part.count().0).sum();
         assert_eq!(held, pages.count().0, "only pages that have a slot move on");
-        self.charge(to, held);
+        self.charge(id, to, held);
         self.get_mut(id).slots.insert(pages.raw(), to);
-        for (count, slot) in old {
+        for (part, slot) in old {
             assert!(slot.is_pending(), "{slot:?} is a page's last state");
-            self.discharge(slot, count, effects);
+            if let (Slot::Zero, Some(store)) = (to, slot.store()) {
+                self.stores.get_mut(&store).expect("a slot names a store with an account").zeros = true;
+            }
+            self.leave(id, part, slot, effects);
         }
     }
 
@@ -192,8 +210,42 @@ impl Objects {
             {
                 effects.push(Effect::Punch(store, part));
             }
-            self.discharge(slot, part.count().0, effects);
+            self.leave(id, part, slot, effects);
         }
+    }
+
+    /// Pages were taken out of `slot`.
+    fn leave(&mut self, id: ObjectId, pages: GfnRange, slot: Slot, effects: &mut Effects) {
+        if let Slot::Gap(_) = slot {
+            let sources = self.gap_sources(id, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
+            let sources: Vec<_> = sources.collect();
+            self.unneeded.extend(sources);
+        }
+        self.discharge(id, slot, pages.count().0, effects);
+    }
+
+    /// What gaps of `id` are to be copied from, and which pages of that.
+    fn gap_sources(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
+        let (below, origin) = self.get(id).backing.map_or((None, 0), |below| (Some(below.object), below.origin));
+        let segments = self.resolve(below, Gfn(origin), pages).into_iter();
+        segments.filter_map(|segment| segment.found.map(|found| (found, found.indexes(segment.pages))))
+    }
+
+    /// The part of an object's pages that a gap above is to be copied from.
+    pub(crate) fn waited_for(&self, object: ObjectId, pages: GfnRange) -> RangeSet<u64> {
+        let mut waited = RangeSet::new();
+        for &above in self.pending.iter().filter(|&&above| self.has_gaps(above)) {
+            let gaps = self.slots_in(above, pages).filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
+            for (_, source) in gaps.flat_map(|(gap, _)| self.gap_sources(above, gap)).filter(|(f, _)| f.object == object) {
+                waited.insert(source.raw());
+            }
+        }
+        waited
+    }
+
+    /// Pages that no gap is to be copied from any more, since it was last asked.
+    pub(crate) fn take_unneeded(&mut self) -> Vec<(StoreId, GfnRange)> {
+        std::mem::take(&mut self.unneeded)
     }
 
     /// The slots of `pages`, cut to them.
@@ -223,41 +275,54 @@ impl Objects {
         }
     }
 
-    fn charge(&mut self, slot: Slot, count: u64) {
+    fn charge(&mut self, id: ObjectId, slot: Slot, count: u64) {
         let Some(store) = slot.store() else { return };
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
-        account.pages += count;
+        *account.holders.entry(id).or_default() += count;
         match slot {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
             Slot::Resident(_) => account.resident += count,
-            Slot::Gap(_) => account.gaps += count,
+            Slot::Gap(_) => {
+                account.gaps += count;
+                self.get_mut(id).gaps += count;
+            }
             _ => {}
         }
     }
 
-    fn discharge(&mut self, slot: Slot, count: u64, effects: &mut Effects) {
+    fn discharge(&mut self, id: ObjectId, slot: Slot, count: u64, effects: &mut Effects) {
         let Some(store) = slot.store() else { return };
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
-        account.pages -= count;
+        let held = account.holders.get_mut(&id).expect("an account knows whose pages it has");
+        *held -= count;
+        if *held == 0 {
+            account.holders.remove(&id);
+        }
         match slot {
-            Slot::Unsettled(_) => {
-                account.scratch.as_mut().expect("a freeze has a scratch range").left -= count;
-            }
+            Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left -= count,
             Slot::Resident(_) => account.resident -= count,
-            Slot::Gap(_) => account.gaps -= count,
+            Slot::Gap(_) => {
+                account.gaps -= count;
+                self.get_mut(id).gaps -= count;
+            }
             _ => {}
         }
         self.settle_accounts(store, effects);
     }
 
     /// Closes the scratch range and the account of a store that need not be open any more.
-    pub(crate) fn settle_accounts(&mut self, store: StoreId, effects: &mut Effects) {
+    fn settle_accounts(&mut self, store: StoreId, effects: &mut Effects) {
         let account = self.stores.get_mut(&store).expect("a store has an account");
         if let Some(Scratch { holder, left: 0 }) = account.scratch {
             account.scratch = None;
             effects.push(Effect::DropScratch(holder, store));
+            let open = self.scratches.get_mut(&holder).expect("a holder's scratch ranges are counted");
+            *open -= 1;
+            if *open == 0 {
+                self.scratches.remove(&holder);
+            }
         }
-        if account.pages == 0 {
+        if account.holders.is_empty() {
             self.stores.remove(&store);
             effects.push(Effect::DropStore(store));
         }
@@ -268,8 +333,19 @@ impl Objects {
         self.stores.get(&store).is_none_or(|account| account.gaps == 0 && account.scratch.is_none())
     }
 
+    /// The pages that are in a store.
+    pub(crate) fn resident(&self, store: StoreId) -> RangeSet<u64> {
+        let slots = self.iter().flat_map(|(_, object)| object.slots.iter());
+        slots.filter(|(_, slot)| **slot == Slot::Resident(store)).map(|(pages, _)| pages.clone()).collect()
+    }
+
     /// Whether pages of a window of `holder` are waited for.
     pub(crate) fn waits_for(&self, holder: VmId) -> bool {
-        self.stores.values().any(|account| account.scratch.is_some_and(|scratch| scratch.holder == holder))
+        self.scratches.contains_key(&holder)
+    }
+
+    /// Whether pages that windows take from `store` may be known to be zero.
+    pub(crate) fn has_zeros(&self, store: StoreId) -> bool {
+        self.stores.get(&store).is_none_or(|account| account.zeros)
     }
 }

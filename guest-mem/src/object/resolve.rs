@@ -59,7 +59,8 @@ impl Objects {
                 Some(backing) => (Some(backing.object), Gfn(origin.0 + backing.origin)),
                 None => (None, origin),
             };
-            let mut hits = if own.is_empty() { None } else { Some(self.slots_in(id, shift_down(own, origin)).peekable()) };
+            let mut hits =
+                if own.is_empty() { None } else { Some(self.slots_in(id, shift_down(own, origin)).peekable()) };
             if !hits.as_mut().is_some_and(|hits| hits.peek().is_some()) {
                 (top, origin) = (next, next_origin);
                 continue;

@@ -12,12 +12,13 @@ impl Family {
         }
         let mut dropped = Vec::new();
         self.stage2.release(gone.root, &mut dropped);
-        self.free_unseen(&gone.map, dropped, effects);
+        // What nobody else maps goes whole; then, page by page, what others hide.
         for (_, entry) in gone.map.iter() {
             if let Some(object) = entry.object {
                 self.objects.unmap(object, effects);
             }
         }
+        self.free_unseen(dropped, effects);
         if !self.objects.waits_for(vm) {
             effects.push(Effect::DropWindow(vm));
         }

@@ -61,14 +61,12 @@ impl Family {
             Cursor::new(&mut self.stage2, &mut books.root).set(Run { pages, source }, &mut replaced);
             books.runs.insert(pages.raw(), source);
         }
-        let map = books.map.clone();
-        self.free_unseen(&map, replaced, effects);
-        for (_, entry) in map.iter() {
+        for (_, entry) in books.map.iter() {
             if let Some(top) = entry.object {
-                self.objects.bypass(top, effects);
+                self.objects.shorten(top, effects);
             }
         }
-        self.objects.settle_accounts(store, effects);
+        self.free_unseen(replaced, effects);
     }
 
     /// A new object over `below`, shown by the entry at `pages` from now on.
@@ -110,5 +108,8 @@ impl Family {
 /// The parts of sorted ranges that lie within `bounds`.
 fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Item = GfnRange> {
     let first = ranges.partition_point(move |range| range.end() <= bounds.start());
-    ranges[first..].iter().take_while(move |range| range.start() < bounds.end()).map(move |range| range.intersect(bounds))
+    ranges[first..]
+        .iter()
+        .take_while(move |range| range.start() < bounds.end())
+        .map(move |range| range.intersect(bounds))
 }

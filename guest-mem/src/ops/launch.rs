@@ -33,9 +33,9 @@ impl Family {
         let mut runs = Vec::new();
         for (pages, entry) in map.iter() {
             for segment in self.objects.resolve(entry.object, entry.origin, pages) {
-                let source = segment.found.and_then(|found| {
-                    found.slot.store().map(|store| Source::Store { store, origin: found.origin })
-                });
+                let source = segment
+                    .found
+                    .and_then(|found| found.slot.store().map(|store| Source::Store { store, origin: found.origin }));
                 let run = Run { pages: segment.pages, source: source.unwrap_or(Source::Anonymous) };
                 crate::stage2::push_run(&mut runs, run);
             }

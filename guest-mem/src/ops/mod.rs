@@ -13,82 +13,57 @@ pub use trap::Trap;
 use crate::addr::GfnRange;
 use crate::effect::Effects;
 use crate::family::Family;
-use crate::map::AddressMap;
-use crate::object::{ObjectId, Slot};
-use crate::window::{Run, Source};
+use crate::object::{Kind, ObjectId};
+use crate::stage2::merge_runs;
+use crate::window::{Run, Source, StoreId};
 use std::collections::BTreeSet;
 
 impl Family {
-    /// Frees the pages of `runs` that nobody sees any more. They were seen through `map`, or are by it no longer.
-    ///
-    /// Who sees a page is one look per distinct table. A page that a gap above is still to be copied from stays.
-    fn free_unseen(&mut self, map: &AddressMap, runs: Vec<Run>, effects: &mut Effects) {
-        let mut lighter: BTreeSet<ObjectId> = BTreeSet::new();
-        for run in crate::stage2::merge_runs(runs) {
-            let Source::Store { store, .. } = run.source else { continue };
-            let seen = self.stage2.rmap().seen(&self.stage2, run.pages, store);
-            let unseen: Vec<GfnRange> = seen.gaps(&run.pages.raw()).map(GfnRange::from).collect();
-            for pages in unseen {
-                self.free_store_pages(map, pages, run.source, &mut lighter, effects);
+    /// Frees stored pages that nobody sees any more: those of `replaced`, which a VM saw until now, and those that only
+    /// a gap kept. The last thing an operation does, once the tables say who sees what.
+    fn free_unseen(&mut self, replaced: Vec<Run>, effects: &mut Effects) {
+        let mut suspects = self.objects.take_unneeded();
+        suspects.extend(merge_runs(replaced).into_iter().filter_map(|run| match run.source {
+            Source::Store { store, .. } => Some((store, run.pages)),
+            Source::Anonymous => None,
+        }));
+        while !suspects.is_empty() {
+            let mut lighter = BTreeSet::new();
+            for (store, pages) in suspects {
+                self.free_pages(store, pages, &mut lighter, effects);
             }
-        }
-        for object in lighter {
-            self.objects.collapse(object, effects);
+            for object in lighter {
+                self.objects.collapse(object, effects);
+            }
+            suspects = self.objects.take_unneeded();
         }
     }
 
-    fn free_store_pages(
+    /// Frees pages of a store, unless somebody sees them or a gap is still to be copied from them. Who sees a page is
+    /// one look per distinct table; `lighter` gets the objects that lost pages.
+    fn free_pages(
         &mut self,
-        map: &AddressMap,
+        store: StoreId,
         pages: GfnRange,
-        source: Source,
         lighter: &mut BTreeSet<ObjectId>,
         effects: &mut Effects,
     ) {
-        let Source::Store { store, origin: store_origin } = source else { return };
-        let entries: Vec<_> = map.iter().filter(|(range, _)| !range.intersect(pages).is_empty()).collect();
-        for (range, entry) in entries {
-            let mut origin = entry.origin;
-            let mut next = entry.object;
-            while let Some(id) = next {
-                let backing = self.objects.get(id).backing;
-                if origin == store_origin {
-                    let part = crate::object::shift_down(range.intersect(pages), origin);
-                    let held: Vec<GfnRange> = self
-                        .objects
-                        .slots_in(id, part)
-                        .filter(|&(_, slot)| slot.store() == Some(store))
-                        .map(|(part, _)| part)
-                        .collect();
-                    for part in held {
-                        for free in self.not_needed_above(id, part) {
-                            if self.objects.get(id).kind == crate::object::Kind::Anonymous {
-                                self.objects.vacate(id, free, effects);
-                                lighter.insert(id);
-                            }
-                        }
+        let holders: Vec<ObjectId> = match self.objects.stores.get(&store) {
+            Some(account) if account.kind == Kind::Anonymous => account.holders.keys().copied().collect(),
+            _ => return,
+        };
+        let seen = self.stage2.rmap().seen(&self.stage2, pages, store);
+        for unseen in seen.gaps(&pages.raw()) {
+            for &object in &holders {
+                let held = self.objects.slots_in(object, unseen.clone().into());
+                let held: Vec<GfnRange> = held.filter(|(_, s)| s.store() == Some(store)).map(|(part, _)| part).collect();
+                for part in held {
+                    for free in self.objects.waited_for(object, part).gaps(&part.raw()) {
+                        self.objects.vacate(object, free.into(), effects);
+                        lighter.insert(object);
                     }
                 }
-                next = backing.map(|b| {
-                    origin.0 += b.origin;
-                    b.object
-                });
             }
         }
-    }
-
-    /// The part of an object's pages that no gap above is to be copied from.
-    fn not_needed_above(&self, object: ObjectId, pages: GfnRange) -> Vec<GfnRange> {
-        let mut free = rangemap::RangeSet::new();
-        free.insert(pages.raw());
-        for &above in &self.objects.pending {
-            let gaps = self.objects.slots_in(above, pages).filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
-            for (gap, _) in gaps {
-                if self.objects.chain(Some(above)).skip(1).any(|below| below == object) {
-                    free.remove(gap.raw());
-                }
-            }
-        }
-        free.iter().map(|part| part.clone().into()).collect()
     }
 }

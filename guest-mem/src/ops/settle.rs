@@ -4,7 +4,7 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
 use crate::object::{Backing, Found, ObjectId, Slot};
-use crate::window::{Source, StoreId};
+use crate::window::StoreId;
 
 /// Where the bytes of a job are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +84,6 @@ impl Family {
 
     /// The pages of a job have been placed.
     pub fn settled(&mut self, job: &Job, placed: &[(GfnRange, Placed)], effects: &mut Effects) {
-        let below = self.objects.get(job.object).backing;
-        let was_gap = !matches!(job.from, CopyFrom::Scratch(_));
         for &(pages, outcome) in placed {
             let to = match outcome {
                 Placed::Stored => Slot::Resident(job.store),
@@ -97,8 +95,10 @@ impl Family {
                 self.tell_windows(pages, job.store, outcome, effects);
             }
         }
-        if was_gap {
-            self.gap_filled(job, below, effects);
+        if !matches!(job.from, CopyFrom::Scratch(_)) {
+            // Pages below, and the chain to them, may have been kept for these gaps alone.
+            self.objects.shorten(job.object, effects);
+            self.free_unseen(Vec::new(), effects);
         }
     }
 
@@ -111,35 +111,6 @@ impl Family {
                     Placed::Lost => Effect::Fail(id, part),
                     _ => Effect::Zero(id, part),
                 });
-            }
-        }
-    }
-
-    /// A page under a gap may have been kept for the copy alone, and a chain for its gaps.
-    fn gap_filled(&mut self, job: &Job, below: Option<Backing>, effects: &mut Effects) {
-        let Some(below) = below else { return };
-        for segment in self.objects.resolve(Some(below.object), Gfn(below.origin), job.pages) {
-            let Some(found) = segment.found else { continue };
-            if let Some(store) = found.slot.store() {
-                let run = crate::window::Run {
-                    pages: segment.pages,
-                    source: Source::Store { store, origin: found.origin },
-                };
-                let mut map = crate::map::AddressMap::default();
-                let entry = crate::map::MapEntry {
-                    object: Some(found.object),
-                    origin: found.origin,
-                    needs_copy: true,
-                };
-                map.set(segment.pages, entry);
-                self.free_unseen(&map, vec![run], effects);
-            }
-        }
-        if self.objects.contains(job.object) && !self.objects.has_gaps(job.object) {
-            self.objects.bypass(job.object, effects);
-            if let Some(below) = self.objects.contains(job.object).then(|| self.objects.get(job.object).backing).flatten()
-            {
-                self.objects.tidy(below.object, effects);
             }
         }
     }

@@ -1,10 +1,13 @@
 //! Stores that are memfds: what windows of other processes map.
 
+use super::file::MemfdFile;
 use super::{Store, StoreFactory};
-use crate::addr::{PageCount, PageIndex};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::sys::{Alias, FillError, Memfd, Userfaultfd};
+use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use nix::sys::uio::{pread, pwrite};
+use nix::unistd::{Whence, lseek};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -36,6 +39,7 @@ impl MemfdStores {
 
 impl StoreFactory for MemfdStores {
     type Store = MemfdStore;
+    type File = MemfdFile;
 
     fn create(&mut self, pages: PageCount) -> io::Result<MemfdStore> {
         let file = Memfd::new("offshoot-store", pages)?;
@@ -88,6 +92,19 @@ impl Store for MemfdStore {
     fn punch(&mut self, first: PageIndex, count: PageCount) {
         if let Err(error) = self.file.punch(first, count) {
             log::error!("pages {first:?}+{} of a store stay allocated: {error}", count.0);
+        }
+    }
+
+    fn extents(&self) -> io::Result<Vec<GfnRange>> {
+        let mut extents = Vec::new();
+        let mut at = 0;
+        loop {
+            let start = match lseek(&self.file, at, Whence::SeekData) {
+                Err(Errno::ENXIO) => return Ok(extents),
+                found => found?,
+            };
+            at = lseek(&self.file, start, Whence::SeekHole)?;
+            extents.push(GfnRange::between(Gfn::of_gpa(start as u64), Gfn::of_gpa(at as u64)));
         }
     }
 

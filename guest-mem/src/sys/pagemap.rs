@@ -43,6 +43,14 @@ impl Pagemap {
         Ok(Self { file: File::open("/proc/self/pagemap")?, method })
     }
 
+    /// Opens another process's, which this one may look at.
+    ///
+    /// # Errors
+    /// It is gone, or not ours to look at.
+    pub fn open_process(pid: i32, method: ScanMethod) -> io::Result<Self> {
+        Ok(Self { file: File::open(format!("/proc/{pid}/pagemap"))?, method })
+    }
+
     /// Tells `found` the private pages within `bytes`, as ascending ranges of bytes: pages that are present or in swap,
     /// and neither a file's nor the zero page. A page that the kernel is migrating counts as one in swap.
     ///

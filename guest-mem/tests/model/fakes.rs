@@ -1,0 +1,408 @@
+//! Stores, a file and windows without a kernel, which keep to the letter of what the kernel does with private mappings.
+//!
+//! A page's content is a [`Stamp`]; it is spelled out in bytes only where the manager looks at it.
+
+use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use guest_mem::store::{FileStore, Store, StoreFactory};
+use guest_mem::{Harvest, Run, Source, StoreId, Window};
+use rangemap::{RangeMap, RangeSet};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::rc::Rc;
+
+/// What a page holds: who wrote it and when, or 0 for zeros.
+pub type Stamp = u64;
+
+fn encode(stamp: Stamp, page: &mut [u8]) {
+    page.fill(0);
+    page[..8].copy_from_slice(&stamp.to_le_bytes());
+    page[PAGE_SIZE - 8..].copy_from_slice(&stamp.to_le_bytes());
+}
+
+fn decode(page: &[u8]) -> Stamp {
+    assert_eq!(page[..8], page[PAGE_SIZE - 8..], "a page is copied as a whole");
+    Stamp::from_le_bytes(page[..8].try_into().expect("eight bytes"))
+}
+
+/// Calls that can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    Create,
+    Fill,
+    ReadScratch,
+    ReadFile,
+}
+
+/// What all fakes of a world share: how much they hold, and which call is to fail.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    pages: Cell<u64>,
+    stores: Cell<u64>,
+    fail: Cell<Option<(Call, u64)>>,
+}
+
+impl Ledger {
+    /// Pages in all stores.
+    pub fn pages(&self) -> u64 {
+        self.pages.get()
+    }
+
+    /// Stores that have not been dropped.
+    pub fn stores(&self) -> u64 {
+        self.stores.get()
+    }
+
+    /// Makes the `nth` call (from 0) of this kind, from now on, fail; once.
+    pub fn fail(&self, call: Call, nth: u64) {
+        self.fail.set(Some((call, nth)));
+    }
+
+    /// Whether a call that is to fail has not been made yet. It will not fail any more.
+    pub fn take_unfailed(&self) -> bool {
+        self.fail.take().is_some()
+    }
+
+    fn check(&self, call: Call) -> io::Result<()> {
+        match self.fail.get() {
+            Some((failing, 0)) if failing == call => {
+                self.fail.set(None);
+                Err(io::Error::other("as the test ordered"))
+            }
+            Some((failing, nth)) if failing == call => {
+                self.fail.set(Some((failing, nth - 1)));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The pages of a store; whoever maps it holds on to them, as with a memfd.
+type Pages = Rc<RefCell<BTreeMap<u64, Stamp>>>;
+
+/// Makes [`VecStore`]s.
+pub struct VecStores(pub Rc<Ledger>);
+
+/// A store in memory. Panics where the manager frees what is not there, or drops what is.
+pub struct VecStore {
+    pages: Pages,
+    size: PageCount,
+    /// Where a fill failed half way.
+    torn: Option<GfnRange>,
+    ledger: Rc<Ledger>,
+}
+
+impl StoreFactory for VecStores {
+    type Store = VecStore;
+    type File = FakeFile;
+
+    fn create(&mut self, pages: PageCount) -> io::Result<VecStore> {
+        self.0.check(Call::Create)?;
+        self.0.stores.set(self.0.stores.get() + 1);
+        Ok(VecStore { pages: Pages::default(), size: pages, torn: None, ledger: Rc::clone(&self.0) })
+    }
+}
+
+impl Store for VecStore {
+    /// A failing call leaves half of the pages behind, as the kernel does.
+    fn fill(&mut self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        let count = bytes.len() / PAGE_SIZE;
+        let done = self.ledger.check(Call::Fill);
+        let filled = if done.is_ok() { count } else { count / 2 };
+        for (index, page) in (first.0..).zip(bytes.chunks_exact(PAGE_SIZE)).take(filled) {
+            assert!(index < self.size.0, "page {index} lies outside of the store");
+            let before = self.pages.borrow_mut().insert(index, decode(page));
+            assert_eq!(before, None, "page {index} is filled where there is a hole");
+        }
+        self.ledger.pages.set(self.ledger.pages.get() + filled as u64);
+        if done.is_err() {
+            self.torn = Some(GfnRange::new(Gfn(first.0), PageCount(count as u64)));
+        }
+        done
+    }
+
+    fn read(&self, first: PageIndex, buf: &mut [u8]) -> io::Result<()> {
+        for (index, page) in (first.0..).zip(buf.chunks_exact_mut(PAGE_SIZE)) {
+            let stamp = *self.pages.borrow().get(&index).expect("the manager reads pages that are there");
+            encode(stamp, page);
+        }
+        Ok(())
+    }
+
+    fn punch(&mut self, first: PageIndex, count: PageCount) {
+        let range = GfnRange::new(Gfn(first.0), count);
+        let torn = self.torn.take() == Some(range);
+        for index in range.raw() {
+            let was = self.pages.borrow_mut().remove(&index).is_some();
+            assert!(was || torn, "page {index} is freed once, and only if it is there");
+            self.ledger.pages.set(self.ledger.pages.get() - u64::from(was));
+        }
+    }
+
+    fn extents(&self) -> io::Result<Vec<GfnRange>> {
+        let pages: RangeSet<u64> = self.pages.borrow().keys().map(|&page| page..page + 1).collect();
+        Ok(pages.into_iter().map(GfnRange::from).collect())
+    }
+}
+
+impl Drop for VecStore {
+    fn drop(&mut self) {
+        self.ledger.stores.set(self.ledger.stores.get() - 1);
+        let left = self.pages.borrow().len();
+        assert!(left == 0 || std::thread::panicking(), "a store is dropped with {left} pages");
+    }
+}
+
+/// A file of which every fourth page is zero, and its store, filled on first touch.
+pub struct FakeFile {
+    pages: PageCount,
+    filled: RefCell<BTreeSet<u64>>,
+    ledger: Rc<Ledger>,
+}
+
+impl FakeFile {
+    pub fn new(pages: PageCount, ledger: &Rc<Ledger>) -> Self {
+        Self { pages, filled: RefCell::default(), ledger: Rc::clone(ledger) }
+    }
+
+    /// What the file has.
+    pub fn content(index: u64) -> Stamp {
+        if index % 4 == 3 { 0 } else { 0xf11e << 48 | index }
+    }
+}
+
+impl FileStore for FakeFile {
+    fn ensure(&self, pages: GfnRange) -> io::Result<()> {
+        assert!(pages.end().0 <= self.pages.0, "{pages:?} lies outside of the file");
+        self.ledger.check(Call::ReadFile)?;
+        self.filled.borrow_mut().extend(pages.iter().map(|page| page.0));
+        Ok(())
+    }
+
+    fn read(&self, first: PageIndex, buf: &mut [u8]) -> io::Result<()> {
+        self.ledger.check(Call::ReadFile)?;
+        for (index, page) in (first.0..).zip(buf.chunks_exact_mut(PAGE_SIZE)) {
+            assert!(index < self.pages.0, "page {index} lies outside of the file");
+            encode(Self::content(index), page);
+        }
+        Ok(())
+    }
+}
+
+/// What a window maps: it outlives the manager's own hold on it, as a mapping outlives a descriptor.
+#[derive(Clone)]
+pub enum Mapped {
+    Store(Pages),
+    File(Rc<FakeFile>),
+}
+
+impl Mapped {
+    pub fn store(store: &VecStore) -> Self {
+        Self::Store(Rc::clone(&store.pages))
+    }
+
+    fn get(&self, index: u64) -> Option<Stamp> {
+        match self {
+            Self::Store(pages) => pages.borrow().get(&index).copied(),
+            Self::File(file) => file.filled.borrow().contains(&index).then(|| FakeFile::content(index)),
+        }
+    }
+}
+
+/// A page of the process that holds the window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Private {
+    /// Written by the guest.
+    Dirty(Stamp),
+    /// A copy made without a write: KVM asks for writable pages on reads.
+    Clean(Stamp),
+    /// The kernel's zero page, supplied by the manager.
+    Zero,
+}
+
+/// How far a freeze moves clean pages along.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gaps {
+    /// Not at all.
+    None,
+    /// Some, by these random bits.
+    Some(u64),
+    /// Everything between any two pages.
+    All,
+}
+
+/// A touch of a page that nothing supplies: the guest waits.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Trapped;
+
+/// A VM's window.
+#[derive(Default)]
+pub struct FakeWindow {
+    ram: Vec<GfnRange>,
+    runs: RangeMap<u64, Source>,
+    mapped: BTreeMap<StoreId, Mapped>,
+    present: BTreeMap<u64, Private>,
+    scratch: BTreeMap<StoreId, BTreeMap<u64, Stamp>>,
+    woken: RangeSet<u64>,
+    /// The process is gone, and its memory.
+    pub killed: bool,
+    /// Why the VM must not run on.
+    pub failed: Option<String>,
+    ledger: Rc<Ledger>,
+}
+
+impl FakeWindow {
+    pub fn new(ram: &[GfnRange], ledger: &Rc<Ledger>) -> Self {
+        Self { ram: ram.to_vec(), ledger: Rc::clone(ledger), ..Self::default() }
+    }
+
+    /// Maps a run; `mapped` is its store.
+    pub fn map(&mut self, run: Run, mapped: Option<Mapped>) {
+        assert!(!self.runs.overlaps(&run.pages.raw()), "runs do not overlap");
+        self.runs.insert(run.pages.raw(), run.source);
+        if let (Source::Store { store, .. }, Some(mapped)) = (run.source, mapped) {
+            self.mapped.insert(store, mapped);
+        }
+    }
+
+    pub fn runs(&self) -> Vec<Run> {
+        self.runs.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source }).collect()
+    }
+
+    /// The live layer.
+    pub fn live(&self) -> RangeSet<u64> {
+        let dirty = self.present.iter().filter(|(_, page)| matches!(page, Private::Dirty(_)));
+        dirty.map(|(&page, _)| page..page + 1).collect()
+    }
+
+    /// Whether moved-out pages are kept.
+    pub fn has_scratch(&self) -> bool {
+        !self.scratch.is_empty()
+    }
+
+    fn source(&self, gfn: Gfn) -> Source {
+        *self.runs.get(&gfn.0).expect("guests touch what is mapped")
+    }
+
+    fn beneath(&self, gfn: Gfn) -> Result<Stamp, Trapped> {
+        match self.source(gfn).page(gfn) {
+            None => Ok(0),
+            Some((store, index)) => self.mapped[&store].get(index.0).ok_or(Trapped),
+        }
+    }
+
+    /// A guest reads.
+    pub fn read(&self, gfn: Gfn) -> Result<Stamp, Trapped> {
+        match self.present.get(&gfn.0) {
+            Some(Private::Dirty(stamp) | Private::Clean(stamp)) => Ok(*stamp),
+            Some(Private::Zero) => Ok(0),
+            None => self.beneath(gfn),
+        }
+    }
+
+    /// A guest writes a whole page. The copy is made of what is beneath, which must be there first.
+    pub fn write(&mut self, gfn: Gfn, stamp: Stamp) -> Result<(), Trapped> {
+        self.read(gfn)?;
+        self.present.insert(gfn.0, Private::Dirty(stamp));
+        Ok(())
+    }
+
+    /// KVM makes a page writable that is only read.
+    pub fn copy_clean(&mut self, gfn: Gfn) -> Result<(), Trapped> {
+        let stamp = self.read(gfn)?;
+        self.present.entry(gfn.0).or_insert(Private::Clean(stamp));
+        Ok(())
+    }
+
+    /// The guest's half of a trap's end.
+    pub fn take_woken(&mut self, gfn: Gfn) -> bool {
+        std::mem::take(&mut self.woken).contains(&gfn.0)
+    }
+
+    /// Moves dirty pages out and maps `file` in their place.
+    pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps) -> Harvest {
+        self.present.retain(|_, page| !matches!(page, Private::Clean(_)));
+        let private = self.live();
+        let moved = self.plan(&private, gaps);
+        let source = Source::Store { store, origin: Gfn(0) };
+        let mut scratch = BTreeMap::new();
+        for range in moved.iter() {
+            for page in range.clone() {
+                if let Some(Private::Dirty(stamp)) = self.present.remove(&page) {
+                    scratch.insert(page, stamp);
+                }
+            }
+            self.runs.insert(range.clone(), source);
+        }
+        if !scratch.is_empty() {
+            self.scratch.insert(store, scratch);
+            self.mapped.insert(store, file);
+        }
+        let sorted = |set: &RangeSet<u64>| set.iter().map(|range| range.clone().into()).collect();
+        Harvest { moved: sorted(&moved), private: sorted(&private) }
+    }
+
+    /// The stretches to move: dirty pages, and by `gaps` clean ones of the same RAM.
+    fn plan(&self, private: &RangeSet<u64>, gaps: Gaps) -> RangeSet<u64> {
+        let mut moved = private.clone();
+        let mut bits = match gaps {
+            Gaps::None => return moved,
+            Gaps::Some(bits) => bits,
+            Gaps::All => u64::MAX,
+        };
+        for ram in &self.ram {
+            let first = private.overlapping(ram.raw()).next().map(|range| range.start);
+            let last = private.overlapping(ram.raw()).last().map(|range| range.end);
+            let (Some(first), Some(last)) = (first, last) else { continue };
+            let beyond: Vec<_> = private.gaps(&(first..last)).collect();
+            let ends = (gaps == Gaps::All).then_some([ram.start().0..first, last..ram.end().0]);
+            for gap in beyond.into_iter().chain(ends.into_iter().flatten()).filter(|gap| !gap.is_empty()) {
+                bits = bits.rotate_right(1);
+                if bits & 1 == 1 {
+                    moved.insert(gap);
+                }
+            }
+        }
+        moved
+    }
+}
+
+impl Window for FakeWindow {
+    fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
+        if self.killed {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.ledger.check(Call::ReadScratch)?;
+        let pages = &self.scratch[&scratch];
+        for (gfn, page) in (first.0..).zip(buf.chunks_exact_mut(PAGE_SIZE)) {
+            encode(*pages.get(&gfn).expect("only private pages are read out of a scratch range"), page);
+        }
+        Ok(())
+    }
+
+    fn drop_scratch(&mut self, scratch: StoreId) {
+        assert!(self.scratch.remove(&scratch).is_some(), "a scratch range is dropped once");
+    }
+
+    fn zero(&mut self, pages: GfnRange) {
+        for gfn in pages.iter() {
+            if self.present.contains_key(&gfn.0) || self.source(gfn) == Source::Anonymous {
+                continue;
+            }
+            // The kernel looks at the page table alone: it would hide the store's page.
+            assert_eq!(self.beneath(gfn), Err(Trapped), "zeros are for holes, and {gfn} is none");
+            self.present.insert(gfn.0, Private::Zero);
+        }
+    }
+
+    fn wake(&mut self, pages: GfnRange) {
+        if !pages.is_empty() {
+            self.woken.insert(pages.raw());
+        }
+    }
+
+    fn fail(&mut self, why: &str) {
+        self.failed.get_or_insert(why.to_owned());
+    }
+}

@@ -1,0 +1,175 @@
+//! Random operations on families of all kinds, everything checked after each.
+//!
+//! `OFFSHOOT_SEED` runs one seed again, `OFFSHOOT_STEPS` makes every run longer.
+
+use crate::fakes::Gaps;
+use crate::rng::Rng;
+use crate::world::{Layout, World};
+use guest_mem::VmId;
+use guest_mem::addr::Gfn;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+/// More VMs than this make no new ones.
+const MAX_VMS: usize = 8;
+
+struct Player {
+    rng: Rng,
+    world: World,
+    frames: Vec<Gfn>,
+    /// Whether processes get killed.
+    deadly: bool,
+}
+
+impl Player {
+    fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let layouts = [
+            Layout::flat(16),
+            Layout::flat(32),
+            Layout::flat(64),
+            Layout::flat(64).with_files(&[(20, 31)]),
+            Layout::flat(64).with_hole(24, 40).with_files(&[(3, 9), (40, 45)]),
+            Layout::flat(128),
+            Layout::flat(120).with_hole(60, 70).with_files(&[(33, 50)]),
+        ];
+        let layout = &layouts[rng.below(layouts.len() as u64) as usize];
+        let world = World::new(layout);
+        let frames = world.frames().collect();
+        let deadly = rng.below(3) == 0;
+        Self { rng, world, frames, deadly }
+    }
+
+    fn vm(&mut self) -> VmId {
+        self.rng.pick(&self.world.ids())
+    }
+
+    fn frame(&mut self) -> Gfn {
+        self.rng.pick(&self.frames)
+    }
+
+    /// Neighbours, often enough of them for a stretch of zeros.
+    fn stretch(&mut self) -> Vec<Gfn> {
+        let first = self.rng.below(self.frames.len() as u64) as usize;
+        let count = 1 + self.rng.below(40) as usize;
+        self.frames.iter().copied().skip(first).take(count).collect()
+    }
+
+    fn gaps(&mut self) -> Gaps {
+        match self.rng.below(4) {
+            0 | 1 => Gaps::None,
+            2 => Gaps::Some(self.rng.bits()),
+            _ => Gaps::All,
+        }
+    }
+
+    fn step(&mut self) {
+        let vm = self.vm();
+        match self.rng.below(100) {
+            0..15 => {
+                let gfn = self.frame();
+                self.world.read(vm, gfn);
+            }
+            15..38 => {
+                let gfn = self.frame();
+                self.world.write(vm, gfn);
+            }
+            38..42 => {
+                for gfn in self.stretch() {
+                    self.world.write(vm, gfn);
+                }
+            }
+            42..48 => {
+                for gfn in self.stretch() {
+                    self.world.clear(vm, gfn);
+                }
+            }
+            48..51 => {
+                let gfn = self.frame();
+                self.world.clear(vm, gfn);
+            }
+            51..54 => {
+                let gfn = self.frame();
+                self.world.copy_clean(vm, gfn);
+            }
+            54..66 => self.fork(vm),
+            66..72 => {
+                let gaps = self.gaps();
+                self.world.freeze(vm, gaps);
+            }
+            72..74 => self.world.freeze_in_vain(vm),
+            74..80 => {
+                if self.world.vms.len() > 1 {
+                    self.world.exit(vm);
+                }
+            }
+            80..94 => {
+                self.world.settle();
+            }
+            94..97 => self.world.settle_all(),
+            _ => self.kill(vm),
+        }
+        self.world.reap();
+        if self.world.vms.is_empty() {
+            self.world.settle_all();
+        }
+        self.world.check();
+    }
+
+    fn fork(&mut self, parent: VmId) {
+        let gaps = self.gaps();
+        self.world.freeze(parent, gaps);
+        for _ in 0..=self.rng.below(3) {
+            if self.world.vms.len() < MAX_VMS {
+                self.world.fork_frozen(parent);
+            }
+        }
+    }
+
+    fn kill(&mut self, vm: VmId) {
+        if self.deadly && self.world.vms.len() > 2 {
+            let mut victims = self.world.holders();
+            victims.push(vm);
+            let victim = self.rng.pick(&victims);
+            self.world.kill(victim);
+        }
+    }
+
+    /// Until `steps` are done or every VM has failed.
+    fn play(mut self, steps: u64) {
+        for step in 0..steps {
+            self.step();
+            if step % 16 == 0 {
+                self.world.check_counts();
+            }
+            if step % 32 == 0 {
+                self.world.verify();
+            }
+            if step % 256 == 255 {
+                self.world.settle_all();
+                self.world.verify();
+            }
+            if self.world.vms.is_empty() {
+                break;
+            }
+        }
+        self.world.verify();
+        self.world.end();
+    }
+}
+
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+}
+
+#[test]
+fn random_operations_agree_with_the_model() {
+    let steps = from_environment("OFFSHOOT_STEPS").unwrap_or(300);
+    let seeds = from_environment("OFFSHOOT_SEED").map_or(1..101, |seed| seed..seed + 1);
+    for seed in seeds {
+        let played = catch_unwind(AssertUnwindSafe(|| Player::new(seed).play(steps)));
+        if let Err(panic) = played {
+            eprintln!("run it again with OFFSHOOT_SEED={seed} OFFSHOOT_STEPS={steps}");
+            resume_unwind(panic);
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! A family of VMs on fakes, and beside it what each of them must see.
+
+use crate::fakes::{FakeFile, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStores};
+use guest_mem::addr::{Gfn, GfnRange, PageCount};
+use guest_mem::manager::{Copied, Error};
+use guest_mem::object::{Found, Slot};
+use guest_mem::stage2::Shape;
+use guest_mem::stats::PageCounts;
+use guest_mem::{Manager, Source, StoreId, VmId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+/// A family's shape.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub shape: Shape,
+    pub ram: Vec<(u64, u64)>,
+    pub files: Vec<(u64, u64)>,
+}
+
+impl Layout {
+    /// `pages` of RAM from 0, tables of four entries.
+    pub fn flat(pages: u64) -> Self {
+        let levels = if pages <= 64 { 3 } else { 4 };
+        Self { shape: Shape { bits: 2, levels, leaf_levels: levels - 1 }, ram: vec![(0, pages)], files: Vec::new() }
+    }
+
+    /// The same with files at these places.
+    pub fn with_files(self, files: &[(u64, u64)]) -> Self {
+        Self { files: files.to_vec(), ..self }
+    }
+
+    /// Two ranges of RAM.
+    pub fn with_hole(self, from: u64, to: u64) -> Self {
+        let end = self.ram[0].1;
+        Self { ram: vec![(0, from), (to, end)], ..self }
+    }
+}
+
+/// What one VM must see: its pages that are not zero.
+type Memory = BTreeMap<u64, Stamp>;
+
+pub struct World {
+    pub manager: Manager<VecStores, FakeWindow>,
+    pub ledger: Rc<Ledger>,
+    ram: Vec<GfnRange>,
+    pub vms: BTreeMap<VmId, Memory>,
+    /// VMs that are gone; their windows may be needed.
+    gone: BTreeSet<VmId>,
+    writes: u64,
+    killed: bool,
+}
+
+fn range((start, end): (u64, u64)) -> GfnRange {
+    GfnRange::between(Gfn(start), Gfn(end))
+}
+
+impl World {
+    /// A family with one VM. Its RAM is fresh, but for the files.
+    pub fn new(layout: &Layout) -> Self {
+        let ledger = Rc::new(Ledger::default());
+        let ram: Vec<GfnRange> = layout.ram.iter().copied().map(range).collect();
+        let span = layout.shape.table_span(layout.shape.levels);
+        let mut manager = Manager::new(layout.shape, span, VecStores(Rc::clone(&ledger)));
+        let files: Vec<_> = layout.files.iter().map(|&at| (range(at), file(range(at).count(), &ledger))).collect();
+        let vm = manager.launch(&ram, &files, FakeWindow::new(&ram, &ledger));
+        let mut memory = Memory::new();
+        for (pages, _) in &files {
+            for gfn in pages.iter() {
+                set(&mut memory, gfn, FakeFile::content(gfn.0 - pages.start().0));
+            }
+        }
+        let vms = BTreeMap::from([(vm, memory)]);
+        let mut world = Self { manager, ledger, ram, vms, gone: BTreeSet::new(), writes: 0, killed: false };
+        world.map_runs(vm);
+        world
+    }
+
+    /// The VMs, oldest first.
+    pub fn ids(&self) -> Vec<VmId> {
+        self.vms.keys().copied().collect()
+    }
+
+    /// All frames of RAM.
+    pub fn frames(&self) -> impl Iterator<Item = Gfn> + use<> {
+        self.ram.clone().into_iter().flat_map(GfnRange::iter)
+    }
+
+    pub fn window(&self, vm: VmId) -> &FakeWindow {
+        self.manager.window(vm).expect("a VM has a window")
+    }
+
+    fn window_mut(&mut self, vm: VmId) -> &mut FakeWindow {
+        self.manager.window_mut(vm).expect("a VM has a window")
+    }
+
+    fn map_runs(&mut self, vm: VmId) {
+        let runs: Vec<_> = self.manager.family().vm(vm).runs().collect();
+        for run in runs {
+            let mapped = match run.source {
+                Source::Anonymous => None,
+                Source::Store { store, .. } => Some(match self.manager.file(store) {
+                    Some(file) => Mapped::File(Rc::clone(file)),
+                    None => Mapped::store(self.manager.store(store).expect("a new window maps stores that exist")),
+                }),
+            };
+            self.window_mut(vm).map(run, mapped);
+        }
+    }
+
+    /// Does what a guest does, traps included; none if the VM failed in it.
+    fn touch<R>(
+        &mut self,
+        vm: VmId,
+        gfn: Gfn,
+        mut action: impl FnMut(&mut FakeWindow) -> Result<R, Trapped>,
+    ) -> Result<Option<R>, Error> {
+        for _ in 0..2 {
+            if let Ok(done) = action(self.window_mut(vm)) {
+                return Ok(Some(done));
+            }
+            self.manager.trap(vm, gfn)?;
+            if self.window(vm).failed.is_some() {
+                return Ok(None);
+            }
+            assert!(self.window_mut(vm).take_woken(gfn), "a trap of {vm:?} at {gfn} is answered by a wake");
+        }
+        Ok(Some(action(self.window_mut(vm)).expect("two traps bring a page")))
+    }
+
+    /// A guest reads, and must see what the model says.
+    pub fn try_read(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        if let Some(seen) = self.touch(vm, gfn, |window| window.read(gfn))? {
+            let want = self.vms[&vm].get(&gfn.0).copied().unwrap_or(0);
+            assert_eq!(seen, want, "{vm:?} at page {}: saw {seen:#x}, not {want:#x}", gfn.0);
+        }
+        Ok(())
+    }
+
+    pub fn read(&mut self, vm: VmId, gfn: Gfn) {
+        self.try_read(vm, gfn).expect("nothing is to fail");
+    }
+
+    /// A stamp nobody has used: VM and number of the write.
+    fn stamp(&mut self, vm: VmId) -> Stamp {
+        self.writes += 1;
+        u64::from(vm.0) << 32 | self.writes
+    }
+
+    /// A guest writes a page.
+    pub fn write(&mut self, vm: VmId, gfn: Gfn) {
+        let stamp = self.stamp(vm);
+        self.write_stamp(vm, gfn, stamp);
+    }
+
+    /// A guest clears a page.
+    pub fn clear(&mut self, vm: VmId, gfn: Gfn) {
+        self.write_stamp(vm, gfn, 0);
+    }
+
+    fn write_stamp(&mut self, vm: VmId, gfn: Gfn, stamp: Stamp) {
+        let done = self.touch(vm, gfn, |window| window.write(gfn, stamp)).expect("nothing is to fail");
+        if done.is_some() {
+            set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp);
+        }
+    }
+
+    /// KVM makes a private copy of a page that the guest only reads.
+    pub fn copy_clean(&mut self, vm: VmId, gfn: Gfn) {
+        self.touch(vm, gfn, |window| window.copy_clean(gfn)).expect("nothing is to fail");
+    }
+
+    /// What a VM has written becomes an object.
+    pub fn try_freeze(&mut self, vm: VmId, gaps: Gaps) -> Result<StoreId, Error> {
+        let store = self.manager.begin_freeze(vm)?;
+        let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
+        let harvest = self.window_mut(vm).freeze(store, mapped, gaps);
+        self.manager.finish_freeze(vm, &harvest);
+        Ok(store)
+    }
+
+    pub fn freeze(&mut self, vm: VmId, gaps: Gaps) -> StoreId {
+        self.try_freeze(vm, gaps).expect("nothing is to fail")
+    }
+
+    /// A freeze whose window could not do its part.
+    pub fn freeze_in_vain(&mut self, vm: VmId) {
+        self.manager.begin_freeze(vm).expect("nothing is to fail");
+        self.manager.abort_freeze(vm);
+    }
+
+    /// A child of a VM that is frozen for it.
+    pub fn try_fork(&mut self, parent: VmId, gaps: Gaps) -> Result<VmId, Error> {
+        self.try_freeze(parent, gaps)?;
+        Ok(self.fork_frozen(parent))
+    }
+
+    pub fn fork(&mut self, parent: VmId, gaps: Gaps) -> VmId {
+        self.try_fork(parent, gaps).expect("nothing is to fail")
+    }
+
+    /// A child of a VM that has written nothing since its last freeze.
+    pub fn fork_frozen(&mut self, parent: VmId) -> VmId {
+        let child = self.manager.fork(parent, FakeWindow::new(&self.ram, &self.ledger));
+        self.vms.insert(child, self.vms[&parent].clone());
+        self.map_runs(child);
+        child
+    }
+
+    /// A VM ends. Its process waits until what it moved out has settled.
+    pub fn exit(&mut self, vm: VmId) {
+        self.vms.remove(&vm);
+        self.manager.exit(vm);
+        self.gone.insert(vm);
+    }
+
+    /// A VM's process dies, or that of a VM that is gone.
+    pub fn kill(&mut self, vm: VmId) {
+        self.killed = true;
+        self.window_mut(vm).killed = true;
+        if self.vms.contains_key(&vm) {
+            self.exit(vm);
+        }
+    }
+
+    /// Processes with moved-out pages that outlived their VM.
+    pub fn holders(&self) -> Vec<VmId> {
+        self.gone.iter().copied().filter(|&vm| self.manager.window(vm).is_some()).collect()
+    }
+
+    pub fn try_settle(&mut self) -> Result<bool, Error> {
+        self.manager.settle()
+    }
+
+    pub fn settle(&mut self) -> bool {
+        self.try_settle().expect("nothing is to fail")
+    }
+
+    pub fn settle_all(&mut self) {
+        while self.settle() {}
+        assert_eq!(self.manager.family().totals().unsettled, 0);
+        assert_eq!(self.manager.windows(), self.vms.len(), "nobody waits any more");
+        assert!(self.ids().iter().all(|&vm| !self.window(vm).has_scratch()));
+    }
+
+    pub fn copied(&mut self, store: StoreId) -> Copied {
+        self.manager.take_copied(store)
+    }
+
+    /// Ends VMs that were told they had lost memory.
+    pub fn reap(&mut self) {
+        for vm in self.ids() {
+            if let Some(why) = self.window(vm).failed.clone() {
+                assert!(self.killed, "{vm:?} fails for nothing: {why}");
+                self.exit(vm);
+            }
+        }
+    }
+
+    /// Reads all memory of all VMs.
+    pub fn verify(&mut self) {
+        for vm in self.ids() {
+            for gfn in self.frames() {
+                if self.window(vm).failed.is_none() {
+                    self.read(vm, gfn);
+                }
+            }
+        }
+        self.reap();
+    }
+
+    /// The books hold, windows map what they say, and stores hold what they say.
+    pub fn check(&self) {
+        let family = self.manager.family();
+        let mut broken = family.check_invariants().err().unwrap_or_default();
+        self.manager.check_stores(&mut broken);
+        assert!(broken.is_empty(), "{}", broken.join("\n"));
+        for (&vm, _) in &self.vms {
+            let told: Vec<_> = family.vm(vm).runs().collect();
+            assert_eq!(self.window(vm).runs(), told, "the window of {vm:?} maps what the books say");
+        }
+        assert_eq!(family.vms().count(), self.vms.len());
+        let holders = self.holders();
+        assert_eq!(self.manager.windows(), self.vms.len() + holders.len());
+        for vm in holders {
+            assert!(self.window(vm).has_scratch(), "the window of {vm:?}, which is gone, is kept for nothing");
+        }
+        assert_eq!(self.ledger.pages(), family.totals().resident, "stores hold the pages the books say");
+    }
+
+    /// Page counts add up, and are what looking at every page of every VM finds.
+    pub fn check_counts(&self) {
+        let family = self.manager.family();
+        let census = family.census();
+        let mut viewers: BTreeMap<(StoreId, u64), u64> = BTreeMap::new();
+        for vm in self.ids() {
+            for gfn in self.frames() {
+                if let Some(page) = self.stored(vm, gfn) {
+                    *viewers.entry(page).or_default() += 1;
+                }
+            }
+        }
+        for vm in self.ids() {
+            let live = self.window(vm).live();
+            let mut want = PageCounts::default();
+            for gfn in self.frames() {
+                let found = self.find(vm, gfn);
+                want.unsettled += u64::from(found.is_some_and(|found| found.slot.is_pending()));
+                match self.stored(vm, gfn) {
+                    _ if live.contains(&gfn.0) => want.private += 1,
+                    Some(page) if viewers[&page] == 1 => want.private += 1,
+                    Some(_) => want.shared += 1,
+                    None => want.zero += 1,
+                }
+            }
+            assert_eq!(family.page_counts(vm, &census, &live), want, "of {vm:?}");
+        }
+    }
+
+    fn find(&self, vm: VmId, gfn: Gfn) -> Option<Found> {
+        let family = self.manager.family();
+        let (_, entry) = family.vm(vm).map().get(gfn).expect("RAM is mapped");
+        family.objects().resolve(entry.object, entry.origin, GfnRange::new(gfn, PageCount(1)))[0].found
+    }
+
+    /// The stored page that a VM sees beneath its live layer.
+    fn stored(&self, vm: VmId, gfn: Gfn) -> Option<(StoreId, u64)> {
+        let found = self.find(vm, gfn).filter(|found| found.slot != Slot::Zero)?;
+        Some((found.slot.store()?, gfn.0 - found.origin.0))
+    }
+
+    /// Ends all VMs: nothing is left of anything.
+    pub fn end(mut self) {
+        for vm in self.ids() {
+            self.exit(vm);
+            self.check();
+        }
+        self.settle_all();
+        let family = self.manager.family();
+        let totals = family.totals();
+        assert_eq!((totals.objects, totals.stores, totals.tables, totals.resident), (0, 0, 0, 0));
+        assert_eq!((self.ledger.pages(), self.ledger.stores(), self.manager.windows()), (0, 0, 0));
+    }
+}
+
+fn file(pages: PageCount, ledger: &Rc<Ledger>) -> Rc<FakeFile> {
+    Rc::new(FakeFile::new(pages, ledger))
+}
+
+fn set(memory: &mut Memory, gfn: Gfn, stamp: Stamp) {
+    if stamp == 0 {
+        memory.remove(&gfn.0);
+    } else {
+        memory.insert(gfn.0, stamp);
+    }
+}

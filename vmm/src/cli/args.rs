@@ -1,0 +1,277 @@
+//! What can be written on the command line.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::time::Duration;
+use vmm::api::DEFAULT_MEMORY;
+use vmm::name::{NameError, check_name};
+use vmm::units::{ByteSize, SizeError};
+
+/// Launch a microVM and fork it while it runs.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// Directory of the server to talk to [default: $OFFSHOOT_HOME, else $XDG_RUNTIME_DIR/offshoot, else
+    /// /tmp/offshoot-UID]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub home: Option<PathBuf>,
+    /// How much to say on stderr, and in the log of a server that is started: off, error, warn, info, debug or trace
+    #[arg(long, global = true, value_name = "LEVEL", default_value = "warn")]
+    pub log_level: log::LevelFilter,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed (or the guest answered `err`), 2 bad input and nothing has \
+                          changed, 3 timed out.";
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Launch a VM and print its name
+    Launch(Launch),
+    /// Fork a VM while it runs, and print its children, one a line
+    Fork(Fork),
+    /// Send a line to the guest and print its answer: exit code 0 for `ok`, 1 for `err`, 3 on time-out
+    Send {
+        #[arg(value_parser = vm_name)]
+        name: String,
+        /// The line; several words are joined by spaces
+        #[arg(required = true)]
+        text: Vec<String>,
+        /// How long to wait for the answer
+        #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+        timeout: Duration,
+    },
+    /// Attach the terminal to a VM's serial console; Ctrl-] leaves
+    ///
+    /// With a pipe as input there is no key to leave: the console is left when the input has ended and the guest has
+    /// been quiet for a second.
+    Console {
+        #[arg(value_parser = vm_name)]
+        name: String,
+    },
+    /// Print what the guest has printed, and its answers that nobody waited for
+    Logs {
+        #[arg(value_parser = vm_name)]
+        name: String,
+        /// Go on with what comes, until the VM ends
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// List the VMs
+    Ls {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Draw the fork tree with each VM's private, shared and total pages
+    Tree {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print the figures of all VMs, or of one, and of the server
+    Stats {
+        #[arg(value_parser = vm_name)]
+        name: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Stop a VM's vCPUs
+    Pause {
+        #[arg(value_parser = vm_name)]
+        name: String,
+    },
+    /// Let them run again
+    Resume {
+        #[arg(value_parser = vm_name)]
+        name: String,
+    },
+    /// Ask the guest to power off, without waiting for it
+    Stop {
+        #[arg(value_parser = vm_name)]
+        name: String,
+    },
+    /// Wait until a VM is off; exit code 1 if it died instead, 3 on time-out
+    Wait {
+        #[arg(value_parser = vm_name)]
+        name: String,
+        /// How long to wait [default: for ever]
+        #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+        timeout: Option<Duration>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// End VMs and forget them
+    Rm {
+        #[arg(value_parser = vm_name, required_unless_present = "all", conflicts_with = "all")]
+        names: Vec<String>,
+        /// All there are
+        #[arg(long)]
+        all: bool,
+    },
+    /// Print everything about a VM
+    Inspect {
+        #[arg(value_parser = vm_name)]
+        name: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Run the server in the foreground; the first command starts one in the background otherwise
+    Serve {
+        /// Leave the terminal, and leave quietly where there is a server already
+        #[arg(long, hide = true)]
+        background: bool,
+    },
+    /// End all VMs and the server
+    Shutdown,
+    /// Print the version
+    Version {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Tell what this host allows, and what follows; exit code 1 if it cannot run VMs
+    Doctor {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Check the live server's invariants; exit code 1 if one does not hold
+    Check {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Launch, fill, fork, write, fork again, verify every page, show what it cost, clean up
+    ///
+    /// Uses a server of its own, unless --home is given.
+    Demo,
+    /// One VM; the server starts these, with a socket as descriptor 3
+    #[command(hide = true)]
+    VmProcess,
+}
+
+#[derive(Debug, Args)]
+pub struct Output {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Launch {
+    /// Its name: letters, digits, '.', '_' and '-', 64 at most [default: vm-1, vm-2, …]
+    #[arg(value_parser = vm_name)]
+    pub name: Option<String>,
+    /// Its memory: bytes, or with K, M or G; at least 16M, and a multiple of 4K
+    #[arg(short, long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_MEMORY), value_parser = guest_memory)]
+    pub mem: ByteSize,
+    /// Its virtual CPUs; the built-in guest has one
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub vcpus: u8,
+    /// Attach the terminal to its console; Ctrl-] leaves
+    #[arg(long)]
+    pub attach: bool,
+    /// Remove it when it is off
+    #[arg(long)]
+    pub rm: bool,
+    /// A Linux kernel instead of the built-in guest (not yet)
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Its initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Its command line
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub cmdline: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Fork {
+    /// The parent, running or paused
+    #[arg(value_parser = vm_name)]
+    pub name: String,
+    /// How many children
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: u32,
+    /// Children are called PREFIX-1, PREFIX-2, … [default: the parent's name]
+    #[arg(long = "name", value_name = "PREFIX", value_parser = vm_name)]
+    pub prefix: Option<String>,
+    /// Return when all moved pages have settled; `copied_pages` and `gap_pages` are known then
+    #[arg(long)]
+    pub wait_settled: bool,
+    /// Leave the children paused
+    #[arg(long)]
+    pub paused: bool,
+    #[command(flatten)]
+    pub output: Output,
+}
+
+fn vm_name(text: &str) -> Result<String, NameError> {
+    check_name(text).map(|()| text.to_owned())
+}
+
+fn guest_memory(text: &str) -> Result<ByteSize, SizeError> {
+    text.parse::<ByteSize>()?.as_guest_memory()
+}
+
+fn seconds(text: &str) -> Result<Duration, &'static str> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.filter(|time| !time.is_zero()).ok_or("not a number of seconds above 0, like 5 or 0.5")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
+    }
+
+    #[test]
+    fn the_command_line_makes_sense() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_the_issue_shows_is_understood() {
+        for line in [
+            "offshoot launch",
+            "offshoot launch base -m 1G --vcpus 1 --attach --rm",
+            "offshoot launch --mem 64M --home /tmp/x",
+            "offshoot --home /tmp/x --log-level debug fork base --count 3 --name w --wait-settled --paused --json",
+            "offshoot send base verify 64 10 1 --timeout 0.5",
+            "offshoot logs base --follow",
+            "offshoot ls --json",
+            "offshoot rm a b",
+            "offshoot rm --all",
+            "offshoot stats base --json",
+            "offshoot vm-process",
+        ] {
+            parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_not() {
+        for line in [
+            "offshoot launch a/b",
+            "offshoot launch --mem 0",
+            "offshoot launch --mem 3",
+            "offshoot launch --mem 16777217",
+            "offshoot launch --mem 99999999999G",
+            "offshoot launch --initrd x",
+            "offshoot launch --vcpus 256",
+            "offshoot fork base --count 0",
+            "offshoot fork base --count -1",
+            "offshoot fork base --name x/y",
+            "offshoot fork",
+            "offshoot send base",
+            "offshoot send base hello --timeout 0",
+            "offshoot send base hello --timeout nan",
+            "offshoot send base hello --timeout 1e99",
+            "offshoot rm",
+            "offshoot rm a --all",
+            "offshoot fly",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

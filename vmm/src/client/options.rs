@@ -1,0 +1,152 @@
+//! What a launch and a fork can be told.
+
+use super::{Error, check_vm_name};
+use crate::api::{DEFAULT_MEMORY, Fork, Launch};
+use crate::host;
+use crate::units::ByteSize;
+
+/// A launch of the built-in guest: 256 MiB and one vCPU, where nothing else is asked for.
+#[derive(Clone, Debug)]
+pub struct LaunchOptions(pub(super) Launch);
+
+impl Default for LaunchOptions {
+    fn default() -> Self {
+        Self(Launch { name: None, mem_bytes: DEFAULT_MEMORY, vcpus: 1, remove_when_off: false })
+    }
+}
+
+impl LaunchOptions {
+    /// The defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The VM's name; without it, the server makes one.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.0.name = Some(name.into());
+        self
+    }
+
+    /// Its memory: at least 16 MiB, whole pages of 4 KiB, and no more than the host can give.
+    pub fn memory(mut self, size: ByteSize) -> Self {
+        self.0.mem_bytes = size.0;
+        self
+    }
+
+    /// Its virtual CPUs. The built-in guest has one.
+    pub fn vcpus(mut self, count: u8) -> Self {
+        self.0.vcpus = count;
+        self
+    }
+
+    /// Removes the VM once its guest has powered off.
+    pub fn remove_when_off(mut self, remove: bool) -> Self {
+        self.0.remove_when_off = remove;
+        self
+    }
+
+    /// Checks all that needs no server: the name, the sizes, and whether this host has KVM and the memory.
+    /// [`Client::launch`](super::Client::launch) does so too.
+    pub fn check(&self) -> Result<(), Error> {
+        let operation = self.0.name.as_ref().map_or("launch".into(), |name| format!("launch {name}"));
+        let bad = |cause: &dyn std::fmt::Display| Err(Error::BadInput(format!("{operation}: {cause}")));
+        if let Some(name) = &self.0.name {
+            check_vm_name("launch", name)?;
+        }
+        let memory = ByteSize(self.0.mem_bytes);
+        if let Err(e) = memory.as_guest_memory() {
+            return bad(&e);
+        }
+        if self.0.vcpus != 1 {
+            return bad(&format_args!("the built-in guest has 1 vCPU, not {}", self.0.vcpus));
+        }
+        if let Err(e) = host::open_kvm() {
+            return bad(&e);
+        }
+        let available = host::available_memory().map_err(Error::io(format!("{operation}: read available memory")))?;
+        if memory.0 > available {
+            let available = ByteSize(available).approx();
+            return bad(&format_args!("{memory} of memory is more than the {available} this host can give"));
+        }
+        Ok(())
+    }
+}
+
+/// A fork: one child that runs, where nothing else is asked for.
+#[derive(Clone, Debug)]
+pub struct ForkOptions(pub(super) Fork);
+
+impl Default for ForkOptions {
+    fn default() -> Self {
+        Self(Fork { name: String::new(), count: 1, prefix: None, wait_settled: false, paused: false })
+    }
+}
+
+impl ForkOptions {
+    /// The defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many children.
+    pub fn count(mut self, count: u32) -> Self {
+        self.0.count = count;
+        self
+    }
+
+    /// Children are called PREFIX-1, PREFIX-2, …; without it, the parent's name is the prefix.
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.0.prefix = Some(prefix.into());
+        self
+    }
+
+    /// Returns only when all moved pages have settled: then the counts of copied and gap pages are known.
+    pub fn wait_settled(mut self, wait: bool) -> Self {
+        self.0.wait_settled = wait;
+        self
+    }
+
+    /// Leaves the children paused.
+    pub fn paused(mut self, paused: bool) -> Self {
+        self.0.paused = paused;
+        self
+    }
+
+    pub(super) fn of(self, parent: &str) -> Result<Fork, Error> {
+        check_vm_name("fork", parent)?;
+        if let Some(prefix) = &self.0.prefix {
+            check_vm_name("fork: prefix", prefix)?;
+        }
+        if self.0.count == 0 {
+            return Err(Error::BadInput(format!("fork {parent}: 0 children are no fork")));
+        }
+        Ok(Fork { name: parent.to_owned(), ..self.0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_launches_are_refused() {
+        let refusal = |options: LaunchOptions| match options.check() {
+            Err(Error::BadInput(message)) => message,
+            other => panic!("{other:?}"),
+        };
+        let new = LaunchOptions::new;
+        assert!(refusal(new().name("a/b")).starts_with("launch \"a/b\": a VM name has"));
+        assert_eq!(
+            refusal(new().name("a").memory(ByteSize(3))),
+            "launch a: guest memory is at least 16M, and this is 3 bytes"
+        );
+        assert_eq!(refusal(new().vcpus(2)), "launch: the built-in guest has 1 vCPU, not 2");
+    }
+
+    #[test]
+    fn bad_forks_are_refused() {
+        assert!(matches!(ForkOptions::new().count(0).of("a"), Err(Error::BadInput(_))));
+        assert!(matches!(ForkOptions::new().prefix("x/y").of("a"), Err(Error::BadInput(_))));
+        assert_eq!(ForkOptions::new().of("a").unwrap().name, "a");
+    }
+}

@@ -1,0 +1,150 @@
+//! One VM, and what can be asked of it.
+
+use super::{Client, Error, ForkOptions, Stream, answer, check_vm_name};
+use crate::api::{Answer, Child, Inspection, Request, Stats, VmStats, VmSummary};
+use std::ops::Deref;
+use std::time::Duration;
+
+/// A VM, by its name. Dropping this does nothing to it.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    client: Client,
+    name: String,
+}
+
+/// A child, and how its fork went.
+#[derive(Clone, Debug)]
+pub struct Forked {
+    /// The child.
+    pub vm: Vm,
+    /// Times in microseconds, and counts of pages.
+    pub figures: Child,
+}
+
+impl Vm {
+    pub(super) fn new(client: Client, name: String) -> Self {
+        Self { client, name }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// This VM, to be removed when the value is dropped.
+    pub fn scoped(self) -> Scoped {
+        Scoped(self)
+    }
+
+    /// Forks it while it runs (or stands still). The children come in the order of their numbers.
+    pub fn fork(&self, options: ForkOptions) -> Result<Vec<Forked>, Error> {
+        let request = Request::Fork(options.of(&self.name)?);
+        let children = answer!(self.client.call(&request), "fork", Forked)?;
+        let forked = |figures: Child| Forked { vm: self.client.vm(&figures.name), figures };
+        Ok(children.into_iter().map(forked).collect())
+    }
+
+    /// Sends the guest a line. Returns what followed its `ok`; an `err` is [`Error::Guest`].
+    pub fn send(&self, text: &str, timeout: Duration) -> Result<String, Error> {
+        let answer = self.ask(text, timeout)?;
+        let rest = |word| answer.strip_prefix(word).filter(|rest| rest.is_empty() || rest.starts_with(' '));
+        match (rest("ok"), rest("err")) {
+            (Some(rest), _) => Ok(rest.trim_start().to_owned()),
+            (_, Some(rest)) => Err(Error::Guest(rest.trim_start().to_owned())),
+            _ => Err(Error::Protocol("send")),
+        }
+    }
+
+    /// Sends the guest a line, and returns its answer as it is: `ok …` or `err …`.
+    pub fn ask(&self, text: &str, timeout: Duration) -> Result<String, Error> {
+        let name = self.checked_name("send")?;
+        if text.contains(['\n', '\r']) {
+            return Err(Error::BadInput(format!("send {name}: a line has no newline in it")));
+        }
+        let timeout_ms = timeout.as_millis().try_into().unwrap_or(u64::MAX);
+        answer!(self.client.call(&Request::Send { name, text: text.to_owned(), timeout_ms }), "send", Said)
+    }
+
+    /// Stops its vCPUs.
+    pub fn pause(&self) -> Result<(), Error> {
+        answer!(self.client.call(&Request::Pause { name: self.checked_name("pause")? }), "pause")
+    }
+
+    /// Lets them run again.
+    pub fn resume(&self) -> Result<(), Error> {
+        answer!(self.client.call(&Request::Resume { name: self.checked_name("resume")? }), "resume")
+    }
+
+    /// Asks the guest to power off, and does not wait until it has.
+    pub fn stop(&self) -> Result<(), Error> {
+        answer!(self.client.call(&Request::Stop { name: self.checked_name("stop")? }), "stop")
+    }
+
+    /// Waits until it is off or dead, for ever where there is no time-out.
+    pub fn wait(&self, timeout: Option<Duration>) -> Result<VmSummary, Error> {
+        let name = self.checked_name("wait")?;
+        let timeout_ms = timeout.map(|timeout| timeout.as_millis().try_into().unwrap_or(u64::MAX));
+        answer!(self.client.call(&Request::Wait { name, timeout_ms }), "wait", Ended)
+    }
+
+    /// Ends it and forgets it.
+    pub fn remove(self) -> Result<(), Error> {
+        self.client.remove([&self.name])
+    }
+
+    /// Its figures.
+    pub fn stats(&self) -> Result<VmStats, Error> {
+        self.stats_and_totals()?.vms.pop().ok_or(Error::Protocol("stats"))
+    }
+
+    /// Its figures, and the server's in total.
+    pub fn stats_and_totals(&self) -> Result<Stats, Error> {
+        answer!(self.client.call(&Request::Stats { name: Some(self.checked_name("stats")?) }), "stats", Stats)
+    }
+
+    /// Everything about it.
+    pub fn inspect(&self) -> Result<Inspection, Error> {
+        let name = self.checked_name("inspect")?;
+        answer!(self.client.call(&Request::Inspect { name }), "inspect", Inspected).map(|inspection| *inspection)
+    }
+
+    /// What the guest has printed, and its answers that nobody waited for.
+    pub fn logs(&self) -> Result<Stream, Error> {
+        self.client.call_stream("logs", &Request::Logs { name: self.checked_name("logs")?, follow: false })
+    }
+
+    /// The same, and then what is to come, until the VM ends.
+    pub fn follow_logs(&self) -> Result<Stream, Error> {
+        self.client.call_stream("logs", &Request::Logs { name: self.checked_name("logs")?, follow: true })
+    }
+
+    /// Its serial console, to read and to write.
+    pub fn console(&self) -> Result<Stream, Error> {
+        self.client.call_stream("console", &Request::Console { name: self.checked_name("console")? })
+    }
+
+    fn checked_name(&self, operation: &str) -> Result<String, Error> {
+        check_vm_name(operation, &self.name)?;
+        Ok(self.name.clone())
+    }
+}
+
+/// A VM that is removed when this is dropped.
+#[derive(Debug)]
+pub struct Scoped(Vm);
+
+impl Deref for Scoped {
+    type Target = Vm;
+
+    fn deref(&self) -> &Vm {
+        &self.0
+    }
+}
+
+impl Drop for Scoped {
+    fn drop(&mut self) {
+        if let Err(e) = self.0.clone().remove() {
+            log::warn!("remove {}: {e}", self.0.name);
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Devices. No KVM types in here: a device is told of accesses and says what it wants done.
+
+pub mod serial;

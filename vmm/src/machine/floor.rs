@@ -1,0 +1,332 @@
+//! Where the main thread and the vCPU threads meet: one lock, held for moments, never across a touch of guest memory.
+
+use super::kick::StopSwitch;
+use super::mailbox::{Mailbox, Wakeup};
+use super::now_ns;
+use super::state::VcpuState;
+use crate::devices::serial::Console;
+use crate::wire::{Activity, Ending, FromVm};
+use std::io;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// What both sides share.
+#[derive(Debug)]
+pub(super) struct Floor {
+    shared: Mutex<Shared>,
+    changed: Condvar,
+    bell: EventFd,
+}
+
+/// The floor, locked.
+#[derive(Debug)]
+pub(super) struct Shared {
+    desks: Vec<Desk>,
+    /// What is to be said once all vCPUs are where they are told to be.
+    announce: Option<Activity>,
+    /// The monitor's mailbox.
+    pub mailbox: Mailbox,
+    /// The serial console.
+    pub console: Console,
+    out: Vec<FromVm>,
+}
+
+/// One vCPU: what it is told, and where it stands.
+#[derive(Debug)]
+struct Desk {
+    stop: StopSwitch,
+    wish: Wish,
+    load: Option<Box<Load>>,
+    saved: Option<Result<VcpuState, String>>,
+    at: Station,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Stand,
+    /// Stand, and save the registers once.
+    Save,
+    Run,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Station {
+    Standing,
+    /// In or about to enter `KVM_RUN`.
+    Running {
+        since_ns: u64,
+    },
+    /// It will never run again.
+    Ended,
+}
+
+/// What a vCPU starts from.
+#[derive(Clone, Debug)]
+pub(super) enum Load {
+    /// The monitor's entry.
+    Monitor,
+    /// A saved vCPU.
+    Saved(VcpuState),
+}
+
+/// What a vCPU thread does next.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// Set the registers.
+    Load(Box<Load>),
+    /// Read them.
+    Save,
+    /// Run until it is stopped.
+    Run,
+}
+
+/// Why a vCPU cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unavailable {
+    #[error("a vCPU did not stop within {} s", PATIENCE.as_secs())]
+    Late,
+    #[error("the VM has ended")]
+    Ended,
+}
+
+/// How long we wait for a vCPU to stop. One that is trapped in an emulated access cannot be kicked out.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Floor {
+    /// A floor with a desk for each vCPU; all stand.
+    pub fn new(switches: impl IntoIterator<Item = StopSwitch>) -> io::Result<Self> {
+        let desk = |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Standing };
+        let shared = Shared {
+            desks: switches.into_iter().map(desk).collect(),
+            announce: None,
+            mailbox: Mailbox::default(),
+            console: Console::default(),
+            out: Vec::new(),
+        };
+        Ok(Self { shared: Mutex::new(shared), changed: Condvar::new(), bell: EventFd::new(EFD_NONBLOCK)? })
+    }
+
+    /// Rings when there is something for the server.
+    pub fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+
+    /// Locks the floor.
+    pub fn lock(&self) -> MutexGuard<'_, Shared> {
+        // A thread that panics ends the process (its panic hook does), so a poisoned floor is never used for long.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something changed that a waiting guest may want.
+    pub fn notify(&self) {
+        self.changed.notify_all();
+    }
+
+    /// A message for the server.
+    pub fn tell(&self, shared: &mut Shared, message: FromVm) {
+        shared.out.push(message);
+        self.ring();
+    }
+
+    /// Has the main thread look.
+    pub fn ring(&self) {
+        // The counter is full only if the main thread is about to look anyway.
+        let _ = self.bell.write(1);
+    }
+
+    /// The messages and the console output for the server.
+    pub fn take_messages(&self) -> (Vec<FromVm>, Vec<u8>) {
+        let _ = self.bell.read();
+        let mut shared = self.lock();
+        (std::mem::take(&mut shared.out), shared.console.take_output())
+    }
+
+    /// Main thread: gives every vCPU what it starts from, then as [`ask`](Self::ask).
+    pub fn start_from(&self, loads: Vec<Load>, activity: Activity) {
+        let mut shared = self.lock();
+        for (desk, load) in shared.desks.iter_mut().zip(loads) {
+            desk.load = Some(Box::new(load));
+        }
+        self.ask_locked(&mut shared, activity);
+    }
+
+    /// Main thread: has the vCPUs run or stand, and the server told when they do. Where they are to stand, the caller
+    /// interrupts their threads.
+    pub fn ask(&self, activity: Activity) {
+        self.ask_locked(&mut self.lock(), activity);
+    }
+
+    fn ask_locked(&self, shared: &mut Shared, activity: Activity) {
+        shared.wish(match activity {
+            Activity::Running => Wish::Run,
+            Activity::Paused => Wish::Stand,
+        });
+        shared.announce = Some(activity);
+        self.announce_standing(shared);
+        self.changed.notify_all();
+    }
+
+    /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Tells what they did before.
+    /// The caller interrupts their threads, then waits with [`await_standing`](Self::await_standing).
+    pub fn stop_and_save(&self) -> Activity {
+        let mut shared = self.lock();
+        let running = shared.desks.iter().any(|desk| desk.wish == Wish::Run);
+        shared.wish(Wish::Save);
+        shared.desks.iter_mut().for_each(|desk| desk.saved = None);
+        self.changed.notify_all();
+        if running { Activity::Running } else { Activity::Paused }
+    }
+
+    /// Main thread: has the vCPUs do what they did before [`stop_and_save`](Self::stop_and_save).
+    pub fn go_on(&self, before: Activity) {
+        self.lock().wish(match before {
+            Activity::Running => Wish::Run,
+            Activity::Paused => Wish::Stand,
+        });
+        self.changed.notify_all();
+    }
+
+    /// Main thread: waits until all vCPUs stand.
+    pub fn await_standing(&self) -> Result<MutexGuard<'_, Shared>, Unavailable> {
+        self.await_desks(|desk| (desk.at == Station::Standing && desk.load.is_none()).then_some(()))
+            .map(|(shared, _)| shared)
+    }
+
+    /// Main thread: waits for the registers that [`stop_and_save`](Self::stop_and_save) asked for.
+    pub fn await_saved(&self) -> Result<Vec<Result<VcpuState, String>>, Unavailable> {
+        self.await_desks(|desk| desk.saved.take()).map(|(_, saved)| saved)
+    }
+
+    /// Main thread: waits until the last vCPU is about to enter `KVM_RUN`; tells when that was.
+    pub fn await_running(&self) -> Result<u64, Unavailable> {
+        let since = |desk: &mut Desk| match desk.at {
+            Station::Running { since_ns } => Some(since_ns),
+            _ => None,
+        };
+        self.await_desks(since).map(|(_, times)| times.into_iter().max().unwrap_or_default())
+    }
+
+    /// Waits until `ready` has something of every desk.
+    fn await_desks<T>(
+        &self,
+        mut ready: impl FnMut(&mut Desk) -> Option<T>,
+    ) -> Result<(MutexGuard<'_, Shared>, Vec<T>), Unavailable> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut shared = self.lock();
+        let mut got: Vec<Option<T>> = shared.desks.iter().map(|_| None).collect();
+        loop {
+            if shared.desks.iter().any(|desk| desk.at == Station::Ended) {
+                return Err(Unavailable::Ended);
+            }
+            for (desk, got) in shared.desks.iter_mut().zip(&mut got) {
+                if got.is_none() {
+                    *got = ready(desk);
+                }
+            }
+            if got.iter().all(Option::is_some) {
+                return Ok((shared, got.into_iter().flatten().collect()));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Unavailable::Late);
+            }
+            (shared, _) = self.changed.wait_timeout(shared, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// vCPU thread: waits for something to do.
+    pub fn next_task(&self, number: usize) -> Task {
+        let mut shared = self.lock();
+        loop {
+            let desk = &mut shared.desks[number];
+            if desk.at != Station::Ended {
+                if let Some(load) = desk.load.take() {
+                    return Task::Load(load);
+                }
+                if desk.wish == Wish::Run {
+                    return self.set_running(shared, number);
+                }
+                desk.at = Station::Standing;
+                if desk.wish == Wish::Save {
+                    desk.wish = Wish::Stand;
+                    self.changed.notify_all();
+                    return Task::Save;
+                }
+                self.announce_standing(&mut shared);
+                self.changed.notify_all();
+            }
+            shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn set_running(&self, mut shared: MutexGuard<'_, Shared>, number: usize) -> Task {
+        let desk = &mut shared.desks[number];
+        desk.stop.clear();
+        let since_ns = now_ns();
+        desk.at = Station::Running { since_ns };
+        if shared.announce.take_if(|activity| *activity == Activity::Running).is_some() {
+            self.tell(&mut shared, FromVm::Running { at_ns: since_ns });
+        }
+        self.changed.notify_all();
+        Task::Run
+    }
+
+    fn announce_standing(&self, shared: &mut Shared) {
+        let stand = shared.desks.iter().all(|desk| desk.at == Station::Standing && desk.load.is_none());
+        if stand && shared.announce.take_if(|activity| *activity == Activity::Paused).is_some() {
+            self.tell(shared, FromVm::Paused);
+        }
+    }
+
+    /// vCPU thread: the registers are saved.
+    pub fn saved(&self, number: usize, state: Result<VcpuState, String>) {
+        self.lock().desks[number].saved = Some(state);
+        self.changed.notify_all();
+    }
+
+    /// vCPU thread: the VM has come to its end, or did not get to its start. All its vCPUs stop.
+    pub fn end(&self, message: FromVm) {
+        let mut shared = self.lock();
+        if shared.desks.iter().any(|desk| desk.at == Station::Ended) {
+            return;
+        }
+        for desk in &mut shared.desks {
+            desk.stop.set();
+            desk.at = Station::Ended;
+        }
+        self.tell(&mut shared, message);
+        self.changed.notify_all();
+    }
+
+    /// vCPU thread: the VM has ended.
+    pub fn die(&self, why: String) {
+        self.end(FromVm::Ended(Ending::Dead(why)));
+    }
+
+    /// vCPU thread: waits until there is something for the guest. `None` if the vCPU is to stop.
+    pub fn await_wakeup(&self, number: usize) -> Option<Wakeup> {
+        let mut shared = self.lock();
+        loop {
+            let here = &mut *shared;
+            if here.desks[number].wish != Wish::Run || here.desks[number].at == Station::Ended {
+                return None;
+            }
+            if let Some(wakeup) = here.mailbox.collect(here.console.has_input()) {
+                return Some(wakeup);
+            }
+            shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Shared {
+    fn wish(&mut self, wish: Wish) {
+        for desk in &mut self.desks {
+            desk.wish = wish;
+            if wish != Wish::Run {
+                desk.stop.set();
+            }
+        }
+    }
+}

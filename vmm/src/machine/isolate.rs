@@ -1,0 +1,83 @@
+//! Takes away from a VM process what it does not need, before its guest runs.
+#![allow(unsafe_code)] // prctl and capset, which have no safe wrapper
+
+use crate::wire::Isolation;
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Pid, Uid, chdir, chroot, getpid, getppid, setgroups, setresgid, setresuid};
+use std::path::Path;
+
+/// User and group ids of VM processes are this plus their process id: far above those that people get, and below what
+/// user namespaces usually map.
+const FIRST_ID: u32 = 0x7000_0000;
+
+/// A step of the isolation failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{step}: {cause}")]
+pub(super) struct IsolateError {
+    step: &'static str,
+    cause: Errno,
+}
+
+fn during(step: &'static str) -> impl FnOnce(Errno) -> IsolateError {
+    move |cause| IsolateError { step, cause }
+}
+
+/// Isolates this process, which has one thread, with `cage`, an empty directory, as its root.
+///
+/// Descriptors that are open stay open: KVM, the userfaultfd, the pagemap and the socket are all it has left.
+pub(super) fn isolate(how: Isolation, cage: &Path) -> Result<(), IsolateError> {
+    match how {
+        Isolation::Off => return Ok(()),
+        Isolation::OwnUser => {
+            enter(cage)?;
+            let id = FIRST_ID + getpid().as_raw().unsigned_abs();
+            setgroups(&[]).map_err(during("setgroups"))?;
+            let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+            setresgid(gid, gid, gid).map_err(during("setresgid"))?;
+            // Leaving user 0 drops all capabilities.
+            setresuid(uid, uid, uid).map_err(during("setresuid"))?;
+        }
+        Isolation::UserNamespace => {
+            unshare(CloneFlags::CLONE_NEWUSER).map_err(during("unshare(CLONE_NEWUSER)"))?;
+            enter(cage)?;
+            drop_capabilities().map_err(during("capset"))?;
+        }
+    }
+    set_no_new_privs().map_err(during("PR_SET_NO_NEW_PRIVS"))?;
+    if how == Isolation::UserNamespace {
+        // The server, the same user outside, reads moved pages out of this process.
+        set_dumpable(true).map_err(during("PR_SET_DUMPABLE"))?;
+    }
+    Ok(())
+}
+
+/// Has the kernel end this process when `server`, or rather the thread that made this process, ends. To be called again
+/// after every change of user, which undoes it.
+pub(super) fn die_with(server: Pid) -> Result<(), IsolateError> {
+    set_pdeathsig(Signal::SIGKILL).map_err(during("PR_SET_PDEATHSIG"))?;
+    if getppid() == server { Ok(()) } else { Err(IsolateError { step: "the server is gone", cause: Errno::ESRCH }) }
+}
+
+fn enter(cage: &Path) -> Result<(), IsolateError> {
+    chroot(cage).map_err(during("chroot to the cage"))?;
+    chdir("/").map_err(during("chdir"))
+}
+
+fn drop_capabilities() -> Result<(), Errno> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    /// Effective, permitted and inheritable, the low 32 and the high 32.
+    type Sets = [[u32; 3]; 2];
+    const VERSION_3: u32 = 0x2008_0522;
+
+    let header = Header { version: VERSION_3, pid: 0 };
+    let none: Sets = [[0; 3]; 2];
+    // SAFETY: The call reads a header and, in version 3, two sets of three words.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw const header, &raw const none) }).map(drop)
+}

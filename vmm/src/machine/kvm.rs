@@ -1,0 +1,125 @@
+//! The KVM VM of a VM process: memory slots and their dirty log.
+#![allow(unsafe_code)] // memory slots: KVM writes to the addresses it is given
+
+use guest_mem::window::host::SlotLog;
+use guest_mem::GfnRange;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::errno;
+
+/// Three pages that KVM on Intel hosts wants for itself, among the devices.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// Something KVM refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum KvmError {
+    #[error("{call}: {cause}")]
+    Call { call: &'static str, cause: errno::Error },
+    #[error("{call} of guest pages {pages:?}: {cause}")]
+    Slot { call: &'static str, pages: GfnRange, cause: errno::Error },
+    #[error("this host's KVM lacks {0:?}")]
+    Lacks(Cap),
+}
+
+pub(super) fn during(call: &'static str) -> impl FnOnce(errno::Error) -> KvmError {
+    move |cause| KvmError::Call { call, cause }
+}
+
+/// Whether KVM logs which pages the guest writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DirtyLog {
+    /// It does, page by page: no huge mappings.
+    On,
+    /// It does not: guests run on huge pages.
+    Off,
+}
+
+/// A KVM VM and its memory slots: slot `n` is the `n`-th RAM range.
+#[derive(Debug)]
+pub(super) struct KvmVm {
+    vm: VmFd,
+    slots: Vec<GfnRange>,
+    window_base: u64,
+    log: DirtyLog,
+}
+
+impl KvmVm {
+    /// A VM whose RAM stands in the window at `window_base`, with the dirty log on. The window keeps these addresses
+    /// for as long as the process lives.
+    pub fn new(kvm: &Kvm, ram: &[GfnRange], window_base: u64) -> Result<Self, KvmError> {
+        if let Some(cap) = [Cap::UserMemory, Cap::ImmediateExit].into_iter().find(|cap| !kvm.check_extension(*cap)) {
+            return Err(KvmError::Lacks(cap));
+        }
+        let vm = kvm.create_vm().map_err(during("KVM_CREATE_VM"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(during("KVM_SET_TSS_ADDR"))?;
+        let mut this = Self { vm, slots: ram.to_vec(), window_base, log: DirtyLog::Off };
+        this.set_log(DirtyLog::On)?;
+        Ok(this)
+    }
+
+    /// The VM.
+    pub fn fd(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// Whether writes are logged.
+    pub fn log(&self) -> DirtyLog {
+        self.log
+    }
+
+    /// Makes the memory slots, or changes whether their writes are logged. The vCPUs stand still.
+    pub fn set_log(&mut self, log: DirtyLog) -> Result<(), KvmError> {
+        // Until all slots are as told, a freeze must not rely on the log.
+        self.log = DirtyLog::Off;
+        for (slot, pages) in self.slots.iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: if log == DirtyLog::On { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                guest_phys_addr: pages.start().gpa(),
+                memory_size: pages.count().bytes(),
+                userspace_addr: self.window_base + pages.start().gpa(),
+            };
+            // SAFETY: The addresses are the window's, for the life of the process: the guest cannot reach anything else.
+            let done = unsafe { self.vm.set_user_memory_region(region) };
+            done.map_err(slot_error("KVM_SET_USER_MEMORY_REGION", *pages))?;
+        }
+        self.log = log;
+        Ok(())
+    }
+
+    /// Fetches and clears the log of every slot, one after the other, into `logs`: what it has is there even if a later
+    /// slot fails.
+    pub fn take_log(&self, logs: &mut Vec<SlotLog>) -> Result<(), KvmError> {
+        for (slot, pages) in self.slots.iter().enumerate() {
+            let log = self.vm.get_dirty_log(slot as u32, pages.len_bytes());
+            let words = log.map_err(slot_error("KVM_GET_DIRTY_LOG", *pages))?;
+            logs.push(SlotLog { first: pages.start(), words });
+        }
+        Ok(())
+    }
+
+    /// A vCPU with everything in its CPUID that this host supports.
+    pub fn make_vcpu(&self, number: u8, cpuid: &CpuId) -> Result<VcpuFd, KvmError> {
+        let vcpu = self.vm.create_vcpu(number.into()).map_err(during("KVM_CREATE_VCPU"))?;
+        let mut cpuid = cpuid.clone();
+        for entry in cpuid.as_mut_slice() {
+            // KVM fills in the APIC id of the processor that it was asked on.
+            match entry.function {
+                0x1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(number) << 24,
+                0xb | 0x1f => entry.edx = number.into(),
+                _ => {}
+            }
+        }
+        vcpu.set_cpuid2(&cpuid).map_err(during("KVM_SET_CPUID2"))?;
+        Ok(vcpu)
+    }
+}
+
+/// What this host's KVM can show a guest.
+pub(super) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(during("KVM_GET_SUPPORTED_CPUID"))
+}
+
+fn slot_error(call: &'static str, pages: GfnRange) -> impl FnOnce(errno::Error) -> KvmError {
+    move |cause| KvmError::Slot { call, pages, cause }
+}

@@ -1,0 +1,55 @@
+//! A VM process: one KVM VM, its vCPUs, its devices and its window.
+//!
+//! ```text
+//!   main thread                                vCPU thread
+//!   ───────────                                ───────────
+//!   process   socket and bell, messages        vcpu       runs the guest, carries out its port accesses
+//!     │  vm   start, freeze, pause               │
+//!     └──────────────►  floor  ◄─────────────────┘
+//!        what each vCPU is told and where it stands, the mailbox, the console, messages for the server
+//! ```
+//!
+//! Rules:
+//! * Only the vCPU thread touches guest memory once the guest has run, and never with the floor locked: a touch may
+//!   trap and wait for the server, and a freeze needs the floor.
+//! * A vCPU stops only where `KVM_RUN` was interrupted, never between a port access and its completion: its registers
+//!   are whole whenever it stands.
+//! * The process ends with its server: by `PDEATHSIG`, or at the socket's end.
+
+mod floor;
+mod isolate;
+mod keeper;
+mod kick;
+mod kvm;
+mod mailbox;
+mod ports;
+mod probe;
+mod process;
+mod registers;
+pub mod state;
+mod vcpu;
+mod vm;
+
+use std::os::fd::OwnedFd;
+
+/// Where a VM process's window stands: far below where the kernel places mappings of its own choice.
+pub const WINDOW_BASE: u64 = 0x1000_0000_0000;
+
+/// Runs a VM process, whose server is at the other end of `socket`, to its end. The process must be freshly executed,
+/// with one thread.
+pub fn vm_process_main(socket: OwnedFd) -> ! {
+    let code = match process::run(socket) {
+        Ok(()) => 0,
+        Err(error) => {
+            log::error!("VM process: {error}");
+            1
+        }
+    };
+    std::process::exit(code)
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds.
+fn now_ns() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    now.map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}

@@ -1,0 +1,99 @@
+//! What a vCPU's port accesses do.
+
+use super::floor::Floor;
+use super::mailbox::{Memory, read_answer, read_fork_count};
+use super::now_ns;
+use crate::devices::serial;
+use crate::wire::{Ending, FromVm, Line};
+use firmware::abi::{COM1, DOORBELL, Doorbell, WAIT};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vm_memory::GuestMemoryError;
+
+/// The ports of a machine, as one of its vCPUs sees them.
+#[derive(Clone, Debug)]
+pub(super) struct Ports {
+    floor: Arc<Floor>,
+    memory: Memory,
+    signed: Arc<AtomicBool>,
+}
+
+const COM1_LAST: u16 = COM1 + serial::PORTS - 1;
+
+impl Ports {
+    /// The ports of the machine that meets on `floor` and has this memory.
+    pub fn new(floor: Arc<Floor>, memory: Memory) -> Self {
+        Self { floor, memory, signed: Arc::default() }
+    }
+
+    /// vCPU `number` reads a port. A port that is nobody's reads as all ones.
+    pub fn read(&self, number: usize, port: u16, data: &mut [u8]) -> Result<(), GuestMemoryError> {
+        data.fill(0xff);
+        match (port, data.len()) {
+            (WAIT, 4) => {
+                // Nothing yet, if the vCPU is to stop: the guest asks again.
+                let wakeup = self.floor.await_wakeup(number);
+                let bits = wakeup.map_or(Ok(0), |wakeup| wakeup.deliver(&self.memory))?;
+                data.copy_from_slice(&bits.to_le_bytes());
+            }
+            (COM1..=COM1_LAST, _) => {
+                let mut shared = self.floor.lock();
+                let register = (port - COM1) as u8;
+                data.iter_mut().for_each(|byte| *byte = shared.console.read(register));
+            }
+            _ => log::debug!("{} bytes read from port {port:#x}, which is nobody's", data.len()),
+        }
+        Ok(())
+    }
+
+    /// A vCPU writes a port. What is written to a port that is nobody's is lost.
+    pub fn write(&self, port: u16, data: &[u8]) -> Result<(), GuestMemoryError> {
+        match (port, data) {
+            (DOORBELL, [a, b, c, d]) => {
+                let value = u32::from_le_bytes([*a, *b, *c, *d]);
+                match Doorbell::from_u32(value) {
+                    Some(doorbell) => self.ring(doorbell)?,
+                    None => log::debug!("the guest rings {value:#x}, which means nothing"),
+                }
+            }
+            (COM1..=COM1_LAST, _) => {
+                let mut shared = self.floor.lock();
+                let silent = !shared.console.has_output();
+                let register = (port - COM1) as u8;
+                data.iter().for_each(|byte| shared.console.write(register, *byte));
+                if silent && shared.console.has_output() {
+                    self.floor.ring();
+                }
+            }
+            _ => log::debug!("{} bytes written to port {port:#x}, which is nobody's", data.len()),
+        }
+        Ok(())
+    }
+
+    fn ring(&self, doorbell: Doorbell) -> Result<(), GuestMemoryError> {
+        match doorbell {
+            Doorbell::Answer => {
+                let text = read_answer(&self.memory)?;
+                let mut shared = self.floor.lock();
+                match shared.mailbox.answered() {
+                    Some(tag) => self.floor.tell(&mut shared, FromVm::Answer(Line { tag, text })),
+                    None => log::debug!("the guest answers no line"),
+                }
+            }
+            Doorbell::Alive => {
+                if !self.signed.swap(true, Ordering::Relaxed) {
+                    let at_ns = now_ns();
+                    self.floor.tell(&mut self.floor.lock(), FromVm::FirstSign { at_ns });
+                }
+            }
+            Doorbell::Fork => {
+                let count = read_fork_count(&self.memory)?;
+                let mut shared = self.floor.lock();
+                shared.mailbox.fork_asked();
+                self.floor.tell(&mut shared, FromVm::Fork { count });
+            }
+            Doorbell::Halt => self.floor.end(FromVm::Ended(Ending::Off)),
+        }
+        Ok(())
+    }
+}

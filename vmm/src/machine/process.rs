@@ -1,0 +1,188 @@
+//! A VM process: a loop over the server's messages and the bell of the vCPUs.
+
+use super::isolate;
+use super::probe::ways_to_write;
+use super::vm::{Preparation, Vm, VmError};
+use crate::link::Link;
+use crate::wire::{Activity, Ending, FromVm, ToVm};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use guest_mem::window::host::WindowError;
+use nix::unistd::{Pid, getppid};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+/// Serves `socket` until it ends.
+pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
+    let server = getppid();
+    isolate::die_with(server).map_err(|error| error.to_string())?;
+    // A thread that panics must not leave a machine behind that half works.
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        std::process::abort();
+    }));
+    let link = Link::new(socket);
+    link.never_wait().map_err(|error| error.to_string())?;
+    let mut events = EventManager::new().map_err(|error| error.to_string())?;
+    let process = events.add_subscriber(Process { link, vm: None, server, done: None, backed_up: false });
+    loop {
+        events.run().map_err(|error| error.to_string())?;
+        let process = events.subscriber_mut(process).map_err(|error| error.to_string())?;
+        if let Some(done) = process.done.take() {
+            return done;
+        }
+    }
+}
+
+/// The main thread's half of a VM process.
+struct Process {
+    link: Link,
+    vm: Option<Vm>,
+    server: Pid,
+    /// How the process has ended.
+    done: Option<Result<(), String>>,
+    /// The socket did not take everything: wait until it does.
+    backed_up: bool,
+}
+
+const SOCKET: u32 = 0;
+const BELL: u32 = 1;
+
+impl MutEventSubscriber for Process {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(error) = ops.add(Events::with_data(&self.link, SOCKET, EventSet::IN)) {
+            self.done = Some(Err(format!("epoll of the socket: {error}")));
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let served = match events.data() {
+            BELL => self.pass_on(),
+            _ => self.serve(ops),
+        };
+        match served.and_then(|()| self.flush(ops)) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => self.done = Some(Ok(())),
+            Err(error) => self.done = Some(Err(format!("the server's socket: {error}"))),
+        }
+    }
+}
+
+impl Process {
+    /// Carries out all messages that are there.
+    fn serve(&mut self, ops: &mut EventOps<'_>) -> io::Result<()> {
+        while let Some((message, fds)) = self.link.recv::<ToVm>()? {
+            self.handle(message, fds, ops)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what the vCPUs have for the server.
+    fn pass_on(&mut self) -> io::Result<()> {
+        let Some(vm) = &self.vm else { return Ok(()) };
+        let (messages, console) = vm.floor().take_messages();
+        if !console.is_empty() {
+            self.link.send(&FromVm::Console(console), &[])?;
+        }
+        messages.iter().try_for_each(|message| self.link.send(message, &[]))
+    }
+
+    /// Sends what is queued, and waits for the socket to take more only where it must.
+    fn flush(&mut self, ops: &mut EventOps<'_>) -> io::Result<()> {
+        let backed_up = self.link.flush()?;
+        if backed_up != self.backed_up {
+            self.backed_up = backed_up;
+            let wanted = if backed_up { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+            ops.modify(Events::with_data(&self.link, SOCKET, wanted)).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, message: ToVm, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) -> io::Result<()> {
+        if let ToVm::Prepare { shape, isolation, features, cage } = message {
+            let preparation = Preparation { shape, isolation, features, cage: &cage, server: self.server };
+            return self.prepare(&preparation, ops);
+        }
+        let Some(vm) = &mut self.vm else {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a message before Prepare"));
+        };
+        let floor = Arc::clone(vm.floor());
+        match message {
+            ToVm::Prepare { .. } => unreachable!("handled above"),
+            ToVm::Start(start) => {
+                if let Err(error) = vm.start(*start, &fds) {
+                    self.link.send(&FromVm::StartFailed(error.to_string()), &[])?;
+                }
+            }
+            ToVm::Freeze { store, max_runs } => {
+                let file = one(&fds)?;
+                match vm.freeze(store, file.as_fd(), max_runs) {
+                    Ok(frozen) => self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?,
+                    Err(error) => {
+                        self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;
+                        if let VmError::Window(torn @ WindowError::Torn { .. }) = error {
+                            let ended = FromVm::Ended(Ending::Dead(torn.to_string()));
+                            self.link.send(&ended, &[])?;
+                        }
+                    }
+                }
+            }
+            ToVm::DropScratch(store) => vm.drop_scratch(store),
+            ToVm::Pause => self.ask(Activity::Paused),
+            ToVm::Resume => self.ask(Activity::Running),
+            ToVm::Input(line) => {
+                floor.lock().mailbox.post(line);
+                floor.notify();
+            }
+            ToVm::Console(bytes) => {
+                floor.lock().console.input(&bytes);
+                floor.notify();
+            }
+            ToVm::ForkDone(outcome) => {
+                floor.lock().mailbox.fork_done(outcome);
+                floor.notify();
+            }
+            ToVm::Stop => {
+                floor.lock().mailbox.stop();
+                floor.notify();
+            }
+            ToVm::Probe => {
+                let ways = ways_to_write(one(&fds)?.as_fd());
+                self.link.send(&FromVm::Probed(ways), &[])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, preparation: &Preparation<'_>, ops: &mut EventOps<'_>) -> io::Result<()> {
+        if self.vm.is_some() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a second Prepare"));
+        }
+        match Vm::prepare(preparation) {
+            Ok(vm) => {
+                ops.add(Events::with_data(vm.floor().bell(), BELL, EventSet::IN)).map_err(io::Error::other)?;
+                let (ready, traps) = vm.ready();
+                self.link.send(&ready, traps.as_slice())?;
+                self.vm = Some(vm);
+            }
+            Err(error) => self.link.send(&FromVm::PrepareFailed(error.to_string()), &[])?,
+        }
+        Ok(())
+    }
+
+    fn ask(&mut self, activity: Activity) {
+        let asked = self.vm.as_ref().map(|vm| vm.ask(activity));
+        if let Some(Err(error)) = asked {
+            log::warn!("asked to be {activity:?}: {error}");
+        }
+    }
+}
+
+/// The one descriptor that a message must bring.
+fn one(fds: &[OwnedFd]) -> io::Result<&OwnedFd> {
+    match fds {
+        [fd] => Ok(fd),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "a message that needs one descriptor")),
+    }
+}

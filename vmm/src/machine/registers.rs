@@ -1,0 +1,255 @@
+//! A vCPU's registers: saved whole, and restored as far as they differ from a fresh vCPU's.
+//!
+//! A vCPU ioctl takes 6–10 µs on some hosts, and a fork restores into a vCPU that has never run. So a [`Registers`]
+//! remembers the vCPU as it was made, and restoring leaves out what is the same: most of the time all but the general
+//! and system registers.
+#![allow(unsafe_code)] // XSAVE areas of variable length, and the vCPU device attribute that kvm-ioctls lacks
+
+use super::state::{Tsc, VcpuState};
+use kvm_bindings::{
+    KVM_MAX_MSR_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, Xsave, kvm_device_attr,
+    kvm_msr_entry, kvm_xsave,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::mem;
+use thiserror::Error;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::{errno, ioctl_iow_nr};
+
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+
+const IA32_TSC: u32 = 0x10;
+
+/// A register could not be read or set.
+#[derive(Debug, Error)]
+pub(super) enum RegistersError {
+    #[error("{call}: {cause}")]
+    Call { call: &'static str, cause: errno::Error },
+    #[error("{call} of MSR {index:#x} is refused")]
+    Msr { call: &'static str, index: u32 },
+    #[error("the saved state has {has} words of XSAVE, this host {wants}")]
+    XsaveLength { has: usize, wants: usize },
+}
+
+/// Adds the call to an error of KVM.
+fn during(call: &'static str) -> impl FnOnce(errno::Error) -> RegistersError {
+    move |cause| RegistersError::Call { call, cause }
+}
+
+/// How to read and set the registers of one vCPU.
+#[derive(Debug)]
+pub(super) struct Registers {
+    access: Access,
+    fresh: VcpuState,
+}
+
+/// What this host can read and set.
+#[derive(Debug)]
+struct Access {
+    msrs: Vec<u32>,
+    xsave_words: usize,
+    tsc: TscAccess,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum TscAccess {
+    Offset,
+    Msr,
+}
+
+impl Registers {
+    /// Learns what this host can read and set, from a vCPU that has its CPUID and has not run.
+    pub fn of_fresh(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, RegistersError> {
+        let area = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let xsave_words = area.max(mem::size_of::<kvm_xsave>()) / mem::size_of::<u32>();
+        let tsc = match read_tsc_offset(vcpu) {
+            Ok(_) => TscAccess::Offset,
+            Err(error) => {
+                log::info!("KVM_VCPU_TSC_OFFSET: {error}; the guest's clock stands still during a fork");
+                TscAccess::Msr
+            }
+        };
+        let list = kvm.get_msr_index_list().map_err(during("KVM_GET_MSR_INDEX_LIST"))?;
+        let wanted = list.as_slice().iter().copied().filter(|index| *index != IA32_TSC);
+        let msrs = wanted.filter(|index| can_read_and_set(vcpu, *index)).collect();
+        let access = Access { msrs, xsave_words, tsc };
+        let fresh = access.save(vcpu)?;
+        Ok(Self { access, fresh })
+    }
+
+    /// The vCPU as it was before it ran.
+    pub fn fresh(&self) -> &VcpuState {
+        &self.fresh
+    }
+
+    /// Reads everything.
+    pub fn save(&self, vcpu: &VcpuFd) -> Result<VcpuState, RegistersError> {
+        self.access.save(vcpu)
+    }
+
+    /// Makes the vCPU, which has not run, what `state` says.
+    ///
+    /// The order matters: the TSC before the MSRs that refer to it, system registers before general ones, events last,
+    /// because setting system registers drops them.
+    pub fn restore(&self, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), RegistersError> {
+        let fresh = &self.fresh;
+        if state.tsc != fresh.tsc {
+            set_tsc(vcpu, state.tsc)?;
+        }
+        if state.sregs != fresh.sregs {
+            vcpu.set_sregs(&state.sregs).map_err(during("KVM_SET_SREGS"))?;
+        }
+        vcpu.set_regs(&state.regs).map_err(during("KVM_SET_REGS"))?;
+        if state.xcrs != fresh.xcrs {
+            vcpu.set_xcrs(&state.xcrs).map_err(during("KVM_SET_XCRS"))?;
+        }
+        if state.xsave != fresh.xsave {
+            self.access.write_xsave(vcpu, &state.xsave)?;
+        }
+        if state.debug != fresh.debug {
+            vcpu.set_debug_regs(&state.debug).map_err(during("KVM_SET_DEBUGREGS"))?;
+        }
+        self.write_msrs(vcpu, &state.msrs)?;
+        if state.mp != fresh.mp {
+            vcpu.set_mp_state(state.mp).map_err(during("KVM_SET_MP_STATE"))?;
+        }
+        if state.events != fresh.events {
+            vcpu.set_vcpu_events(&state.events).map_err(during("KVM_SET_VCPU_EVENTS"))?;
+        }
+        Ok(())
+    }
+
+    fn write_msrs(&self, vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), RegistersError> {
+        let differ: Vec<_> =
+            entries.iter().filter(|entry| !self.fresh.msrs.contains(entry)).copied().collect();
+        for entries in differ.chunks(KVM_MAX_MSR_ENTRIES) {
+            let set = vcpu.set_msrs(&batch(entries)).map_err(during("KVM_SET_MSRS"))?;
+            if let Some(entry) = entries.get(set) {
+                return Err(RegistersError::Msr { call: "KVM_SET_MSRS", index: entry.index });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Access {
+    fn save(&self, vcpu: &VcpuFd) -> Result<VcpuState, RegistersError> {
+        Ok(VcpuState {
+            mp: vcpu.get_mp_state().map_err(during("KVM_GET_MP_STATE"))?,
+            regs: vcpu.get_regs().map_err(during("KVM_GET_REGS"))?,
+            sregs: vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?,
+            xsave: self.read_xsave(vcpu)?,
+            xcrs: vcpu.get_xcrs().map_err(during("KVM_GET_XCRS"))?,
+            debug: vcpu.get_debug_regs().map_err(during("KVM_GET_DEBUGREGS"))?,
+            msrs: self.read_msrs(vcpu)?,
+            events: vcpu.get_vcpu_events().map_err(during("KVM_GET_VCPU_EVENTS"))?,
+            tsc: match self.tsc {
+                TscAccess::Offset => {
+                    Tsc::Offset(read_tsc_offset(vcpu).map_err(during("KVM_VCPU_TSC_OFFSET"))?)
+                }
+                TscAccess::Msr => Tsc::Value(read_msr(vcpu, IA32_TSC)?),
+            },
+        })
+    }
+
+    fn read_xsave(&self, vcpu: &VcpuFd) -> Result<Vec<u32>, RegistersError> {
+        let mut area = self.xsave_area();
+        // SAFETY: The area is as long as KVM_CAP_XSAVE2 says, so that KVM does not write past its end.
+        unsafe { vcpu.get_xsave2(&mut area) }.map_err(during("KVM_GET_XSAVE2"))?;
+        let mut words = area.as_fam_struct_ref().xsave.region.to_vec();
+        words.extend_from_slice(area.as_slice());
+        Ok(words)
+    }
+
+    fn write_xsave(&self, vcpu: &VcpuFd, words: &[u32]) -> Result<(), RegistersError> {
+        if words.len() != self.xsave_words {
+            return Err(RegistersError::XsaveLength { has: words.len(), wants: self.xsave_words });
+        }
+        let mut area = self.xsave_area();
+        let (region, extra) = words.split_at(REGION_WORDS);
+        area.as_mut_slice().copy_from_slice(extra);
+        // SAFETY: The length of the area stays as it is.
+        unsafe { area.as_mut_fam_struct() }.xsave.region.copy_from_slice(region);
+        // SAFETY: The area is as long as KVM_CAP_XSAVE2 says, so that KVM does not read past its end.
+        unsafe { vcpu.set_xsave2(&area) }.map_err(during("KVM_SET_XSAVE"))
+    }
+
+    fn xsave_area(&self) -> Xsave {
+        Xsave::new(self.xsave_words - REGION_WORDS).expect("an XSAVE area is shorter than the limit of its type")
+    }
+
+    fn read_msrs(&self, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, RegistersError> {
+        let mut entries = Vec::with_capacity(self.msrs.len());
+        for indexes in self.msrs.chunks(KVM_MAX_MSR_ENTRIES) {
+            let wanted: Vec<_> = indexes.iter().map(|index| entry(*index)).collect();
+            let mut msrs = batch(&wanted);
+            let read = vcpu.get_msrs(&mut msrs).map_err(during("KVM_GET_MSRS"))?;
+            if let Some(index) = indexes.get(read) {
+                return Err(RegistersError::Msr { call: "KVM_GET_MSRS", index: *index });
+            }
+            entries.extend_from_slice(msrs.as_slice());
+        }
+        Ok(entries)
+    }
+}
+
+const REGION_WORDS: usize = mem::size_of::<kvm_xsave>() / mem::size_of::<u32>();
+
+fn entry(index: u32) -> kvm_msr_entry {
+    kvm_msr_entry { index, ..Default::default() }
+}
+
+fn batch(entries: &[kvm_msr_entry]) -> Msrs {
+    Msrs::from_entries(entries).expect("a batch of MSRs is within KVM's limit")
+}
+
+/// KVM lists MSRs that it then refuses to read, or to set to what was read.
+fn can_read_and_set(vcpu: &VcpuFd, index: u32) -> bool {
+    let mut msrs = batch(&[entry(index)]);
+    let works = matches!(vcpu.get_msrs(&mut msrs), Ok(1)) && matches!(vcpu.set_msrs(&msrs), Ok(1));
+    if !works {
+        log::debug!("MSR {index:#x} cannot be read and set: left out");
+    }
+    works
+}
+
+fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<u64, RegistersError> {
+    let mut msrs = batch(&[entry(index)]);
+    match vcpu.get_msrs(&mut msrs).map_err(during("KVM_GET_MSRS"))? {
+        1 => Ok(msrs.as_slice()[0].data),
+        _ => Err(RegistersError::Msr { call: "KVM_GET_MSRS", index }),
+    }
+}
+
+fn read_tsc_offset(vcpu: &VcpuFd) -> Result<u64, errno::Error> {
+    let mut offset = 0_u64;
+    let attribute = tsc_offset_attribute(&raw mut offset as u64);
+    // SAFETY: KVM writes the attribute's eight bytes to `offset`.
+    let result = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) };
+    if result == 0 { Ok(offset) } else { Err(errno::Error::last()) }
+}
+
+fn set_tsc(vcpu: &VcpuFd, tsc: Tsc) -> Result<(), RegistersError> {
+    match tsc {
+        Tsc::Offset(offset) => {
+            let attribute = tsc_offset_attribute(&raw const offset as u64);
+            // SAFETY: KVM reads the attribute's eight bytes from `offset`.
+            match unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) } {
+                0 => Ok(()),
+                _ => Err(during("KVM_VCPU_TSC_OFFSET")(errno::Error::last())),
+            }
+        }
+        Tsc::Value(value) => {
+            let entry = kvm_msr_entry { data: value, ..entry(IA32_TSC) };
+            match vcpu.set_msrs(&batch(&[entry])).map_err(during("KVM_SET_MSRS"))? {
+                1 => Ok(()),
+                _ => Err(RegistersError::Msr { call: "KVM_SET_MSRS", index: IA32_TSC }),
+            }
+        }
+    }
+}
+
+fn tsc_offset_attribute(addr: u64) -> kvm_device_attr {
+    kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: KVM_VCPU_TSC_OFFSET.into(), addr }
+}

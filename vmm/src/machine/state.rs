@@ -1,0 +1,59 @@
+//! A machine that stands still, as plain data.
+
+use crate::devices::serial;
+use kvm_bindings::{
+    kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use serde::{Deserialize, Serialize};
+
+/// Everything of a VM but its memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MachineState {
+    /// Its vCPUs, by number.
+    pub vcpus: Vec<VcpuState>,
+    /// The serial console.
+    pub serial: serial::State,
+    /// What is under way between the monitor and the server.
+    pub mailbox: MailboxState,
+}
+
+/// A vCPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// General registers.
+    pub regs: kvm_regs,
+    /// System registers.
+    pub sregs: kvm_sregs,
+    /// The XSAVE area, as long as this host's.
+    pub xsave: Vec<u32>,
+    /// Extended control registers.
+    pub xcrs: kvm_xcrs,
+    /// Debug registers.
+    pub debug: kvm_debugregs,
+    /// All model-specific registers that this host's KVM can both read and set; not the TSC where `tsc` has it.
+    pub msrs: Vec<kvm_msr_entry>,
+    /// Pending exceptions, interrupts and the like.
+    pub events: kvm_vcpu_events,
+    /// Running or halted.
+    pub mp: kvm_mp_state,
+    /// The guest's clock.
+    pub tsc: Tsc,
+}
+
+/// What the guest's time stamp counter shows. A fork goes on from where its parent stood, and never back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Tsc {
+    /// The host's, plus this: exact on the same host.
+    Offset(u64),
+    /// The value when it was saved, for hosts that do not tell the offset. It stands still from save to restore.
+    Value(u64),
+}
+
+/// What is under way between the monitor and the server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MailboxState {
+    /// The line that the guest has not answered. A fork answers it too.
+    pub in_flight: Option<u64>,
+    /// The guest asked to be forked and waits for the outcome.
+    pub fork_pending: bool,
+}

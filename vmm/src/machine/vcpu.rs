@@ -1,0 +1,115 @@
+//! A vCPU and its thread.
+
+use super::floor::{Floor, Load, Task};
+use super::kick::StopSwitch;
+use super::ports::Ports;
+use super::registers::{Registers, RegistersError};
+use crate::boot;
+use crate::wire::FromVm;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+/// A vCPU, which lives as long as the process and belongs to its thread.
+#[derive(Debug)]
+pub(super) struct Vcpu {
+    number: usize,
+    fd: &'static mut VcpuFd,
+    registers: Registers,
+}
+
+impl Vcpu {
+    /// Takes a vCPU that has not run, for the life of the process; gives the switch that stops it as well.
+    pub fn new(number: usize, fd: VcpuFd, registers: Registers) -> (Self, StopSwitch) {
+        let (stop, fd) = StopSwitch::of(Box::leak(Box::new(fd)));
+        (Self { number, fd, registers }, stop)
+    }
+
+    /// Starts the thread, which waits on the floor for something to do.
+    ///
+    /// # Errors
+    /// Of `pthread_create`.
+    pub fn spawn(mut self, floor: Arc<Floor>, ports: Ports) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || self.work(&floor, &ports))
+    }
+
+    fn work(&mut self, floor: &Floor, ports: &Ports) {
+        loop {
+            match floor.next_task(self.number) {
+                Task::Load(load) => {
+                    if let Err(error) = self.load(&load) {
+                        floor.end(FromVm::StartFailed(format!("registers of vCPU {}: {error}", self.number)));
+                    }
+                }
+                Task::Save => {
+                    let state = self.registers.save(self.fd);
+                    floor.saved(self.number, state.map_err(|error| error.to_string()));
+                }
+                Task::Run => {
+                    if let Err(why) = self.run(ports) {
+                        floor.die(why);
+                    }
+                }
+            }
+        }
+    }
+
+    fn load(&self, load: &Load) -> Result<(), RegistersError> {
+        match load {
+            Load::Saved(state) => self.registers.restore(self.fd, state),
+            Load::Monitor => {
+                let mut state = self.registers.fresh().clone();
+                state.regs = boot::monitor::registers(&mut state.sregs);
+                self.registers.restore(self.fd, &state)
+            }
+        }
+    }
+
+    /// Runs until the vCPU is to stop. It stops only where `KVM_RUN` says that it was interrupted: KVM completes a port
+    /// access in flight before it does.
+    fn run(&mut self, ports: &Ports) -> Result<(), String> {
+        loop {
+            match self.fd.run() {
+                Err(error) if error.errno() == libc::EINTR => return Ok(()),
+                Err(error) if error.errno() == libc::EAGAIN => {}
+                Err(error) => return Err(format!("KVM_RUN: {error}")),
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    ports.read(self.number, port, data).map_err(|error| memory_error(&error))?;
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    ports.write(port, data).map_err(|error| memory_error(&error))?;
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    log::debug!("{} bytes read from {address:#x}, where nothing is", data.len());
+                    data.fill(0xff);
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    log::debug!("{} bytes written to {address:#x}, where nothing is", data.len());
+                }
+                Ok(VcpuExit::Intr) => {}
+                Ok(exit) => return Err(describe(&exit)),
+            }
+        }
+    }
+}
+
+fn memory_error(error: &vm_memory::GuestMemoryError) -> String {
+    format!("guest memory: {error}")
+}
+
+/// Why a vCPU cannot go on.
+fn describe(exit: &VcpuExit<'_>) -> String {
+    match exit {
+        VcpuExit::Shutdown => "the guest crashed (triple fault)".into(),
+        VcpuExit::Hlt => "the guest halted, and nothing can wake it".into(),
+        VcpuExit::InternalError => "KVM could not emulate an instruction of the guest".into(),
+        VcpuExit::FailEntry(reason, cpu) => {
+            format!("the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}")
+        }
+        VcpuExit::MemoryFault { flags, gpa, size } => {
+            format!("KVM cannot supply guest memory at {gpa:#x} ({size} bytes, flags {flags:#x})")
+        }
+        other => format!("KVM_RUN returned with {other:?}"),
+    }
+}

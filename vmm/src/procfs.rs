@@ -1,0 +1,97 @@
+//! What `/proc` says of a process's memory.
+
+use std::io;
+use std::ops::Range;
+
+/// Memory of a process, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Its share of all its pages.
+    pub pss: u64,
+    /// Of that, its share of shared memory: stores.
+    pub pss_shared: u64,
+    /// Its page tables.
+    pub page_tables: u64,
+}
+
+/// A mapping, as a line of `/proc/PID/maps` tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Its addresses.
+    pub addresses: Range<u64>,
+    /// Writes are private.
+    pub private: bool,
+    /// It may be written.
+    pub writable: bool,
+    /// Byte of the file at its first address.
+    pub offset: u64,
+    /// The file; 0 for none.
+    pub inode: u64,
+}
+
+/// The memory of a process.
+///
+/// # Errors
+/// It is gone, or not ours to look at.
+pub fn usage(pid: i32) -> io::Result<Usage> {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let bytes = |text: &str, key| kib_field(text, key).unwrap_or(0) << 10;
+    Ok(Usage {
+        pss: bytes(&rollup, "Pss:"),
+        pss_shared: bytes(&rollup, "Pss_Shmem:"),
+        page_tables: bytes(&status, "VmPTE:"),
+    })
+}
+
+/// The mappings of a process that lie within `bounds`, in order.
+///
+/// # Errors
+/// It is gone, or not ours to look at.
+pub fn mappings(pid: i32, bounds: &Range<u64>) -> io::Result<Vec<Mapping>> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let inside = |m: &Mapping| m.addresses.start < bounds.end && m.addresses.end > bounds.start;
+    Ok(maps.lines().filter_map(parse_mapping).filter(inside).collect())
+}
+
+fn kib_field(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn parse_mapping(line: &str) -> Option<Mapping> {
+    let mut words = line.split_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    let flags = words.next()?.as_bytes();
+    let offset = number(words.next()?)?;
+    let inode = words.nth(1)?.parse().ok()?;
+    Some(Mapping {
+        addresses: number(start)?..number(end)?,
+        private: flags.get(3) == Some(&b'p'),
+        writable: flags.get(1) == Some(&b'w'),
+        offset,
+        inode,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_maps() {
+        let line = "100000010000-100000019000 rw-p 00001000 00:01 4711                       /memfd:offshoot-store (deleted)";
+        let mapping = parse_mapping(line).unwrap();
+        assert_eq!(mapping.addresses, 0x1000_0001_0000..0x1000_0001_9000);
+        assert_eq!((mapping.private, mapping.writable, mapping.offset, mapping.inode), (true, true, 0x1000, 4711));
+        assert_eq!(parse_mapping("7f00-7f01 r--s 00000000 00:00 0").map(|m| (m.private, m.inode)), Some((false, 0)));
+        assert_eq!(parse_mapping("nonsense"), None);
+    }
+
+    #[test]
+    fn this_process_uses_memory() {
+        let usage = usage(std::process::id() as i32).unwrap();
+        assert!(usage.pss > usage.pss_shared && usage.page_tables > 0);
+    }
+}

@@ -1,0 +1,153 @@
+//! `check`: the invariants, on the live server.
+//!
+//! The books check themselves ([`Family::check_invariants`](guest_mem::family::Family::check_invariants)). Here they
+//! are held against the world: stores against the extents of their memfds, windows against `/proc/PID/maps` and the
+//! pagemap, and every VM process is asked to try to write to a store.
+
+use super::Server;
+use super::clients::ClientId;
+use super::vm::{Generation, Vm};
+use crate::api::{Answer, CheckReport};
+use crate::procfs::{self, Mapping};
+use crate::wire::ToVm;
+use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, Run, Source};
+use std::collections::BTreeSet;
+
+/// Checks that wait for VM processes to tell how their attempts went.
+#[derive(Debug, Default)]
+pub struct Checks(Vec<Check>);
+
+#[derive(Debug)]
+struct Check {
+    client: ClientId,
+    report: CheckReport,
+    awaited: BTreeSet<Generation>,
+}
+
+impl Server {
+    pub(super) fn check(&mut self, client: ClientId) {
+        let mut report = CheckReport { vms: 0, mappings: 0, pages: 0, broken: Vec::new() };
+        for manager in self.families.values() {
+            if let Err(broken) = manager.family().check_invariants() {
+                report.broken.extend(broken);
+            }
+            manager.check_stores(&mut report.broken);
+        }
+        for vm in self.vms.iter().filter(|vm| vm.is_alive() && vm.forks.is_empty()) {
+            report.vms += 1;
+            self.check_window(vm, &mut report);
+        }
+        let awaited = self.probe_isolation();
+        self.checks.0.push(Check { client, report, awaited });
+    }
+
+    /// 8, 9 and 10: what a VM process really maps.
+    fn check_window(&self, vm: &Vm, report: &mut CheckReport) {
+        let Some((family, member)) = vm.memory else { return };
+        let Some(process) = vm.process.and_then(|id| self.processes.get(&id)) else { return };
+        let Some(pid) = process.memory.main.get().filter(|_| process.ready && process.start.is_none()) else { return };
+        let manager = &self.families[&family];
+        let runs: Vec<Run> = manager.family().vm(member).runs().collect();
+        if runs.len() > self.max_runs as usize {
+            report.broken.push(format!("8: the window of {:?} has {} runs", vm.name, runs.len()));
+        }
+        let base = process.memory.base.get();
+        let bounds = base..base + runs.last().map_or(0, |run| run.pages.end().gpa());
+        let Ok(mappings) = procfs::mappings(pid.as_raw(), &bounds) else { return };
+        report.mappings += mappings.len() as u64;
+        report.pages += self.live_layer(vm).iter().map(|part| part.end - part.start).sum::<u64>();
+        for run in &runs {
+            let inode = match run.source {
+                Source::Anonymous => Some(0),
+                Source::Store { store, .. } => {
+                    manager.store(store).map(|s| s.inode()).or_else(|| manager.file(store).map(|f| f.inode()))
+                }
+            };
+            if let Err(what) = check_run(run, inode, &mappings, base) {
+                report.broken.push(format!("8: the window of {:?} at {:?}: {what}", vm.name, run.pages));
+            }
+        }
+        if let Some(shared) = mappings.iter().find(|mapping| !mapping.private) {
+            report.broken.push(format!("10: {:?} has a shared mapping at {:#x}", vm.name, shared.addresses.start));
+        }
+    }
+
+    /// 10: asks every VM process to try to write to a store of its own family.
+    fn probe_isolation(&mut self) -> BTreeSet<Generation> {
+        let mut awaited = BTreeSet::new();
+        for vm in self.vms.iter().filter(|vm| vm.is_alive()) {
+            let (Some((family, member)), Some(id)) = (vm.memory, vm.process) else { continue };
+            let manager = &self.families[&family];
+            let store = manager.family().vm(member).runs().find_map(|run| match run.source {
+                Source::Store { store, .. } => manager.store(store),
+                Source::Anonymous => None,
+            });
+            let Some(process) = self.processes.get_mut(&id).filter(|p| p.ready && p.start.is_none()) else { continue };
+            if let Some(store) = store {
+                process.send(&ToVm::Probe, &[store.read_only()]);
+                awaited.insert(vm.generation);
+            }
+        }
+        awaited
+    }
+
+    /// A VM process tells how its attempt went.
+    pub(super) fn probed(&mut self, generation: Generation, ways: Vec<String>) {
+        let name = self.vms.get(generation).map_or("?", |vm| vm.name.as_str());
+        let isolated = self.isolation != crate::wire::Isolation::Off;
+        for check in &mut self.checks.0 {
+            if check.awaited.remove(&generation) && isolated {
+                check.report.broken.extend(ways.iter().map(|way| format!("10: {name:?} can write to a store: {way}")));
+            }
+        }
+    }
+
+    /// A VM that has ended tells nothing more.
+    pub(super) fn check_lost_vm(&mut self, generation: Generation) {
+        for check in &mut self.checks.0 {
+            check.awaited.remove(&generation);
+        }
+    }
+
+    /// Answers the checks that have heard from everybody.
+    pub(super) fn finish_checks(&mut self) {
+        let done: Vec<Check> = self.checks.0.extract_if(.., |check| check.awaited.is_empty()).collect();
+        for check in done {
+            self.reply(check.client, Ok(Answer::Checked(check.report)));
+        }
+    }
+}
+
+/// Whether mappings show a run: the file that it should be (any, where the store is gone because all of it is zero), at
+/// the right offset, private, without holes.
+fn check_run(run: &Run, inode: Option<u64>, mappings: &[Mapping], base: u64) -> Result<(), String> {
+    let mut at = run.pages.start();
+    for mapping in mappings {
+        let pages = GfnRange::between(frame(mapping.addresses.start, base), frame(mapping.addresses.end, base));
+        let part = pages.intersect(run.pages);
+        if part.is_empty() {
+            continue;
+        }
+        if part.start() > at {
+            return Err(format!("nothing is mapped at {at}"));
+        }
+        if !mapping.private || !mapping.writable {
+            return Err(format!("the mapping at {} is not private and writable", part.start()));
+        }
+        if inode.is_some_and(|inode| inode != mapping.inode) {
+            return Err(format!("inode {} is mapped, {inode:?} should be", mapping.inode));
+        }
+        if let Source::Store { origin, .. } = run.source {
+            let index = (mapping.offset >> PAGE_SHIFT) + (part.start().0 - pages.start().0);
+            if index != part.start().0 - origin.0 {
+                return Err(format!("page {index:#x} of the store is mapped at {}", part.start()));
+            }
+        }
+        at = part.end();
+    }
+    if at < run.pages.end() { Err(format!("nothing is mapped at {at}")) } else { Ok(()) }
+}
+
+fn frame(address: u64, base: u64) -> Gfn {
+    Gfn(address.saturating_sub(base) >> PAGE_SHIFT)
+}

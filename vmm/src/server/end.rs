@@ -1,0 +1,136 @@
+//! `stop`, `wait`, `rm`, `shutdown`: how VMs end.
+
+use super::Server;
+use super::clients::{ClientId, Mode};
+use super::process::{ProcessId, Role};
+use super::talk::Deadline;
+use super::vm::{Generation, Phase};
+use crate::api::{Answer, Failure};
+use crate::wire::ToVm;
+
+/// A client that waits until these processes are gone.
+#[derive(Debug)]
+pub struct Removal {
+    client: ClientId,
+    processes: Vec<ProcessId>,
+}
+
+impl Server {
+    pub(super) fn stop(&mut self, name: &str) -> Result<(), Failure> {
+        let generation = self.find_alive(name)?.generation;
+        self.tell(generation, &ToVm::Stop);
+        Ok(())
+    }
+
+    pub(super) fn wait(&mut self, client: ClientId, name: &str, timeout_ms: Option<u64>) {
+        match self.find(name).map(|vm| (vm.generation, vm.is_alive(), vm.summary(None))) {
+            Err(failure) => self.reply(client, Err(failure)),
+            Ok((_, false, summary)) => self.reply(client, Ok(Answer::Ended(summary))),
+            Ok((generation, true, _)) => {
+                self.vms.get_mut(generation).expect("found above").waiters.push(client);
+                self.set_deadline(timeout_ms, Deadline::End(generation, client));
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, client: ClientId, names: &[String], all: bool) {
+        let found: Result<Vec<Generation>, Failure> = match all {
+            true => Ok(self.vms.iter().map(|vm| vm.generation).collect()),
+            false => names.iter().map(|name| self.find(name).map(|vm| vm.generation)).collect(),
+        };
+        match found {
+            Err(failure) => self.reply(client, Err(failure)),
+            Ok(generations) => {
+                // Children first: then nothing of their parents has to settle for them.
+                for generation in generations.into_iter().rev() {
+                    self.forget_vm(generation);
+                }
+                self.grant_wants();
+                let ending = self.processes.values().filter(|process| process.role == Role::Ending);
+                let processes = ending.map(|process| process.id).collect();
+                self.removals.push(Removal { client, processes });
+            }
+        }
+    }
+
+    pub(super) fn shut_down(&mut self, client: ClientId) {
+        self.stopping = Some(client);
+        self.remove(client, &[], true);
+        let all = self.processes.keys().copied().collect();
+        if let Some(removal) = self.removals.last_mut() {
+            removal.processes = all;
+        }
+    }
+
+    /// Answers those whose processes are gone.
+    pub(super) fn finish_removals(&mut self) {
+        let processes = &self.processes;
+        let gone = |removal: &mut Removal| removal.processes.iter().all(|id| !processes.contains_key(id));
+        let done: Vec<ClientId> = self.removals.extract_if(.., gone).map(|removal| removal.client).collect();
+        for client in done {
+            self.reply(client, Ok(Answer::Done));
+        }
+    }
+
+    /// Ends a VM if it has not ended, and takes it off the list.
+    pub(super) fn forget_vm(&mut self, generation: Generation) {
+        self.end_vm(generation, Phase::Dead("removed".into()));
+        self.vms.remove(generation);
+    }
+
+    /// A VM has come to its end: its process ends, what only it held is freed, and everybody who waits is told.
+    pub(super) fn end_vm(&mut self, generation: Generation, end: Phase) {
+        let Some(vm) = self.vms.get_mut(generation).filter(|vm| vm.is_alive()) else { return };
+        let before = std::mem::replace(&mut vm.phase, end.clone());
+        let (name, summary) = (vm.name.clone(), vm.summary(None));
+        let (memory, process) = (vm.memory.take(), vm.process.take());
+        let (forks, viewers) = (std::mem::take(&mut vm.forks), std::mem::take(&mut vm.viewers));
+        let waiters = std::mem::take(&mut vm.waiters);
+        let asked: Vec<ClientId> = vm.sends.drain().map(|(_, client)| client).chain(vm.pausers.drain(..)).collect();
+        let remove = vm.remove_when_off;
+
+        let why = match (&end, &before) {
+            (Phase::Dead(why), Phase::Live) => format!("VM {name:?} is dead: {why}"),
+            (Phase::Dead(why), _) => format!("VM {name:?} did not start: {why}"),
+            _ => format!("VM {name:?} is off"),
+        };
+        log::info!("{why}");
+        if let Some((family, member)) = memory {
+            self.families.get_mut(&family).expect("a VM has a family").exit(member);
+        }
+        if let Some(id) = process {
+            match memory {
+                Some(_) => {
+                    let process = self.processes.get_mut(&id).expect("a VM's process");
+                    process.role = Role::Ending;
+                    if process.ready {
+                        process.kill();
+                    }
+                }
+                None => self.end_process(id),
+            }
+        }
+        self.fail_forks(forks.into(), &why);
+        match before {
+            Phase::Launching(Some(client)) => self.reply(client, Err(Failure::failed(why.clone()))),
+            Phase::Forking(fork) => self.child_failed(fork, generation, why.clone()),
+            _ => {}
+        }
+        for client in asked {
+            self.reply(client, Err(Failure::failed(why.clone())));
+        }
+        for client in waiters {
+            self.reply(client, Ok(Answer::Ended(summary.clone())));
+        }
+        for viewer in viewers {
+            if let Some(client) = self.clients.get_mut(&viewer) {
+                client.mode = Mode::Closing;
+            }
+            self.replied.push(viewer);
+        }
+        self.check_lost_vm(generation);
+        if remove {
+            self.vms.remove(generation);
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! `fork`: freeze the parent, share what it has, start the children.
+
+use super::Server;
+use super::clients::ClientId;
+use super::vm::{FamilyId, Generation, Phase};
+use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
+use crate::clock::monotonic_ns;
+use crate::name::check_name;
+use crate::wire::{self, Activity, Frozen, ToVm};
+use guest_mem::{StoreId, VmId};
+
+/// Names a fork under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ForkId(pub u64);
+
+/// Most children of one fork.
+const COUNT_MAX: u32 = 1000;
+
+/// Who asked for a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asker {
+    Client(ClientId),
+    Guest,
+}
+
+/// A child on its way.
+#[derive(Debug)]
+struct Progress {
+    generation: Generation,
+    name: String,
+    ready_ns: Option<u64>,
+    first_ns: Option<u64>,
+    runs: u64,
+    /// It runs and has shown a sign of life, or stands still as asked.
+    there: bool,
+}
+
+/// A fork under way.
+#[derive(Debug)]
+pub struct ForkOp {
+    asker: Asker,
+    parent: Generation,
+    asked_ns: u64,
+    paused: bool,
+    wait_settled: bool,
+    /// The freeze's store, and the family it is of.
+    store: Option<(FamilyId, StoreId)>,
+    pause_ns: Option<u64>,
+    moved: u64,
+    children: Vec<Progress>,
+    failure: Option<String>,
+}
+
+impl ForkOp {
+    fn new(asker: Asker, parent: Generation, asked_ns: u64) -> Self {
+        Self {
+            asker,
+            parent,
+            asked_ns,
+            paused: false,
+            wait_settled: false,
+            store: None,
+            pause_ns: None,
+            moved: 0,
+            children: Vec::new(),
+            failure: None,
+        }
+    }
+}
+
+impl Server {
+    pub(super) fn fork(&mut self, client: ClientId, fork: Fork) {
+        let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
+        let prefix = fork.prefix.clone().unwrap_or_else(|| fork.name.clone());
+        let checked = self.find_forkable(&fork.name).and_then(|parent| {
+            let names = self.child_names(&prefix, fork.count)?;
+            Ok((parent, names))
+        });
+        match checked {
+            Err(failure) => self.reply(client, Err(failure)),
+            Ok((parent, names)) => {
+                let op = ForkOp::new(Asker::Client(client), parent, asked_ns);
+                self.begin_fork(ForkOp { paused: fork.paused, wait_settled: fork.wait_settled, ..op }, names);
+            }
+        }
+    }
+
+    /// The guest of `parent` rang for a fork.
+    pub(super) fn fork_from_inside(&mut self, parent: Generation, count: u32) {
+        let asked_ns = monotonic_ns();
+        let Some(vm) = self.vms.get(parent) else { return };
+        let prefix = vm.name.clone();
+        match self.child_names(&prefix, count) {
+            Err(failure) => self.tell_guest(parent, Err(failure.message)),
+            Ok(names) => self.begin_fork(ForkOp::new(Asker::Guest, parent, asked_ns), names),
+        }
+    }
+
+    fn find_forkable(&self, name: &str) -> Result<Generation, Failure> {
+        let vm = self.find_alive(name)?;
+        match vm.phase {
+            Phase::Live => Ok(vm.generation),
+            _ => Err(Failure::failed(format!("VM {name:?} has not started yet"))),
+        }
+    }
+
+    /// The first free names PREFIX-1, PREFIX-2, ….
+    fn child_names(&self, prefix: &str, count: u32) -> Result<Vec<String>, Failure> {
+        if count == 0 || count > COUNT_MAX {
+            return Err(Failure::bad_input(format!("{count} children: from 1 to {COUNT_MAX} at a time")));
+        }
+        check_name(prefix).map_err(|e| Failure::bad_input(e.to_string()))?;
+        let free = (1u64..).map(|n| format!("{prefix}-{n}")).filter(|name| !self.vms.has_name(name));
+        let names: Vec<String> = free.take(count as usize).collect();
+        if names.last().is_some_and(|name| name.len() > MAX_NAME) {
+            return Err(Failure::bad_input(format!("names of children of {prefix:?} would be longer than {MAX_NAME}")));
+        }
+        Ok(names)
+    }
+
+    /// Lists the children, and freezes the parent as soon as no other fork does.
+    fn begin_fork(&mut self, mut op: ForkOp, names: Vec<String>) {
+        let id = ForkId(self.fresh_id());
+        let parent = self.vms.get(op.parent).expect("found above");
+        let (shape, parent_name) = (parent.shape, parent.name.clone());
+        for name in names {
+            let process = match self.take_process(shape) {
+                Ok(process) => process,
+                Err(e) => {
+                    op.failure = Some(format!("start a VM process: {e}"));
+                    break;
+                }
+            };
+            let phase = Phase::Forking(id);
+            let generation = self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None);
+            op.children.push(Progress { generation, name, ready_ns: None, first_ns: None, runs: 0, there: false });
+        }
+        let (parent, failed) = (op.parent, op.failure.is_some());
+        self.forks.insert(id, op);
+        if failed {
+            return self.finish_fork(id);
+        }
+        let queue = &mut self.vms.get_mut(parent).expect("found above").forks;
+        queue.push_back(id);
+        if queue.len() == 1 {
+            self.freeze(parent);
+        }
+    }
+
+    /// Freezes a VM for the fork at the head of its queue.
+    fn freeze(&mut self, parent: Generation) {
+        let Some(vm) = self.vms.get(parent) else { return };
+        let (Some(&fork), Some((family, member)), Some(process)) = (vm.forks.front(), vm.memory, vm.process) else {
+            return;
+        };
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        match manager.begin_freeze(member) {
+            Ok(store) => {
+                let file = manager.store(store).expect("just made");
+                let message = ToVm::Freeze { store, max_runs: self.max_runs };
+                let process = self.processes.get_mut(&process).expect("a VM's process");
+                process.send(&message, &[file.read_only()]);
+                self.forks.get_mut(&fork).expect("a queued fork").store = Some((family, store));
+            }
+            Err(e) => {
+                let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
+                self.freeze_failed(parent, &format!("{e}: {cause}"));
+            }
+        }
+    }
+
+    /// The parent has been frozen, and most likely runs on.
+    pub(super) fn frozen(&mut self, parent: Generation, frozen: Frozen) {
+        let Some(vm) = self.vms.get_mut(parent) else { return };
+        let (Some(fork), Some((family, member)), Some(process)) = (vm.forks.pop_front(), vm.memory, vm.process) else {
+            return;
+        };
+        let was_paused = vm.paused;
+        let memory = &self.processes[&process].memory;
+        if !frozen.harvest.moved.is_empty() {
+            memory.scratch.borrow_mut().insert(frozen.store, frozen.scratch_base);
+        }
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        manager.finish_freeze(member, &frozen.harvest);
+        let op = self.forks.get_mut(&fork).expect("a queued fork");
+        op.pause_ns = frozen.pause_ns;
+        op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
+        let settle_first = frozen.activity == Activity::Paused && !was_paused;
+        self.start_children(fork, (family, member), &frozen);
+        if settle_first {
+            self.settle_and_resume(parent, fork, &frozen);
+        }
+        self.freeze(parent);
+        self.finish_fork_if_there(fork);
+    }
+
+    fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId), frozen: &Frozen) {
+        let op = &self.forks[&fork];
+        let activity = if op.paused { Activity::Paused } else { Activity::Running };
+        let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
+        for (index, generation) in (1..).zip(children) {
+            let Some(process) = self.vms.get(generation).and_then(|vm| vm.process) else { continue };
+            let window = self.window_of(process);
+            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            let child = manager.fork(parent, window);
+            let runs = manager.family().vm(child).run_count() as u64;
+            let vm = self.vms.get_mut(generation).expect("a child of the fork");
+            vm.memory = Some((family, child));
+            vm.paused = activity == Activity::Paused;
+            self.child_mut(fork, generation, |child| child.runs = runs);
+            let origin = wire::Origin::Fork { state: frozen.state.clone(), index };
+            self.start(generation, origin, activity);
+        }
+    }
+
+    /// Without traps, nobody may run before all pages are where they belong.
+    fn settle_and_resume(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
+        let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return };
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        while !manager.has_settled(store) {
+            if let Err(error) = manager.settle() {
+                self.memory_error(family, &error);
+                return self.end_vm(parent, Phase::Dead("its memory could not be settled".into()));
+            }
+        }
+        let Some(process) = self.vms.get(parent).and_then(|vm| vm.process) else { return };
+        self.processes.get_mut(&process).expect("a VM's process").send(&ToVm::Resume, &[]);
+        let pause = monotonic_ns() - frozen.kicked_ns;
+        if let Some(op) = self.forks.get_mut(&fork) {
+            op.pause_ns = Some(pause);
+        }
+    }
+
+    /// The window could not freeze, and has changed nothing.
+    pub(super) fn freeze_failed(&mut self, parent: Generation, why: &str) {
+        let Some(vm) = self.vms.get_mut(parent) else { return };
+        let name = vm.name.clone();
+        let (Some(fork), memory) = (vm.forks.pop_front(), vm.memory) else { return };
+        let op = self.forks.get_mut(&fork).expect("a queued fork");
+        op.failure = Some(format!("freeze VM {name:?}: {why}"));
+        if let (Some((family, member)), Some(_)) = (memory, op.store.take()) {
+            self.families.get_mut(&family).expect("a VM has a family").abort_freeze(member);
+        }
+        self.finish_fork(fork);
+        self.freeze(parent);
+    }
+
+    /// The parent has ended: its forks that have not frozen it fail.
+    pub(super) fn fail_forks(&mut self, forks: Vec<ForkId>, why: &str) {
+        for fork in forks {
+            if let Some(op) = self.forks.get_mut(&fork) {
+                op.store = None;
+                op.failure = Some(why.to_owned());
+                self.finish_fork(fork);
+            }
+        }
+    }
+
+    /// A child's vCPU is about to run, or stands still as asked.
+    pub(super) fn child_ready(&mut self, fork: ForkId, generation: Generation, at_ns: Option<u64>) {
+        self.child_mut(fork, generation, |child| {
+            child.ready_ns = at_ns;
+            child.there |= at_ns.is_none();
+        });
+        self.finish_fork_if_there(fork);
+    }
+
+    /// A child has shown its first sign of life.
+    pub(super) fn child_alive(&mut self, fork: ForkId, generation: Generation, at_ns: u64) {
+        self.child_mut(fork, generation, |child| {
+            child.first_ns = Some(at_ns);
+            child.there = true;
+        });
+        self.finish_fork_if_there(fork);
+    }
+
+    /// A child never came to life: the whole fork fails.
+    pub(super) fn child_failed(&mut self, fork: ForkId, generation: Generation, why: String) {
+        let Some(op) = self.forks.get_mut(&fork) else { return self.forget_vm(generation) };
+        op.failure.get_or_insert(why);
+        self.child_mut(fork, generation, |child| child.there = true);
+        self.finish_fork_if_there(fork);
+    }
+
+    fn child_mut(&mut self, fork: ForkId, generation: Generation, change: impl FnOnce(&mut Progress)) {
+        let op = self.forks.get_mut(&fork);
+        if let Some(child) = op.and_then(|op| op.children.iter_mut().find(|child| child.generation == generation)) {
+            change(child);
+        }
+    }
+
+    fn finish_fork_if_there(&mut self, fork: ForkId) {
+        let Some(op) = self.forks.get(&fork) else { return };
+        let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
+        let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
+        if frozen && settled && op.children.iter().all(|child| child.there) {
+            self.finish_fork(fork);
+        }
+    }
+
+    fn has_settled(&self, op: &ForkOp) -> bool {
+        op.store.is_none_or(|(family, store)| self.families.get(&family).is_none_or(|m| m.has_settled(store)))
+    }
+
+    /// Looks after forks whose answer waits for their pages.
+    pub(super) fn answer_settled_forks(&mut self) {
+        let waiting: Vec<ForkId> =
+            self.forks.iter().filter(|(_, op)| op.wait_settled && self.has_settled(op)).map(|(&id, _)| id).collect();
+        for fork in waiting {
+            self.finish_fork_if_there(fork);
+        }
+    }
+
+    /// Answers a fork that is over, well or not. Of one that failed nothing stays.
+    fn finish_fork(&mut self, fork: ForkId) {
+        let Some(op) = self.forks.remove(&fork) else { return };
+        if let Some(why) = op.failure {
+            for child in &op.children {
+                self.forget_vm(child.generation);
+            }
+            return match op.asker {
+                Asker::Client(client) => self.reply(client, Err(Failure::failed(why))),
+                Asker::Guest => self.tell_guest(op.parent, Err(why)),
+            };
+        }
+        for child in &op.children {
+            if let Some(vm) = self.vms.get_mut(child.generation).filter(|vm| vm.phase == Phase::Forking(fork)) {
+                vm.phase = Phase::Live;
+            }
+        }
+        match op.asker {
+            Asker::Guest => {
+                let names = op.children.into_iter().map(|child| child.name).collect();
+                self.tell_guest(op.parent, Ok(names));
+            }
+            Asker::Client(client) => {
+                let copied = match op.store {
+                    Some((family, store)) if op.wait_settled => {
+                        self.families.get_mut(&family).map(|manager| manager.take_copied(store))
+                    }
+                    _ => None,
+                };
+                let us = |ns: u64| ns.saturating_sub(op.asked_ns) / 1000;
+                let children = op.children.iter().map(|child| Child {
+                    name: child.name.clone(),
+                    pause_us: op.pause_ns.map(|ns| ns / 1000),
+                    ready_us: child.ready_ns.map(us),
+                    first_exit_us: child.first_ns.map(us),
+                    moved_pages: op.moved,
+                    copied_pages: copied.map(|copied| copied.pages),
+                    gap_pages: copied.map(|copied| copied.gaps),
+                    runs: child.runs,
+                });
+                let children = children.collect();
+                self.reply(client, Ok(Answer::Forked(children)));
+            }
+        }
+    }
+
+    fn tell_guest(&mut self, parent: Generation, result: Result<Vec<String>, String>) {
+        let process = self.vms.get(parent).and_then(|vm| vm.process);
+        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)) {
+            process.send(&ToVm::ForkDone(result), &[]);
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What VM processes say, and what becomes of them.
+
+use super::process::{ProcessId, Role};
+use super::vm::{Generation, Phase};
+use super::{Origin, Server};
+use crate::api::Answer;
+use crate::wire::{Ending, FromVm, Line};
+use event_manager::EventSet;
+use guest_mem::sys::Userfaultfd;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+impl Server {
+    /// Reads all that a VM process has said.
+    pub(super) fn serve_process(&mut self, id: ProcessId) {
+        while let Some(process) = self.processes.get_mut(&id) {
+            let pending = process.link.flush().unwrap_or(false);
+            if let Some(token) = process.link_token {
+                let events = if pending { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+                self.watches.modify(token, events);
+            }
+            match process.link.recv::<FromVm>() {
+                Ok(None) => return,
+                Ok(Some((message, fds))) => {
+                    process.messages += 1;
+                    self.heard(id, message, fds);
+                }
+                Err(error) => return self.link_ended(id, &error),
+            }
+        }
+    }
+
+    /// The socket has come to its end. What the process left is dealt with when it is reaped.
+    fn link_ended(&mut self, id: ProcessId, error: &io::Error) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        if error.kind() != io::ErrorKind::UnexpectedEof {
+            log::error!("{id:?} is ended, its messages make no sense: {error}");
+        }
+        process.kill();
+        if let Some(token) = process.link_token.take() {
+            // The descriptor stays with the process until that is gone.
+            self.watches.modify(token, EventSet::empty());
+            process.link_ended = Some(token);
+        }
+    }
+
+    fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) {
+        let role = self.processes[&id].role;
+        match (message, role) {
+            (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
+            (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
+            (message, Role::Vm(generation)) => self.vm_says(generation, message),
+            (message, role) => log::debug!("{id:?}, {role:?}, says {message:?}"),
+        }
+    }
+
+    fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) {
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        let memory = Rc::clone(&process.memory);
+        memory.keeper.set(Some(Pid::from_raw(keeper)));
+        memory.base.set(window_base);
+        process.ready = true;
+        if let Some(fd) = fds.into_iter().next() {
+            let traps = memory.traps.get_or_init(|| Userfaultfd::from_fd(fd));
+            process.trap_token = Some(self.watches.add(traps, EventSet::IN, Origin::Traps(id)));
+        }
+        match process.role {
+            Role::Vm(_) => self.send_start(id),
+            Role::Preparing => {
+                process.role = Role::Pooled;
+                let shape = process.shape;
+                if !self.pool.put(shape, id) {
+                    self.end_process(id);
+                }
+            }
+            Role::Pooled | Role::Ending => self.end_process(id),
+        }
+    }
+
+    fn prepare_failed(&mut self, id: ProcessId, why: &str) {
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        log::error!("a VM process could not be prepared: {why}");
+        process.ready = true;
+        let (role, shape) = (process.role, process.shape);
+        self.end_process(id);
+        match role {
+            Role::Vm(generation) => self.start_failed(generation, why),
+            Role::Preparing => self.pool.failed(shape),
+            Role::Pooled | Role::Ending => {}
+        }
+    }
+
+    fn vm_says(&mut self, generation: Generation, message: FromVm) {
+        let Some(vm) = self.vms.get_mut(generation) else { return };
+        match message {
+            FromVm::Ready { .. } | FromVm::PrepareFailed(_) => {}
+            FromVm::Running { at_ns } => {
+                vm.paused = false;
+                self.changed_activity(generation, Some(at_ns));
+            }
+            FromVm::Paused => {
+                vm.paused = true;
+                self.changed_activity(generation, None);
+            }
+            FromVm::FirstSign { at_ns } => match vm.phase {
+                Phase::Launching(client) => {
+                    vm.phase = Phase::Live;
+                    let name = vm.name.clone();
+                    if let Some(client) = client {
+                        self.reply(client, Ok(Answer::Launched(name)));
+                    }
+                }
+                Phase::Forking(fork) => self.child_alive(fork, generation, at_ns),
+                _ => {}
+            },
+            FromVm::StartFailed(why) => self.start_failed(generation, &why),
+            FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
+            FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
+            FromVm::Answer(line) => self.guest_answered(generation, line),
+            FromVm::Console(bytes) => self.guest_printed(generation, &bytes),
+            FromVm::Fork { count } => self.fork_from_inside(generation, count),
+            FromVm::Ended(Ending::Off) => self.end_vm(generation, Phase::Off),
+            FromVm::Ended(Ending::Dead(why)) => self.end_vm(generation, Phase::Dead(why)),
+            FromVm::Probed(ways) => self.probed(generation, ways),
+        }
+    }
+
+    fn changed_activity(&mut self, generation: Generation, at_ns: Option<u64>) {
+        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        if let Phase::Forking(fork) = vm.phase {
+            self.child_ready(fork, generation, at_ns);
+        } else if let Some(client) = vm.pausers.pop_front() {
+            self.reply(client, Ok(Answer::Done));
+        }
+    }
+
+    fn guest_answered(&mut self, generation: Generation, line: Line) {
+        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        match vm.sends.remove(&line.tag) {
+            Some(client) => self.reply(client, Ok(Answer::Said(line.text))),
+            None => self.guest_printed(generation, format!("{}\n", line.text).as_bytes()),
+        }
+    }
+
+    /// Takes note of every child process that has ended.
+    pub(super) fn reap(&mut self) {
+        while let Ok(Some(_)) = self.signals.read_signal() {}
+        loop {
+            let (pid, how) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, status)) => (pid, format!("ended with status {status}")),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, format!("was killed by {signal}")),
+                Ok(WaitStatus::StillAlive) | Err(_) => return,
+                Ok(_) => continue,
+            };
+            let of = |pid: Pid| move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid));
+            let Some(id) = self.processes.values().find(of(pid)).map(|process| process.id) else { continue };
+            if self.processes[&id].memory.main.get() == Some(pid) {
+                self.main_ended(id, &how);
+            } else {
+                self.processes[&id].memory.keeper.set(None);
+            }
+            self.forget_process_if_gone(id);
+        }
+    }
+
+    fn main_ended(&mut self, id: ProcessId, how: &str) {
+        // Its last words may say more than how it ended.
+        self.serve_process(id);
+        let Some(process) = self.processes.get(&id) else { return };
+        process.memory.main.set(None);
+        match process.role {
+            Role::Vm(generation) => self.start_failed(generation, &format!("its process {how}")),
+            Role::Pooled => {
+                self.pool.lost(process.shape, id);
+                self.end_process(id);
+            }
+            Role::Preparing => {
+                log::error!("a VM process {how} while it was prepared");
+                self.pool.failed(process.shape);
+            }
+            Role::Ending => {}
+        }
+    }
+
+    fn forget_process_if_gone(&mut self, id: ProcessId) {
+        if !self.processes.get(&id).is_some_and(super::VmProcess::is_gone) {
+            return;
+        }
+        let process = self.processes.remove(&id).expect("looked at above");
+        if let Some(token) = process.trap_token {
+            self.watches.remove(token, Rc::clone(&process.memory));
+        }
+        if let Some(token) = process.link_token.or(process.link_ended) {
+            self.watches.remove(token, process);
+        }
+    }
+}

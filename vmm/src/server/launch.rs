@@ -1,0 +1,179 @@
+//! `launch`: a new VM of a new family.
+
+use super::Server;
+use super::clients::ClientId;
+use super::process::{ProcessId, Role};
+use super::vm::{FamilyId, Generation, Log, Phase, Vm};
+use crate::api::{Failure, Launch, MIN_MEMORY};
+use crate::layout::ram_ranges;
+use crate::name::check_name;
+use crate::wire::{self, Activity, Identity, Shape, Start, ToVm};
+use firmware::abi;
+use guest_mem::stage2;
+use guest_mem::store::file::{Content, MemfdFile};
+use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Run, Source, StoreId, VmId};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+/// A start that waits for its process to be prepared.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub start: Start,
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl Server {
+    pub(super) fn launch(&mut self, client: ClientId, launch: Launch) {
+        if let Err(failure) = self.try_launch(client, launch) {
+            self.reply(client, Err(failure));
+        }
+    }
+
+    fn try_launch(&mut self, client: ClientId, launch: Launch) -> Result<(), Failure> {
+        let shape = self.check_launch(&launch)?;
+        let name = match launch.name {
+            Some(name) => name,
+            None => (1..).map(|n| format!("vm-{n}")).find(|name| !self.vms.has_name(name)).expect("names do not end"),
+        };
+        let failed = |what: &'static str| move |e: io::Error| Failure::failed(format!("{what}: {e}"));
+        let image = self.image().map_err(failed("put the firmware into memory"))?;
+        let process = self.take_process(shape).map_err(failed("start a VM process"))?;
+
+        let ram = ram_ranges(shape.ram);
+        let span = PageCount(ram.last().expect("a VM has memory").end().0);
+        let mut manager = Manager::new(stage2::Shape::X86_64, span, self.stores.clone());
+        let place = GfnRange::new(Gfn::of_gpa(abi::IMAGE_BASE), image.pages());
+        let vm = manager.launch(&ram, &[(place, image)], self.window_of(process));
+        let family = FamilyId(self.fresh_id());
+        self.families.insert(family, manager);
+
+        let generation = self.add_vm(name, None, shape, Phase::Launching(Some(client)), process, (family, vm));
+        let record = self.vms.get_mut(generation).expect("added above");
+        record.remove_when_off = launch.remove_when_off;
+        self.start(generation, wire::Origin::Monitor, Activity::Running);
+        Ok(())
+    }
+
+    fn check_launch(&self, launch: &Launch) -> Result<Shape, Failure> {
+        let bad = |why: String| Err(Failure::bad_input(why));
+        if let Some(name) = &launch.name {
+            check_name(name).map_err(|e| Failure::bad_input(e.to_string()))?;
+            if self.vms.has_name(name) {
+                return bad(format!("there is a VM {name:?} already"));
+            }
+        }
+        if launch.vcpus != 1 {
+            return bad(format!("the built-in guest has 1 vCPU, not {}", launch.vcpus));
+        }
+        if launch.mem_bytes < MIN_MEMORY || launch.mem_bytes % PAGE_SIZE as u64 != 0 {
+            return bad(format!("memory of {} bytes: at least 16M, and a multiple of 4K", launch.mem_bytes));
+        }
+        crate::host::open_kvm().map_err(|e| Failure::bad_input(e.to_string()))?;
+        let available = crate::host::available_memory().map_err(|e| Failure::failed(format!("host memory: {e}")))?;
+        if launch.mem_bytes > available {
+            return bad(format!("memory of {} bytes: this host can promise {available}", launch.mem_bytes));
+        }
+        Ok(Shape { ram: PageCount::covering(launch.mem_bytes), vcpus: launch.vcpus })
+    }
+
+    /// The firmware's pages, the same for all launches; they go with the last VM that maps them.
+    fn image(&mut self) -> io::Result<Rc<MemfdFile>> {
+        if let Some(image) = self.image.upgrade() {
+            return Ok(image);
+        }
+        let image = Rc::new(MemfdFile::new(Content::Bytes(firmware::IMAGE), &mut self.stores)?);
+        self.image = Rc::downgrade(&image);
+        Ok(image)
+    }
+
+    /// Lists a VM whose process is chosen.
+    pub(super) fn add_vm(
+        &mut self,
+        name: String,
+        parent: Option<String>,
+        shape: Shape,
+        phase: Phase,
+        process: ProcessId,
+        memory: impl Into<Option<(FamilyId, VmId)>>,
+    ) -> Generation {
+        let generation = Generation(self.fresh_id());
+        self.processes.get_mut(&process).expect("a process just taken").role = Role::Vm(generation);
+        self.vms.insert(Vm {
+            name,
+            parent,
+            generation,
+            shape,
+            phase,
+            paused: false,
+            memory: memory.into(),
+            process: Some(process),
+            forks: VecDeque::new(),
+            log: Log::default(),
+            sends: HashMap::new(),
+            waiters: Vec::new(),
+            pausers: VecDeque::new(),
+            viewers: Vec::new(),
+            remove_when_off: false,
+            traps: 0,
+        });
+        generation
+    }
+
+    /// Has a VM's process become the VM, now or as soon as it is prepared.
+    pub(super) fn start(&mut self, generation: Generation, origin: wire::Origin, activity: Activity) {
+        let vm = self.vms.get(generation).expect("a VM that is to start is listed");
+        let (family, member) = vm.memory.expect("a VM that is to start has memory");
+        let process = vm.process.expect("a VM that is to start has a process");
+        let identity = Identity { name: vm.name.clone(), generation: generation.0 };
+        let manager = &self.families[&family];
+        let runs: Vec<Run> = manager.family().vm(member).runs().collect();
+        let stores: BTreeSet<StoreId> = runs
+            .iter()
+            .filter_map(|run| match run.source {
+                Source::Store { store, .. } => Some(store),
+                Source::Anonymous => None,
+            })
+            .collect();
+        let stores: Vec<StoreId> = stores.into_iter().collect();
+        let start = Start { identity, runs, stores, origin, activity };
+        // Duplicates: a store may be gone by the time the process is prepared, and its descriptor with it.
+        let descriptors: io::Result<Vec<OwnedFd>> = start.stores.iter().map(|&id| descriptor(manager, id)).collect();
+        match descriptors {
+            Ok(descriptors) => {
+                self.processes.get_mut(&process).expect("a VM's process").start = Some(Prepared { start, descriptors });
+                self.send_start(process);
+            }
+            Err(e) => self.start_failed(generation, &format!("descriptors of its memory: {e}")),
+        }
+    }
+
+    /// Sends the start that waits for a process, if both are there.
+    pub(super) fn send_start(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get_mut(&id).filter(|process| process.ready) else { return };
+        if let Some(Prepared { start, descriptors }) = process.start.take() {
+            let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            process.send(&ToVm::Start(Box::new(start)), &fds);
+        }
+    }
+
+    /// A VM cannot go on, or never came to life: then nothing of it stays.
+    pub(super) fn start_failed(&mut self, generation: Generation, why: &str) {
+        let launching = self.vms.get(generation).is_some_and(|vm| matches!(vm.phase, Phase::Launching(_)));
+        self.end_vm(generation, Phase::Dead(why.to_owned()));
+        if launching {
+            self.vms.remove(generation);
+        }
+    }
+}
+
+fn descriptor(manager: &super::FamilyManager, id: StoreId) -> io::Result<OwnedFd> {
+    if let Some(store) = manager.store(id) {
+        return store.read_only().try_clone_to_owned();
+    }
+    match manager.file(id) {
+        Some(file) => file.with_read_only(|fd| fd.try_clone_to_owned()),
+        None => Err(io::Error::new(io::ErrorKind::NotFound, format!("{id:?} is gone"))),
+    }
+}

@@ -1,0 +1,507 @@
+//! The server: one per home. It owns every family's memory manager and starts, steers and ends the VM processes.
+//!
+//! One thread, one event loop. Nothing in it waits: what takes time (a process that prepares itself, a freeze, a guest's
+//! answer) is a state that a later message completes, and pages settle in small batches between rounds. So a trap is
+//! never far from being served, whatever else is going on.
+//!
+//! | file | has |
+//! | --- | --- |
+//! | `watch`, `clients` | the loop's descriptors, and who is connected |
+//! | `process`, `window`, `pool` | VM processes, their memory, and the prepared ones |
+//! | `vm` | the list of VMs |
+//! | `launch`, `fork`, `talk`, `end` | the verbs that change something |
+//! | `report`, `check` | the verbs that look |
+//! | `inbox` | what VM processes say |
+
+mod check;
+mod clients;
+mod end;
+mod fork;
+mod inbox;
+mod launch;
+mod pool;
+mod process;
+mod report;
+mod talk;
+mod vm;
+mod watch;
+mod window;
+
+use crate::api::{Answer, Failure, Greeting, Reply, Request};
+use crate::client::{Home, HomeError};
+use crate::clock::monotonic_ns;
+use crate::wire::{HostFeatures, Isolation};
+use check::Checks;
+use clients::{Client, ClientId, Heard};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use fork::{ForkId, ForkOp};
+use guest_mem::Manager;
+use guest_mem::store::file::MemfdFile;
+use guest_mem::store::memfd::MemfdStores;
+use guest_mem::sys::Userfaultfd;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pool::Pool;
+use process::{ProcessId, VmProcess};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vm::{FamilyId, Generation, Vms};
+use watch::Watches;
+use window::{RemoteWindow, Want, Wants};
+
+/// What a server needs to know.
+#[derive(Debug)]
+pub struct Config {
+    /// Its home.
+    pub home: Home,
+}
+
+/// Why a server could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its home cannot be used.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// Something the host would not give it.
+    #[error("{operation}: {source}")]
+    Io {
+        /// What failed.
+        operation: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The event loop failed.
+    #[error("event loop: {0:?}")]
+    Loop(event_manager::Error),
+}
+
+/// What an event is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    Listener,
+    Signals,
+    Client(ClientId),
+    Process(ProcessId),
+    Traps(ProcessId),
+}
+
+type FamilyManager = Manager<MemfdStores, RemoteWindow>;
+
+/// How long a page that could not be filled in waits for the next try.
+const RETRY: Duration = Duration::from_millis(50);
+
+struct Server {
+    home: Home,
+    features: HostFeatures,
+    isolation: Isolation,
+    cage: PathBuf,
+    /// Mappings a window may have: a quarter of what the kernel allows a process.
+    max_runs: u32,
+    watches: Watches<Origin>,
+    listener: UnixListener,
+    signals: SignalFd,
+    clients: BTreeMap<ClientId, Client>,
+    processes: BTreeMap<ProcessId, VmProcess>,
+    wants: Wants,
+    pool: Pool,
+    families: BTreeMap<FamilyId, FamilyManager>,
+    stores: MemfdStores,
+    image: Weak<MemfdFile>,
+    vms: Vms,
+    forks: BTreeMap<ForkId, ForkOp>,
+    checks: Checks,
+    removals: Vec<end::Removal>,
+    deadlines: Vec<(Instant, talk::Deadline)>,
+    retries: VecDeque<(Generation, guest_mem::Gfn)>,
+    retry_at: Option<Instant>,
+    /// Clients that got an answer, and may have asked the next thing already.
+    replied: Vec<ClientId>,
+    lost: Vec<String>,
+    next_id: u64,
+    stopping: Option<ClientId>,
+}
+
+/// Serves `config.home` until a client asks for an end.
+///
+/// # Errors
+/// The home has a server already, or the host will not let this one start.
+pub fn run(config: Config) -> Result<(), Error> {
+    config.home.create()?;
+    let lock = config.home.lock()?;
+    let server = Rc::new(RefCell::new(Server::new(config.home)?));
+    let mut events = EventManager::new().map_err(Error::Loop)?;
+    let id = events.add_subscriber(Rc::clone(&server) as Rc<RefCell<dyn MutEventSubscriber>>);
+    while !server.borrow().has_stopped() {
+        let wait = server.borrow_mut().between_rounds();
+        server.borrow_mut().watches.apply(&mut events.event_ops(id).map_err(Error::Loop)?);
+        events.run_with_timeout(wait).map_err(Error::Loop)?;
+    }
+    let done = server.borrow().clean_up();
+    drop(lock);
+    done
+}
+
+impl MutEventSubscriber for Server {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let Some((_, origin)) = self.watches.source(&events) else { return };
+        match origin {
+            Origin::Listener => self.accept(),
+            Origin::Signals => self.reap(),
+            Origin::Client(client) => self.serve_client(client),
+            Origin::Process(process) => self.serve_process(process),
+            Origin::Traps(process) => self.serve_traps(process),
+        }
+        self.grant_wants();
+    }
+
+    fn init(&mut self, _ops: &mut EventOps) {
+        self.watches.add(&self.listener, EventSet::IN, Origin::Listener);
+        self.watches.add(&self.signals, EventSet::IN, Origin::Signals);
+    }
+}
+
+impl Server {
+    fn new(home: Home) -> Result<Self, Error> {
+        let io = |operation| move |source: io::Error| Error::Io { operation, source };
+        let features = crate::host::features();
+        let cage = home.path().join("cage");
+        match std::fs::create_dir(&cage) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io("make an empty directory")(e)),
+            _ => {}
+        }
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGCHLD);
+        mask.thread_block().map_err(|e| io("block SIGCHLD")(e.into()))?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map_err(|e| io("make a signalfd")(e.into()))?;
+        let userfaultfd = match features.userfaultfd {
+            true => Some(Arc::new(Userfaultfd::new().map_err(io("make a userfaultfd"))?)),
+            false => None,
+        };
+        let lost = read_names(&home);
+        Ok(Self {
+            features,
+            isolation: crate::host::isolation(),
+            cage,
+            max_runs: crate::host::max_map_count() / 4,
+            watches: Watches::new(),
+            listener: listen(&home)?,
+            signals,
+            clients: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            wants: Wants::default(),
+            pool: Pool::default(),
+            families: BTreeMap::new(),
+            stores: MemfdStores::new(userfaultfd),
+            image: Weak::new(),
+            vms: Vms::default(),
+            forks: BTreeMap::new(),
+            checks: Checks::default(),
+            removals: Vec::new(),
+            deadlines: Vec::new(),
+            retries: VecDeque::new(),
+            retry_at: None,
+            replied: Vec::new(),
+            lost,
+            next_id: 1,
+            stopping: None,
+            home,
+        })
+    }
+
+    /// A number nothing else of this server has.
+    fn fresh_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// What is done when no event waits. How long the loop may wait for the next, in milliseconds.
+    fn between_rounds(&mut self) -> i32 {
+        let now = Instant::now();
+        for client in std::mem::take(&mut self.replied) {
+            self.hear(client);
+        }
+        self.pass_deadlines(now);
+        let settling = self.settle(now);
+        self.grant_wants();
+        self.answer_settled_forks();
+        let filling = self.tend_pool(now);
+        self.finish_removals();
+        self.finish_checks();
+        self.record_names();
+        self.families.retain(|_, manager| manager.windows() > 0);
+        if settling || filling || !self.replied.is_empty() {
+            return 0;
+        }
+        let pool = self.pool.next_look();
+        let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool).min();
+        next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
+    }
+
+    /// Settles a batch of every family. Whether there is more.
+    fn settle(&mut self, now: Instant) -> bool {
+        if self.retry_at.is_some_and(|at| at > now) {
+            return false;
+        }
+        self.retry_at = None;
+        for (generation, gfn) in std::mem::take(&mut self.retries) {
+            self.serve_trap(generation, gfn);
+        }
+        let mut more = false;
+        let mut failed = Vec::new();
+        for (&id, manager) in &mut self.families {
+            match manager.settle() {
+                Ok(left) => more |= left,
+                Err(error) => failed.push((id, error)),
+            }
+        }
+        for (family, error) in failed {
+            self.memory_error(family, &error);
+        }
+        more && self.retry_at.is_none()
+    }
+
+    fn serve_traps(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get(&id) else { return };
+        let process::Role::Vm(generation) = process.role else { return };
+        let mut traps = Vec::new();
+        let memory = Rc::clone(&process.memory);
+        if let Some(source) = memory.traps.get()
+            && let Err(error) = source.read(&mut traps, 64)
+        {
+            log::debug!("traps of {id:?}: {error}");
+        }
+        for trap in traps {
+            if let Some(vm) = self.vms.get_mut(generation) {
+                vm.traps += 1;
+            }
+            self.serve_trap(generation, memory.gfn(trap.address));
+        }
+    }
+
+    fn serve_trap(&mut self, generation: Generation, gfn: guest_mem::Gfn) {
+        let Some((family, vm)) = self.vms.get(generation).and_then(|vm| vm.memory) else { return };
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        if let Err(error) = manager.trap(vm, gfn) {
+            self.retries.push_back((generation, gfn));
+            self.memory_error(family, &error);
+        }
+    }
+
+    /// A page could not be filled in. A planted page ends the family; everything else is tried again.
+    fn memory_error(&mut self, family: FamilyId, error: &guest_mem::manager::Error) {
+        log::error!("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default());
+        if error.is_planted() {
+            let members: Vec<Generation> = self.members(family);
+            for generation in members {
+                self.end_vm(generation, vm::Phase::Dead("memory of its family was tampered with".into()));
+            }
+        } else {
+            self.retry_at = Some(Instant::now() + RETRY);
+        }
+    }
+
+    fn members(&self, family: FamilyId) -> Vec<Generation> {
+        self.vms.iter().filter(|vm| vm.memory.is_some_and(|(f, _)| f == family)).map(|vm| vm.generation).collect()
+    }
+
+    /// Does what windows asked for.
+    fn grant_wants(&mut self) {
+        loop {
+            let Some((id, want)) = self.wants.borrow_mut().pop_front() else { return };
+            let Some(process) = self.processes.get_mut(&id) else { continue };
+            match want {
+                Want::DropScratch(store) => process.send(&crate::wire::ToVm::DropScratch(store), &[]),
+                Want::Release => self.end_process(id),
+                Want::Fail(why) => {
+                    if let process::Role::Vm(generation) = process.role {
+                        self.end_vm(generation, vm::Phase::Dead(why));
+                    }
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            let id = ClientId(self.fresh_id());
+            let Ok(mut client) = Client::new(stream) else { continue };
+            client.say(&Greeting {
+                version: env!("CARGO_PKG_VERSION").into(),
+                pid: std::process::id() as i32,
+                lost: std::mem::take(&mut self.lost),
+            });
+            client.token = Some(self.watches.add(client.stream(), EventSet::IN, Origin::Client(id)));
+            self.clients.insert(id, client);
+        }
+    }
+
+    fn serve_client(&mut self, id: ClientId) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        client.flush();
+        client.read();
+        self.hear(id);
+    }
+
+    /// Does what a client has to say, as far as it may say it now.
+    fn hear(&mut self, id: ClientId) {
+        while let Some(client) = self.clients.get_mut(&id) {
+            match client.hear() {
+                Heard::Nothing => {
+                    self.rewatch(id);
+                    return;
+                }
+                Heard::Gone => return self.drop_client(id),
+                Heard::Typed(vm, bytes) => self.type_on_console(vm, bytes),
+                Heard::Request(Err(why)) => self.reply(id, Err(Failure::bad_input(why))),
+                Heard::Request(Ok(request)) => {
+                    client.asked_ns = monotonic_ns();
+                    self.carry_out(id, request);
+                }
+            }
+        }
+    }
+
+    fn rewatch(&mut self, id: ClientId) {
+        let Some(client) = self.clients.get(&id) else { return };
+        let mut events = EventSet::empty();
+        events.set(EventSet::IN, client.wants_input());
+        events.set(EventSet::OUT, client.has_output());
+        if let Some(token) = client.token {
+            self.watches.modify(token, events);
+        }
+    }
+
+    fn drop_client(&mut self, id: ClientId) {
+        if let Some(client) = self.clients.remove(&id)
+            && let Some(token) = client.token
+        {
+            self.watches.remove(token, client);
+        }
+    }
+
+    /// Answers the request that a client waits for. Its next one is heard between rounds.
+    fn reply(&mut self, id: ClientId, reply: Reply) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.reply(&reply);
+            self.rewatch(id);
+            self.replied.push(id);
+        }
+    }
+
+    fn carry_out(&mut self, client: ClientId, request: Request) {
+        log::debug!("{client:?}: {request:?}");
+        match request {
+            Request::Launch(launch) => self.launch(client, launch),
+            Request::Fork(fork) => self.fork(client, fork),
+            Request::Send { name, text, timeout_ms } => self.send(client, &name, text, timeout_ms),
+            Request::Console { name } => self.console(client, &name),
+            Request::Logs { name, follow } => self.logs(client, &name, follow),
+            Request::List => {
+                let answer = Answer::Vms(self.list());
+                self.reply(client, Ok(answer));
+            }
+            Request::Tree => {
+                let answer = Answer::Tree(self.tree());
+                self.reply(client, Ok(answer));
+            }
+            Request::Stats { name } => {
+                let answer = self.stats(name.as_deref()).map(Answer::Stats);
+                self.reply(client, answer);
+            }
+            Request::Inspect { name } => {
+                let answer = self.inspect(&name).map(|inspection| Answer::Inspected(Box::new(inspection)));
+                self.reply(client, answer);
+            }
+            Request::Pause { name } => self.pause(client, &name, true),
+            Request::Resume { name } => self.pause(client, &name, false),
+            Request::Stop { name } => {
+                let answer = self.stop(&name).map(|()| Answer::Done);
+                self.reply(client, answer);
+            }
+            Request::Wait { name, timeout_ms } => self.wait(client, &name, timeout_ms),
+            Request::Remove { names, all } => self.remove(client, &names, all),
+            Request::Check => self.check(client),
+            Request::Shutdown => self.shut_down(client),
+        }
+    }
+
+    /// The VM of a name, for a verb that takes any.
+    fn find(&self, name: &str) -> Result<&vm::Vm, Failure> {
+        self.vms.find(name).ok_or_else(|| Failure::bad_input(format!("there is no VM {name:?}")))
+    }
+
+    /// The VM of a name, for a verb that takes one that has not ended.
+    fn find_alive(&self, name: &str) -> Result<&vm::Vm, Failure> {
+        let vm = self.find(name)?;
+        match &vm.phase {
+            vm::Phase::Off => Err(Failure::bad_input(format!("VM {name:?} is off"))),
+            vm::Phase::Dead(reason) => Err(Failure::bad_input(format!("VM {name:?} is dead: {reason}"))),
+            _ => Ok(vm),
+        }
+    }
+
+    /// Keeps, in the home, the names of what would be lost if this server died.
+    fn record_names(&mut self) {
+        if !std::mem::take(&mut self.vms.changed) {
+            return;
+        }
+        let names: Vec<&str> = self.vms.iter().map(|vm| vm.name.as_str()).collect();
+        let (path, new) = (names_path(&self.home), self.home.path().join("vms.new"));
+        let done = match names.is_empty() {
+            true => std::fs::remove_file(&path).or_else(|e| match e.kind() {
+                io::ErrorKind::NotFound => Ok(()),
+                _ => Err(e),
+            }),
+            false => std::fs::write(&new, names.join("\n")).and_then(|()| std::fs::rename(&new, &path)),
+        };
+        if let Err(error) = done {
+            log::error!("record of VMs in {}: {error}", path.display());
+        }
+    }
+
+    fn has_stopped(&self) -> bool {
+        self.stopping.is_some_and(|client| {
+            self.processes.is_empty() && self.clients.get(&client).is_none_or(|client| !client.has_output())
+        }) && self.removals.is_empty()
+    }
+
+    /// Leaves nothing behind but the log.
+    fn clean_up(&self) -> Result<(), Error> {
+        for file in ["socket", "vms"] {
+            match std::fs::remove_file(self.home.path().join(file)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => log::error!("remove {file}: {e}"),
+                _ => {}
+            }
+        }
+        std::fs::remove_dir(&self.cage).map_err(|source| Error::Io { operation: "remove the empty directory", source })
+    }
+}
+
+fn listen(home: &Home) -> Result<UnixListener, Error> {
+    let path = home.socket()?;
+    match std::fs::remove_file(path.as_ref()) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::Io { operation: "remove an old socket", source: e });
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(&path).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
+    listener.map_err(|source| Error::Io { operation: "listen on the home's socket", source })
+}
+
+fn names_path(home: &Home) -> PathBuf {
+    home.path().join("vms")
+}
+
+/// What an earlier server of this home did not get to remove.
+fn read_names(home: &Home) -> Vec<String> {
+    let names = std::fs::read_to_string(names_path(home)).unwrap_or_default();
+    names.lines().map(str::to_owned).collect()
+}

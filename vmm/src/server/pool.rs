@@ -1,0 +1,159 @@
+//! Prepared VM processes, by shape: KVM VM, vCPU and memory slot are made, and a fork only has to fill them in.
+//!
+//! A shape has prepared processes for as long as a VM of it lives. How many follows use: the pool grows when it was
+//! found empty and shrinks when it was not used for a while. An empty pool is slower, never an error.
+
+use super::Server;
+use super::process::{ProcessId, Role, VmProcess};
+use super::window::RemoteWindow;
+use crate::wire::{Shape, ToVm};
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+const SMALLEST: usize = 2;
+const LARGEST: usize = 64;
+/// An unused pool is halved after this long.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Prepared processes of all shapes.
+#[derive(Debug, Default)]
+pub struct Pool(BTreeMap<Shape, Shelf>);
+
+#[derive(Debug)]
+struct Shelf {
+    ready: VecDeque<ProcessId>,
+    preparing: usize,
+    wanted: usize,
+    used: Instant,
+}
+
+impl Pool {
+    /// A process has prepared itself. Whether there is a place for it.
+    pub fn put(&mut self, shape: Shape, process: ProcessId) -> bool {
+        let Some(shelf) = self.0.get_mut(&shape) else { return false };
+        shelf.preparing = shelf.preparing.saturating_sub(1);
+        shelf.ready.push_back(process);
+        true
+    }
+
+    /// A prepared process has died.
+    pub fn lost(&mut self, shape: Shape, process: ProcessId) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.ready.retain(|&id| id != process);
+        }
+    }
+
+    /// A process could not prepare itself: the pool stays empty until a process is taken from it again.
+    pub fn failed(&mut self, shape: Shape) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.preparing = shelf.preparing.saturating_sub(1);
+            shelf.wanted = 0;
+        }
+    }
+
+    /// When the pool should be looked after next.
+    pub fn next_look(&self) -> Option<Instant> {
+        self.0.values().filter(|shelf| shelf.wanted > SMALLEST).map(|shelf| shelf.used + PATIENCE).min()
+    }
+}
+
+impl Server {
+    /// A process for a VM of this shape: a prepared one, or one that starts to prepare itself now.
+    pub(super) fn take_process(&mut self, shape: Shape) -> io::Result<ProcessId> {
+        if let Some(shelf) = self.pool.0.get_mut(&shape) {
+            shelf.used = Instant::now();
+            if let Some(id) = shelf.ready.pop_front() {
+                return Ok(id);
+            }
+            shelf.wanted = (shelf.wanted * 2).clamp(SMALLEST, LARGEST);
+        }
+        self.spawn_process(shape)
+    }
+
+    fn spawn_process(&mut self, shape: Shape) -> io::Result<ProcessId> {
+        let id = ProcessId(self.fresh_id());
+        let prepare = ToVm::Prepare {
+            shape,
+            isolation: self.isolation,
+            features: self.features,
+            cage: self.cage.clone(),
+        };
+        let mut process = VmProcess::spawn(id, shape, &prepare, Rc::clone(&self.wants))?;
+        process.link_token =
+            Some(self.watches.add(&process.link, event_manager::EventSet::IN, super::Origin::Process(id)));
+        self.processes.insert(id, process);
+        Ok(id)
+    }
+
+    /// Fills the pool by at most one process, or empties it. Whether there is more to do at once.
+    pub(super) fn tend_pool(&mut self, now: Instant) -> bool {
+        if self.stopping.is_none() {
+            let shapes: Vec<Shape> = self.vms.iter().filter(|vm| vm.is_alive()).map(|vm| vm.shape).collect();
+            for shape in shapes {
+                let fresh = Shelf { ready: VecDeque::new(), preparing: 0, wanted: SMALLEST, used: now };
+                self.pool.0.entry(shape).or_insert(fresh);
+            }
+        }
+        let unused: Vec<Shape> = self.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
+        for shape in unused {
+            let shelf = self.pool.0.remove(&shape).expect("listed above");
+            for id in shelf.ready {
+                self.end_process(id);
+            }
+        }
+        let mut surplus = Vec::new();
+        let mut hungry = None;
+        for (&shape, shelf) in &mut self.pool.0 {
+            if shelf.wanted > SMALLEST && now >= shelf.used + PATIENCE {
+                shelf.wanted = (shelf.wanted / 2).max(SMALLEST);
+                shelf.used = now;
+            }
+            while shelf.ready.len() > shelf.wanted {
+                surplus.extend(shelf.ready.pop_back());
+            }
+            if shelf.ready.len() + shelf.preparing < shelf.wanted {
+                hungry = Some(shape);
+            }
+        }
+        for id in surplus {
+            self.end_process(id);
+        }
+        // While a fork is under way its own processes come first.
+        let Some(shape) = hungry.filter(|_| self.forks.is_empty()) else { return false };
+        match self.spawn_process(shape) {
+            Ok(_) => self.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1,
+            Err(error) => {
+                log::warn!("prepare a VM process for the pool: {error}");
+                return false;
+            }
+        }
+        true
+    }
+
+    fn is_used(&self, shape: Shape) -> bool {
+        self.stopping.is_none() && self.vms.iter().any(|vm| vm.is_alive() && vm.shape == shape)
+    }
+
+    /// Prepared processes there are.
+    pub(super) fn pooled(&self) -> u64 {
+        self.processes.values().filter(|process| process.role == Role::Pooled).count() as u64
+    }
+
+    /// Ends a process that holds no window. One that is not prepared yet ends when it is: only then its keeper is known.
+    pub(super) fn end_process(&mut self, id: ProcessId) {
+        if let Some(process) = self.processes.get_mut(&id) {
+            process.role = Role::Ending;
+            if process.ready {
+                process.kill();
+                process.kill_keeper();
+            }
+        }
+    }
+
+    /// The window of the process that is to hold a VM's memory.
+    pub(super) fn window_of(&self, id: ProcessId) -> RemoteWindow {
+        RemoteWindow(Rc::clone(&self.processes[&id].memory))
+    }
+}

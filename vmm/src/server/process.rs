@@ -1,0 +1,117 @@
+//! VM processes as the server sees them.
+
+use super::launch::Prepared;
+use super::vm::Generation;
+use super::watch::Token;
+use super::window::{Memory, Wants};
+use crate::link::Link;
+use crate::wire::{Shape, ToVm};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+
+/// Names a VM process of this server; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProcessId(pub u64);
+
+/// What a VM process is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It makes its KVM VM, for the pool.
+    Preparing,
+    /// It waits for a VM to become.
+    Pooled,
+    /// It is, or is to become, a VM.
+    Vm(Generation),
+    /// It is to end.
+    Ending,
+}
+
+/// A VM process and its keeper.
+#[derive(Debug)]
+pub struct VmProcess {
+    /// Its name.
+    pub id: ProcessId,
+    /// What fits it.
+    pub shape: Shape,
+    /// What it is for.
+    pub role: Role,
+    /// Whether it has said that it is prepared.
+    pub ready: bool,
+    /// The socket to it.
+    pub link: Link,
+    /// The watch on the socket.
+    pub link_token: Option<Token>,
+    /// The same, once the socket has come to its end.
+    pub link_ended: Option<Token>,
+    /// The watch on its traps.
+    pub trap_token: Option<Token>,
+    /// The VM it is to become when it is ready.
+    pub start: Option<Prepared>,
+    /// Its memory.
+    pub memory: Rc<Memory>,
+    /// Messages both ways.
+    pub messages: u64,
+}
+
+impl VmProcess {
+    /// Starts a process that will prepare itself as `prepare` says.
+    ///
+    /// # Errors
+    /// No process, or no descriptors.
+    pub fn spawn(id: ProcessId, shape: Shape, prepare: &ToVm, wants: Wants) -> io::Result<Self> {
+        let (link, theirs) = Link::pair()?;
+        let child = Command::new("/proc/self/exe").arg("vm-process").stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
+        let mut process = Self {
+            id,
+            shape,
+            role: Role::Preparing,
+            ready: false,
+            link,
+            link_token: None,
+            link_ended: None,
+            trap_token: None,
+            start: None,
+            memory: Rc::new(Memory::new(id, Pid::from_raw(child.id() as i32), wants)),
+            messages: 0,
+        };
+        process.send(prepare, &[]);
+        Ok(process)
+    }
+
+    /// Sends a message. A process that cannot be reached is about to be reaped.
+    pub fn send(&mut self, message: &ToVm, fds: &[BorrowedFd<'_>]) {
+        self.messages += 1;
+        if let Err(error) = self.link.send(message, fds) {
+            log::debug!("message to {:?}: {error}", self.id);
+        }
+    }
+
+    /// Ends the process; its keeper, and with it its memory, stays.
+    pub fn kill(&self) {
+        if let Some(pid) = self.memory.main.get() {
+            signal(pid);
+        }
+    }
+
+    /// Ends the keeper.
+    pub fn kill_keeper(&self) {
+        if let Some(keeper) = self.memory.keeper.get() {
+            signal(keeper);
+        }
+    }
+
+    /// Whether nothing is left of it.
+    pub fn is_gone(&self) -> bool {
+        self.memory.main.get().is_none() && self.memory.keeper.get().is_none()
+    }
+}
+
+fn signal(pid: Pid) {
+    if let Err(error) = kill(pid, Signal::SIGKILL) {
+        log::error!("kill {pid}: {error}");
+    }
+}

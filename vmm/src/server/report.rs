@@ -1,0 +1,188 @@
+//! `ls`, `tree`, `stats`, `inspect`: the verbs that look.
+
+use super::Server;
+use super::vm::{FamilyId, Generation, Vm};
+use crate::api::{EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
+use crate::procfs;
+use guest_mem::stats::{Census, PageCounts};
+use guest_mem::sys::{Pagemap, ScanMethod};
+use guest_mem::{GfnRange, PAGE_SHIFT, PAGE_SIZE, Source};
+use rangemap::RangeSet;
+use std::collections::BTreeMap;
+
+/// Runs that `inspect` tells of.
+const RUNS_SHOWN: usize = 64;
+
+impl Server {
+    pub(super) fn list(&self) -> Vec<VmSummary> {
+        self.vms.iter().map(|vm| self.summary(vm)).collect()
+    }
+
+    fn summary(&self, vm: &Vm) -> VmSummary {
+        let process = vm.process.and_then(|id| self.processes.get(&id));
+        vm.summary(process.and_then(|process| process.memory.main.get()).map(|pid| pid.as_raw()))
+    }
+
+    /// All VMs, each behind its parent and its older siblings.
+    pub(super) fn tree(&self) -> Vec<TreeRow> {
+        let mut children: BTreeMap<Option<&str>, Vec<&Vm>> = BTreeMap::new();
+        for vm in self.vms.iter() {
+            let parent = vm.parent.as_deref().filter(|parent| self.vms.has_name(parent));
+            children.entry(parent).or_default().push(vm);
+        }
+        let mut censuses = Censuses::default();
+        let mut rows = Vec::new();
+        let mut stack: Vec<(u32, &Vm)> = children.remove(&None).unwrap_or_default().into_iter().map(|vm| (0, vm)).collect();
+        stack.reverse();
+        while let Some((depth, vm)) = stack.pop() {
+            let counts = self.page_counts(vm, &mut censuses);
+            let vm_row = self.summary(vm);
+            rows.push(TreeRow { vm: vm_row, depth, private_pages: counts.private, shared_pages: counts.shared });
+            let below = children.remove(&Some(vm.name.as_str())).unwrap_or_default();
+            stack.extend(below.into_iter().rev().map(|child| (depth + 1, child)));
+        }
+        rows
+    }
+
+    pub(super) fn stats(&self, name: Option<&str>) -> Result<Stats, Failure> {
+        let only = name.map(|name| self.find(name).map(|vm| vm.generation)).transpose()?;
+        let mut censuses = Censuses::default();
+        let vms = self.vms.iter().filter(|vm| only.is_none_or(|only| only == vm.generation));
+        let vms = vms.map(|vm| self.vm_stats(vm, &mut censuses)).collect();
+        Ok(Stats { vms, total: self.totals() })
+    }
+
+    fn vm_stats(&self, vm: &Vm, censuses: &mut Censuses) -> VmStats {
+        let counts = self.page_counts(vm, censuses);
+        let process = vm.process.and_then(|id| self.processes.get(&id));
+        let pid = process.and_then(|process| process.memory.main.get());
+        let books = vm.memory.map(|(family, member)| (self.families[&family].family(), member));
+        VmStats {
+            vm: self.summary(vm),
+            private_pages: counts.private,
+            shared_pages: counts.shared,
+            zero_pages: counts.zero,
+            swapped_pages: 0,
+            ballooned_pages: 0,
+            unsettled_pages: counts.unsettled,
+            chain_depth: books.map_or(0, |(family, member)| family.chain_depth(member)),
+            window_runs: books.map_or(0, |(family, member)| family.vm(member).run_count() as u64),
+            pss_bytes: pid.and_then(|pid| procfs::usage(pid.as_raw()).ok()).map_or(0, |usage| usage.pss),
+            traps: vm.traps,
+            messages: process.map_or(0, |process| process.messages),
+        }
+    }
+
+    fn page_counts(&self, vm: &Vm, censuses: &mut Censuses) -> PageCounts {
+        let Some((id, member)) = vm.memory else { return PageCounts::default() };
+        let family = self.families[&id].family();
+        let census = censuses.0.entry(id).or_insert_with(|| family.census());
+        family.page_counts(member, census, &self.live_layer(vm))
+    }
+
+    /// The private pages of a VM's window, as its pagemap has them now.
+    pub(super) fn live_layer(&self, vm: &Vm) -> RangeSet<u64> {
+        let mut live = RangeSet::new();
+        let Some(process) = vm.process.and_then(|id| self.processes.get(&id)).filter(|process| process.ready) else {
+            return live;
+        };
+        let Some(pid) = process.memory.main.get() else { return live };
+        let method = if self.features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
+        let base = process.memory.base.get();
+        let scanned = Pagemap::open_process(pid.as_raw(), method).and_then(|mut pagemap| {
+            for ram in crate::layout::ram_ranges(vm.shape.ram) {
+                let bytes = base + ram.start().gpa()..base + ram.end().gpa();
+                pagemap.private(bytes, |found| {
+                    live.insert(found.start - base >> PAGE_SHIFT..found.end - base >> PAGE_SHIFT);
+                })?;
+            }
+            Ok(())
+        });
+        if let Err(error) = scanned {
+            log::debug!("pagemap of {pid}: {error}");
+        }
+        live
+    }
+
+    fn totals(&self) -> Totals {
+        let mut sum = guest_mem::stats::Totals::default();
+        for manager in self.families.values() {
+            let family = manager.family().totals();
+            sum.objects += family.objects;
+            sum.stores += family.stores;
+            sum.resident += family.resident;
+            sum.unsettled += family.unsettled;
+            sum.tables += family.tables;
+            sum.unshared_tables += family.unshared_tables;
+        }
+        Totals {
+            server_pid: std::process::id() as i32,
+            vms: self.vms.iter().count() as u64,
+            objects: sum.objects,
+            stores: sum.stores,
+            resident_pages: sum.resident,
+            swapped_pages: 0,
+            unsettled_pages: sum.unsettled,
+            stage2_tables: sum.tables,
+            stage2_tables_unshared_equivalent: sum.unshared_tables,
+            pooled: self.pooled(),
+            host_bytes: self.host_bytes(sum.resident),
+        }
+    }
+
+    /// What everything uses: processes without their shares of stores, and the stores.
+    fn host_bytes(&self, resident: u64) -> u64 {
+        let holders = self.processes.values().filter_map(|process| process.memory.main.get().or(process.memory.keeper.get()));
+        let pids = holders.map(|pid| pid.as_raw()).chain([std::process::id() as i32]);
+        let used = pids.filter_map(|pid| procfs::usage(pid).ok()).map(|u| u.pss - u.pss_shared.min(u.pss) + u.page_tables);
+        let image = self.image.upgrade().map_or(0, |image| image.resident().bytes());
+        used.sum::<u64>() + resident * PAGE_SIZE as u64 + image
+    }
+
+    pub(super) fn inspect(&self, name: &str) -> Result<Inspection, Failure> {
+        let vm = self.find(name)?;
+        let process = vm.process.and_then(|id| self.processes.get(&id));
+        let (entries, runs) = match vm.memory {
+            Some((family, member)) => self.address_space(family, member),
+            None => Default::default(),
+        };
+        Ok(Inspection {
+            stats: self.vm_stats(vm, &mut Censuses::default()),
+            generation: vm.generation.0,
+            keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
+            isolation: format!("{:?}", self.isolation),
+            children: self.children(vm.generation),
+            entries,
+            runs,
+        })
+    }
+
+    fn children(&self, of: Generation) -> Vec<String> {
+        let name = self.vms.get(of).map(|vm| vm.name.as_str());
+        self.vms.iter().filter(|vm| vm.parent.as_deref() == name).map(|vm| vm.name.clone()).collect()
+    }
+
+    fn address_space(&self, family: FamilyId, member: guest_mem::VmId) -> (Vec<EntryInfo>, Vec<RunInfo>) {
+        let family = self.families[&family].family();
+        let vm = family.vm(member);
+        let bounds = |pages: GfnRange| (pages.start().gpa(), pages.end().gpa());
+        let entries = vm.map().iter().map(|(pages, entry)| {
+            let (start, end) = bounds(pages);
+            let chain = family.objects().chain(entry.object).map(|object| object.0).collect();
+            EntryInfo { start, end, copy_on_write: entry.copy_on_write(), needs_copy: entry.needs_copy, chain }
+        });
+        let runs = vm.runs().take(RUNS_SHOWN).map(|run| {
+            let (start, end) = bounds(run.pages);
+            let source = match run.source {
+                Source::Anonymous => "anonymous".to_owned(),
+                Source::Store { store, .. } => format!("store {}", store.0),
+            };
+            RunInfo { start, end, source }
+        });
+        (entries.collect(), runs.collect())
+    }
+}
+
+/// One census per family and report.
+#[derive(Default)]
+struct Censuses(BTreeMap<FamilyId, Census>);

@@ -1,0 +1,129 @@
+//! `send`, `console`, `logs`, `pause`, `resume`: talking to a guest.
+
+use super::Server;
+use super::clients::{ClientId, Mode};
+use super::vm::Generation;
+use crate::api::{Answer, Failure};
+use crate::wire::{Line, ToVm};
+use std::time::{Duration, Instant};
+
+/// Longest line for a guest, in bytes.
+const LINE_MAX: usize = 4000;
+
+/// Something that a client does not wait for any longer than until then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deadline {
+    /// The answer to its line.
+    Answer(Generation, u64, ClientId),
+    /// A VM's end.
+    End(Generation, ClientId),
+}
+
+impl Server {
+    pub(super) fn send(&mut self, client: ClientId, name: &str, text: String, timeout_ms: u64) {
+        if text.len() > LINE_MAX || text.contains(['\n', '\r', '\0']) {
+            let why = format!("a line for a guest is one line of at most {LINE_MAX} bytes");
+            return self.reply(client, Err(Failure::bad_input(why)));
+        }
+        let generation = match self.find_alive(name) {
+            Ok(vm) => vm.generation,
+            Err(failure) => return self.reply(client, Err(failure)),
+        };
+        let tag = self.fresh_id();
+        self.vms.get_mut(generation).expect("found above").sends.insert(tag, client);
+        self.tell(generation, &ToVm::Input(Line { tag, text }));
+        self.set_deadline(Some(timeout_ms), Deadline::Answer(generation, tag, client));
+    }
+
+    pub(super) fn console(&mut self, client: ClientId, name: &str) {
+        match self.find_alive(name).map(|vm| vm.generation) {
+            Ok(vm) => self.stream(client, vm, Mode::Console(vm)),
+            Err(failure) => self.reply(client, Err(failure)),
+        }
+    }
+
+    pub(super) fn logs(&mut self, client: ClientId, name: &str, follow: bool) {
+        let (generation, alive) = match self.find(name) {
+            Ok(vm) => (vm.generation, vm.is_alive()),
+            Err(failure) => return self.reply(client, Err(failure)),
+        };
+        let mode = if follow && alive { Mode::Viewer } else { Mode::Closing };
+        self.stream(client, generation, mode);
+    }
+
+    /// Turns a connection into a view of a console, which begins with what was printed before.
+    fn stream(&mut self, client: ClientId, vm: Generation, mode: Mode) {
+        self.reply(client, Ok(Answer::Stream));
+        let record = self.vms.get_mut(vm).expect("found above");
+        if mode != Mode::Closing {
+            record.viewers.push(client);
+        }
+        // A console shows what comes; the log is asked for by itself.
+        let before = if matches!(mode, Mode::Console(_)) { Vec::new() } else { record.log.bytes() };
+        if let Some(connection) = self.clients.get_mut(&client) {
+            connection.mode = mode;
+            connection.write(&before);
+        }
+    }
+
+    pub(super) fn type_on_console(&mut self, vm: Generation, bytes: Vec<u8>) {
+        self.tell(vm, &ToVm::Console(bytes));
+    }
+
+    pub(super) fn guest_printed(&mut self, generation: Generation, bytes: &[u8]) {
+        let Some(vm) = self.vms.get_mut(generation) else { return };
+        vm.log.push(bytes);
+        vm.viewers.retain(|viewer| self.clients.contains_key(viewer));
+        for viewer in vm.viewers.clone() {
+            if let Some(client) = self.clients.get_mut(&viewer) {
+                client.write(bytes);
+            }
+            self.rewatch(viewer);
+        }
+    }
+
+    pub(super) fn pause(&mut self, client: ClientId, name: &str, pause: bool) {
+        let (generation, paused) = match self.find_alive(name) {
+            Ok(vm) => (vm.generation, vm.paused),
+            Err(failure) => return self.reply(client, Err(failure)),
+        };
+        if pause == paused {
+            return self.reply(client, Ok(Answer::Done));
+        }
+        self.vms.get_mut(generation).expect("found above").pausers.push_back(client);
+        self.tell(generation, if pause { &ToVm::Pause } else { &ToVm::Resume });
+    }
+
+    /// Sends a message to a VM's process.
+    pub(super) fn tell(&mut self, vm: Generation, message: &ToVm) {
+        let process = self.vms.get(vm).and_then(|vm| vm.process);
+        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)) {
+            process.send(message, &[]);
+        }
+    }
+
+    pub(super) fn set_deadline(&mut self, timeout_ms: Option<u64>, deadline: Deadline) {
+        let at = timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
+        self.deadlines.extend(at.map(|at| (at, deadline)));
+    }
+
+    /// Tells those whose time has run out.
+    pub(super) fn pass_deadlines(&mut self, now: Instant) {
+        let passed: Vec<Deadline> = self.deadlines.extract_if(.., |(at, _)| *at <= now).map(|(_, what)| what).collect();
+        for deadline in passed {
+            let late = match deadline {
+                Deadline::Answer(vm, tag, client) => {
+                    self.vms.get_mut(vm).and_then(|vm| vm.sends.remove(&tag)).map(|_| (client, "no answer from the guest"))
+                }
+                Deadline::End(vm, client) => self.vms.get_mut(vm).and_then(|vm| {
+                    let before = vm.waiters.len();
+                    vm.waiters.retain(|&waiter| waiter != client);
+                    (vm.waiters.len() < before).then_some((client, "the VM has not ended"))
+                }),
+            };
+            if let Some((client, what)) = late {
+                self.reply(client, Err(Failure::timed_out(format!("timed out: {what}"))));
+            }
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! VMs as the server lists them.
+
+use super::clients::ClientId;
+use super::fork::ForkId;
+use super::process::ProcessId;
+use crate::api::{VmState, VmSummary};
+use crate::wire::Shape;
+use guest_mem::VmId;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+/// Names a VM of this server, and is the guest's generation id; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Generation(pub u64);
+
+/// Names a family of this server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FamilyId(pub u64);
+
+/// Bytes of console output kept per VM.
+const LOG_MAX: usize = 1 << 20;
+
+/// What a guest printed, the last of it.
+#[derive(Debug, Default)]
+pub struct Log(VecDeque<u8>);
+
+impl Log {
+    /// Appends; the oldest goes where it grows too long.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.0.extend(bytes);
+        let excess = self.0.len().saturating_sub(LOG_MAX);
+        self.0.drain(..excess);
+    }
+
+    /// What there is.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.0.iter().copied().collect()
+    }
+}
+
+/// Where a VM is on its way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Launched by this client, and not at its prompt yet.
+    Launching(Option<ClientId>),
+    /// A child of this fork, which has not shown its first sign of life.
+    Forking(ForkId),
+    /// It is a VM like any other.
+    Live,
+    /// Its guest powered off.
+    Off,
+    /// It ended otherwise.
+    Dead(String),
+}
+
+/// One VM.
+#[derive(Debug)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// The name of the VM it was forked from.
+    pub parent: Option<String>,
+    /// Its number.
+    pub generation: Generation,
+    /// Its size.
+    pub shape: Shape,
+    /// Where it is on its way.
+    pub phase: Phase,
+    /// Whether its vCPUs stand still because somebody asked for it.
+    pub paused: bool,
+    /// Its family, and its number there; none once it has ended.
+    pub memory: Option<(FamilyId, VmId)>,
+    /// Its process; none once it has ended.
+    pub process: Option<ProcessId>,
+    /// The fork that freezes it now, and those that wait for their turn.
+    pub forks: VecDeque<ForkId>,
+    /// What it printed.
+    pub log: Log,
+    /// Clients that wait for answers to their lines.
+    pub sends: HashMap<u64, ClientId>,
+    /// Clients that wait for its end.
+    pub waiters: Vec<ClientId>,
+    /// Clients that wait until it stands still, or runs.
+    pub pausers: VecDeque<ClientId>,
+    /// Clients that see its console.
+    pub viewers: Vec<ClientId>,
+    /// Whether it is removed when it is off.
+    pub remove_when_off: bool,
+    /// Traps served.
+    pub traps: u64,
+}
+
+impl Vm {
+    /// What it is doing.
+    pub fn state(&self) -> VmState {
+        match self.phase {
+            Phase::Off => VmState::Off,
+            Phase::Dead(_) => VmState::Dead,
+            _ if self.paused => VmState::Paused,
+            _ => VmState::Running,
+        }
+    }
+
+    /// Whether it has not ended.
+    pub fn is_alive(&self) -> bool {
+        !matches!(self.phase, Phase::Off | Phase::Dead(_))
+    }
+
+    /// Its row of `ls`.
+    pub fn summary(&self, pid: Option<i32>) -> VmSummary {
+        VmSummary {
+            name: self.name.clone(),
+            parent: self.parent.clone(),
+            state: self.state(),
+            reason: match &self.phase {
+                Phase::Dead(reason) => Some(reason.clone()),
+                _ => None,
+            },
+            mem_pages: self.shape.ram.0,
+            pid,
+        }
+    }
+}
+
+/// All VMs, oldest first.
+#[derive(Debug, Default)]
+pub struct Vms {
+    by_generation: BTreeMap<Generation, Vm>,
+    names: HashMap<String, Generation>,
+    /// The set of names has changed since this was last cleared.
+    pub changed: bool,
+}
+
+impl Vms {
+    /// Adds a VM under its name, which is free.
+    pub fn insert(&mut self, vm: Vm) {
+        let before = self.names.insert(vm.name.clone(), vm.generation);
+        assert_eq!(before, None, "names are unique");
+        self.by_generation.insert(vm.generation, vm);
+        self.changed = true;
+    }
+
+    /// Forgets a VM.
+    pub fn remove(&mut self, generation: Generation) -> Option<Vm> {
+        let vm = self.by_generation.remove(&generation)?;
+        self.names.remove(&vm.name);
+        self.changed = true;
+        Some(vm)
+    }
+
+    /// Whether a name is taken.
+    pub fn has_name(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    /// The VM of a name.
+    pub fn find(&self, name: &str) -> Option<&Vm> {
+        self.names.get(name).and_then(|generation| self.by_generation.get(generation))
+    }
+
+    /// A VM, if it is still listed.
+    pub fn get(&self, generation: Generation) -> Option<&Vm> {
+        self.by_generation.get(&generation)
+    }
+
+    /// The same, to change it.
+    pub fn get_mut(&mut self, generation: Generation) -> Option<&mut Vm> {
+        self.by_generation.get_mut(&generation)
+    }
+
+    /// All of them, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &Vm> {
+        self.by_generation.values()
+    }
+}

@@ -1,0 +1,82 @@
+//! What the event loop watches, and for whom.
+//!
+//! Handlers have no hold of the loop: they note what is to change, and the loop applies it between rounds. A
+//! descriptor that is to be watched no more is kept open until then, so that its number is not given to another.
+
+use event_manager::{EventOps, EventSet, Events};
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::os::fd::{AsRawFd, RawFd};
+
+/// Names a watch; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token(u32);
+
+#[derive(Debug)]
+enum Change {
+    Add(RawFd, Token, EventSet),
+    Modify(RawFd, Token, EventSet),
+    Remove(RawFd, #[expect(dead_code, reason = "held until the loop has let go of it")] Box<dyn Held>),
+}
+
+/// Something that keeps a descriptor open.
+pub trait Held: Debug {}
+impl<T: Debug> Held for T {}
+
+/// All watches. `S` says what an event is for.
+#[derive(Debug)]
+pub struct Watches<S> {
+    sources: HashMap<Token, (RawFd, S)>,
+    changes: Vec<Change>,
+    next: u32,
+}
+
+impl<S: Clone> Watches<S> {
+    /// Nothing is watched.
+    pub fn new() -> Self {
+        Self { sources: HashMap::new(), changes: Vec::new(), next: 0 }
+    }
+
+    /// Watches `fd`, which must stay open until it is removed.
+    pub fn add(&mut self, fd: &impl AsRawFd, events: EventSet, source: S) -> Token {
+        let token = Token(self.next);
+        self.next += 1;
+        self.sources.insert(token, (fd.as_raw_fd(), source));
+        self.changes.push(Change::Add(fd.as_raw_fd(), token, events));
+        token
+    }
+
+    /// Watches for other events.
+    pub fn modify(&mut self, token: Token, events: EventSet) {
+        if let Some((fd, _)) = self.sources.get(&token) {
+            self.changes.push(Change::Modify(*fd, token, events));
+        }
+    }
+
+    /// Watches no more; `holder`, which owns the descriptor, is dropped afterwards.
+    pub fn remove(&mut self, token: Token, holder: impl Debug + 'static) {
+        if let Some((fd, _)) = self.sources.remove(&token) {
+            self.changes.push(Change::Remove(fd, Box::new(holder)));
+        }
+    }
+
+    /// Whom an event is for; none if it came too late.
+    pub fn source(&self, events: &Events) -> Option<(Token, S)> {
+        let token = Token(events.data());
+        self.sources.get(&token).map(|(_, source)| (token, source.clone()))
+    }
+
+    /// Makes the loop watch as noted.
+    pub fn apply(&mut self, ops: &mut EventOps) {
+        for change in self.changes.drain(..) {
+            let done = match &change {
+                Change::Add(fd, token, events) => ops.add(Events::with_data_raw(*fd, token.0, *events)),
+                Change::Modify(fd, token, events) => ops.modify(Events::with_data_raw(*fd, token.0, *events)),
+                Change::Remove(fd, _) => ops.remove(Events::empty_raw(*fd)),
+            };
+            if let Err(error) = done {
+                log::error!("event loop: {change:?}: {error:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! A window that another process holds.
+//!
+//! The server reaches into it in three ways: through the process's userfaultfd (zeros, wakes), by reading its memory
+//! (moved-out pages; the keeper shares it and outlives the process), and by messages, which the server's loop sends.
+
+use super::process::ProcessId;
+use guest_mem::sys::Userfaultfd;
+use guest_mem::{Gfn, GfnRange, StoreId, Window};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, IoSliceMut};
+use std::rc::Rc;
+
+/// What a window asks of the loop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// Tell the process to drop this freeze's scratch range.
+    DropScratch(StoreId),
+    /// Its VM must not run on, for this reason.
+    Fail(String),
+    /// Nobody needs the window any more.
+    Release,
+}
+
+/// What windows ask, in order.
+pub type Wants = Rc<RefCell<VecDeque<(ProcessId, Want)>>>;
+
+/// What the server knows of the memory of a VM process.
+#[derive(Debug)]
+pub struct Memory {
+    process: ProcessId,
+    /// Reads its traps and answers them; none before it is ready, or on a host without.
+    pub traps: OnceCell<Userfaultfd>,
+    /// Host address of guest frame 0 in its window.
+    pub base: Cell<u64>,
+    /// The process; none once it has been reaped.
+    pub main: Cell<Option<Pid>>,
+    /// A process that has the same memory and outlives it.
+    pub keeper: Cell<Option<Pid>>,
+    /// Host address of guest frame 0 in the scratch range of each freeze.
+    pub scratch: RefCell<HashMap<StoreId, u64>>,
+    wants: Wants,
+}
+
+impl Memory {
+    /// The memory of a process that is not ready yet.
+    pub fn new(process: ProcessId, main: Pid, wants: Wants) -> Self {
+        Self {
+            process,
+            traps: OnceCell::new(),
+            base: Cell::new(0),
+            main: Cell::new(Some(main)),
+            keeper: Cell::new(None),
+            scratch: RefCell::default(),
+            wants,
+        }
+    }
+
+    fn want(&self, want: Want) {
+        self.wants.borrow_mut().push_back((self.process, want));
+    }
+
+    /// A living process that has the memory.
+    pub fn holder(&self) -> Option<Pid> {
+        self.keeper.get().or(self.main.get())
+    }
+
+    /// The guest frame at a host address of the window.
+    pub fn gfn(&self, address: u64) -> Gfn {
+        Gfn::of_gpa(address.saturating_sub(self.base.get()))
+    }
+}
+
+/// The window of one VM. Dropping it ends what is left of the process.
+#[derive(Debug)]
+pub struct RemoteWindow(pub Rc<Memory>);
+
+impl Window for RemoteWindow {
+    fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
+        let memory = &self.0;
+        let gone = || io::Error::new(io::ErrorKind::NotFound, "the process and its keeper are gone");
+        let holder = memory.holder().ok_or_else(gone)?;
+        let base = *memory.scratch.borrow().get(&scratch).ok_or_else(gone)?;
+        let len = buf.len();
+        let remote = RemoteIoVec { base: (base + first.gpa()) as usize, len };
+        match process_vm_readv(holder, &mut [IoSliceMut::new(buf)], &[remote])? {
+            n if n == len => Ok(()),
+            n => Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{n} of {len} bytes of scratch memory"))),
+        }
+    }
+
+    fn drop_scratch(&mut self, scratch: StoreId) {
+        self.0.scratch.borrow_mut().remove(&scratch);
+        self.0.want(Want::DropScratch(scratch));
+    }
+
+    fn zero(&mut self, pages: GfnRange) {
+        self.answer("zero", pages, Userfaultfd::zero);
+    }
+
+    fn wake(&mut self, pages: GfnRange) {
+        self.answer("wake", pages, Userfaultfd::wake);
+    }
+
+    fn fail(&mut self, why: &str) {
+        self.0.want(Want::Fail(why.to_owned()));
+    }
+}
+
+impl RemoteWindow {
+    fn answer(&self, what: &str, pages: GfnRange, call: impl Fn(&Userfaultfd, u64, usize) -> io::Result<()>) {
+        let Some(traps) = self.0.traps.get() else { return };
+        if let Err(error) = call(traps, self.0.base.get() + pages.start().gpa(), pages.len_bytes()) {
+            // The process may just have died; otherwise the trap comes again.
+            log::debug!("{what} {pages:?} in the window of {:?}: {error}", self.0.process);
+        }
+    }
+}
+
+impl Drop for RemoteWindow {
+    fn drop(&mut self) {
+        self.0.want(Want::Release);
+    }
+}

@@ -1,0 +1,281 @@
+//! The cases.
+
+use crate::family::Family;
+use crate::worker::{ALL, Worker, read_memory};
+use guest_mem::PageCount;
+use nix::sys::signal::{Signal, kill};
+use std::fs;
+use std::os::fd::AsFd;
+use std::time::Duration;
+use vmm::wire::{Activity, Ending, FromVm, HostFeatures, Isolation, Origin, ToVm};
+
+const MEM: u64 = 64 << 20;
+
+fn moved_pages(frozen: &vmm::wire::Frozen) -> u64 {
+    frozen.harvest.private.iter().map(|range| range.count().0).sum()
+}
+
+pub fn the_monitor_starts_and_answers() {
+    let mut family = Family::new(MEM);
+    let mut root = family.launch();
+    println!("  {}", root.worker.ok("mem"));
+    println!("  {}", root.worker.ok("id"));
+    root.worker.ok("fill 100 50 7");
+    root.worker.ok("verify 100 50 7");
+    assert!(root.worker.ask("verify 100 50 8").starts_with("err"));
+}
+
+pub fn a_fork_and_its_parent_go_separate_ways() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    parent.worker.ok("fill 1000 3000 1");
+    let mut child = family.fork(&mut parent, "child");
+    assert!(child.worker.ok("id").contains("child"));
+    child.worker.ok("verify 1000 3000 1");
+    child.worker.ok("fill 1000 10 2");
+    parent.worker.ok("verify 1000 3000 1");
+    parent.worker.ok("fill 2000 10 3");
+    child.worker.ok("verify 1000 10 2");
+    child.worker.ok("verify 1010 2990 1");
+    let mut grandchild = family.fork(&mut child, "grandchild");
+    drop(child);
+    grandchild.worker.ok("verify 1000 10 2");
+    grandchild.worker.ok("verify 1010 2990 1");
+    parent.worker.ok("verify 2000 10 3");
+    for depth in 0..12 {
+        grandchild.worker.ok(&format!("fill {} 3 {depth}", 5000 + depth * 2));
+        let next = family.fork(&mut grandchild, "deep");
+        grandchild = next;
+    }
+    (0..11).for_each(|depth| drop(grandchild.worker.ok(&format!("verify {} 2 {depth}", 5000 + depth * 2))));
+    grandchild.worker.ok("verify 1010 2990 1");
+}
+
+pub fn an_idle_fork_moves_nothing() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    let mut child = family.fork(&mut parent, "one");
+    let again = family.freeze(&mut parent);
+    assert_eq!(moved_pages(&again), 0, "{:?}", again.harvest);
+    // The child was told who it is: that is all it has written.
+    let first = family.freeze(&mut child);
+    assert_eq!(moved_pages(&first), 1, "{:?}", first.harvest);
+    family.settle(&mut child, &first);
+    assert_eq!(moved_pages(&family.freeze(&mut child)), 0);
+    child.worker.ok("mem");
+}
+
+pub fn a_touch_of_what_has_not_settled_waits() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    parent.worker.ok("fill 1000 100 1");
+    let frozen = family.freeze(&mut parent);
+    assert_eq!(frozen.activity, Activity::Running);
+    let tag = parent.worker.post("verify 1000 100 1");
+    let early = parent.worker.try_recv(Duration::from_millis(200));
+    assert!(early.is_none(), "{early:?}");
+    family.settle(&mut parent, &frozen);
+    assert!(parent.worker.answer(tag).starts_with("ok"));
+}
+
+pub fn a_fork_in_the_middle_of_a_command() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    parent.worker.ok("fill 1000 100 1");
+    let tag = parent.worker.post("spin 300000000");
+    std::thread::sleep(Duration::from_millis(20));
+    let mut child = family.fork(&mut parent, "child");
+    assert!(child.worker.answer(tag).starts_with("ok"), "the child ends the line too");
+    child.worker.ok("verify 1000 100 1");
+    assert!(parent.worker.answer(tag).starts_with("ok"));
+    parent.worker.ok("verify 1000 100 1");
+}
+
+pub fn a_fork_that_the_guest_asks_for() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    let tag = parent.worker.post("fork 2");
+    let count = parent.worker.expect(|message| match message {
+        FromVm::Fork { count } => Some(*count),
+        _ => None,
+    });
+    assert_eq!(count, 2);
+    let frozen = family.freeze(&mut parent);
+    family.settle(&mut parent, &frozen);
+    for index in [1, 2] {
+        let mut child = family.child(&format!("c-{index}"), &parent.runs, &frozen.state, index);
+        let answer = child.worker.answer(tag);
+        assert!(answer.contains(&format!("child index={index}")), "{answer}");
+        child.worker.ok("mem");
+    }
+    parent.worker.tell(&ToVm::ForkDone(Ok(vec!["c-1".into(), "c-2".into()])), &[]);
+    let answer = parent.worker.answer(tag);
+    assert!(answer.contains("parent") && answer.contains("c-1") && answer.contains("c-2"), "{answer}");
+    parent.worker.ok("mem");
+}
+
+pub fn a_paused_machine_stands_still() {
+    let mut family = Family::new(MEM);
+    let mut root = family.launch();
+    let paused = |message: &FromVm| matches!(message, FromVm::Paused).then_some(());
+    root.worker.tell(&ToVm::Pause, &[]);
+    root.worker.expect(paused);
+    let tag = root.worker.post("mem");
+    assert!(root.worker.try_recv(Duration::from_millis(100)).is_none());
+    let frozen = family.freeze(&mut root);
+    assert_eq!((frozen.activity, frozen.pause_ns), (Activity::Paused, None));
+    family.settle(&mut root, &frozen);
+    root.worker.tell(&ToVm::Resume, &[]);
+    root.worker.running();
+    assert!(root.worker.answer(tag).starts_with("ok"));
+
+    let mut worker = family.prepare();
+    let origin = Origin::Fork { state: frozen.state, index: 1 };
+    let (start, fds) = family.start("asleep", &root.runs, origin, Activity::Paused);
+    worker.start(start, &fds);
+    worker.expect(paused);
+    assert!(worker.try_recv(Duration::from_millis(100)).is_none());
+    worker.tell(&ToVm::Resume, &[]);
+    worker.running();
+    worker.ok("mem");
+}
+
+pub fn the_console_passes_bytes_both_ways() {
+    let mut family = Family::new(MEM);
+    let mut root = family.launch();
+    root.worker.tell(&ToVm::Console(b"mem\r".to_vec()), &[]);
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains("ok ") {
+        seen.extend(root.worker.expect(|message| match message {
+            FromVm::Console(bytes) => Some(bytes.clone()),
+            _ => None,
+        }));
+    }
+    println!("  {:?}", String::from_utf8_lossy(&seen));
+}
+
+pub fn off_is_off_and_a_crash_is_told() {
+    let ending = |message: &FromVm| match message {
+        FromVm::Ended(ending) => Some(ending.clone()),
+        _ => None,
+    };
+    let mut family = Family::new(MEM);
+    let mut root = family.launch();
+    root.worker.tell(&ToVm::Stop, &[]);
+    assert_eq!(root.worker.expect(ending), Ending::Off);
+    let mut root = family.launch();
+    root.worker.post("halt");
+    assert_eq!(root.worker.expect(ending), Ending::Off);
+    let store = family.new_store();
+    root.worker.tell(&ToVm::Freeze { store, max_runs: 100 }, &[family.file(store)]);
+    let why = root.worker.expect(|message| match message {
+        FromVm::FreezeFailed(why) => Some(why.clone()),
+        _ => None,
+    });
+    assert!(why.contains("ended"), "{why}");
+
+    let mut garbage = firmware::IMAGE.to_vec();
+    garbage[(firmware::abi::ENTRY - firmware::abi::IMAGE_BASE) as usize..].fill(0x06); // no instruction
+    let mut family = Family::with_image(MEM, &garbage);
+    let mut worker = family.prepare();
+    let runs = family.launch_runs();
+    let (start, fds) = family.start("crash", &runs, Origin::Monitor, Activity::Running);
+    worker.start(start, &fds);
+    let Ending::Dead(why) = worker.expect(ending) else { panic!("it is off") };
+    println!("  {why}");
+}
+
+pub fn each_isolation_leaves_nothing_to_take() {
+    for isolation in [Isolation::OwnUser, Isolation::UserNamespace] {
+        let mut family = Family::new(MEM);
+        family.isolation = isolation;
+        let mut parent = family.launch();
+        parent.worker.ok("fill 1000 100 1");
+        let mut child = family.fork(&mut parent, "child");
+        child.worker.ok("verify 1000 100 1");
+
+        let proc = format!("/proc/{}", parent.worker.pid());
+        let status = fs::read_to_string(format!("{proc}/status")).unwrap();
+        for wanted in ["CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "NoNewPrivs:\t1"] {
+            assert!(status.contains(wanted), "{isolation:?}: {status}");
+        }
+        let root = fs::read_link(format!("{proc}/root")).unwrap();
+        assert!(root.starts_with(std::env::temp_dir()), "{isolation:?}: {root:?}");
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+        for fd in fs::read_dir(format!("{proc}/fd")).unwrap() {
+            let target = fs::read_link(fd.unwrap().path()).unwrap();
+            assert!(!target.to_string_lossy().contains("test-store"), "{target:?} is still open");
+        }
+        assert_eq!(fs::read_dir(format!("/proc/{}/fd", parent.worker.keeper)).unwrap().count(), 0);
+        let base = parent.worker.window_base;
+        for pid in [parent.worker.pid(), parent.worker.keeper] {
+            assert!(read_memory(pid, base + 0x1000, 4096).is_ok());
+            let pagemap = fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
+            let mut entry = [0; 8];
+            std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entry, base / 4096 * 8 + 8).unwrap();
+            assert_ne!(u64::from_ne_bytes(entry), 0);
+        }
+
+        let store = family.new_store();
+        parent.worker.tell(&ToVm::Probe, &[family.file(store)]);
+        let ways = parent.worker.expect(|message| match message {
+            FromVm::Probed(ways) => Some(ways.clone()),
+            _ => None,
+        });
+        println!("  {isolation:?}: ways to write to a store: {ways:?}");
+        if isolation == Isolation::OwnUser {
+            assert!(ways.is_empty(), "{ways:?}");
+        }
+    }
+}
+
+pub fn a_keeper_outlives_its_vm_process() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    parent.worker.ok("fill 1000 100 9");
+    let frozen = family.freeze(&mut parent);
+    kill(parent.worker.pid(), Signal::SIGKILL).unwrap();
+    parent.worker.child.wait().unwrap();
+    let pages = frozen.harvest.private.clone();
+    let lost: Vec<_> = pages
+        .iter()
+        .filter(|range| {
+            read_memory(parent.worker.keeper, frozen.scratch_base + range.start().gpa(), range.len_bytes()).is_err()
+        })
+        .collect();
+    assert!(lost.is_empty(), "{lost:?}");
+}
+
+pub fn without_traps_the_parent_waits_for_its_pages() {
+    let mut family = Family::new(MEM);
+    family.features = HostFeatures { userfaultfd: false, pagemap_scan: false };
+    let mut parent = family.launch();
+    parent.worker.ok("fill 1000 100 4");
+    let frozen = family.freeze(&mut parent);
+    assert_eq!(frozen.activity, Activity::Paused);
+    family.settle(&mut parent, &frozen);
+    parent.worker.tell(&ToVm::Resume, &[]);
+    parent.worker.running();
+    parent.worker.ok("verify 1000 100 4");
+    let mut child = family.child("child", &parent.runs, &frozen.state, 1);
+    child.worker.ok("verify 1000 100 4");
+}
+
+pub fn nonsense_ends_the_process() {
+    let (mut link, mut child) = Worker::spawn();
+    link.send(&(77_u8, "nonsense"), &[]).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let (mut link, mut child) = Worker::spawn();
+    link.send(&ToVm::Resume, &[]).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let (link, mut child) = Worker::spawn();
+    drop(link);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let mut worker = Worker::prepare(PageCount(4096), Isolation::Off, ALL);
+    worker.tell(&ToVm::Freeze { store: guest_mem::StoreId(1), max_runs: 1 }, &[std::io::stdin().as_fd()]);
+    let why = worker.expect(|message| match message {
+        FromVm::FreezeFailed(why) => Some(why.clone()),
+        _ => None,
+    });
+    assert!(why.contains("not started"), "{why}");
+}

@@ -1,0 +1,57 @@
+//! Drives real VM processes over their sockets, without the server: this program is server and VM process in one.
+//!
+//! It brings its own `main` because a VM process starts with one thread, which the usual test harness does not offer.
+#![allow(missing_docs)]
+
+mod cases;
+mod family;
+mod figures;
+mod worker;
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+type Case = (&'static str, fn());
+
+const CASES: &[Case] = &[
+    ("the monitor starts and answers", cases::the_monitor_starts_and_answers),
+    ("a fork and its parent go separate ways", cases::a_fork_and_its_parent_go_separate_ways),
+    ("an idle fork moves nothing", cases::an_idle_fork_moves_nothing),
+    ("a touch of what has not settled waits", cases::a_touch_of_what_has_not_settled_waits),
+    ("a fork in the middle of a command", cases::a_fork_in_the_middle_of_a_command),
+    ("a fork that the guest asks for", cases::a_fork_that_the_guest_asks_for),
+    ("a paused machine stands still", cases::a_paused_machine_stands_still),
+    ("the console passes bytes both ways", cases::the_console_passes_bytes_both_ways),
+    ("off is off and a crash is told", cases::off_is_off_and_a_crash_is_told),
+    ("each isolation leaves nothing to take", cases::each_isolation_leaves_nothing_to_take),
+    ("a keeper outlives its VM process", cases::a_keeper_outlives_its_vm_process),
+    ("without traps the parent waits for its pages", cases::without_traps_the_parent_waits_for_its_pages),
+    ("nonsense ends the process", cases::nonsense_ends_the_process),
+    ("figures", figures::figures),
+];
+
+fn main() -> ExitCode {
+    if std::env::var_os(worker::CHILD).is_some() {
+        #[allow(unsafe_code)]
+        // SAFETY: `Worker::spawn` put the socket there, and nobody else in this new program knows of it.
+        let socket = unsafe { OwnedFd::from_raw_fd(worker::SOCKET) };
+        vmm::machine::vm_process_main(socket);
+    }
+    if let Err(error) = kvm_ioctls::Kvm::new() {
+        println!("SKIPPED, all of it: this host has no usable /dev/kvm ({error})");
+        return ExitCode::SUCCESS;
+    }
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let wanted = |name: &str| filter.as_deref().is_none_or(|filter| name.contains(filter));
+    let mut failed = 0;
+    for (name, case) in CASES.iter().filter(|(name, _)| wanted(name)) {
+        println!("test {name} ...");
+        if catch_unwind(AssertUnwindSafe(case)).is_err() {
+            println!("test {name} ... FAILED");
+            failed += 1;
+        }
+    }
+    println!("{failed} failed");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
