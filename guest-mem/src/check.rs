@@ -123,8 +123,14 @@ impl Family {
     /// 3 and 11: a page is in one place only, and the stores' accounts say how many are where.
     fn check_accounts(&self, broken: &mut Vec<String>) {
         let mut owners: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
-        let mut counts: BTreeMap<StoreId, [u64; 4]> = BTreeMap::new();
+        let mut counts: BTreeMap<StoreId, [u64; 3]> = BTreeMap::new();
+        let mut holders: BTreeMap<StoreId, BTreeMap<ObjectId, u64>> = BTreeMap::new();
         for (id, object) in self.objects.iter() {
+            let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
+            let gaps: u64 = gaps.map(|(pages, _)| pages.end - pages.start).sum();
+            if gaps != object.gaps {
+                broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.gaps));
+            }
             for (pages, slot) in object.slots.iter() {
                 let Some(store) = slot.store() else { continue };
                 let owned = owners.entry(store).or_default();
@@ -134,11 +140,11 @@ impl Family {
                 owned.insert(pages.clone());
                 let count = counts.entry(store).or_default();
                 let held = pages.end - pages.start;
-                count[0] += held;
+                *holders.entry(store).or_default().entry(id).or_default() += held;
                 match slot {
-                    Slot::Resident(_) => count[1] += held,
-                    Slot::Gap(_) => count[2] += held,
-                    Slot::Unsettled(_) => count[3] += held,
+                    Slot::Resident(_) => count[0] += held,
+                    Slot::Gap(_) => count[1] += held,
+                    Slot::Unsettled(_) => count[2] += held,
                     Slot::Zero | Slot::Lost(_) => {}
                 }
                 if slot.is_pending() && !self.objects.pending.contains(&id) {
@@ -148,8 +154,8 @@ impl Family {
         }
         for (store, account) in &self.objects.stores {
             let left = account.scratch.map_or(0, |scratch| scratch.left);
-            let told = [account.holders.values().sum(), account.resident, account.gaps, left];
-            let counted = counts.remove(store).unwrap_or_default();
+            let told = ([account.resident, account.gaps, left], account.holders.clone());
+            let counted = (counts.remove(store).unwrap_or_default(), holders.remove(store).unwrap_or_default());
             if told != counted {
                 broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
             }

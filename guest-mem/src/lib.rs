@@ -1,8 +1,42 @@
-//! Guest memory for virtual machines that fork.
+//! Guest memory for virtual machines that fork while they run.
+//!
+//! A fork shares every page with its parent until one of them writes it, to any depth; a page that many clones share is
+//! found, moved and freed once. The crate is a library for any rust-vmm VMM. It knows nothing of KVM and of processes.
+//!
+//! ```text
+//!          Manager: one family (the VMs of one launch), single owner, no locks, never waits
+//!          ┌───────────────────────── Family: the books ─────────────────────────┐
+//!          │  AddressMap ──► Object ──► Object ──► Object          Stage2 tables  │
+//!          │  (per VM)       (top)      (backing)                  (shared) + rmap│
+//!          └──────┬───────────── operations: ops/*.rs ───────────────────┬───────┘
+//!                 │ collect Effects, which the manager carries out        │
+//!          ┌──────▼───────┐                                       ┌──────▼──────┐
+//!          │ Store: bytes │  ◄── private mappings, traps ───────  │   Window    │  one per VM
+//!          └──────────────┘                                       └─────────────┘
+//! ```
+//!
+//! * A running VM writes into private pages of its window's process: the kernel's own copy-on-write, no code of ours.
+//!   These pages are its **live layer**.
+//! * A **freeze** moves the live layer out of the guest's sight, makes of it an [object](object) on top of the VM's
+//!   chain, and puts that object's empty [store] in its place. The pages **settle** into the store behind the VM's back;
+//!   a touch of one that has not traps, and it settles first.
+//! * A **fork** shares the parent's [stage-2](stage2) root and objects: O(1) at any size. Both sides go on, as equals.
+//! * An **exit** frees what only that VM saw, page by page: the [reverse map](rmap) tells. Objects that nobody needs are
+//!   [collapsed](object) into their neighbours.
+//!
+//! [`local::Local`] puts all of it together in one process; the doc example there runs. [`Manager`] is for VMMs that
+//! hold windows elsewhere, and [`check`] has the invariants.
+//!
+//! # Holes
+//! * No swap and no balloon yet: pages are in a store or zero.
+//! * One freeze of a VM at a time, and its vCPUs and devices must stand still for the window's part of it.
+//! * Linux with userfaultfd. Without it windows work, but whoever freezes must keep the VM still until all has settled.
+
 pub mod addr;
 pub mod check;
 pub mod effect;
 pub mod family;
+pub mod local;
 pub mod manager;
 pub mod map;
 pub mod object;

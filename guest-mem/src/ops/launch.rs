@@ -15,9 +15,13 @@ impl Family {
             map.set(pages, MapEntry::ANONYMOUS);
         }
         for mapping in files {
-            self.objects.map(mapping.file);
             let entry = MapEntry { object: Some(mapping.file), origin: mapping.pages.start(), needs_copy: true };
             map.set(mapping.pages, entry);
+        }
+        for (_, entry) in map.iter() {
+            if let Some(object) = entry.object {
+                self.objects.map(object);
+            }
         }
         let root = self.stage2.new_root();
         let mut vm = Vm { map, root, runs: RangeMap::new(), freezing: None };

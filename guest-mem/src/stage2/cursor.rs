@@ -189,7 +189,7 @@ mod tests {
         for g in 0..4 {
             set(&mut s, &mut root, run(g, 1, Some(9)));
         }
-        assert_eq!(s.tables(), 2);
+        assert_eq!(s.tables(), 5, "a root and four tables below it, all of big leaves");
         assert_eq!(s.walk(root, Gfn(3)), Some(run(0, 1, Some(9)).source));
     }
 }

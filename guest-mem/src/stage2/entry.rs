@@ -20,7 +20,7 @@ pub enum View {
 
 /// A [`View`] in 8 bytes: 2 bits of kind, then 28 bits of store and 34 of the index of the store's page at the entry's
 /// first frame, or 32 bits of table.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Entry(u64);
 
 const KIND_BITS: u32 = 2;

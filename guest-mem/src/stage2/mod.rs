@@ -55,12 +55,6 @@ pub(crate) struct Table {
     pub(crate) entries: Box<[Entry]>,
 }
 
-impl std::fmt::Debug for Entry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.view(Gfn(0)).fmt(f)
-    }
-}
-
 /// All tables of a family.
 #[derive(Debug)]
 pub struct Stage2 {

@@ -1,7 +1,10 @@
 //! The memory manager against a model: fakes that keep to the kernel's rules, random and exhaustive runs of operations,
 //! and every invariant after every step.
 
+mod exhaustive;
+mod failures;
 mod fakes;
 mod random;
 mod rng;
+mod stories;
 mod world;

@@ -148,21 +148,29 @@ impl World {
     }
 
     /// A guest writes a page.
-    pub fn write(&mut self, vm: VmId, gfn: Gfn) {
+    pub fn try_write(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
         let stamp = self.stamp(vm);
-        self.write_stamp(vm, gfn, stamp);
+        self.try_write_stamp(vm, gfn, stamp)
+    }
+
+    pub fn write(&mut self, vm: VmId, gfn: Gfn) {
+        self.try_write(vm, gfn).expect("nothing is to fail");
     }
 
     /// A guest clears a page.
-    pub fn clear(&mut self, vm: VmId, gfn: Gfn) {
-        self.write_stamp(vm, gfn, 0);
+    pub fn try_clear(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        self.try_write_stamp(vm, gfn, 0)
     }
 
-    fn write_stamp(&mut self, vm: VmId, gfn: Gfn, stamp: Stamp) {
-        let done = self.touch(vm, gfn, |window| window.write(gfn, stamp)).expect("nothing is to fail");
-        if done.is_some() {
+    pub fn clear(&mut self, vm: VmId, gfn: Gfn) {
+        self.try_clear(vm, gfn).expect("nothing is to fail");
+    }
+
+    fn try_write_stamp(&mut self, vm: VmId, gfn: Gfn, stamp: Stamp) -> Result<(), Error> {
+        if self.touch(vm, gfn, |window| window.write(gfn, stamp))?.is_some() {
             set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp);
         }
+        Ok(())
     }
 
     /// KVM makes a private copy of a page that the guest only reads.
@@ -221,6 +229,11 @@ impl World {
         if self.vms.contains_key(&vm) {
             self.exit(vm);
         }
+    }
+
+    /// Moved-out pages will be lost, though nobody dies.
+    pub fn expect_losses(&mut self) {
+        self.killed = true;
     }
 
     /// Processes with moved-out pages that outlived their VM.

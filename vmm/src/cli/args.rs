@@ -142,7 +142,7 @@ pub enum Verb {
     ///
     /// Uses a server of its own, unless --home is given.
     Demo,
-    /// One VM; the server starts these, with a socket as descriptor 3
+    /// One VM; the server starts these, with a socket as standard input
     #[command(hide = true)]
     VmProcess,
 }

@@ -134,9 +134,10 @@ pub fn inspection(out: &mut impl Write, inspection: &Inspection) -> io::Result<(
     writeln!(out, "entries")?;
     for entry in &inspection.entries {
         let chain: Vec<String> = entry.chain.iter().map(|id| format!("object {id}")).collect();
+        let chain = if chain.is_empty() { "no object: zero".into() } else { chain.join(" → ") };
         let copy_on_write = if entry.copy_on_write { ", copy-on-write" } else { "" };
         let needs_copy = if entry.needs_copy { ", needs copy" } else { "" };
-        writeln!(out, "  {:#013x}-{:#013x}  {}{copy_on_write}{needs_copy}", entry.start, entry.end, chain.join(" → "))?;
+        writeln!(out, "  {:#013x}-{:#013x}  {chain}{copy_on_write}{needs_copy}", entry.start, entry.end)?;
     }
     writeln!(out, "runs")?;
     for run in &inspection.runs {

@@ -2,12 +2,13 @@
 
 use super::Done;
 use super::errors::CliError;
+use nix::sys::socket::{UnixAddr, getsockname};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 pub fn run() -> Done {
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
-    let is_socket = nix::sys::socket::getsockname::<nix::sys::socket::UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&socket));
+    let is_socket = getsockname::<UnixAddr>(socket.as_raw_fd());
     if is_socket.is_err() {
         return Err(CliError::bad_input("vm-process: standard input is no socket: only the server can start this"));
     }

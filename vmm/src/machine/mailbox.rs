@@ -20,6 +20,17 @@ pub(super) struct Mailbox {
     fork_outcome: Option<Result<Vec<String>, String>>,
     news: bool,
     stop: bool,
+    sign: Sign,
+}
+
+/// Whether the guest has said that it lives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Sign {
+    #[default]
+    Awaited,
+    /// It may have begun to wait before there was a new event word: its first wait ends at once, and it looks again.
+    Nudge,
+    Given,
 }
 
 /// What a wait of the monitor is completed with.
@@ -58,6 +69,11 @@ impl Mailbox {
         self.state.in_flight.take()
     }
 
+    /// The guest has rung that it lives; whether that is its first sign.
+    pub fn alive(&mut self) -> bool {
+        std::mem::replace(&mut self.sign, Sign::Given) != Sign::Given
+    }
+
     /// What is under way, for a fork to go on with.
     pub fn save(&self) -> MailboxState {
         self.state
@@ -66,6 +82,7 @@ impl Mailbox {
     /// Becomes a child's mailbox: a fork that its guest waits for has ended.
     pub fn load(&mut self, state: MailboxState) {
         self.news = state.fork_pending;
+        self.sign = Sign::Nudge;
         self.state = MailboxState { fork_pending: false, ..state };
     }
 
@@ -94,7 +111,11 @@ impl Mailbox {
         if std::mem::take(&mut self.stop) {
             wakeup.bits |= wake::STOP;
         }
-        (wakeup.bits != 0).then_some(wakeup)
+        let nudge = self.sign == Sign::Nudge;
+        if nudge {
+            self.sign = Sign::Awaited;
+        }
+        (nudge || wakeup.bits != 0).then_some(wakeup)
     }
 }
 
@@ -221,6 +242,20 @@ mod tests {
         child.load(parent.save());
         assert_eq!(child.collect(false).unwrap().bits, wake::EVENT);
         assert_eq!(child.answered(), Some(3));
+    }
+
+    #[test]
+    fn a_child_that_waits_before_it_gave_a_sign_is_nudged_once() {
+        let mut child = Mailbox::default();
+        child.load(MailboxState::default());
+        assert_eq!(child.collect(false), Some(Wakeup::default()));
+        assert_eq!(child.collect(false), None);
+        assert!(child.alive());
+        assert!(!child.alive());
+        let mut quick = Mailbox::default();
+        quick.load(MailboxState::default());
+        quick.alive();
+        assert_eq!(quick.collect(false), None);
     }
 
     #[test]

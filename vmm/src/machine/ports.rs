@@ -7,7 +7,6 @@ use crate::devices::serial;
 use crate::wire::{Ending, FromVm, Line};
 use firmware::abi::{COM1, DOORBELL, Doorbell, WAIT};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::GuestMemoryError;
 
 /// The ports of a machine, as one of its vCPUs sees them.
@@ -15,7 +14,6 @@ use vm_memory::GuestMemoryError;
 pub(super) struct Ports {
     floor: Arc<Floor>,
     memory: Memory,
-    signed: Arc<AtomicBool>,
 }
 
 const COM1_LAST: u16 = COM1 + serial::PORTS - 1;
@@ -23,7 +21,7 @@ const COM1_LAST: u16 = COM1 + serial::PORTS - 1;
 impl Ports {
     /// The ports of the machine that meets on `floor` and has this memory.
     pub fn new(floor: Arc<Floor>, memory: Memory) -> Self {
-        Self { floor, memory, signed: Arc::default() }
+        Self { floor, memory }
     }
 
     /// vCPU `number` reads a port. A port that is nobody's reads as all ones.
@@ -81,9 +79,10 @@ impl Ports {
                 }
             }
             Doorbell::Alive => {
-                if !self.signed.swap(true, Ordering::Relaxed) {
-                    let at_ns = now_ns();
-                    self.floor.tell(&mut self.floor.lock(), FromVm::FirstSign { at_ns });
+                let at_ns = now_ns();
+                let mut shared = self.floor.lock();
+                if shared.mailbox.alive() {
+                    self.floor.tell(&mut shared, FromVm::FirstSign { at_ns });
                 }
             }
             Doorbell::Fork => {

@@ -35,6 +35,11 @@ impl Vcpu {
     }
 
     fn work(&mut self, floor: &Floor, ports: &Ports) {
+        // KVM starts a worker of its own at a VM's first KVM_RUN: let that be now, not when a fork waits for it.
+        self.fd.set_kvm_immediate_exit(1);
+        if let Ok(exit) = self.fd.run() {
+            return floor.die(describe(&exit));
+        }
         loop {
             match floor.next_task(self.number) {
                 Task::Load(load) => {

@@ -245,7 +245,7 @@ impl Vm {
         file: BorrowedFd<'_>,
         max_runs: u32,
     ) -> Result<(guest_mem::window::host::Frozen, MachineState), VmError> {
-        let shared = self.floor.await_standing()?;
+        let t0=now_ns(); let shared = self.floor.await_standing()?; let t1=now_ns();
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
         let mut logs = Vec::new();
@@ -259,7 +259,7 @@ impl Vm {
                 Dirty::Logged(&logs)
             }
         };
-        // The registers first: were they missing after the pages have moved, there would be no way back.
+        let t2=now_ns(); // The registers first: were they missing after the pages have moved, there would be no way back.
         let vcpus = self.floor.await_saved();
         let vcpus = match vcpus.map_err(VmError::from).and_then(|all| {
             all.into_iter().collect::<Result<Vec<_>, _>>().map_err(VmError::Save)
@@ -270,7 +270,8 @@ impl Vm {
                 return Err(error);
             }
         };
-        let frozen = self.window.freeze(dirty, store, file, max_runs)?;
+        let t3=now_ns(); let frozen = self.window.freeze(dirty, store, file, max_runs)?; let t4=now_ns();
+        eprintln!("    stand {} log {} saved {} window {}", (t1-t0)/1000, (t2-t1)/1000, (t3-t2)/1000, (t4-t3)/1000);
         if self.kvm.log() == DirtyLog::Off
             && let Err(error) = self.kvm.set_log(DirtyLog::On)
         {

@@ -1,0 +1,93 @@
+//! Every call that can fail does, once, at each place where it is made.
+
+use crate::fakes::{Call, Gaps};
+use crate::world::{Layout, World};
+use guest_mem::addr::Gfn;
+use guest_mem::manager::Error;
+
+/// Tries again what failed, which must leave everything in order, and succeed.
+fn insist<R>(world: &mut World, mut action: impl FnMut(&mut World) -> Result<R, Error>) -> R {
+    let before = world.manager.family().totals();
+    match action(world) {
+        Ok(done) => done,
+        Err(error) => {
+            world.check();
+            world.check_counts();
+            if !matches!(error, Error::Fill { .. }) {
+                assert_eq!(world.manager.family().totals(), before, "{error} changes nothing");
+            }
+            action(world).expect("it fails once")
+        }
+    }
+}
+
+/// Writes, zeros and forks over files, gaps in between; half of it settles by traps, half in batches.
+fn play(world: &mut World) {
+    let first = world.ids()[0];
+    for page in (0..64).step_by(5).chain(3..20) {
+        insist(world, |world| world.try_write(first, Gfn(page)));
+    }
+    for page in 64..100 {
+        insist(world, |world| world.try_clear(first, Gfn(page)));
+    }
+    insist(world, |world| world.try_write(first, Gfn(80)));
+    let second = insist(world, |world| world.try_fork(first, Gaps::All));
+    for page in [0, 7, 45, 127] {
+        insist(world, |world| world.try_write(second, Gfn(page)));
+    }
+    let third = insist(world, |world| world.try_fork(second, Gaps::All));
+    insist(world, World::try_settle);
+    world.exit(second);
+    for vm in [third, first] {
+        for page in 0..128 {
+            if world.vms.contains_key(&vm) {
+                insist(world, |world| world.try_read(vm, Gfn(page)));
+            }
+        }
+        world.reap();
+    }
+    insist(world, World::try_settle);
+}
+
+/// Runs [`play`] with the first, second, … call failing, for as long as there is one more. Returns how many there were.
+fn fail_every(call: Call) -> u64 {
+    for nth in 0.. {
+        let mut world = World::new(&Layout::flat(128).with_files(&[(40, 50)]));
+        world.ledger.fail(call, nth);
+        if call == Call::ReadScratch {
+            world.expect_losses();
+        }
+        play(&mut world);
+        let unfailed = world.ledger.take_unfailed();
+        world.check();
+        world.settle_all();
+        world.reap();
+        world.verify();
+        world.check();
+        world.end();
+        if unfailed {
+            return nth;
+        }
+    }
+    unreachable!("there are only so many calls")
+}
+
+#[test]
+fn a_store_that_cannot_be_made_changes_nothing() {
+    assert_eq!(fail_every(Call::Create), 2);
+}
+
+#[test]
+fn a_fill_that_fails_half_way_is_done_again() {
+    assert!(fail_every(Call::Fill) > 10);
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_read_again() {
+    assert!(fail_every(Call::ReadFile) >= 3);
+}
+
+#[test]
+fn a_lost_page_stops_who_needs_it_and_nobody_else() {
+    assert!(fail_every(Call::ReadScratch) > 10);
+}

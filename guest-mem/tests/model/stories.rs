@@ -1,0 +1,170 @@
+//! Bugs that were, and shapes that must not come back.
+
+use crate::fakes::{FakeFile, Gaps};
+use crate::world::{Layout, World};
+use guest_mem::addr::Gfn;
+use guest_mem::manager::Copied;
+
+/// A page that only a gap kept was kept for good when the gap went with its VM before it had been filled.
+#[test]
+fn a_gap_that_goes_lets_go_of_what_is_below() {
+    let mut world = World::new(&Layout::flat(16));
+    let parent = world.ids()[0];
+    (0..4).for_each(|page| world.write(parent, Gfn(page)));
+    let child = world.fork(parent, Gaps::None);
+    world.settle_all();
+    // The child's gap at pages 1 and 2 is over the parent's page, which the parent then replaces.
+    world.write(child, Gfn(0));
+    world.write(child, Gfn(3));
+    world.freeze(child, Gaps::All);
+    (1..3).for_each(|page| world.write(parent, Gfn(page)));
+    world.freeze(parent, Gaps::None);
+    world.check();
+    assert_eq!(world.ledger.pages(), 4, "pages 1 and 2 wait for the gap");
+    world.exit(child);
+    world.check();
+    world.verify();
+    assert_eq!(world.manager.family().totals().resident, 4);
+    world.end();
+}
+
+/// The same when the VM writes into its own gap, and freezes again.
+#[test]
+fn a_gap_that_is_written_over_lets_go_of_what_is_below() {
+    let mut world = World::new(&Layout::flat(16));
+    let vm = world.ids()[0];
+    (0..4).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.settle_all();
+    (0..4).step_by(3).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::All);
+    (0..16).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.check();
+    world.settle_all();
+    world.check();
+    assert_eq!((world.ledger.pages(), world.manager.family().totals().objects), (16, 1));
+    world.end();
+}
+
+/// A gap kept a page in every object below it, not only in the one it is to be copied from, and let go of the one only.
+#[test]
+fn a_gap_keeps_only_what_it_is_copied_from() {
+    let mut world = World::new(&Layout::flat(16));
+    let parent = world.ids()[0];
+    (0..3).for_each(|page| world.write(parent, Gfn(page)));
+    let child = world.fork(parent, Gaps::None);
+    world.write(child, Gfn(1));
+    let grandchild = world.fork(child, Gaps::None);
+    world.settle_all();
+    world.write(grandchild, Gfn(0));
+    world.write(grandchild, Gfn(2));
+    world.freeze(grandchild, Gaps::All);
+    world.check();
+    // Page 1 of the first object is nobody's now: the gap is over the child's.
+    world.write(parent, Gfn(1));
+    world.freeze(parent, Gaps::None);
+    world.check();
+    world.settle_all();
+    world.verify();
+    world.end();
+}
+
+/// Resident pages did count those of files.
+#[test]
+fn pages_of_files_are_not_the_familys() {
+    let mut world = World::new(&Layout::flat(16).with_files(&[(4, 12)]));
+    world.verify();
+    assert_eq!(world.manager.family().totals().resident, 0);
+    assert_eq!(world.manager.family().totals().stores, 1);
+    assert_eq!(FakeFile::content(3), 0);
+    world.end();
+}
+
+/// Printing a table took a leaf for one at frame 0.
+#[test]
+fn a_family_with_a_file_can_be_printed() {
+    let world = World::new(&Layout::flat(16).with_files(&[(5, 12)]));
+    assert!(format!("{:?}", world.manager.family()).contains("Stage2"));
+    world.end();
+}
+
+/// Memory that was cleared takes no storage, and a clone maps none for it.
+#[test]
+fn a_stretch_of_zeros_is_stored_by_nobody() {
+    let mut world = World::new(&Layout::flat(64));
+    let parent = world.ids()[0];
+    (0..64).for_each(|page| world.write(parent, Gfn(page)));
+    world.fork(parent, Gaps::None);
+    world.settle_all();
+    (10..40).for_each(|page| world.clear(parent, Gfn(page)));
+    let store = world.freeze(parent, Gaps::None);
+    world.settle_all();
+    assert!(world.manager.store(store).is_none());
+    let child = world.fork_frozen(parent);
+    assert_eq!(world.manager.family().vm(child).run_count(), 3);
+    world.write(parent, Gfn(20));
+    world.write(child, Gfn(20));
+    world.fork(child, Gaps::All);
+    world.fork(parent, Gaps::All);
+    world.check();
+    world.verify();
+    world.check();
+    world.end();
+}
+
+#[test]
+fn what_a_freeze_copied_is_told_once_gaps_apart() {
+    let mut world = World::new(&Layout::flat(16));
+    let vm = world.ids()[0];
+    (0..16).for_each(|page| world.write(vm, Gfn(page)));
+    let first = world.freeze(vm, Gaps::None);
+    world.settle_all();
+    (0..16).step_by(4).for_each(|page| world.write(vm, Gfn(page)));
+    let second = world.freeze(vm, Gaps::All);
+    world.settle_all();
+    assert_eq!(world.copied(second), Copied { pages: 16, gaps: 12 });
+    assert_eq!(world.copied(second), Copied::default());
+    assert!(world.manager.store(first).is_none(), "nothing of the first freeze is seen any more");
+    world.end();
+}
+
+/// Forks of forks, whose ancestors exit.
+#[test]
+fn a_deep_line_of_forks_keeps_no_more_objects_than_it_needs() {
+    for gaps in [Gaps::None, Gaps::Some(0x5a5a), Gaps::All] {
+        for settled in [true, false] {
+            let mut world = World::new(&Layout::flat(32).with_files(&[(8, 16)]));
+            let mut vm = world.ids()[0];
+            for generation in 0..64 {
+                world.write(vm, Gfn(generation % 32));
+                world.write(vm, Gfn(generation * 7 % 32));
+                let child = world.fork(vm, gaps);
+                // Every eighth lives on.
+                if generation % 8 != 0 {
+                    world.exit(vm);
+                }
+                vm = child;
+                if settled {
+                    world.settle_all();
+                }
+                world.check();
+            }
+            world.settle_all();
+            world.check();
+            let family = world.manager.family();
+            // Three entries each, a tree without unneeded inner nodes, and the file.
+            let bound = 2 * 3 * world.vms.len() as u64 + 1;
+            assert!(family.totals().objects <= bound, "{} objects, not {bound}", family.totals().objects);
+            assert!(family.chain_depth(vm) <= world.vms.len() as u64 + 2, "{}", family.chain_depth(vm));
+            world.verify();
+            for old in world.ids().into_iter().filter(|&old| old != vm) {
+                world.exit(old);
+            }
+            world.check();
+            assert!(world.manager.family().chain_depth(vm) <= 2);
+            world.verify();
+            world.end();
+        }
+    }
+}
