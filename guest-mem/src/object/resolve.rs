@@ -61,7 +61,7 @@ impl Objects {
             };
             let mut hits =
                 if own.is_empty() { None } else { Some(self.slots_in(id, shift_down(own, origin)).peekable()) };
-            if !hits.as_mut().is_some_and(|hits| hits.peek().is_some()) {
+            if hits.as_mut().is_none_or(|hits| hits.peek().is_none()) {
                 (top, origin) = (next, next_origin);
                 continue;
             }

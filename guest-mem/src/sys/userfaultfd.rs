@@ -9,7 +9,7 @@ use linux_raw_sys::general::{
     uffdio_zeropage,
 };
 use linux_raw_sys::ioctl::{
-    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE,
+    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE,
 };
 use std::fs::OpenOptions;
 use std::io;
@@ -79,6 +79,18 @@ impl Userfaultfd {
         let mut register =
             uffdio_register { range, mode: UFFDIO_REGISTER_MODE_MISSING.into(), ioctls: 0 };
         self.update(UFFDIO_REGISTER, &mut register)
+    }
+
+    /// Touches of missing pages in these bytes trap no more. Wakes who waits for them: they touch again, untrapped.
+    ///
+    /// # Errors
+    /// A part is not mapped.
+    pub fn unregister(&self, start: u64, len: usize) -> io::Result<()> {
+        inject::check()?;
+        let range = uffdio_range { start, len: len as u64 };
+        // SAFETY: The request reads a range.
+        let result = unsafe { ioctl_with_ref(self, UFFDIO_UNREGISTER.into(), &range) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Wakes who waits for these bytes.

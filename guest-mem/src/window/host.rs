@@ -8,9 +8,7 @@
 //!
 //! One rule is behind the order of all calls here: **no touch may ever read a hole of a store untrapped**, because the
 //! kernel would plant a zero page in the store, for everybody who maps it, for ever. So a store that takes the place of
-//! moved pages is mapped inaccessible, registered, and only then opened; and moved pages leave *registered*: to
-//! unregister first would wake who waits there (KVM faults guest pages in from threads of its own, which no vCPU kick
-//! stops) and let them touch the hole untrapped.
+//! moved pages is mapped inaccessible, registered, and only then opened.
 
 mod dirty;
 mod freeze;
@@ -236,6 +234,12 @@ impl HostWindow {
         uffd.register(start, len)
     }
 
+    fn unregister(&self, pages: GfnRange) -> io::Result<()> {
+        let Some(uffd) = &self.uffd else { return Ok(()) };
+        let (start, len) = self.area.host(pages)?;
+        uffd.unregister(start, len)
+    }
+
     /// The guest's memory, for the VMM's own reads and writes: it records what is written. Only mapped frames may be
     /// touched, so not before [`map`](Self::map); a touch of a page that no store holds yet waits for the manager.
     pub fn memory(&self) -> &GuestMemoryMmap<AtomicBitmap> {
@@ -245,12 +249,6 @@ impl HostWindow {
     /// What is mapped, sorted; neighbours that continue each other are one.
     pub fn runs(&self) -> impl Iterator<Item = Run> {
         self.runs.joined()
-    }
-
-    /// Keeps pages that are known to be dirty for the next freeze: what a dirty log said before the freeze that asked
-    /// came to nothing.
-    pub fn remember_dirty(&mut self, logs: &[SlotLog]) {
-        logs.iter().for_each(|log| self.pending.mark_log(log));
     }
 }
 

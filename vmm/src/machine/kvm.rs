@@ -1,11 +1,18 @@
 //! The KVM VM of a VM process: memory slots and their dirty log.
-#![allow(unsafe_code)] // memory slots: KVM writes to the addresses it is given
+#![allow(unsafe_code)] // memory slots, and the one ioctl of the dirty log that kvm-ioctls lacks
 
 use guest_mem::window::host::SlotLog;
 use guest_mem::GfnRange;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use vmm_sys_util::errno;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::{errno, ioctl_iowr_nr};
+
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// Three pages that KVM on Intel hosts wants for itself, among the devices.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -51,6 +58,12 @@ impl KvmVm {
             return Err(KvmError::Lacks(cap));
         }
         let vm = kvm.create_vm().map_err(during("KVM_CREATE_VM"))?;
+        let manual = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            args: [KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&manual).map_err(during("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(during("KVM_SET_TSS_ADDR"))?;
         let mut this = Self { vm, slots: ram.to_vec(), window_base, log: DirtyLog::Off };
         this.set_log(DirtyLog::On)?;
@@ -87,13 +100,33 @@ impl KvmVm {
         Ok(())
     }
 
-    /// Fetches and clears the log of every slot, one after the other, into `logs`: what it has is there even if a later
-    /// slot fails.
-    pub fn take_log(&self, logs: &mut Vec<SlotLog>) -> Result<(), KvmError> {
-        for (slot, pages) in self.slots.iter().enumerate() {
+    /// The log of every slot. It stays as it is until it is [cleared](Self::clear_log).
+    pub fn log_of_slots(&self) -> Result<Vec<SlotLog>, KvmError> {
+        let log = |(slot, pages): (usize, &GfnRange)| {
             let log = self.vm.get_dirty_log(slot as u32, pages.len_bytes());
             let words = log.map_err(slot_error("KVM_GET_DIRTY_LOG", *pages))?;
-            logs.push(SlotLog { first: pages.start(), words });
+            Ok(SlotLog { first: pages.start(), words })
+        };
+        self.slots.iter().enumerate().map(log).collect()
+    }
+
+    /// Clears what `logs` said, so that the next write to these pages is logged again. The vCPUs stand still since.
+    ///
+    /// Cheap once the pages have been moved out of the window: while they are mapped, KVM protects each of them anew.
+    pub fn clear_log(&self, logs: &[SlotLog]) -> Result<(), KvmError> {
+        for (slot, (pages, log)) in self.slots.iter().zip(logs).enumerate() {
+            let clear = kvm_clear_dirty_log {
+                slot: slot as u32,
+                num_pages: pages.count().0 as u32,
+                first_page: 0,
+                __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                    dirty_bitmap: log.words.as_ptr().cast_mut().cast(),
+                },
+            };
+            // SAFETY: KVM reads one bit per page of the slot, which the log has.
+            if unsafe { ioctl_with_ref(&self.vm, KVM_CLEAR_DIRTY_LOG(), &clear) } != 0 {
+                return Err(slot_error("KVM_CLEAR_DIRTY_LOG", *pages)(errno::Error::last()));
+            }
         }
         Ok(())
     }

@@ -2,11 +2,10 @@
 
 use super::isolate;
 use super::probe::ways_to_write;
-use super::vm::{Preparation, Vm, VmError};
+use super::vm::{Preparation, Vm};
 use crate::link::Link;
-use crate::wire::{Activity, Ending, FromVm, ToVm};
+use crate::wire::{Activity, FromVm, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use guest_mem::window::host::WindowError;
 use nix::unistd::{Pid, getppid};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -121,9 +120,8 @@ impl Process {
                     Ok(frozen) => self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?,
                     Err(error) => {
                         self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;
-                        if let VmError::Window(torn @ WindowError::Torn { .. }) = error {
-                            let ended = FromVm::Ended(Ending::Dead(torn.to_string()));
-                            self.link.send(&ended, &[])?;
+                        if error.is_fatal() {
+                            floor.die(error.to_string());
                         }
                     }
                 }

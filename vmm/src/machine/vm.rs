@@ -40,7 +40,7 @@ pub(super) enum VmError {
     Window(#[from] WindowError),
     #[error("registers: {0}")]
     Registers(#[from] RegistersError),
-    #[error("saved registers: {0}")]
+    #[error("registers could not be read after the pages had moved: {0}")]
     Save(String),
     #[error("isolation: {0}")]
     Isolate(#[from] IsolateError),
@@ -62,6 +62,13 @@ pub(super) enum VmError {
     EventPage(vm_memory::GuestMemoryError),
     #[error("serial console: {0}")]
     Serial(String),
+}
+
+impl VmError {
+    /// Whether the VM must not run on.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Save(_) | Self::Window(WindowError::Torn { .. }))
+    }
 }
 
 /// What to prepare.
@@ -220,7 +227,7 @@ impl Vm {
             (Ok(_), false) => Activity::Paused,
             _ => before,
         };
-        if !matches!(&frozen, Err(VmError::Window(WindowError::Torn { .. }))) {
+        if !frozen.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(activity);
         }
         let (frozen, state) = frozen?;
@@ -245,38 +252,29 @@ impl Vm {
         file: BorrowedFd<'_>,
         max_runs: u32,
     ) -> Result<(guest_mem::window::host::Frozen, MachineState), VmError> {
-        let t0=now_ns(); let shared = self.floor.await_standing()?; let t1=now_ns();
+        let shared = self.floor.await_standing()?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
-        let mut logs = Vec::new();
-        let dirty = match self.kvm.log() {
-            DirtyLog::Off => Dirty::Every,
-            DirtyLog::On => {
-                if let Err(error) = self.kvm.take_log(&mut logs) {
-                    self.window.remember_dirty(&logs);
-                    return Err(error.into());
+        let frozen = match self.kvm.log() {
+            DirtyLog::Off => {
+                let frozen = self.window.freeze(Dirty::Every, store, file, max_runs)?;
+                if let Err(error) = self.kvm.set_log(DirtyLog::On) {
+                    log::warn!("the next freeze takes every private page again: {error}");
                 }
-                Dirty::Logged(&logs)
+                frozen
+            }
+            DirtyLog::On => {
+                let t0=now_ns(); let logs = self.kvm.log_of_slots()?; let t1=now_ns();
+                let frozen = self.window.freeze(Dirty::Logged(&logs), store, file, max_runs)?;
+                let t2=now_ns();
+                let r=self.kvm.clear_log(&logs); let t3=now_ns(); eprintln!("   log {} window {} clear {}",(t1-t0)/1000,(t2-t1)/1000,(t3-t2)/1000); if let Err(error) = r {
+                    log::warn!("the next freeze takes these pages again: {error}");
+                }
+                frozen
             }
         };
-        let t2=now_ns(); // The registers first: were they missing after the pages have moved, there would be no way back.
-        let vcpus = self.floor.await_saved();
-        let vcpus = match vcpus.map_err(VmError::from).and_then(|all| {
-            all.into_iter().collect::<Result<Vec<_>, _>>().map_err(VmError::Save)
-        }) {
-            Ok(vcpus) => vcpus,
-            Err(error) => {
-                self.window.remember_dirty(&logs);
-                return Err(error);
-            }
-        };
-        let t3=now_ns(); let frozen = self.window.freeze(dirty, store, file, max_runs)?; let t4=now_ns();
-        eprintln!("    stand {} log {} saved {} window {}", (t1-t0)/1000, (t2-t1)/1000, (t3-t2)/1000, (t4-t3)/1000);
-        if self.kvm.log() == DirtyLog::Off
-            && let Err(error) = self.kvm.set_log(DirtyLog::On)
-        {
-            log::warn!("the next freeze takes every private page: {error}");
-        }
+        let saved = self.floor.await_saved().map_err(|error| error.to_string());
+        let vcpus = saved.and_then(|all| all.into_iter().collect()).map_err(VmError::Save)?;
         Ok((frozen, MachineState { vcpus, serial, mailbox }))
     }
 

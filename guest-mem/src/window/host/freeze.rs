@@ -31,7 +31,8 @@ impl HostWindow {
     /// at guest frame `n`; touches of what it does not hold trap. Private copies of clean pages are dropped. If nothing
     /// is dirty and private, nothing is touched and the harvest is empty.
     ///
-    /// vCPUs, devices and whoever else writes to the window stand still. Afterwards the window has at most `max_runs`
+    /// Nobody touches the window meanwhile: vCPUs, devices, kernel threads that work for them (with a local APIC in the
+    /// kernel KVM faults guest pages in from workers of its own: they are drained first). Afterwards the window has at most `max_runs`
     /// mappings, if joining stretches of private pages can do it.
     ///
     /// # Errors
@@ -46,11 +47,12 @@ impl HostWindow {
     ) -> Result<Frozen, WindowError> {
         match dirty {
             Dirty::Every => self.pending.mark_every(),
-            Dirty::Logged(logs) => self.remember_dirty(logs),
+            Dirty::Logged(logs) => logs.iter().for_each(|log| self.pending.mark_log(log)),
         }
         self.pending.take_writes(&self.memory);
-        let found = self.find_private()?;
-        self.drop_clean(&found.clean)?;
+        let t=std::time::Instant::now();
+        let found = self.find_private()?; let t1=t.elapsed();
+        self.drop_clean(&found.clean)?; eprintln!("    find {:?} clean {} ranges {:?}", t1, found.clean.len(), t.elapsed()-t1);
         if found.dirty.is_empty() {
             self.pending.clear();
             return Ok(Frozen { harvest: Harvest::default(), scratch_base: 0 });
@@ -110,9 +112,11 @@ impl HostWindow {
         file: BorrowedFd<'_>,
     ) -> Result<(), WindowError> {
         let mut moved = Moved::new();
-        let done = self.move_out(scratch, moves, &mut moved).and_then(|()| self.move_in(moves, file));
+        let t0=std::time::Instant::now();
+        let done = self.move_out(scratch, moves, &mut moved); let t1=t0.elapsed(); let done=done.and_then(|()| self.move_in(moves, file));
+        eprintln!("    moves {} pieces {} out {:?} in {:?}",moves.len(),moved.len(),t1,t0.elapsed()-t1);
         let Err(failed) = done else { return Ok(()) };
-        if let Err(cause) = self.put_back(scratch, &moved) {
+        if let Err(cause) = self.put_back(scratch, moves, &moved) {
             return Err(WindowError::Torn { failed: Box::new(failed), cause });
         }
         // What was moved out and back may be mappings of their own now.
@@ -120,6 +124,8 @@ impl HostWindow {
         Err(failed)
     }
 
+    /// The kernel moves the page tables of what is registered entry by entry, five times slower than whole: so the
+    /// traps go first.
     fn move_out(
         &self,
         scratch: &Area,
@@ -127,6 +133,8 @@ impl HostWindow {
         moved: &mut Moved,
     ) -> Result<(), WindowError> {
         for range in moves {
+            let t=std::time::Instant::now();self.unregister(*range).map_err(during("UFFDIO_UNREGISTER", *range))?;
+            if range.count().0>1000 {eprintln!("     {range:?} unregister {:?}",t.elapsed());}
             for (pages, source) in self.runs.within(*range) {
                 self.area.move_to(scratch, pages).map_err(during("mremap", pages))?;
                 moved.push((pages, source));
@@ -135,6 +143,7 @@ impl HostWindow {
         Ok(())
     }
 
+    /// At no moment may a touch read a hole of the store untrapped.
     fn move_in(&self, moves: &[GfnRange], file: BorrowedFd<'_>) -> Result<(), WindowError> {
         for pages in moves {
             self.map_shut(*pages, file).map_err(during("mmap", *pages))?;
@@ -148,21 +157,12 @@ impl HostWindow {
         self.area.map_private(pages, file, PageIndex(pages.start().0), Access::None)
     }
 
-    /// Undoes [`move_out`](Self::move_out), over whatever part of the store was mapped. The pages come back shut, and
-    /// open once they trap again.
-    fn put_back(&self, scratch: &Area, moved: &Moved) -> io::Result<()> {
-        for (pages, source) in moved {
-            let traps = matches!(source, Source::Store { .. });
-            if traps {
-                scratch.protect(*pages, Access::None)?;
-            }
-            scratch.move_to(&self.area, *pages)?;
-            if traps {
-                self.register(*pages)?;
-                self.area.protect(*pages, Access::ReadWrite)?;
-            }
-        }
-        Ok(())
+    /// Undoes [`move_out`](Self::move_out), over whatever part of the store was mapped, and traps again.
+    fn put_back(&self, scratch: &Area, moves: &[GfnRange], moved: &Moved) -> io::Result<()> {
+        moved.iter().try_for_each(|(pages, _)| scratch.move_to(&self.area, *pages))?;
+        let runs = moves.iter().flat_map(|range| self.runs.within(*range));
+        let mut stores = runs.filter(|(_, source)| matches!(source, Source::Store { .. }));
+        stores.try_for_each(|(pages, _)| self.register(pages))
     }
 }
 
