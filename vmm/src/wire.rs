@@ -28,6 +28,16 @@ pub enum Isolation {
     Off,
 }
 
+impl std::fmt::Display for Isolation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::OwnUser => "own user",
+            Self::UserNamespace => "user namespace",
+            Self::Off => "off",
+        })
+    }
+}
+
 /// Kernel features that have a fallback; `OFFSHOOT_DISABLE=userfaultfd,pagemap-scan` turns them off for tests of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostFeatures {

@@ -167,10 +167,10 @@ impl Server {
     }
 
     fn main_ended(&mut self, id: ProcessId, how: &str) {
+        self.processes[&id].memory.main.set(None);
         // Its last words may say more than how it ended.
         self.serve_process(id);
         let Some(process) = self.processes.get(&id) else { return };
-        process.memory.main.set(None);
         match process.role {
             Role::Vm(generation) => self.start_failed(generation, &format!("its process {how}")),
             Role::Pooled => {

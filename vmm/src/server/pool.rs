@@ -1,7 +1,7 @@
 //! Prepared VM processes, by shape: KVM VM, vCPU and memory slot are made, and a fork only has to fill them in.
 //!
-//! A shape has prepared processes for as long as a VM of it lives. How many follows use: the pool grows when it was
-//! found empty and shrinks when it was not used for a while. An empty pool is slower, never an error.
+//! A shape has prepared processes for as long as a VM of it lives. How many follows use: the pool grows by
+//! one each time it was found empty, and shrinks when it was not used for a while. An empty pool is slower, never an error.
 
 use super::Server;
 use super::process::{ProcessId, Role, VmProcess};
@@ -67,7 +67,7 @@ impl Server {
             if let Some(id) = shelf.ready.pop_front() {
                 return Ok(id);
             }
-            shelf.wanted = (shelf.wanted * 2).clamp(SMALLEST, LARGEST);
+            shelf.wanted = (shelf.wanted + 1).clamp(SMALLEST, LARGEST);
         }
         self.spawn_process(shape)
     }

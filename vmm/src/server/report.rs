@@ -150,7 +150,7 @@ impl Server {
             stats: self.vm_stats(vm, &mut Censuses::default()),
             generation: vm.generation.0,
             keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
-            isolation: format!("{:?}", self.isolation),
+            isolation: self.isolation.to_string(),
             children: self.children(vm.generation),
             entries,
             runs,

@@ -111,19 +111,19 @@ impl Server {
     pub(super) fn pass_deadlines(&mut self, now: Instant) {
         let passed: Vec<Deadline> = self.deadlines.extract_if(.., |(at, _)| *at <= now).map(|(_, what)| what).collect();
         for deadline in passed {
-            let late = match deadline {
-                Deadline::Answer(vm, tag, client) => {
-                    self.vms.get_mut(vm).and_then(|vm| vm.sends.remove(&tag)).map(|_| (client, "no answer from the guest"))
+            let (Deadline::Answer(generation, ..) | Deadline::End(generation, _)) = deadline;
+            let Some(vm) = self.vms.get_mut(generation) else { continue };
+            let (client, why) = match deadline {
+                Deadline::Answer(_, tag, client) if vm.sends.remove(&tag).is_some() => {
+                    (client, format!("no answer from the guest of VM {:?} in time", vm.name))
                 }
-                Deadline::End(vm, client) => self.vms.get_mut(vm).and_then(|vm| {
-                    let before = vm.waiters.len();
+                Deadline::End(_, client) if vm.waiters.contains(&client) => {
                     vm.waiters.retain(|&waiter| waiter != client);
-                    (vm.waiters.len() < before).then_some((client, "the VM has not ended"))
-                }),
+                    (client, format!("VM {:?} has not ended in time", vm.name))
+                }
+                _ => continue,
             };
-            if let Some((client, what)) = late {
-                self.reply(client, Err(Failure::timed_out(format!("timed out: {what}"))));
-            }
+            self.reply(client, Err(Failure::timed_out(why)));
         }
     }
 }
