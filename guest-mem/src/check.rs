@@ -154,7 +154,7 @@ impl Family {
         }
         for (store, account) in &self.objects.stores {
             let left = account.scratch.map_or(0, |scratch| scratch.left);
-            let told = ([account.resident, account.gaps, left], account.holders.clone());
+            let told = ([account.resident, account.gaps, left], self.objects.owners(*store).collect());
             let counted = (counts.remove(store).unwrap_or_default(), holders.remove(store).unwrap_or_default());
             if told != counted {
                 broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));

@@ -44,17 +44,21 @@ impl ReverseMap {
         self.levels[level as usize - 1].get(&self.region(level, gfn)).map_or(&[], Vec::as_slice)
     }
 
-    /// The frames of `range` at which any VM of the family sees `store`.
+    /// The frames of `range` at which any VM of the family sees `store`. Looks no further where it has found somebody.
     pub fn seen(&self, stage2: &Stage2, range: GfnRange, store: StoreId) -> RangeSet<u64> {
         let mut seen = RangeSet::new();
         for level in 1..=self.shape.leaf_levels {
             let span = self.shape.table_span(level).0;
             let mut first = range.start().0 / span * span;
             while first < range.end().0 {
+                let part = range.intersect(GfnRange::new(Gfn(first), PageCount(span)));
                 for &table in self.tables(level, Gfn(first)) {
-                    let part = range.intersect(GfnRange::new(Gfn(first), PageCount(span)));
+                    if seen.gaps(&part.raw()).next().is_none() {
+                        break;
+                    }
                     for (pages, entry) in entries_in(self.shape, stage2.table(table), part) {
-                        if matches!(entry.view(pages.start()), View::Leaf(Source::Store { store: s, .. }) if s == store) {
+                        if matches!(entry.view(pages.start()), View::Leaf(Source::Store { store: s, .. }) if s == store)
+                        {
                             seen.insert(pages.intersect(range).raw());
                         }
                     }

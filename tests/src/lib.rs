@@ -1,1 +1,45 @@
-//! x
+//! What the integration tests of Offshoot have in common. The tests themselves are in `tests/`, one file a subject, and
+//! run against this host's real KVM.
+//!
+//! | file | has |
+//! | --- | --- |
+//! | `home` | a home of a test's own, its server, and the proof that nothing of it is left |
+//! | `turn` | who may run beside whom |
+//! | `binary` | the `offshoot` binary, built if it is not there or not of today |
+//! | `command` | how a command line ended |
+//! | `guest` | the monitor's commands, as methods of a VM |
+//! | `traced` | a VM and what its memory must hold |
+//! | `process` | what `/proc` says of the server's processes |
+//! | `figures` | medians, random numbers |
+//!
+//! A test that cannot run here says so on stderr, in a line that begins with `SKIPPED`, and passes.
+
+mod binary;
+mod command;
+mod figures;
+mod guest;
+mod home;
+pub mod process;
+mod traced;
+mod turn;
+
+pub use command::Outcome;
+pub use figures::{Random, TEN_SECONDS, median, wait_until};
+pub use guest::{Guest, PATIENCE};
+pub use home::{Setup, TestHome, User};
+pub use traced::{Image, Stamp, Traced};
+pub use turn::Company;
+
+use std::io::Write;
+
+/// Says that a test, or a part of it, is not run, and why: past the test runner's capture.
+pub fn skip(reason: &str) {
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    // A closed stderr changes nothing about the test.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {reason}");
+}
+
+/// Whether this process is root.
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}

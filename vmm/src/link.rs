@@ -10,8 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 use nix::sys::stat::{SFlag, fstat};
 use serde::Serialize;
@@ -105,8 +104,7 @@ impl Link {
     /// # Errors
     /// No descriptors are left.
     pub fn pair() -> io::Result<(Self, OwnedFd)> {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let link = Self::new(ours);
         link.never_wait()?;
         Ok((link, theirs))
@@ -173,8 +171,7 @@ impl Link {
         let control = if raw.is_empty() { &[][..] } else { &rights[..] };
         let parts = [IoSlice::new(bytes)];
         loop {
-            let sent =
-                sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None);
+            let sent = sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None);
             match sent {
                 Ok(_) => return Ok(true),
                 Err(Errno::EINTR) => {}
@@ -296,8 +293,7 @@ fn invalid(what: impl Into<String>) -> io::Error {
 }
 
 /// Nobody can change the bytes once they are sent.
-const SEALS: SealFlag =
-    SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_WRITE);
+const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_WRITE);
 
 fn sealed_file(bytes: &[u8]) -> io::Result<OwnedFd> {
     let fd = memfd_create(c"offshoot-message", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;

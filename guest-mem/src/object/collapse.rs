@@ -43,31 +43,57 @@ impl Objects {
         if let Some(below) = below {
             self.get_mut(below).shadows.remove(&id);
         }
-        self.objects.remove(id.0 as usize);
+        let gone = self.objects.remove(id.0 as usize);
+        self.owners.remove(gone.slots_id.0 as usize);
         self.pending.remove(&id);
         below
     }
 
-    /// Gives `shadow` what it does not hide of `id`, and its place in the chain. Returns what lies beneath.
+    /// Gives `shadow` what it does not hide of `id`, and its place in the chain. Returns what lies beneath. Costs as much
+    /// as the smaller of the two: a small change often absorbs all memory of a machine.
     fn absorb(&mut self, id: ObjectId, shadow: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
         let origin = self.get(shadow).backing.expect("a shadow has a backing object").origin;
         assert_eq!(origin, 0, "anonymous objects of a family share one index space");
+        let backing = self.get(id).backing;
+        self.get_mut(shadow).backing = backing;
+        if let Some(Backing { object: below, .. }) = backing {
+            self.get_mut(below).shadows.insert(shadow);
+        }
+        let shadow_is_smaller = self.get(id).slots.len() > self.get(shadow).slots.len();
+        if shadow_is_smaller {
+            self.swap_slots(id, shadow);
+        }
         let slots: Vec<(GfnRange, Slot)> = self.get(id).slots.iter().map(|(p, &s)| (p.clone().into(), s)).collect();
         for (pages, slot) in slots {
-            let free: Vec<GfnRange> = self.get(shadow).slots.gaps(&pages.raw()).map(GfnRange::from).collect();
-            for part in free {
+            if shadow_is_smaller {
+                self.vacate(shadow, pages, effects);
+            }
+            let absent: Vec<GfnRange> = self.get(shadow).slots.gaps(&pages.raw()).map(GfnRange::from).collect();
+            for part in absent {
                 // Charged before the old slot is discharged, so that no store ends in between.
                 self.put(shadow, part.raw(), slot);
                 self.get_mut(id).slots.remove(part.raw());
                 self.discharge(id, slot, part.count().0, effects);
             }
         }
-        let backing = self.get(id).backing;
-        self.get_mut(shadow).backing = backing;
-        if let Some(Backing { object: below, .. }) = backing {
-            self.get_mut(below).shadows.insert(shadow);
-        }
         self.remove(id, effects)
+    }
+
+    /// Makes the slots of `id` those of `shadow`, and the other way round; accounts need not know.
+    fn swap_slots(&mut self, id: ObjectId, shadow: ObjectId) {
+        let (a, b) = self.objects.get2_mut(id.0 as usize, shadow.0 as usize).expect("two objects");
+        std::mem::swap(&mut a.slots, &mut b.slots);
+        std::mem::swap(&mut a.slots_id, &mut b.slots_id);
+        std::mem::swap(&mut a.gaps, &mut b.gaps);
+        std::mem::swap(&mut a.settle_from, &mut b.settle_from);
+        self.owners[a.slots_id.0 as usize] = id;
+        self.owners[b.slots_id.0 as usize] = shadow;
+        // What is still pending of the shadow's own slots lists it again when it gets them back.
+        if self.pending.contains(&id) {
+            self.pending.insert(shadow)
+        } else {
+            self.pending.remove(&shadow)
+        };
     }
 
     /// Unlinks `id` from backing objects of which it hides everything.

@@ -53,18 +53,24 @@ pub struct Object {
     /// Map entries that show this object.
     pub(crate) mappings: u32,
     pub(crate) slots: RangeMap<u64, Slot>,
+    /// What the accounts of stores call these slots.
+    slots_id: SlotsId,
     /// Slots that are gaps.
     pub(crate) gaps: u64,
     /// No pending slot stands before this index.
     settle_from: u64,
 }
 
+/// Names the slots of an object in the accounts of stores: they may become another object's as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SlotsId(u32);
+
 /// The accounts of a store.
 #[derive(Debug)]
 pub(crate) struct StoreAccount {
     pub(crate) kind: Kind,
-    /// Slots that name it, by the objects they are of: as many objects as the freeze found map entries, at most.
-    pub(crate) holders: BTreeMap<ObjectId, u64>,
+    /// Slots that name it, by object: as many objects as the freeze found map entries, at most.
+    slots: BTreeMap<SlotsId, u64>,
     /// Slots of them that are resident.
     pub(crate) resident: u64,
     /// Slots of them that have still to be copied from below.
@@ -86,6 +92,8 @@ pub(crate) struct Scratch {
 #[derive(Debug, Default)]
 pub struct Objects {
     objects: slab::Slab<Object>,
+    /// Whose the slots are that accounts know by a name.
+    owners: slab::Slab<ObjectId>,
     pub(crate) stores: BTreeMap<StoreId, StoreAccount>,
     next_store: u32,
     /// Objects with pending slots.
@@ -98,7 +106,7 @@ pub struct Objects {
 
 impl StoreAccount {
     fn new(kind: Kind, scratch: Option<Scratch>) -> Self {
-        Self { kind, holders: BTreeMap::new(), resident: 0, gaps: 0, scratch, zeros: false }
+        Self { kind, slots: BTreeMap::new(), resident: 0, gaps: 0, scratch, zeros: false }
     }
 }
 
@@ -137,9 +145,14 @@ impl Objects {
     }
 
     fn insert(&mut self, kind: Kind, backing: Option<Backing>) -> ObjectId {
+        let entry = self.objects.vacant_entry();
+        let id = ObjectId(entry.key() as u32);
+        let slots_id = SlotsId(self.owners.insert(id) as u32);
         let slots = RangeMap::new();
-        let object = Object { kind, backing, shadows: BTreeSet::new(), mappings: 0, slots, gaps: 0, settle_from: 0 };
-        ObjectId(self.objects.insert(object) as u32)
+        let object =
+            Object { kind, backing, shadows: BTreeSet::new(), mappings: 0, slots, slots_id, gaps: 0, settle_from: 0 };
+        entry.insert(object);
+        id
     }
 
     /// An object.
@@ -236,7 +249,9 @@ impl Objects {
         let mut waited = RangeSet::new();
         for &above in self.pending.iter().filter(|&&above| self.has_gaps(above)) {
             let gaps = self.slots_in(above, pages).filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
-            for (_, source) in gaps.flat_map(|(gap, _)| self.gap_sources(above, gap)).filter(|(f, _)| f.object == object) {
+            for (_, source) in
+                gaps.flat_map(|(gap, _)| self.gap_sources(above, gap)).filter(|(f, _)| f.object == object)
+            {
                 waited.insert(source.raw());
             }
         }
@@ -246,6 +261,12 @@ impl Objects {
     /// Pages that no gap is to be copied from any more, since it was last asked.
     pub(crate) fn take_unneeded(&mut self) -> Vec<(StoreId, GfnRange)> {
         std::mem::take(&mut self.unneeded)
+    }
+
+    /// How many slots name a store, by object.
+    pub(crate) fn owners(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, u64)> {
+        let slots = self.stores.get(&store).into_iter().flat_map(|account| &account.slots);
+        slots.map(|(slots_id, &count)| (self.owners[slots_id.0 as usize], count))
     }
 
     /// The slots of `pages`, cut to them.
@@ -277,8 +298,9 @@ impl Objects {
 
     fn charge(&mut self, id: ObjectId, slot: Slot, count: u64) {
         let Some(store) = slot.store() else { return };
+        let slots_id = self.get(id).slots_id;
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
-        *account.holders.entry(id).or_default() += count;
+        *account.slots.entry(slots_id).or_default() += count;
         match slot {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
             Slot::Resident(_) => account.resident += count,
@@ -292,11 +314,12 @@ impl Objects {
 
     fn discharge(&mut self, id: ObjectId, slot: Slot, count: u64, effects: &mut Effects) {
         let Some(store) = slot.store() else { return };
+        let slots_id = self.get(id).slots_id;
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
-        let held = account.holders.get_mut(&id).expect("an account knows whose pages it has");
+        let held = account.slots.get_mut(&slots_id).expect("an account knows whose pages it has");
         *held -= count;
         if *held == 0 {
-            account.holders.remove(&id);
+            account.slots.remove(&slots_id);
         }
         match slot {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left -= count,
@@ -322,7 +345,7 @@ impl Objects {
                 self.scratches.remove(&holder);
             }
         }
-        if account.holders.is_empty() {
+        if account.slots.is_empty() {
             self.stores.remove(&store);
             effects.push(Effect::DropStore(store));
         }

@@ -41,22 +41,17 @@ impl Family {
 
     /// Frees pages of a store, unless somebody sees them or a gap is still to be copied from them. Who sees a page is
     /// one look per distinct table; `lighter` gets the objects that lost pages.
-    fn free_pages(
-        &mut self,
-        store: StoreId,
-        pages: GfnRange,
-        lighter: &mut BTreeSet<ObjectId>,
-        effects: &mut Effects,
-    ) {
-        let holders: Vec<ObjectId> = match self.objects.stores.get(&store) {
-            Some(account) if account.kind == Kind::Anonymous => account.holders.keys().copied().collect(),
-            _ => return,
-        };
+    fn free_pages(&mut self, store: StoreId, pages: GfnRange, lighter: &mut BTreeSet<ObjectId>, effects: &mut Effects) {
+        if self.objects.stores.get(&store).is_none_or(|account| account.kind == Kind::File) {
+            return;
+        }
+        let owners: Vec<ObjectId> = self.objects.owners(store).map(|(object, _)| object).collect();
         let seen = self.stage2.rmap().seen(&self.stage2, pages, store);
         for unseen in seen.gaps(&pages.raw()) {
-            for &object in &holders {
+            for &object in &owners {
                 let held = self.objects.slots_in(object, unseen.clone().into());
-                let held: Vec<GfnRange> = held.filter(|(_, s)| s.store() == Some(store)).map(|(part, _)| part).collect();
+                let held: Vec<GfnRange> =
+                    held.filter(|(_, s)| s.store() == Some(store)).map(|(part, _)| part).collect();
                 for part in held {
                     for free in self.objects.waited_for(object, part).gaps(&part.raw()) {
                         self.objects.vacate(object, free.into(), effects);

@@ -158,8 +158,7 @@ impl Area {
     ) -> io::Result<()> {
         let (start, len) = self.host(range)?;
         let (fd, offset) = file.map_or((-1, 0), |(fd, first)| (fd.as_raw_fd(), first.offset()));
-        let offset =
-            libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
         inject::check()?;
         let flags = flags | libc::MAP_FIXED | libc::MAP_NORESERVE;
         // SAFETY: The range lies within this area, whose addresses nobody else uses and nobody refers to.
@@ -199,9 +198,7 @@ impl Area {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         inject::check()?;
         // SAFETY: Both ranges lie within areas whose addresses nobody else uses and nobody refers to.
-        let at = unsafe {
-            libc::mremap(from as *mut libc::c_void, len, len, flags, there as *mut libc::c_void)
-        };
+        let at = unsafe { libc::mremap(from as *mut libc::c_void, len, len, flags, there as *mut libc::c_void) };
         if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 

@@ -5,12 +5,9 @@ use super::inject;
 use crate::addr::PAGE_SIZE;
 use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_MISSING_SHMEM, UFFD_PAGEFAULT_FLAG_WRITE,
-    UFFDIO_REGISTER_MODE_MISSING, uffd_msg, uffdio_api, uffdio_copy, uffdio_range, uffdio_register,
-    uffdio_zeropage,
+    UFFDIO_REGISTER_MODE_MISSING, uffd_msg, uffdio_api, uffdio_copy, uffdio_range, uffdio_register, uffdio_zeropage,
 };
-use linux_raw_sys::ioctl::{
-    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE,
-};
+use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE};
 use std::fs::OpenOptions;
 use std::io;
 use std::mem::{self, MaybeUninit};
@@ -41,8 +38,7 @@ impl Userfaultfd {
     /// This user may neither open `/dev/userfaultfd` nor make one without it, or the kernel cannot trap shared memory.
     pub fn new() -> io::Result<Self> {
         let uffd = Self(Self::open()?);
-        let mut api =
-            uffdio_api { api: UFFD_API.into(), features: UFFD_FEATURE_MISSING_SHMEM.into(), ioctls: 0 };
+        let mut api = uffdio_api { api: UFFD_API.into(), features: UFFD_FEATURE_MISSING_SHMEM.into(), ioctls: 0 };
         uffd.update(UFFDIO_API, &mut api)?;
         Ok(uffd)
     }
@@ -51,9 +47,7 @@ impl Userfaultfd {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         let fd = match OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
             // SAFETY: The request takes plain flags and returns a descriptor.
-            Ok(device) => unsafe {
-                ioctl_with_val(&device, USERFAULTFD_IOC_NEW, flags as libc::c_ulong)
-            },
+            Ok(device) => unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW, flags as libc::c_ulong) },
             // SAFETY: The call takes plain flags and returns a descriptor.
             Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as i32 },
         };
@@ -76,8 +70,7 @@ impl Userfaultfd {
     pub fn register(&self, start: u64, len: usize) -> io::Result<()> {
         inject::check()?;
         let range = uffdio_range { start, len: len as u64 };
-        let mut register =
-            uffdio_register { range, mode: UFFDIO_REGISTER_MODE_MISSING.into(), ioctls: 0 };
+        let mut register = uffdio_register { range, mode: UFFDIO_REGISTER_MODE_MISSING.into(), ioctls: 0 };
         self.update(UFFDIO_REGISTER, &mut register)
     }
 

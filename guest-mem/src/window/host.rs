@@ -15,10 +15,12 @@ mod freeze;
 mod moves;
 mod runs;
 mod scratch;
+#[cfg(test)]
+mod tests;
 
 pub use crate::sys::Place;
 pub use dirty::{Dirty, SlotLog};
-pub use freeze::Frozen;
+pub use freeze::{Frozen, MovedOut};
 
 use super::{Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageIndex};
@@ -29,8 +31,8 @@ use scratch::Scratches;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use thiserror::Error;
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::GuestMemoryMmap;
+use vm_memory::bitmap::AtomicBitmap;
 
 /// Which of the kernel's features a window uses; each has a fallback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,12 +190,7 @@ impl HostWindow {
         self.trap(trapping)
     }
 
-    fn map_run(
-        &mut self,
-        run: &Run,
-        stores: &[(StoreId, BorrowedFd<'_>)],
-        huge: HugePages,
-    ) -> Result<(), WindowError> {
+    fn map_run(&mut self, run: &Run, stores: &[(StoreId, BorrowedFd<'_>)], huge: HugePages) -> Result<(), WindowError> {
         let bad = || WindowError::BadRun(*run);
         if run.pages.is_empty() || !self.ram.iter().any(|ram| ram.intersect(run.pages) == run.pages) {
             return Err(bad());

@@ -74,6 +74,8 @@ pub trait Window {
     fn drop_scratch(&mut self, scratch: StoreId);
 
     /// Supplies zero pages where nothing is present yet, and wakes who waits for them. Pages that are there stay.
+    ///
+    /// Only for pages that are known to be zero: one that the store holds, but nobody has touched here, would be hidden.
     fn zero(&mut self, pages: GfnRange);
 
     /// Wakes who waits for these pages.

@@ -24,13 +24,13 @@ fn insist<R>(world: &mut World, mut action: impl FnMut(&mut World) -> Result<R, 
 /// Writes, zeros and forks over files, gaps in between; half of it settles by traps, half in batches.
 fn play(world: &mut World) {
     let first = world.ids()[0];
-    for page in (0..64).step_by(5).chain(3..20) {
+    for page in (0..64).step_by(5).chain(3..20).chain(62..64) {
         insist(world, |world| world.try_write(first, Gfn(page)));
     }
     for page in 64..100 {
         insist(world, |world| world.try_clear(first, Gfn(page)));
     }
-    insist(world, |world| world.try_write(first, Gfn(80)));
+    insist(world, |world| world.try_write(first, Gfn(81)));
     let second = insist(world, |world| world.try_fork(first, Gaps::All));
     for page in [0, 7, 45, 127] {
         insist(world, |world| world.try_write(second, Gfn(page)));

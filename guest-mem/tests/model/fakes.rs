@@ -353,7 +353,7 @@ impl FakeWindow {
         };
         for ram in &self.ram {
             let first = private.overlapping(ram.raw()).next().map(|range| range.start);
-            let last = private.overlapping(ram.raw()).last().map(|range| range.end);
+            let last = private.overlapping(ram.raw()).next_back().map(|range| range.end);
             let (Some(first), Some(last)) = (first, last) else { continue };
             let beyond: Vec<_> = private.gaps(&(first..last)).collect();
             let ends = (gaps == Gaps::All).then_some([ram.start().0..first, last..ram.end().0]);

@@ -2,29 +2,38 @@
 
 use crate::fakes::{FakeFile, Gaps};
 use crate::world::{Layout, World};
+use guest_mem::VmId;
 use guest_mem::addr::Gfn;
 use guest_mem::manager::Copied;
+
+/// Two VMs over an object of pages 0 to 3, of which 1 and 2 are left to a gap of the second VM alone. Returns that VM.
+fn with_a_gap(world: &mut World) -> VmId {
+    let first = world.ids()[0];
+    (0..4).for_each(|page| world.write(first, Gfn(page)));
+    let second = world.fork(first, Gaps::None);
+    let third = world.fork_frozen(first);
+    world.settle_all();
+    for vm in [first, third] {
+        (1..3).for_each(|page| world.write(vm, Gfn(page)));
+        world.freeze(vm, Gaps::None);
+    }
+    world.write(second, Gfn(0));
+    world.write(second, Gfn(3));
+    world.freeze(second, Gaps::All);
+    world.check();
+    second
+}
 
 /// A page that only a gap kept was kept for good when the gap went with its VM before it had been filled.
 #[test]
 fn a_gap_that_goes_lets_go_of_what_is_below() {
     let mut world = World::new(&Layout::flat(16));
-    let parent = world.ids()[0];
-    (0..4).for_each(|page| world.write(parent, Gfn(page)));
-    let child = world.fork(parent, Gaps::None);
-    world.settle_all();
-    // The child's gap at pages 1 and 2 is over the parent's page, which the parent then replaces.
-    world.write(child, Gfn(0));
-    world.write(child, Gfn(3));
-    world.freeze(child, Gaps::All);
-    (1..3).for_each(|page| world.write(parent, Gfn(page)));
-    world.freeze(parent, Gaps::None);
+    let vm = with_a_gap(&mut world);
+    assert_eq!(world.ledger.pages(), 4);
+    world.exit(vm);
     world.check();
-    assert_eq!(world.ledger.pages(), 4, "pages 1 and 2 wait for the gap");
-    world.exit(child);
-    world.check();
+    assert_eq!(world.ledger.pages(), 2, "pages 0 and 3, which the other two see");
     world.verify();
-    assert_eq!(world.manager.family().totals().resident, 4);
     world.end();
 }
 
@@ -32,18 +41,13 @@ fn a_gap_that_goes_lets_go_of_what_is_below() {
 #[test]
 fn a_gap_that_is_written_over_lets_go_of_what_is_below() {
     let mut world = World::new(&Layout::flat(16));
-    let vm = world.ids()[0];
-    (0..4).for_each(|page| world.write(vm, Gfn(page)));
-    world.freeze(vm, Gaps::None);
-    world.settle_all();
-    (0..4).step_by(3).for_each(|page| world.write(vm, Gfn(page)));
-    world.freeze(vm, Gaps::All);
+    let vm = with_a_gap(&mut world);
     (0..16).for_each(|page| world.write(vm, Gfn(page)));
+    let settled_by_traps = world.ledger.pages();
     world.freeze(vm, Gaps::None);
     world.check();
-    world.settle_all();
-    world.check();
-    assert_eq!((world.ledger.pages(), world.manager.family().totals().objects), (16, 1));
+    assert!(world.ledger.pages() < settled_by_traps);
+    world.verify();
     world.end();
 }
 

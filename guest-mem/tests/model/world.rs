@@ -288,7 +288,7 @@ impl World {
         let mut broken = family.check_invariants().err().unwrap_or_default();
         self.manager.check_stores(&mut broken);
         assert!(broken.is_empty(), "{}", broken.join("\n"));
-        for (&vm, _) in &self.vms {
+        for &vm in self.vms.keys() {
             let told: Vec<_> = family.vm(vm).runs().collect();
             assert_eq!(self.window(vm).runs(), told, "the window of {vm:?} maps what the books say");
         }

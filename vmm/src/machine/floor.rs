@@ -37,7 +37,7 @@ pub(super) struct Shared {
 struct Desk {
     stop: StopSwitch,
     wish: Wish,
-    load: Option<Box<Load>>,
+    load: Option<Load>,
     saved: Option<Result<VcpuState, String>>,
     at: Station,
 }
@@ -52,6 +52,8 @@ enum Wish {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Station {
+    /// Its thread has not come to the floor yet.
+    Arriving,
     Standing,
     /// In or about to enter `KVM_RUN`.
     Running {
@@ -67,14 +69,14 @@ pub(super) enum Load {
     /// The monitor's entry.
     Monitor,
     /// A saved vCPU.
-    Saved(VcpuState),
+    Saved(Box<VcpuState>),
 }
 
 /// What a vCPU thread does next.
 #[derive(Debug)]
 pub(super) enum Task {
     /// Set the registers.
-    Load(Box<Load>),
+    Load(Load),
     /// Read them.
     Save,
     /// Run until it is stopped.
@@ -94,9 +96,9 @@ pub(super) enum Unavailable {
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Floor {
-    /// A floor with a desk for each vCPU; all stand.
+    /// A floor with a desk for each vCPU, whose threads are yet to come.
     pub fn new(switches: impl IntoIterator<Item = StopSwitch>) -> io::Result<Self> {
-        let desk = |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Standing };
+        let desk = |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Arriving };
         let shared = Shared {
             desks: switches.into_iter().map(desk).collect(),
             announce: None,
@@ -146,7 +148,7 @@ impl Floor {
     pub fn start_from(&self, loads: Vec<Load>, activity: Activity) {
         let mut shared = self.lock();
         for (desk, load) in shared.desks.iter_mut().zip(loads) {
-            desk.load = Some(Box::new(load));
+            desk.load = Some(load);
         }
         self.ask_locked(&mut shared, activity);
     }

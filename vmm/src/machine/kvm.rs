@@ -1,8 +1,8 @@
 //! The KVM VM of a VM process: memory slots and their dirty log.
 #![allow(unsafe_code)] // memory slots, and the one ioctl of the dirty log that kvm-ioctls lacks
 
-use guest_mem::window::host::SlotLog;
 use guest_mem::GfnRange;
+use guest_mem::window::host::SlotLog;
 use kvm_bindings::{
     CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
     KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,

@@ -99,16 +99,10 @@ impl Process {
     }
 
     fn handle(&mut self, message: ToVm, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) -> io::Result<()> {
-        if let ToVm::Prepare { shape, isolation, features, cage } = message {
-            let preparation = Preparation { shape, isolation, features, cage: &cage, server: self.server };
-            return self.prepare(&preparation, ops);
-        }
-        let Some(vm) = &mut self.vm else {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a message before Prepare"));
-        };
+        let Some(vm) = &mut self.vm else { return self.prepare(message, ops) };
         let floor = Arc::clone(vm.floor());
         match message {
-            ToVm::Prepare { .. } => unreachable!("handled above"),
+            ToVm::Prepare { .. } => return Err(nonsense("a second Prepare")),
             ToVm::Start(start) => {
                 if let Err(error) = vm.start(*start, &fds) {
                     self.link.send(&FromVm::StartFailed(error.to_string()), &[])?;
@@ -153,11 +147,13 @@ impl Process {
         Ok(())
     }
 
-    fn prepare(&mut self, preparation: &Preparation<'_>, ops: &mut EventOps<'_>) -> io::Result<()> {
-        if self.vm.is_some() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a second Prepare"));
-        }
-        match Vm::prepare(preparation) {
+    /// The first message makes the VM.
+    fn prepare(&mut self, message: ToVm, ops: &mut EventOps<'_>) -> io::Result<()> {
+        let ToVm::Prepare { shape, isolation, features, cage } = message else {
+            return Err(nonsense("a message before Prepare"));
+        };
+        let server = self.server;
+        match Vm::prepare(&Preparation { shape, isolation, features, cage: &cage, server }) {
             Ok(vm) => {
                 ops.add(Events::with_data(vm.floor().bell(), BELL, EventSet::IN)).map_err(io::Error::other)?;
                 let (ready, traps) = vm.ready();
@@ -181,6 +177,10 @@ impl Process {
 fn one(fds: &[OwnedFd]) -> io::Result<&OwnedFd> {
     match fds {
         [fd] => Ok(fd),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "a message that needs one descriptor")),
+        _ => Err(nonsense("a message that needs one descriptor")),
     }
+}
+
+fn nonsense(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
 }

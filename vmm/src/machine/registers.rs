@@ -7,8 +7,8 @@
 
 use super::state::{Tsc, VcpuState};
 use kvm_bindings::{
-    KVM_MAX_MSR_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, Xsave, kvm_device_attr,
-    kvm_msr_entry, kvm_xsave,
+    KVM_MAX_MSR_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, Xsave, kvm_device_attr, kvm_msr_entry,
+    kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::mem;
@@ -121,8 +121,7 @@ impl Registers {
     }
 
     fn write_msrs(&self, vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), RegistersError> {
-        let differ: Vec<_> =
-            entries.iter().filter(|entry| !self.fresh.msrs.contains(entry)).copied().collect();
+        let differ: Vec<_> = entries.iter().filter(|entry| !self.fresh.msrs.contains(entry)).copied().collect();
         for entries in differ.chunks(KVM_MAX_MSR_ENTRIES) {
             let set = vcpu.set_msrs(&batch(entries)).map_err(during("KVM_SET_MSRS"))?;
             if let Some(entry) = entries.get(set) {
@@ -145,9 +144,7 @@ impl Access {
             msrs: self.read_msrs(vcpu)?,
             events: vcpu.get_vcpu_events().map_err(during("KVM_GET_VCPU_EVENTS"))?,
             tsc: match self.tsc {
-                TscAccess::Offset => {
-                    Tsc::Offset(read_tsc_offset(vcpu).map_err(during("KVM_VCPU_TSC_OFFSET"))?)
-                }
+                TscAccess::Offset => Tsc::Offset(read_tsc_offset(vcpu).map_err(during("KVM_VCPU_TSC_OFFSET"))?),
                 TscAccess::Msr => Tsc::Value(read_msr(vcpu, IA32_TSC)?),
             },
         })

@@ -1,9 +1,7 @@
 //! A machine that stands still, as plain data.
 
 use crate::devices::serial;
-use kvm_bindings::{
-    kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
-};
+use kvm_bindings::{kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs};
 use serde::{Deserialize, Serialize};
 
 /// Everything of a VM but its memory.

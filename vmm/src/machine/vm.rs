@@ -12,8 +12,8 @@ use super::state::MachineState;
 use super::vcpu::Vcpu;
 use super::{keeper, now_ns};
 use crate::layout::ram_ranges;
-use crate::wire::{Activity, Frozen, FromVm, HostFeatures, Isolation, Origin, Shape, Start};
-use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, Place, WindowError};
+use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Origin, Shape, Start};
+use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, WindowError};
 use guest_mem::{StoreId, Window};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
@@ -42,6 +42,8 @@ pub(super) enum VmError {
     Registers(#[from] RegistersError),
     #[error("registers could not be read after the pages had moved: {0}")]
     Save(String),
+    #[error("moved pages are lost: {0}")]
+    Harvest(WindowError),
     #[error("isolation: {0}")]
     Isolate(#[from] IsolateError),
     #[error("keeper: {0}")]
@@ -67,7 +69,7 @@ pub(super) enum VmError {
 impl VmError {
     /// Whether the VM must not run on.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Save(_) | Self::Window(WindowError::Torn { .. }))
+        matches!(self, Self::Save(_) | Self::Harvest(_) | Self::Window(WindowError::Torn { .. }))
     }
 }
 
@@ -131,6 +133,7 @@ impl Vm {
         let ports = Ports::new(Arc::clone(&floor), window.memory().clone());
         let spawn = |vcpu: Vcpu| vcpu.spawn(Arc::clone(&floor), ports.clone());
         let threads = vcpus.into_iter().map(spawn).collect::<io::Result<_>>().map_err(VmError::Thread)?;
+        drop(floor.await_standing()?);
         let traps = features.userfaultfd;
         Ok(Self { shape, traps, tsc_khz, kvm: vm, window, floor, threads, keeper, started: false })
     }
@@ -164,12 +167,8 @@ impl Vm {
             Origin::Monitor => None,
             Origin::Fork { index, .. } => Some(*index),
         };
-        let greeting = Greeting {
-            identity: &start.identity,
-            mem_pages: self.shape.ram.0,
-            tsc_khz: self.tsc_khz,
-            child,
-        };
+        let greeting =
+            Greeting { identity: &start.identity, mem_pages: self.shape.ram.0, tsc_khz: self.tsc_khz, child };
         greeting.deliver(self.window.memory()).map_err(VmError::EventPage)?;
         let loads = match start.origin {
             Origin::Monitor => {
@@ -192,7 +191,7 @@ impl Vm {
         let mut shared = self.floor.lock();
         shared.console.load(&state.serial).map_err(VmError::Serial)?;
         shared.mailbox.load(state.mailbox);
-        Ok(state.vcpus.into_iter().map(Load::Saved).collect())
+        Ok(state.vcpus.into_iter().map(|vcpu| Load::Saved(Box::new(vcpu))).collect())
     }
 
     /// Has the vCPUs run or stand. The server is told when they do.
@@ -230,7 +229,11 @@ impl Vm {
         if !frozen.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(activity);
         }
-        let (frozen, state) = frozen?;
+        let (moved, state) = frozen?;
+        let frozen = match moved {
+            Some(moved) => self.window.harvest(moved).map_err(VmError::Harvest)?,
+            None => guest_mem::window::host::Frozen::default(),
+        };
         let pause_ns = match activity {
             Activity::Running => Some(self.floor.await_running()?.saturating_sub(kicked_ns)),
             Activity::Paused => None,
@@ -251,31 +254,31 @@ impl Vm {
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
-    ) -> Result<(guest_mem::window::host::Frozen, MachineState), VmError> {
+    ) -> Result<(Option<MovedOut>, MachineState), VmError> {
         let shared = self.floor.await_standing()?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
-        let frozen = match self.kvm.log() {
+        let moved = match self.kvm.log() {
             DirtyLog::Off => {
-                let frozen = self.window.freeze(Dirty::Every, store, file, max_runs)?;
+                let moved = self.window.move_out(Dirty::Every, store, file, max_runs)?;
                 if let Err(error) = self.kvm.set_log(DirtyLog::On) {
                     log::warn!("the next freeze takes every private page again: {error}");
                 }
-                frozen
+                moved
             }
             DirtyLog::On => {
-                let t0=now_ns(); let logs = self.kvm.log_of_slots()?; let t1=now_ns();
-                let frozen = self.window.freeze(Dirty::Logged(&logs), store, file, max_runs)?;
-                let t2=now_ns();
-                let r=self.kvm.clear_log(&logs); let t3=now_ns(); eprintln!("   log {} window {} clear {}",(t1-t0)/1000,(t2-t1)/1000,(t3-t2)/1000); if let Err(error) = r {
+                let logs = self.kvm.log_of_slots()?;
+                let moved = self.window.move_out(Dirty::Logged(&logs), store, file, max_runs)?;
+                if let Err(error) = self.kvm.clear_log(&logs) {
                     log::warn!("the next freeze takes these pages again: {error}");
                 }
-                frozen
+                moved
             }
         };
+        // The vCPU threads have read their registers meanwhile.
         let saved = self.floor.await_saved().map_err(|error| error.to_string());
         let vcpus = saved.and_then(|all| all.into_iter().collect()).map_err(VmError::Save)?;
-        Ok((frozen, MachineState { vcpus, serial, mailbox }))
+        Ok((moved, MachineState { vcpus, serial, mailbox }))
     }
 
     /// The pages of the freeze into `store` have settled.

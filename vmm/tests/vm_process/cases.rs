@@ -54,6 +54,8 @@ pub fn a_fork_and_its_parent_go_separate_ways() {
 pub fn an_idle_fork_moves_nothing() {
     let mut family = Family::new(MEM);
     let mut parent = family.launch();
+    // It gives its sign of life before it waits, and writes its stack in between.
+    std::thread::sleep(Duration::from_millis(50));
     let mut child = family.fork(&mut parent, "one");
     let again = family.freeze(&mut parent);
     assert_eq!(moved_pages(&again), 0, "{:?}", again.harvest);
@@ -223,9 +225,7 @@ pub fn each_isolation_leaves_nothing_to_take() {
             _ => None,
         });
         println!("  {isolation:?}: ways to write to a store: {ways:?}");
-        if isolation == Isolation::OwnUser {
-            assert!(ways.is_empty(), "{ways:?}");
-        }
+        assert!(ways.is_empty(), "{ways:?}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a server knows of the memory of a launched VM and its forks, kept as simply as can be.
 
-use crate::worker::{ALL, Worker, frames};
+use crate::worker::{ALL, Worker};
 use guest_mem::sys::{Alias, Memfd, Userfaultfd};
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex, Run, Source, StoreId};
 use std::collections::BTreeMap;
@@ -42,14 +42,8 @@ impl Family {
     pub fn with_image(mem_bytes: u64, image: &[u8]) -> Self {
         let ram = PageCount::covering(mem_bytes);
         let uffd = Arc::new(Userfaultfd::new().unwrap());
-        let mut family = Self {
-            ram,
-            uffd,
-            stores: BTreeMap::new(),
-            generation: 100,
-            isolation: Isolation::OwnUser,
-            features: ALL,
-        };
+        let mut family =
+            Self { ram, uffd, stores: BTreeMap::new(), generation: 100, isolation: Isolation::OwnUser, features: ALL };
         family.add_store(PageCount::covering(image.len() as u64));
         family.stores[&IMAGE].alias.fill(PageIndex(0), image).unwrap();
         family
@@ -177,9 +171,4 @@ fn overlay(runs: &mut Vec<Run>, pages: GfnRange, source: Source) {
     cut.push(Run { pages, source });
     cut.sort_by_key(|run| run.pages.start());
     *runs = cut;
-}
-
-#[allow(dead_code)]
-pub fn all(ram: PageCount) -> GfnRange {
-    frames(0, ram.0)
 }

@@ -1,7 +1,6 @@
 //! What things cost here.
 
 use crate::family::{Family, Machine};
-use crate::worker::Worker;
 use nix::time::{ClockId, clock_gettime};
 use std::time::Instant;
 use vmm::wire::{Activity, Origin};
@@ -23,11 +22,13 @@ pub fn figures() {
     let prepare: Vec<u64> = (0..10)
         .map(|_| {
             let before = Instant::now();
-            drop_later(family.prepare());
-            before.elapsed().as_micros() as u64
+            let worker = family.prepare();
+            let elapsed = before.elapsed().as_micros() as u64;
+            drop(worker);
+            elapsed
         })
         .collect();
-    println!("  exec, prepare and (once) end of a VM process: {} us", median(prepare));
+    println!("  exec and prepare a VM process: {} us", median(prepare));
 
     for mib in [0_u64, 1, 16, 64] {
         let mut parent = family.launch();
@@ -66,8 +67,4 @@ pub fn figures() {
             median(sign),
         );
     }
-}
-
-fn drop_later(worker: Worker) {
-    drop(worker);
 }

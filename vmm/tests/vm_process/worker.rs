@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // puts a descriptor where the new program looks for it
 
 use guest_mem::sys::Userfaultfd;
-use guest_mem::{Gfn, GfnRange, PageCount, StoreId};
+use guest_mem::{GfnRange, PageCount, StoreId};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmm::link::Link;
-use vmm::wire::{Frozen, FromVm, HostFeatures, Isolation, Line, Shape, Start, ToVm};
+use vmm::wire::{FromVm, Frozen, HostFeatures, Isolation, Line, Shape, Start, ToVm};
 
 pub const CHILD: &str = "OFFSHOOT_TEST_VM_PROCESS";
 pub const SOCKET: i32 = 3;
@@ -219,8 +219,4 @@ pub fn read_memory(pid: Pid, base: u64, len: usize) -> nix::Result<Vec<u8>> {
     let got = process_vm_readv(pid, &mut [IoSliceMut::new(&mut bytes)], &remote)?;
     assert_eq!(got, len);
     Ok(bytes)
-}
-
-pub fn frames(start: u64, count: u64) -> GfnRange {
-    GfnRange::new(Gfn(start), PageCount(count))
 }

@@ -67,24 +67,29 @@ impl DirtyMap {
         self.slots.iter_mut().for_each(|(_, words)| words.fill(0));
     }
 
-    /// Ranges that hold all dirty pages and clean ones between, coarse enough that looking at each costs little.
-    pub fn ranges(&self) -> Vec<GfnRange> {
-        let mut ranges: Vec<GfnRange> = Vec::new();
+    /// Where to look for private pages: sorted ranges that hold all dirty pages, and clean ones between.
+    pub fn candidates(&self) -> Vec<Candidate> {
+        let mut candidates: Vec<Candidate> = Vec::new();
         for (slot, words) in &self.slots {
-            let from = ranges.len();
-            for (index, _) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
+            let from = candidates.len();
+            for (index, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
                 let start = Gfn(slot.start().0 + index as u64 * WORD);
-                let end = Gfn(start.0 + WORD).min(slot.end());
-                match ranges[from..].last_mut() {
+                let pages = GfnRange::between(start, Gfn(start.0 + WORD).min(slot.end()));
+                let density = if *word == u64::MAX { Density::All } else { Density::Some };
+                let reach = match density {
+                    Density::All => 0,
                     // Up to one clean word between: as cheap to look at as to ask again.
-                    Some(last) if start.0 - last.end().0 <= WORD => {
-                        *last = GfnRange::between(last.start(), end);
+                    Density::Some => WORD,
+                };
+                match candidates[from..].last_mut() {
+                    Some(last) if last.density == density && start.0 - last.pages.end().0 <= reach => {
+                        last.pages = GfnRange::between(last.pages.start(), pages.end());
                     }
-                    _ => ranges.push(GfnRange::between(start, end)),
+                    _ => candidates.push(Candidate { pages, density }),
                 }
             }
         }
-        ranges
+        candidates
     }
 
     /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.
@@ -109,6 +114,24 @@ impl DirtyMap {
             each((from..at.min(end)).into(), cleanness);
         }
     }
+}
+
+/// Pages among which some are dirty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Candidate {
+    /// The pages.
+    pub pages: GfnRange,
+    /// How many of them are.
+    pub density: Density,
+}
+
+/// How many pages of a candidate are dirty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Density {
+    /// Every one.
+    All,
+    /// Not all of them.
+    Some,
 }
 
 /// Whether pages differ from what lies beneath them.
@@ -138,11 +161,14 @@ mod tests {
     }
 
     #[test]
-    fn ranges_cover_the_dirty_words_and_stay_within_ram() {
-        let map = map_of(&[3, 199, 1099]);
-        let expect = [0..64, 192..200, 1064..1100].map(GfnRange::from);
-        assert_eq!(map.ranges(), expect);
-        assert_eq!(map_of(&[3, 130]).ranges(), [GfnRange::from(0..192)]);
+    fn candidates_cover_the_dirty_words_and_stay_within_ram() {
+        let some = |pages: std::ops::Range<u64>| Candidate { pages: pages.into(), density: Density::Some };
+        assert_eq!(map_of(&[3, 199, 1099]).candidates(), [some(0..64), some(192..200), some(1064..1100)]);
+        assert_eq!(map_of(&[3, 130]).candidates(), [some(0..192)]);
+        let mut map = map_of(&[3, 130]);
+        map.mark_log(&SlotLog { first: Gfn(0), words: vec![0, u64::MAX, 0, 0] });
+        let all = Candidate { pages: (64..128).into(), density: Density::All };
+        assert_eq!(map.candidates(), [some(0..64), all, some(128..192)]);
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! Moves a window's dirty private pages out of the guest's sight and puts an empty store in their place.
 
-use super::dirty::Cleanness;
+use super::dirty::{Candidate, Cleanness, Density};
 use super::{Dirty, HostWindow, WindowError, during, moves};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageIndex};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 /// What a freeze took out of a window.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Frozen {
     /// Which pages.
     pub harvest: Harvest,
@@ -17,27 +18,45 @@ pub struct Frozen {
     pub scratch_base: u64,
 }
 
-/// The private pages of a window, told apart.
+/// A freeze half done: the pages have moved, and which of them are private is not known yet. The guest may run.
+#[derive(Debug)]
+#[must_use = "the moved pages are known to nobody until they are harvested"]
+pub struct MovedOut {
+    store: StoreId,
+    scratch: Area,
+    moved: Vec<GfnRange>,
+    /// Private pages that were found before the move.
+    found: Vec<GfnRange>,
+    /// Pages that are private if the log told the truth, and nobody has dropped them since.
+    told: Vec<GfnRange>,
+}
+
+/// What a window has in its dirty ranges.
+#[derive(Default)]
 struct Found {
+    /// Dirty pages, those told included.
     dirty: Vec<GfnRange>,
+    /// Pages that the log says are dirty, and that we did not look at.
+    told: Vec<GfnRange>,
+    /// Private copies of clean pages.
     clean: Vec<GfnRange>,
+}
+
+/// Whether the dirty bits came page by page from somebody who saw the writes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    Log,
+    Nothing,
 }
 
 /// Pages that left the window, with what lies beneath them: what it takes to put them back.
 type Moved = Vec<(GfnRange, Source)>;
 
 impl HostWindow {
-    /// Moves all dirty private pages into a scratch range and maps the still empty `file` in their place, its page `n`
-    /// at guest frame `n`; touches of what it does not hold trap. Private copies of clean pages are dropped. If nothing
-    /// is dirty and private, nothing is touched and the harvest is empty.
-    ///
-    /// Nobody touches the window meanwhile: vCPUs, devices, kernel threads that work for them (with a local APIC in the
-    /// kernel KVM faults guest pages in from workers of its own: they are drained first). Afterwards the window has at most `max_runs`
-    /// mappings, if joining stretches of private pages can do it.
+    /// [Moves out](Self::move_out), then [harvests](Self::harvest).
     ///
     /// # Errors
-    /// A system call failed: everything is as it was, and what was dirty is remembered for the next freeze. Except for
-    /// [`WindowError::Torn`], after which the VM must not run.
+    /// As both.
     pub fn freeze(
         &mut self,
         dirty: Dirty<'_>,
@@ -45,17 +64,46 @@ impl HostWindow {
         file: BorrowedFd<'_>,
         max_runs: u32,
     ) -> Result<Frozen, WindowError> {
-        match dirty {
-            Dirty::Every => self.pending.mark_every(),
-            Dirty::Logged(logs) => logs.iter().for_each(|log| self.pending.mark_log(log)),
+        match self.move_out(dirty, store, file, max_runs)? {
+            Some(moved) => self.harvest(moved),
+            None => Ok(Frozen::default()),
         }
+    }
+
+    /// Moves all dirty private pages into a scratch range and maps the still empty `file` in their place, its page `n`
+    /// at guest frame `n`; touches of what it does not hold trap. Private copies of clean pages are dropped where we
+    /// come across them. If nothing is dirty and private, nothing is touched.
+    ///
+    /// Nobody touches the window meanwhile: vCPUs, devices, kernel threads that work for them (with a local APIC in the
+    /// kernel KVM faults guest pages in from workers of its own: they are drained first). Afterwards the window has at
+    /// most `max_runs` mappings, if joining stretches of private pages can do it.
+    ///
+    /// # Errors
+    /// A system call failed: everything is as it was, and what was dirty is remembered for the next freeze. Except for
+    /// [`WindowError::Torn`], after which the VM must not run.
+    pub fn move_out(
+        &mut self,
+        dirty: Dirty<'_>,
+        store: StoreId,
+        file: BorrowedFd<'_>,
+        max_runs: u32,
+    ) -> Result<Option<MovedOut>, WindowError> {
+        let trust = match dirty {
+            Dirty::Every => {
+                self.pending.mark_every();
+                Trust::Nothing
+            }
+            Dirty::Logged(logs) => {
+                logs.iter().for_each(|log| self.pending.mark_log(log));
+                Trust::Log
+            }
+        };
         self.pending.take_writes(&self.memory);
-        let t=std::time::Instant::now();
-        let found = self.find_private()?; let t1=t.elapsed();
-        self.drop_clean(&found.clean)?; eprintln!("    find {:?} clean {} ranges {:?}", t1, found.clean.len(), t.elapsed()-t1);
+        let found = self.find_private(trust)?;
+        self.drop_clean(&found.clean)?;
         if found.dirty.is_empty() {
             self.pending.clear();
-            return Ok(Frozen { harvest: Harvest::default(), scratch_base: 0 });
+            return Ok(None);
         }
 
         // A run in the middle of a mapping makes three of one.
@@ -67,21 +115,47 @@ impl HostWindow {
         let source = Source::Store { store, origin: Gfn(0) };
         moved.iter().for_each(|pages| self.runs.mapped(*pages, source));
         self.pending.clear();
-        let scratch_base = scratch.base();
-        self.scratches.keep(store, scratch, found.dirty.clone());
-        Ok(Frozen { harvest: Harvest { moved, private: found.dirty }, scratch_base })
+        Ok(Some(MovedOut { store, scratch, moved, found: found.dirty, told: found.told }))
     }
 
-    /// Looks for private pages wherever something may be dirty.
-    fn find_private(&mut self) -> Result<Found, WindowError> {
+    /// Learns exactly which of the moved pages are private: only those may be read. The guest may run meanwhile.
+    ///
+    /// # Errors
+    /// The pagemap cannot be read: the moved pages are lost, and the VM must not run on.
+    pub fn harvest(&mut self, out: MovedOut) -> Result<Frozen, WindowError> {
+        let MovedOut { store, scratch, moved, found, told } = out;
+        let mut private = without(&found, &told);
+        for range in &told {
+            let (start, len) = scratch.host(*range).map_err(during("looking up", *range))?;
+            let scan = self.pagemap.private(start..start + len as u64, |bytes| {
+                private.push(frames(&bytes, scratch.base()));
+            });
+            scan.map_err(during("scanning the pagemap", *range))?;
+        }
+        private.sort_unstable_by_key(|range| range.start());
+        let mut joined = Vec::with_capacity(private.len());
+        private.into_iter().for_each(|range| push(&mut joined, range));
+
+        let scratch_base = scratch.base();
+        self.scratches.keep(store, scratch, joined.clone());
+        Ok(Frozen { harvest: Harvest { moved, private: joined }, scratch_base })
+    }
+
+    /// Looks for private pages wherever something may be dirty. To look costs as much as to move: where the log says
+    /// that all pages of a stretch were written, we take its word and [look later](Self::harvest).
+    fn find_private(&mut self, trust: Trust) -> Result<Found, WindowError> {
         let base = self.area.base();
-        let mut found = Found { dirty: Vec::new(), clean: Vec::new() };
-        for range in self.pending.ranges() {
+        let mut found = Found::default();
+        for Candidate { pages: range, density } in self.pending.candidates() {
+            if density == Density::All && trust == Trust::Log {
+                push(&mut found.dirty, range);
+                push(&mut found.told, range);
+                continue;
+            }
             let (start, len) = self.area.host(range).map_err(during("looking up", range))?;
             let pending = &self.pending;
             let scan = self.pagemap.private(start..start + len as u64, |bytes| {
-                let frames = (bytes.start - base) >> PAGE_SHIFT..(bytes.end - base) >> PAGE_SHIFT;
-                pending.split(frames.into(), |pages, cleanness| match cleanness {
+                pending.split(frames(&bytes, base), |pages, cleanness| match cleanness {
                     Cleanness::Dirty => push(&mut found.dirty, pages),
                     Cleanness::Clean => push(&mut found.clean, pages),
                 });
@@ -105,16 +179,9 @@ impl HostWindow {
     }
 
     /// Moves `moves` out and the store in, or changes nothing.
-    fn exchange(
-        &mut self,
-        scratch: &Area,
-        moves: &[GfnRange],
-        file: BorrowedFd<'_>,
-    ) -> Result<(), WindowError> {
+    fn exchange(&mut self, scratch: &Area, moves: &[GfnRange], file: BorrowedFd<'_>) -> Result<(), WindowError> {
         let mut moved = Moved::new();
-        let t0=std::time::Instant::now();
-        let done = self.move_out(scratch, moves, &mut moved); let t1=t0.elapsed(); let done=done.and_then(|()| self.move_in(moves, file));
-        eprintln!("    moves {} pieces {} out {:?} in {:?}",moves.len(),moved.len(),t1,t0.elapsed()-t1);
+        let done = self.lift(scratch, moves, &mut moved).and_then(|()| self.lay(moves, file));
         let Err(failed) = done else { return Ok(()) };
         if let Err(cause) = self.put_back(scratch, moves, &moved) {
             return Err(WindowError::Torn { failed: Box::new(failed), cause });
@@ -126,15 +193,9 @@ impl HostWindow {
 
     /// The kernel moves the page tables of what is registered entry by entry, five times slower than whole: so the
     /// traps go first.
-    fn move_out(
-        &self,
-        scratch: &Area,
-        moves: &[GfnRange],
-        moved: &mut Moved,
-    ) -> Result<(), WindowError> {
+    fn lift(&self, scratch: &Area, moves: &[GfnRange], moved: &mut Moved) -> Result<(), WindowError> {
         for range in moves {
-            let t=std::time::Instant::now();self.unregister(*range).map_err(during("UFFDIO_UNREGISTER", *range))?;
-            if range.count().0>1000 {eprintln!("     {range:?} unregister {:?}",t.elapsed());}
+            self.unregister(*range).map_err(during("UFFDIO_UNREGISTER", *range))?;
             for (pages, source) in self.runs.within(*range) {
                 self.area.move_to(scratch, pages).map_err(during("mremap", pages))?;
                 moved.push((pages, source));
@@ -144,7 +205,7 @@ impl HostWindow {
     }
 
     /// At no moment may a touch read a hole of the store untrapped.
-    fn move_in(&self, moves: &[GfnRange], file: BorrowedFd<'_>) -> Result<(), WindowError> {
+    fn lay(&self, moves: &[GfnRange], file: BorrowedFd<'_>) -> Result<(), WindowError> {
         for pages in moves {
             self.map_shut(*pages, file).map_err(during("mmap", *pages))?;
             self.register(*pages).map_err(during("UFFDIO_REGISTER", *pages))?;
@@ -157,13 +218,34 @@ impl HostWindow {
         self.area.map_private(pages, file, PageIndex(pages.start().0), Access::None)
     }
 
-    /// Undoes [`move_out`](Self::move_out), over whatever part of the store was mapped, and traps again.
+    /// Undoes [`lift`](Self::lift), over whatever part of the store was mapped, and traps again.
     fn put_back(&self, scratch: &Area, moves: &[GfnRange], moved: &Moved) -> io::Result<()> {
         moved.iter().try_for_each(|(pages, _)| scratch.move_to(&self.area, *pages))?;
         let runs = moves.iter().flat_map(|range| self.runs.within(*range));
         let mut stores = runs.filter(|(_, source)| matches!(source, Source::Store { .. }));
         stores.try_for_each(|(pages, _)| self.register(pages))
     }
+}
+
+/// The guest frames at these host addresses of an area.
+fn frames(bytes: &Range<u64>, base: u64) -> GfnRange {
+    ((bytes.start - base) >> PAGE_SHIFT..(bytes.end - base) >> PAGE_SHIFT).into()
+}
+
+/// `ranges` without `holes`; both sorted, and every hole lies within a range.
+fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> {
+    let mut rest = Vec::new();
+    let mut holes = holes.iter().peekable();
+    for range in ranges {
+        let mut start = range.start();
+        while let Some(hole) = holes.next_if(|hole| hole.start() < range.end()) {
+            rest.push(GfnRange::between(start, hole.start()));
+            start = hole.end();
+        }
+        rest.push(GfnRange::between(start, range.end()));
+    }
+    rest.retain(|range| !range.is_empty());
+    rest
 }
 
 /// Appends `pages` to sorted ranges, joining it to the last where it continues that.

@@ -1,0 +1,261 @@
+//! The window on a real kernel.
+
+use super::*;
+use crate::addr::PageCount;
+use crate::sys::{Alias, Memfd, inject};
+use crate::window::Harvest;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use std::{fs, thread};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+const ALL: Features = Features { userfaultfd: true, pagemap_scan: true };
+const PAGES: u64 = 1024;
+const ROOT: StoreId = StoreId(0);
+
+/// A window over a store in which page `n` holds the word `n`, and anonymous memory behind it.
+struct Rig {
+    window: HostWindow,
+    uffd: Arc<Userfaultfd>,
+    root: Memfd,
+}
+
+fn frames(range: std::ops::Range<u64>) -> GfnRange {
+    range.into()
+}
+
+impl Rig {
+    /// `None`, and a word about it, where traps are not to be had.
+    fn new(features: Features) -> Option<Self> {
+        let uffd = match Userfaultfd::new() {
+            Ok(uffd) => Arc::new(uffd),
+            Err(error) => {
+                println!("SKIPPED: no userfaultfd ({error})");
+                return None;
+            }
+        };
+        let root = Memfd::new("root", PageCount(PAGES)).unwrap();
+        let mut bytes = vec![0; PAGES as usize * 4096];
+        for (number, page) in bytes.chunks_exact_mut(4096).enumerate() {
+            page[..8].copy_from_slice(&(number as u64).to_ne_bytes());
+        }
+        Alias::new(&root, Arc::clone(&uffd)).unwrap().fill(PageIndex(0), &bytes).unwrap();
+        let ram = [frames(0..2 * PAGES)];
+        let mut window = HostWindow::reserve(&ram, Place::Anywhere, features).unwrap();
+        let store = Source::Store { store: ROOT, origin: Gfn(0) };
+        let runs = [
+            Run { pages: frames(0..PAGES), source: store },
+            Run { pages: frames(PAGES..2 * PAGES), source: Source::Anonymous },
+        ];
+        window.map(&runs, &[(ROOT, root.as_fd())], HugePages::Never).unwrap();
+        Some(Self { window, uffd, root })
+    }
+
+    fn write(&self, frame: u64, word: u64) {
+        self.window.memory().write_obj(word, GuestAddress(frame << 12)).unwrap();
+    }
+
+    fn word(&self, frame: u64) -> u64 {
+        self.window.memory().read_obj(GuestAddress(frame << 12)).unwrap()
+    }
+
+    fn freeze(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32) -> (Frozen, Memfd) {
+        let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
+        let frozen = self.window.freeze(dirty, StoreId(store), file.as_fd(), max_runs).unwrap();
+        (frozen, file)
+    }
+
+    fn scratch_word(&self, store: u32, frame: u64) -> io::Result<u64> {
+        let mut page = vec![0; 4096];
+        self.window.read_scratch(StoreId(store), Gfn(frame), &mut page)?;
+        Ok(u64::from_ne_bytes(page[..8].try_into().unwrap()))
+    }
+}
+
+/// What KVM's log would say if the guest had written these frames.
+fn log_of(written: impl IntoIterator<Item = u64>) -> [SlotLog; 1] {
+    let mut words = vec![0; 2 * PAGES as usize / 64];
+    written.into_iter().for_each(|frame| words[frame as usize / 64] |= 1 << (frame % 64));
+    [SlotLog { first: Gfn(0), words }]
+}
+
+#[test]
+fn a_freeze_takes_exactly_what_was_written() {
+    for features in [ALL, Features { pagemap_scan: false, ..ALL }] {
+        let Some(mut rig) = Rig::new(features) else { return };
+        let written: Vec<u64> = (10..300).chain([500, 501, 900]).chain(PAGES + 5..PAGES + 9).collect();
+        written.iter().for_each(|frame| rig.write(*frame, 7000 + frame));
+        (300..400).for_each(|frame| assert_eq!(rig.word(frame), frame));
+        let (frozen, _file) = rig.freeze(Dirty::Logged(&[]), 1, 1000);
+        let expect = [10..300, 500..502, 900..901, PAGES + 5..PAGES + 9].map(frames);
+        assert_eq!(frozen.harvest.private, expect);
+        for frame in written {
+            assert_eq!(rig.scratch_word(1, frame).unwrap(), 7000 + frame);
+        }
+        assert!(rig.scratch_word(1, 400).is_err(), "a page that was not harvested");
+        assert!(rig.scratch_word(2, 10).is_err(), "a freeze that was not");
+        let runs: Vec<Run> = rig.window.runs().collect();
+        assert_eq!(runs.iter().map(|run| run.pages.count().0).sum::<u64>(), 2 * PAGES);
+        let again = rig.freeze(Dirty::Logged(&[]), 2, 1000).0;
+        assert_eq!((again.harvest, again.scratch_base), (Harvest::default(), 0));
+        rig.window.drop_scratch(StoreId(1));
+        assert!(rig.scratch_word(1, 10).is_err());
+    }
+}
+
+#[test]
+fn a_touch_of_a_moved_page_waits_for_its_store() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    (64..128).for_each(|frame| rig.write(frame, 9000 + frame));
+    let (frozen, file) = rig.freeze(Dirty::Every, 1, 1000);
+    assert_eq!(frozen.harvest.private, [frames(64..128)]);
+    let memory = rig.window.memory().clone();
+    let read = thread::spawn(move || memory.read_obj::<u64>(GuestAddress(70 << 12)).unwrap());
+    let mut traps = Vec::new();
+    while traps.is_empty() {
+        rig.window.uffd.as_ref().unwrap().read(&mut traps, 1).unwrap();
+    }
+    assert_eq!(traps[0].address, rig.window.base() + (70 << 12));
+    let mut bytes = vec![0; 64 << 12];
+    rig.window.read_scratch(StoreId(1), Gfn(64), &mut bytes).unwrap();
+    Alias::new(&file, Arc::clone(&rig.uffd)).unwrap().fill(PageIndex(64), &bytes).unwrap();
+    assert!(!read.is_finished());
+    rig.window.wake(frames(64..128));
+    assert_eq!(read.join().unwrap(), 9070);
+    assert_eq!(rig.word(100), 9100);
+}
+
+#[test]
+fn zero_pages_are_supplied_where_nothing_is() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    (64..128).for_each(|frame| rig.write(frame, 1));
+    let (_frozen, file) = rig.freeze(Dirty::Every, 1, 1000);
+    let page = [5; 4096];
+    Alias::new(&file, Arc::clone(&rig.uffd)).unwrap().fill(PageIndex(100), &page).unwrap();
+    rig.write(100, 77);
+    rig.window.zero(frames(64..128));
+    rig.window.zero(frames(PAGES..PAGES + 10)); // anonymous: nothing to do
+    assert_eq!((rig.word(64), rig.word(100), rig.word(127), rig.word(200)), (0, 77, 0, 200));
+    let (frozen, _file) = rig.freeze(Dirty::Logged(&[]), 2, 1000);
+    assert_eq!(frozen.harvest.private, [frames(100..101)]);
+}
+
+#[test]
+fn clean_private_copies_are_dropped_and_gaps_move_along() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    // KVM asks for write on reads: private, and unchanged.
+    (10..20).for_each(|frame| rig.write(frame, frame));
+    rig.window.memory().find_region(GuestAddress(0)).unwrap().bitmap().reset();
+    (20..40).chain(42..62).for_each(|frame| rig.write(frame, 1));
+    let (frozen, _file) = rig.freeze(Dirty::Logged(&log_of([])), 1, 1000);
+    assert_eq!(frozen.harvest.private, [frames(20..40), frames(42..62)]);
+    assert_eq!(frozen.harvest.moved, [frames(20..62)]);
+    assert!((10..20).all(|frame| rig.word(frame) == frame));
+    let (again, _file) = rig.freeze(Dirty::Every, 2, 1000);
+    assert_eq!(again.harvest.private, [], "the clean copies are gone");
+}
+
+#[test]
+fn a_log_that_tells_too_much_is_found_out() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    (128..200).for_each(|frame| rig.write(frame, 3));
+    // All of two words, of which the second is private in part only, and a page that is not private at all.
+    let (frozen, _file) = rig.freeze(Dirty::Logged(&log_of((128..256).chain([700]))), 1, 1000);
+    assert_eq!(frozen.harvest.private, [frames(128..200)]);
+    assert_eq!(frozen.harvest.moved, [frames(128..256)]);
+}
+
+#[test]
+fn the_limit_of_mappings_holds() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    (0..PAGES).step_by(4).for_each(|frame| rig.write(frame, 1));
+    let (frozen, _file) = rig.freeze(Dirty::Every, 1, 42);
+    assert_eq!(frozen.harvest.private.len() as u64, PAGES / 4);
+    assert_eq!(frozen.harvest.moved.len(), 20);
+    assert!(rig.window.runs().count() <= 42);
+}
+
+/// Every call that a freeze makes fails once. Afterwards everything is as it was, and the next freeze forgets nothing.
+#[test]
+fn a_freeze_that_fails_changes_nothing() {
+    let written = || (10..20).chain(200..210).chain(PAGES - 5..PAGES + 5).chain([1500]);
+    for calls in 0.. {
+        let Some(mut rig) = Rig::new(ALL) else { return };
+        written().for_each(|frame| rig.write(frame, 4000 + frame));
+        let runs: Vec<Run> = rig.window.runs().collect();
+        let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
+        inject::fail_after(calls);
+        let frozen = rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), 1000);
+        let failed = inject::stop();
+        let Err(error) = frozen else {
+            assert!(!failed, "a failure that nobody noticed");
+            assert!(calls > 15, "only {calls} calls");
+            return;
+        };
+        assert!(!matches!(error, WindowError::Torn { .. }), "{error}");
+        assert_eq!(rig.window.runs().collect::<Vec<_>>(), runs);
+        assert!(written().all(|frame| rig.word(frame) == 4000 + frame), "{calls}: {error}");
+        assert_eq!(rig.word(500), 500);
+        let (frozen, _file) = rig.freeze(Dirty::Logged(&[]), 2, 1000);
+        let pages: u64 = frozen.harvest.private.iter().map(|range| range.count().0).sum();
+        assert_eq!(pages, written().count() as u64, "{calls}: {error}");
+        assert!(written().all(|frame| rig.scratch_word(2, frame).unwrap() == 4000 + frame));
+    }
+}
+
+#[test]
+fn no_private_page_is_missed_while_the_kernel_moves_pages_about() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let compact = "/proc/sys/vm/compact_memory";
+    if let Err(error) = fs::write(compact, "1") {
+        println!("SKIPPED: {compact}: {error}");
+        return;
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let compactor = {
+        let stop = Arc::clone(&stop);
+        thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = fs::write(compact, "1");
+                thread::sleep(Duration::from_millis(1));
+            }
+        })
+    };
+    for store in 1..60 {
+        (0..PAGES).for_each(|frame| rig.write(frame, frame ^ u64::from(store)));
+        let (frozen, file) = rig.freeze(Dirty::Every, store, 1000);
+        assert_eq!(frozen.harvest.private, [frames(0..PAGES)]);
+        let mut bytes = vec![0; PAGES as usize * 4096];
+        rig.window.read_scratch(StoreId(store), Gfn(0), &mut bytes).unwrap();
+        Alias::new(&file, Arc::clone(&rig.uffd)).unwrap().fill(PageIndex(0), &bytes).unwrap();
+        rig.window.drop_scratch(StoreId(store));
+        assert!((0..PAGES).all(|frame| rig.word(frame) == frame ^ u64::from(store)));
+    }
+    stop.store(true, Ordering::Relaxed);
+    compactor.join().unwrap();
+}
+
+#[test]
+fn a_planted_page_is_found_out() {
+    let Some(rig) = Rig::new(ALL) else { return };
+    let alias = Alias::new(&rig.root, Arc::clone(&rig.uffd)).unwrap();
+    let error = alias.fill(PageIndex(3), &[0; 4096]).unwrap_err();
+    assert!(matches!(error, crate::sys::FillError::Planted(PageIndex(3))), "{error}");
+}
+
+#[test]
+fn runs_that_make_no_sense_are_refused() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let store = |origin| Source::Store { store: ROOT, origin: Gfn(origin) };
+    for (pages, source) in [
+        (frames(2 * PAGES - 1..2 * PAGES + 1), Source::Anonymous),
+        (frames(5..5), Source::Anonymous),
+        (frames(5..6), store(6)),
+        (frames(5..6), Source::Store { store: StoreId(9), origin: Gfn(0) }),
+    ] {
+        let run = Run { pages, source };
+        let error = rig.window.map(&[run], &[(ROOT, rig.root.as_fd())], HugePages::Never).unwrap_err();
+        assert!(matches!(error, WindowError::BadRun(bad) if bad == run), "{error}");
+    }
+}

@@ -1,0 +1,55 @@
+//! What `/proc` says of processes, and how to end one.
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use std::fs;
+use std::path::PathBuf;
+
+/// The living children of a process: of a server, its VM processes, its pool and all their keepers.
+pub fn children_of(parent: i32) -> Vec<i32> {
+    let all = fs::read_dir("/proc").expect("there is a /proc");
+    let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|&pid| state_and_parent(pid).is_some_and(|(state, of)| of == parent && state != 'Z')).collect()
+}
+
+/// Whether a process runs, or could.
+pub fn is_alive(pid: i32) -> bool {
+    state_and_parent(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+}
+
+/// Ends a process as nobody wants to be ended. One that is gone is as wanted.
+pub fn kill(pid: i32) {
+    let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+}
+
+/// The real, effective, saved and file system user ids of a process.
+pub fn users(pid: i32) -> Vec<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("read a process's status");
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:")).expect("a process has user ids");
+    line.split_whitespace().map(|id| id.parse().expect("a number")).collect()
+}
+
+/// The lines of a process's `maps`.
+pub fn maps(pid: i32) -> Vec<String> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("read a process's maps");
+    maps.lines().map(str::to_owned).collect()
+}
+
+/// What a process's descriptors are, with the paths in `/proc` to open them by.
+pub fn descriptors(pid: i32) -> Vec<(PathBuf, String)> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("list a process's descriptors");
+    let named = entries.flatten().map(|entry| entry.path());
+    named.filter_map(|path| Some((path.clone(), fs::read_link(path).ok()?.to_string_lossy().into_owned()))).collect()
+}
+
+/// Which user namespace a process is in.
+pub fn user_namespace(pid: i32) -> PathBuf {
+    fs::read_link(format!("/proc/{pid}/ns/user")).expect("a process has a user namespace")
+}
+
+fn state_and_parent(pid: i32) -> Option<(char, i32)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, can have anything in it.
+    let mut after = stat[stat.rfind(')')? + 1..].split_whitespace();
+    Some((after.next()?.chars().next()?, after.next()?.parse().ok()?))
+}
