@@ -194,25 +194,38 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// # Errors
     /// The page could not be filled in. The guest waits on.
     pub fn trap(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        let answer = match self.settle_at(vm, gfn)? {
+            Trap::File { store, pages, wake } => {
+                self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
+                Trap::Wake(wake)
+            }
+            answer => answer,
+        };
+        self.window_do(vm, |window| match answer {
+            Trap::Zero(pages) => {
+                window.zero(pages);
+                window.wake(pages);
+            }
+            Trap::Lost => window.fail(&lost(gfn)),
+            Trap::Outside => window.fail("a trap outside of its memory"),
+            Trap::Wake(wake) | Trap::File { wake, .. } => window.wake(wake),
+            Trap::Settle(_) => unreachable!("settled above"),
+        });
+        Ok(())
+    }
+
+    /// Settles what `vm` sees around `gfn`, if it has not settled: somebody is about to need it. What is left to do for
+    /// who waits there.
+    ///
+    /// # Errors
+    /// A page could not be filled in.
+    pub fn settle_at(&mut self, vm: VmId, gfn: Gfn) -> Result<Trap, Error> {
         loop {
             match self.family.trap(vm, gfn) {
                 Trap::Settle(job) => self.run_job(&job)?,
-                Trap::Wake(pages) => break self.window_do(vm, |window| window.wake(pages)),
-                Trap::Zero(pages) => {
-                    break self.window_do(vm, |window| {
-                        window.zero(pages);
-                        window.wake(pages);
-                    });
-                }
-                Trap::File { store, pages, wake } => {
-                    self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
-                    break self.window_do(vm, |window| window.wake(wake));
-                }
-                Trap::Lost => break self.window_do(vm, |window| window.fail(&lost(gfn))),
-                Trap::Outside => break self.window_do(vm, |window| window.fail("a trap outside of its memory")),
+                answer => return Ok(answer),
             }
         }
-        Ok(())
     }
 
     /// Settles one batch of pages. Whether more are left.

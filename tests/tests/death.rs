@@ -140,4 +140,6 @@ fn two_servers_side_by_side() {
     here.client().vm("same-1").verify(1000..2000, 1);
     assert_eq!(here.client().list().unwrap().len(), 3);
     assert!(here.client().check().unwrap().broken.is_empty());
+    let outcome = there.cli(&["ls"]);
+    assert!(outcome.code == 0 && outcome.err.contains("same-2"), "{outcome:?}");
 }

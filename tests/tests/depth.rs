@@ -18,7 +18,9 @@ fn line_of_forks(home: &TestHome) -> Vec<Traced> {
     let mut line = vec![first];
     for level in 1..=LEVELS {
         let own = 1000 + level * 50;
-        let mut child = line.last().expect("there is a parent").fork(ForkOptions::new()).remove(0);
+        // A name for each level: those that are made by themselves become too long.
+        let options = ForkOptions::new().prefix(format!("level{level}"));
+        let mut child = line.last().expect("there is a parent").fork(options).remove(0);
         child.write(own..own + 50);
         child.write(own - 20..own - 19);
         child.write(1000 + level..1001 + level);

@@ -15,7 +15,7 @@ fn family(home: &TestHome) -> Vec<Vm> {
     vm.fill(1000..3000, 1);
     let children = vm.fork(ForkOptions::new().count(2).wait_settled(true)).unwrap();
     children[0].vm.fill(1500..2500, 2);
-    let grandchildren = children[0].vm.fork(ForkOptions::new().count(2)).unwrap();
+    let grandchildren = children[0].vm.fork(ForkOptions::new().count(2).wait_settled(true)).unwrap();
     children.into_iter().chain(grandchildren).map(|child| child.vm).chain([vm]).collect()
 }
 

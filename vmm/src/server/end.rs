@@ -46,6 +46,8 @@ impl Server {
                     self.forget_vm(generation);
                 }
                 self.grant_wants();
+                // With the last VM of a shape its pool goes, and is gone when this is answered.
+                self.end_unused();
                 let ending = self.processes.values().filter(|process| process.role == Role::Ending);
                 let processes = ending.map(|process| process.id).collect();
                 self.removals.push(Removal { client, processes });

@@ -7,7 +7,8 @@ use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, ToVm};
-use guest_mem::{StoreId, VmId};
+use guest_mem::{Gfn, StoreId, VmId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Names a fork under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -49,6 +50,33 @@ pub struct ForkOp {
     moved: u64,
     children: Vec<Progress>,
     failure: Option<String>,
+}
+
+/// Frames that children of a family waited for before their first sign of life. The next fork settles them first: a
+/// trap costs its child more than the copy.
+#[derive(Debug, Default)]
+pub struct EarlyTouches(BTreeMap<FamilyId, BTreeSet<Gfn>>);
+
+impl EarlyTouches {
+    /// Clusters remembered per family.
+    const MOST: usize = 64;
+
+    /// A child waited at `gfn`.
+    pub fn note(&mut self, family: FamilyId, gfn: Gfn) {
+        let seen = self.0.entry(family).or_default();
+        if seen.len() < Self::MOST {
+            seen.insert(gfn);
+        }
+    }
+
+    /// Forgets families that are gone.
+    pub fn retain<T>(&mut self, families: &BTreeMap<FamilyId, T>) {
+        self.0.retain(|family, _| families.contains_key(family));
+    }
+
+    fn of(&self, family: FamilyId) -> impl Iterator<Item = Gfn> {
+        self.0.get(&family).into_iter().flatten().copied()
+    }
 }
 
 impl ForkOp {
@@ -195,6 +223,12 @@ impl Server {
     }
 
     fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId), frozen: &Frozen) {
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        for gfn in self.early.of(family) {
+            if let Err(error) = manager.settle_at(parent, gfn) {
+                log::debug!("settle {gfn} ahead: {error}");
+            }
+        }
         let op = &self.forks[&fork];
         let activity = if op.paused { Activity::Paused } else { Activity::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();

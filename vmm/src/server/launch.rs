@@ -10,6 +10,7 @@ use crate::name::check_name;
 use crate::wire::{self, Activity, Identity, Shape, Start, ToVm};
 use firmware::abi;
 use guest_mem::stage2;
+use guest_mem::store::FileStore;
 use guest_mem::store::file::{Content, MemfdFile};
 use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Run, Source, StoreId, VmId};
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -84,6 +85,10 @@ impl Server {
             return Ok(image);
         }
         let image = Rc::new(MemfdFile::new(Content::Bytes(firmware::IMAGE), &mut self.stores)?);
+        if !self.features.userfaultfd {
+            // Without traps nobody will ask for a page.
+            image.ensure(GfnRange::new(Gfn(0), image.pages()))?;
+        }
         self.image = Rc::downgrade(&image);
         Ok(image)
     }
