@@ -87,6 +87,8 @@ pub struct Manager<S: StoreFactory, W> {
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
     staging: Vec<u8>,
+    /// A stretch of zero pages takes no storage from this length on.
+    zero_run: u64,
 }
 
 impl<S: StoreFactory, W: Window> Manager<S, W> {
@@ -101,7 +103,14 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             windows: HashMap::new(),
             copied: HashMap::new(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
+            zero_run: ZERO_RUN,
         }
+    }
+
+    /// For windows without traps: zeros are stored like all pages, since a hole would be filled by whoever reads it.
+    #[must_use]
+    pub fn without_holes(self) -> Self {
+        Self { zero_run: u64::MAX, ..self }
     }
 
     /// The books.
@@ -320,7 +329,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     fn place(&mut self, job: &Job) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
         let store = self.stores.get_mut(&job.store).expect("a pending page is bound for a store");
         let buf = &self.staging[..job.pages.len_bytes()];
-        let mut placed = split_zeros(job.pages, buf);
+        let mut placed = split_zeros(job.pages, buf, self.zero_run);
         for at in 0..placed.len() {
             let (pages, outcome) = placed[at];
             if outcome == Placed::Stored {
@@ -378,7 +387,7 @@ fn lost(gfn: Gfn) -> String {
 }
 
 /// Cuts a batch into what is to be stored and long stretches of zeros.
-fn split_zeros(pages: GfnRange, bytes: &[u8]) -> Vec<(GfnRange, Placed)> {
+fn split_zeros(pages: GfnRange, bytes: &[u8], zero_run: u64) -> Vec<(GfnRange, Placed)> {
     let zero: Vec<bool> = bytes.chunks_exact(PAGE_SIZE).map(is_zero).collect();
     let mut placed: Vec<(GfnRange, Placed)> = Vec::new();
     let mut at = pages.start();
@@ -386,7 +395,7 @@ fn split_zeros(pages: GfnRange, bytes: &[u8]) -> Vec<(GfnRange, Placed)> {
         let count = stretch.len() as u64;
         let range = GfnRange::new(at, PageCount(count));
         at = range.end();
-        let outcome = if stretch[0] && count >= ZERO_RUN { Placed::Zero } else { Placed::Stored };
+        let outcome = if stretch[0] && count >= zero_run { Placed::Zero } else { Placed::Stored };
         match placed.last_mut() {
             Some((last, Placed::Stored)) if outcome == Placed::Stored => {
                 *last = GfnRange::between(last.start(), range.end());

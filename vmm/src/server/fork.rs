@@ -146,32 +146,33 @@ impl Server {
         Ok(names)
     }
 
-    /// Lists the children, and freezes the parent as soon as no other fork does.
-    fn begin_fork(&mut self, mut op: ForkOp, names: Vec<String>) {
+    /// Freezes the parent as soon as no other fork does, and meanwhile lists the children and finds processes for them.
+    fn begin_fork(&mut self, op: ForkOp, names: Vec<String>) {
         let id = ForkId(self.fresh_id());
-        let parent = self.vms.get(op.parent).expect("found above");
-        let (shape, parent_name) = (parent.shape, parent.name.clone());
+        let parent = self.vms.get_mut(op.parent).expect("found above");
+        let (generation, shape, parent_name) = (parent.generation, parent.shape, parent.name.clone());
+        parent.forks.push_back(id);
+        let alone = parent.forks.len() == 1;
+        self.forks.insert(id, op);
+        if alone {
+            self.freeze(generation);
+        }
         for name in names {
-            let process = match self.take_process(shape) {
-                Ok(process) => process,
+            let process = self.take_process(shape);
+            let Some(op) = self.forks.get_mut(&id) else { return };
+            match process {
+                Ok(process) => {
+                    let phase = Phase::Forking(id);
+                    let child = self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None);
+                    let progress =
+                        Progress { generation: child, name, ready_ns: None, first_ns: None, runs: 0, there: false };
+                    self.forks.get_mut(&id).expect("looked at above").children.push(progress);
+                }
                 Err(e) => {
                     op.failure = Some(format!("start a VM process: {e}"));
                     break;
                 }
-            };
-            let phase = Phase::Forking(id);
-            let generation = self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None);
-            op.children.push(Progress { generation, name, ready_ns: None, first_ns: None, runs: 0, there: false });
-        }
-        let (parent, failed) = (op.parent, op.failure.is_some());
-        self.forks.insert(id, op);
-        if failed {
-            return self.finish_fork(id);
-        }
-        let queue = &mut self.vms.get_mut(parent).expect("found above").forks;
-        queue.push_back(id);
-        if queue.len() == 1 {
-            self.freeze(parent);
+            }
         }
     }
 
@@ -213,11 +214,13 @@ impl Server {
         let op = self.forks.get_mut(&fork).expect("a queued fork");
         op.pause_ns = frozen.pause_ns;
         op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
-        let settle_first = frozen.activity == Activity::Paused && !was_paused;
-        self.start_children(fork, (family, member), &frozen);
-        if settle_first {
-            self.settle_and_resume(parent, fork, &frozen);
+        if !self.features.userfaultfd && !self.settle_now(parent, fork) {
+            return;
         }
+        if frozen.activity == Activity::Paused && !was_paused {
+            self.resume_settled(parent, fork, &frozen);
+        }
+        self.start_children(fork, (family, member), &frozen);
         self.freeze(parent);
         self.finish_fork_if_there(fork);
     }
@@ -230,6 +233,9 @@ impl Server {
             }
         }
         let op = &self.forks[&fork];
+        if op.failure.is_some() {
+            return;
+        }
         let activity = if op.paused { Activity::Paused } else { Activity::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for (index, generation) in (1..).zip(children) {
@@ -247,16 +253,28 @@ impl Server {
         }
     }
 
-    /// Without traps, nobody may run before all pages are where they belong.
-    fn settle_and_resume(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
-        let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return };
+    /// Without traps, nobody may run before all pages are where they belong. Whether they are; if not, the parent and the
+    /// fork are over.
+    fn settle_now(&mut self, parent: Generation, fork: ForkId) -> bool {
+        let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return true };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         while !manager.has_settled(store) {
             if let Err(error) = manager.settle() {
                 self.memory_error(family, &error);
-                return self.end_vm(parent, Phase::Dead("its memory could not be settled".into()));
+                let why = "its memory could not be settled";
+                if let Some(op) = self.forks.get_mut(&fork) {
+                    op.failure = Some(why.into());
+                }
+                self.finish_fork(fork);
+                self.end_vm(parent, Phase::Dead(why.into()));
+                return false;
             }
         }
+        true
+    }
+
+    /// The parent has stood still until its pages had settled, and goes on.
+    fn resume_settled(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
         let Some(process) = self.vms.get(parent).and_then(|vm| vm.process) else { return };
         self.processes.get_mut(&process).expect("a VM's process").send(&ToVm::Resume, &[]);
         let pause = monotonic_ns() - frozen.kicked_ns;
@@ -327,7 +345,7 @@ impl Server {
         let Some(op) = self.forks.get(&fork) else { return };
         let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
         let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
-        if frozen && settled && op.children.iter().all(|child| child.there) {
+        if frozen && settled && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
             self.finish_fork(fork);
         }
     }

@@ -45,6 +45,9 @@ impl Server {
         let ram = ram_ranges(shape.ram);
         let span = PageCount(ram.last().expect("a VM has memory").end().0);
         let mut manager = Manager::new(stage2::Shape::X86_64, span, self.stores.clone());
+        if !self.features.userfaultfd {
+            manager = manager.without_holes();
+        }
         let place = GfnRange::new(Gfn::of_gpa(abi::IMAGE_BASE), image.pages());
         let vm = manager.launch(&ram, &[(place, image)], self.window_of(process));
         let family = FamilyId(self.fresh_id());
