@@ -17,6 +17,9 @@ const SETTLE_BATCH: PageCount = PageCount(64);
 /// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a mapping.
 const ZERO_RUN: u64 = 16;
 
+/// Mappings a window may have: a quarter of `vm.max_map_count`, as the kernel has it by default.
+pub const MAX_RUNS: usize = 65530 / 4;
+
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -89,6 +92,8 @@ pub struct Manager<S: StoreFactory, W> {
     staging: Vec<u8>,
     /// A stretch of zero pages takes no storage from this length on.
     zero_run: u64,
+    /// Mappings a window may have.
+    max_runs: usize,
 }
 
 impl<S: StoreFactory, W: Window> Manager<S, W> {
@@ -104,7 +109,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             copied: HashMap::new(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
+            max_runs: MAX_RUNS,
         }
+    }
+
+    /// The same, where windows may have `max_runs` mappings; a quarter of the kernel's default otherwise.
+    pub fn with_max_runs(self, max_runs: usize) -> Self {
+        Self { max_runs, ..self }
     }
 
     /// For windows without traps: zeros are stored like all pages, since a hole would be filled by whoever reads it.
@@ -186,7 +197,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
     pub fn fork(&mut self, parent: VmId, window: W) -> VmId {
-        let child = self.family.fork(parent);
+        let child = self.family.fork(parent, self.max_runs);
         self.windows.insert(child, window);
         child
     }

@@ -109,7 +109,9 @@ impl TestHome {
 
     /// The server's process, if it runs.
     pub fn server(&self) -> Option<i32> {
-        Home::at(self.path()).and_then(|home| home.server_pid().map_err(std::io::Error::other)).expect("ask for the server")
+        Home::at(self.path())
+            .and_then(|home| home.server_pid().map_err(std::io::Error::other))
+            .expect("ask for the server")
     }
 
     /// The server's children: VM processes, pool and keepers.
@@ -158,7 +160,11 @@ impl TestHome {
             User::Ordinary(id) => {
                 let script = ORDINARY.replace("UID", &id.to_string());
                 words.extend(["unshare", "--mount", "sh", "-ec"].map(OsString::from));
-                words.extend([script.into(), self.directory.join("dev").into(), self.directory.join("offshoot").into()]);
+                words.extend([
+                    script.into(),
+                    self.directory.join("dev").into(),
+                    self.directory.join("offshoot").into(),
+                ]);
             }
             User::WithoutDevices => {
                 words.extend(["unshare", "--mount", "sh", "-ec"].map(OsString::from));
@@ -175,7 +181,8 @@ impl TestHome {
     }
 
     fn make_usable_for(&self, id: u32, binary: &Path) {
-        let own = |path: &Path| chown(path, Some(Uid::from_raw(id)), Some(Gid::from_raw(id))).expect("give a file away");
+        let own =
+            |path: &Path| chown(path, Some(Uid::from_raw(id)), Some(Gid::from_raw(id))).expect("give a file away");
         // The binary may be where only root can go.
         fs::copy(binary, self.directory.join("offshoot")).expect("copy the binary");
         fs::create_dir(self.directory.join("dev")).expect("make a directory");

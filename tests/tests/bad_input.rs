@@ -143,7 +143,9 @@ fn small_group() -> Option<Group> {
     let v1 = mounts.lines().map(fields).find(|mount| mount.last().is_some_and(|o| o.split(',').any(|o| o == "memory")));
     let v2 = mounts.lines().map(fields).find(|mount| mount.iter().any(|field| field == "cgroup2"));
     let (mount, group, limit) = match (v1, v2) {
-        (Some(mount), _) => (mount, own.lines().find_map(|line| line.split_once(":memory:"))?.1, "memory.limit_in_bytes"),
+        (Some(mount), _) => {
+            (mount, own.lines().find_map(|line| line.split_once(":memory:"))?.1, "memory.limit_in_bytes")
+        }
         (None, Some(mount)) => (mount, own.lines().find_map(|line| line.strip_prefix("0::"))?, "memory.max"),
         (None, None) => return None,
     };

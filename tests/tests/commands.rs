@@ -244,6 +244,18 @@ fn shutdown_leaves_only_the_log() {
     assert_eq!(home.cli(&["ls", "--json"]).good().trim(), "[]");
 }
 
+/// The demonstration shows what it says, and cleans up.
+#[test]
+fn the_demo_runs() {
+    let Some(home) = TestHome::new() else { return };
+    let outcome = home.cli(&["demo"]);
+    assert_eq!(outcome.code, 0, "{outcome:?}");
+    for expected in ["verif", "unshared", "└─ "] {
+        assert!(outcome.out.contains(expected), "no {expected}: {outcome:?}");
+    }
+    assert_eq!(home.cli(&["ls", "--json"]).good().trim(), "[]");
+}
+
 /// Many commands at once find one server, and the server answers each.
 #[test]
 fn many_first_commands_at_once() {

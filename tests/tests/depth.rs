@@ -70,6 +70,9 @@ fn thirty_two_levels() {
     home.client().remove(line.iter().map(|vm| vm.vm.name())).unwrap();
     last.verify();
     last.vm.verify(SHARED, 9);
+    let alone = last.vm.stats().unwrap();
+    println!("the last one alone: {} objects in its chain, {} window runs", alone.chain_depth, alone.window_runs);
+    assert!(alone.chain_depth <= 3, "{alone:?}");
     assert!(home.client().check().unwrap().broken.is_empty());
 }
 

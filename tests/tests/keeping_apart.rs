@@ -37,7 +37,8 @@ fn no_vm_process_can_write_to_a_store() {
         let maps = maps(pid);
         let stores: Vec<&String> = maps.iter().filter(|line| line.contains("/memfd:")).collect();
         assert!(!stores.is_empty(), "{}: maps no store: {maps:?}", vm.name());
-        let shared = stores.iter().find(|line| line.split_whitespace().nth(1).is_some_and(|flags| flags.ends_with('s')));
+        let shared =
+            stores.iter().find(|line| line.split_whitespace().nth(1).is_some_and(|flags| flags.ends_with('s')));
         assert!(shared.is_none(), "{}: {shared:?}", vm.name());
         let open = descriptors(pid);
         assert!(!open.iter().any(|(_, name)| name.contains("memfd:")), "{}: {open:?}", vm.name());

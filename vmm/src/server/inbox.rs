@@ -155,7 +155,9 @@ impl Server {
                 Ok(WaitStatus::StillAlive) | Err(_) => return,
                 Ok(_) => continue,
             };
-            let of = |pid: Pid| move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid));
+            let of = |pid: Pid| {
+                move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid))
+            };
             let Some(id) = self.processes.values().find(of(pid)).map(|process| process.id) else { continue };
             if self.processes[&id].memory.main.get() == Some(pid) {
                 self.main_ended(id, &how);

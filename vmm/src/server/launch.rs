@@ -44,7 +44,8 @@ impl Server {
 
         let ram = ram_ranges(shape.ram);
         let span = PageCount(ram.last().expect("a VM has memory").end().0);
-        let mut manager = Manager::new(stage2::Shape::X86_64, span, self.stores.clone());
+        let mut manager =
+            Manager::new(stage2::Shape::X86_64, span, self.stores.clone()).with_max_runs(self.max_runs as usize);
         if !self.features.userfaultfd {
             manager = manager.without_holes();
         }
@@ -71,7 +72,7 @@ impl Server {
         if launch.vcpus != 1 {
             return bad(format!("the built-in guest has 1 vCPU, not {}", launch.vcpus));
         }
-        if launch.mem_bytes < MIN_MEMORY || launch.mem_bytes % PAGE_SIZE as u64 != 0 {
+        if launch.mem_bytes < MIN_MEMORY || !launch.mem_bytes.is_multiple_of(PAGE_SIZE as u64) {
             return bad(format!("memory of {} bytes: at least 16M, and a multiple of 4K", launch.mem_bytes));
         }
         crate::host::open_kvm().map_err(|e| Failure::bad_input(e.to_string()))?;

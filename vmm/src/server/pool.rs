@@ -74,12 +74,8 @@ impl Server {
 
     fn spawn_process(&mut self, shape: Shape) -> io::Result<ProcessId> {
         let id = ProcessId(self.fresh_id());
-        let prepare = ToVm::Prepare {
-            shape,
-            isolation: self.isolation,
-            features: self.features,
-            cage: self.cage.clone(),
-        };
+        let prepare =
+            ToVm::Prepare { shape, isolation: self.isolation, features: self.features, cage: self.cage.clone() };
         let mut process = VmProcess::spawn(id, shape, &prepare, Rc::clone(&self.wants))?;
         process.link_token =
             Some(self.watches.add(&process.link, event_manager::EventSet::IN, super::Origin::Process(id)));
@@ -131,9 +127,8 @@ impl Server {
         let unused: Vec<Shape> = self.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
         for shape in unused {
             self.pool.0.remove(&shape);
-            let spare = |process: &&VmProcess| {
-                process.shape == shape && matches!(process.role, Role::Preparing | Role::Pooled)
-            };
+            let spare =
+                |process: &&VmProcess| process.shape == shape && matches!(process.role, Role::Preparing | Role::Pooled);
             let spare: Vec<ProcessId> = self.processes.values().filter(spare).map(|process| process.id).collect();
             spare.into_iter().for_each(|id| self.end_process(id));
         }
