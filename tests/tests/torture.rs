@@ -3,7 +3,7 @@
 //! `OFFSHOOT_TORTURE_SECONDS` says for how long, `OFFSHOOT_TORTURE_SEED` repeats a run.
 
 use offshoot_tests::process::kill;
-use offshoot_tests::{Guest, Image, Random, TEN_SECONDS, TestHome, Traced};
+use offshoot_tests::{Guest, Image, Random, Setup, TEN_SECONDS, TestHome, Traced};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::thread;
@@ -206,15 +206,13 @@ fn set(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|e| panic!("{variable}={text}: {e}")))
 }
 
-/// For twenty seconds, whatever comes.
-#[test]
-fn random_verbs() {
-    let Some(home) = TestHome::new() else { return };
+fn torture(setup: Setup, seconds: u64) {
+    let Some(home) = setup.home() else { return };
     let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("the clock is set").as_nanos() as u64;
     let seed = set("OFFSHOOT_TORTURE_SEED").unwrap_or_else(now);
-    // Both are shown where the test fails.
+    // Shown where the test fails.
     println!("OFFSHOOT_TORTURE_SEED={seed}");
-    let end = Instant::now() + Duration::from_secs(set("OFFSHOOT_TORTURE_SECONDS").unwrap_or(20));
+    let end = Instant::now() + Duration::from_secs(seconds);
     let mut world = World { home: &home, random: Random::new(seed), vms: Vec::new(), named: 0, done: BTreeMap::new() };
     while Instant::now() < end {
         let verb = world.step();
@@ -226,4 +224,17 @@ fn random_verbs() {
     home.client().remove_all().unwrap();
     assert_eq!(home.client().stats().unwrap().total.stores, 0);
     assert_eq!(home.processes(), [0; 0]);
+}
+
+/// For twenty seconds, whatever comes.
+#[test]
+fn random_verbs() {
+    torture(Setup::default(), set("OFFSHOOT_TORTURE_SECONDS").unwrap_or(20));
+}
+
+/// The same on a host without userfaultfd and `PAGEMAP_SCAN`, for a quarter of that.
+#[test]
+fn random_verbs_with_fallbacks() {
+    let setup = Setup { disable: "userfaultfd,pagemap-scan", ..Setup::default() };
+    torture(setup, set("OFFSHOOT_TORTURE_SECONDS").unwrap_or(20) / 4);
 }

@@ -131,6 +131,7 @@ impl Server {
             self.replied.push(viewer);
         }
         self.check_lost_vm(generation);
+        self.drop_deadlines(|deadline| deadline.is_of(generation));
         if remove {
             self.vms.remove(generation);
         }

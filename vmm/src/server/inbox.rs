@@ -140,7 +140,10 @@ impl Server {
     fn guest_answered(&mut self, generation: Generation, line: Line) {
         let vm = self.vms.get_mut(generation).expect("it has just spoken");
         match vm.sends.remove(&line.tag) {
-            Some(client) => self.reply(client, Ok(Answer::Said(line.text))),
+            Some(client) => {
+                self.drop_deadlines(|deadline| deadline.is_of_line(generation, line.tag));
+                self.reply(client, Ok(Answer::Said(line.text)));
+            }
             None => self.guest_printed(generation, format!("{}\n", line.text).as_bytes()),
         }
     }
