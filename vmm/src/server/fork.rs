@@ -141,7 +141,9 @@ impl Server {
         let free = (1u64..).map(|n| format!("{prefix}-{n}")).filter(|name| !self.vms.has_name(name));
         let names: Vec<String> = free.take(count as usize).collect();
         if names.last().is_some_and(|name| name.len() > MAX_NAME) {
-            return Err(Failure::bad_input(format!("names of children of {prefix:?} would be longer than {MAX_NAME}")));
+            return Err(Failure::bad_input(format!(
+                "names of children of {prefix:?} would be longer than {MAX_NAME}: give them a prefix (--name)"
+            )));
         }
         Ok(names)
     }

@@ -226,6 +226,7 @@ impl Server {
     /// What is done when no event waits. How long the loop may wait for the next, in milliseconds.
     fn between_rounds(&mut self) -> i32 {
         let now = Instant::now();
+        self.record_names();
         for client in std::mem::take(&mut self.replied) {
             self.hear(client);
         }
@@ -236,7 +237,6 @@ impl Server {
         let filling = self.tend_pool(now);
         self.finish_removals();
         self.finish_checks();
-        self.record_names();
         self.families.retain(|_, manager| manager.windows() > 0);
         self.early.retain(&self.families);
         if settling || filling || !self.replied.is_empty() {
