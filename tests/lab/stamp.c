@@ -1,7 +1,8 @@
 /* A program for Linux guests that tells whether a fork kept its promises: that memory is what this guest, and nobody
  * else, wrote; that counters and clocks go on; that random numbers differ.
  *
- * It reads lines, and answers each with one line, `ok …` or `err …`. With arguments it does that one line and ends.
+ * It reads lines, and answers each with one line, `ok …` or `err …`. With arguments it does that one line and ends. No
+ * answer has the asking line in it, so that whoever skips the echo of that does not skip the answer.
  *
  *   fill MIB SEED      writes every word of so much memory with a value derived from (SEED, page, word)
  *   touch MIB SEED     the same, the first word of each page only
@@ -114,13 +115,13 @@ static void obey(const char *line) {
     } else if (!strcmp(verb, "verify-page") && inside) {
         check_pages(a, b, WORDS, c);
     } else if (!strcmp(verb, "next")) {
-        printf("ok next=%lu\n", ++asked);
+        printf("ok asked=%lu\n", ++asked);
     } else if (!strcmp(verb, "ticks")) {
-        printf("ok ticks=%lu\n", milliseconds);
+        printf("ok ms=%lu\n", milliseconds);
     } else if (!strcmp(verb, "random")) {
         unsigned char bytes[16];
         if (getrandom(bytes, sizeof bytes, 0) != sizeof bytes) { printf("err getrandom\n"); return; }
-        printf("ok random=");
+        printf("ok bytes=");
         for (size_t i = 0; i < sizeof bytes; i++) printf("%02x", bytes[i]);
         printf("\n");
     } else if (!strcmp(verb, "gap") && count == 1) {

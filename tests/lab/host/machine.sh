@@ -26,11 +26,17 @@ run_inside() {
     -kernel "$images/vmlinuz-$kernel" -initrd "$run/initramfs" \
     -append "console=ttyS0 panic=-1 mitigations=off quiet ${OFFSHOOT_LAB_APPEND:-}" \
     </dev/null 2>"$run/qemu" | {
+    empty=0
     while IFS= read -r line || [ -n "$line" ]; do
       line=${line%$'\r'}
       case $line in
         "$marker "*) echo "${line#* }" >"$run/status" ;;
-        *) printf '%s\n' "$line" ;;
+        # The marker stands on a line of its own, for which there may have been an empty one before it.
+        '') empty=$((empty + 1)) ;;
+        *)
+          for (( ; empty > 0; empty--)); do echo; done
+          printf '%s\n' "$line"
+          ;;
       esac
     done
   }
