@@ -13,8 +13,10 @@ const CR0: u64 = 0x8005_0033;
 const CR4: u64 = 0x620;
 /// LME, LMA.
 const EFER: u64 = 0x500;
-/// Bit 1 is always set. Interrupts stay off: there is nothing that could raise one.
-const RFLAGS: u64 = 0x2;
+/// Bit 1 is always set. Interrupts stay off: there is nothing that could raise one. I/O privilege level 3 lets user mode
+/// use ports, as the task's bitmap does, because some hosts have only the one and some only the other: KVM without
+/// virtualization extensions does not keep the level, and QEMU's emulation of SVM refuses the bitmap of a busy task.
+const RFLAGS: u64 = 0x3002;
 
 /// A present data segment of user mode, flat.
 const USER_DATA: kvm_segment = kvm_segment {
