@@ -135,8 +135,7 @@ impl Server {
         let holders = self.processes.values().filter_map(|process| process.memory.main.get().or(process.memory.keeper.get()));
         let pids = holders.map(|pid| pid.as_raw()).chain([std::process::id() as i32]);
         let used = pids.filter_map(|pid| procfs::usage(pid).ok()).map(|u| u.pss - u.pss_shared.min(u.pss) + u.page_tables);
-        let image = self.image.upgrade().map_or(0, |image| image.resident().bytes());
-        used.sum::<u64>() + resident * PAGE_SIZE as u64 + image
+        used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes()
     }
 
     pub(super) fn inspect(&self, name: &str) -> Result<Inspection, Failure> {
