@@ -44,6 +44,8 @@ pub mod linux {
     pub const ACPI: u64 = 0xe_0000;
     /// The generation id: 16 bytes that are different in every VM.
     pub const GENERATION_ID: u64 = 0xf_f000;
+    /// Where a processor that goes back to real mode looks for the firmware.
+    pub const RESET_VECTOR: u64 = 0xf_fff0;
     /// End of the first megabyte: the kernel goes here.
     pub const HIGH_START: u64 = 0x10_0000;
 }

@@ -4,6 +4,7 @@ use super::e820;
 use super::plan::Plan;
 use super::registers::GDT;
 use crate::boot::acpi;
+use crate::layout::devices::{RESET, RESET_VALUE};
 use crate::layout::linux;
 use crate::wire::Shape;
 use linux_loader::loader::bootparam::boot_params;
@@ -33,6 +34,10 @@ const BOOT_FLAG: u16 = 0xaa55;
 const BZIMAGE_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 /// A compressed kernel's 64-bit entry point is this far into it.
 const BZIMAGE_ENTRY_64: u64 = 0x200;
+
+/// `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt`: all the firmware there is. Linux does not use the reset register
+/// of a machine without legacy hardware, but asks the firmware: UEFI's, and then the old one, in real mode.
+const RESET_CODE: [u8; 7] = [0xba, RESET.to_le_bytes()[0], RESET.to_le_bytes()[1], 0xb0, RESET_VALUE, 0xee, 0xf4];
 
 /// Loads the kernel, and writes all that it is told beside. Gives the address of its first instruction.
 ///
@@ -77,6 +82,7 @@ pub fn load(
     for (number, descriptor) in (0..).zip(GDT) {
         memory.write_obj(descriptor, GuestAddress(linux::GDT + 8 * number)).map_err(low("segment descriptors"))?;
     }
+    memory.write_slice(&RESET_CODE, GuestAddress(linux::RESET_VECTOR)).map_err(low("reset code"))?;
     memory.write_slice(&acpi::tables(shape.vcpus), GuestAddress(linux::ACPI)).map_err(low("ACPI tables"))?;
     Ok(entry)
 }

@@ -8,6 +8,8 @@ mod kernel;
 mod load;
 mod plan;
 mod registers;
+#[cfg(test)]
+mod tests;
 
 pub use kernel::{Kernel, KernelError};
 pub use load::{LoadError, load};
