@@ -14,15 +14,7 @@ fn main() {
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let library = out.join("libfirmware.rlib");
-    rustc(
-        "src/lib.rs",
-        &library,
-        [
-            "--crate-name=firmware",
-            "--crate-type=rlib",
-            "--cfg=monitor_image",
-        ],
-    );
+    rustc("src/lib.rs", &library, ["--crate-name=firmware", "--crate-type=rlib", "--cfg=monitor_image"]);
 
     let elf = out.join("monitor.elf");
     let root = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
@@ -46,13 +38,7 @@ fn main() {
 /// Compiles for the host, whatever the target of the workspace: the image needs nothing of any system.
 fn rustc(source: &str, output: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) {
     let status = Command::new(env::var_os("RUSTC").expect("cargo sets RUSTC"))
-        .args([
-            "--edition=2024",
-            "-Cpanic=abort",
-            "-Copt-level=3",
-            "-Crelocation-model=static",
-            "-Ccodegen-units=1",
-        ])
+        .args(["--edition=2024", "-Cpanic=abort", "-Copt-level=3", "-Crelocation-model=static", "-Ccodegen-units=1"])
         .arg("-o")
         .arg(output)
         .args(args)
@@ -65,12 +51,8 @@ fn rustc(source: &str, output: &Path, args: impl IntoIterator<Item = impl AsRef<
 /// The bytes of the only loadable segment of a 64-bit little-endian ELF file.
 fn flatten(elf: &[u8]) -> &[u8] {
     const PT_LOAD: u64 = 1;
-    let field = |at: usize, len: usize| {
-        elf[at..at + len]
-            .iter()
-            .rev()
-            .fold(0, |value, &byte| value << 8 | u64::from(byte))
-    };
+    let field =
+        |at: usize, len: usize| elf[at..at + len].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
     let headers = field(32, 8) as usize;
     let size = field(54, 2) as usize;
     let load = (0..field(56, 2) as usize)

@@ -235,9 +235,5 @@ pub mod at {
 /// The guest physical address of linear page `page`, which must be below [`MAX_PAGES`].
 pub const fn page_to_gpa(page: u64) -> u64 {
     let linear = page * PAGE_SIZE;
-    if linear < HOLE_START {
-        linear
-    } else {
-        linear + (HOLE_END - HOLE_START)
-    }
+    if linear < HOLE_START { linear } else { linear + (HOLE_END - HOLE_START) }
 }

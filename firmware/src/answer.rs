@@ -107,26 +107,15 @@ impl fmt::Display for Failure<'_> {
         match self {
             Self::Parse(error) => error.fmt(f),
             Self::TooLong => f.write_str("line too long"),
-            Self::Outside {
-                pages: Pages { first: page, count },
-                first,
-                end,
-            } => {
+            Self::Outside { pages: Pages { first: page, count }, first, end } => {
                 write!(f, "page={page} count={count} is outside {first}..{end}")
             }
-            Self::Mismatch {
-                page,
-                word,
-                want,
-                got,
-            } => {
+            Self::Mismatch { page, word, want, got } => {
                 write!(f, "mismatch page={page} word={word} want={want} got={got}")
             }
             Self::Unsupported => f.write_str("unsupported"),
             Self::NoClock => f.write_str("TSC frequency is not known"),
-            Self::Fork(page) => {
-                ascii(&page.fork_text, &page.fork_text_len).try_for_each(|c| f.write_char(c))
-            }
+            Self::Fork(page) => ascii(&page.fork_text, &page.fork_text_len).try_for_each(|c| f.write_char(c)),
         }
     }
 }

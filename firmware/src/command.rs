@@ -97,14 +97,10 @@ impl Command {
         let line = core::str::from_utf8(line).map_err(|_| ParseError::NotText)?;
         let mut words = line.split_ascii_whitespace();
         let name = words.next().ok_or(ParseError::NotText)?;
-        let usage = USAGE
-            .into_iter()
-            .find(|usage| usage.split(' ').next() == Some(name))
-            .ok_or(ParseError::Unknown(name))?;
+        let usage =
+            USAGE.into_iter().find(|usage| usage.split(' ').next() == Some(name)).ok_or(ParseError::Unknown(name))?;
         let mut args = Args(words);
-        Self::with_args(name, &mut args)
-            .filter(|_| args.0.next().is_none())
-            .ok_or(ParseError::Usage(usage))
+        Self::with_args(name, &mut args).filter(|_| args.0.next().is_none()).ok_or(ParseError::Usage(usage))
     }
 
     fn with_args(name: &str, args: &mut Args<'_>) -> Option<Self> {
@@ -138,17 +134,11 @@ impl Args<'_> {
     }
 
     fn pages(&mut self) -> Option<Pages> {
-        Some(Pages {
-            first: self.number()?,
-            count: self.number()?,
-        })
+        Some(Pages { first: self.number()?, count: self.number()? })
     }
 
     fn count_or_one(&mut self) -> Option<u32> {
-        self.0
-            .next()
-            .map_or(Some(1), |word| word.parse().ok())
-            .filter(|&count| count > 0)
+        self.0.next().map_or(Some(1), |word| word.parse().ok()).filter(|&count| count > 0)
     }
 }
 
@@ -160,48 +150,27 @@ mod tests {
     fn every_usage_line_is_a_command() {
         extern crate std;
         for usage in USAGE {
-            let numbers = usage
-                .split(' ')
-                .skip(1)
-                .map(|_| " 9")
-                .collect::<std::string::String>();
+            let numbers = usage.split(' ').skip(1).map(|_| " 9").collect::<std::string::String>();
             let line = std::format!("{} {numbers}", usage.split(' ').next().unwrap());
             assert!(Command::parse(line.as_bytes()).is_ok(), "{line}");
             let line = std::format!("{line} 1");
-            assert_eq!(
-                Command::parse(line.as_bytes()),
-                Err(ParseError::Usage(usage))
-            );
+            assert_eq!(Command::parse(line.as_bytes()), Err(ParseError::Usage(usage)));
         }
     }
 
     #[test]
     fn arguments_are_checked() {
-        let pages = Pages {
-            first: 64,
-            count: 2,
-        };
+        let pages = Pages { first: 64, count: 2 };
         assert_eq!(
             Command::parse(b" fill  64 2 18446744073709551615 "),
             Ok(Command::Write(pages, u64::MAX, Extent::Whole))
         );
         assert_eq!(Command::parse(b"fork"), Ok(Command::Fork(1)));
         for line in ["fork 0", "fork x", "fork 4294967296"] {
-            assert_eq!(
-                Command::parse(line.as_bytes()),
-                Err(ParseError::Usage("fork [COUNT]"))
-            );
+            assert_eq!(Command::parse(line.as_bytes()), Err(ParseError::Usage("fork [COUNT]")));
         }
-        for line in [
-            "zero 64",
-            "zero -1 2",
-            "zero 1 0x10",
-            "zero 1 18446744073709551616",
-        ] {
-            assert_eq!(
-                Command::parse(line.as_bytes()),
-                Err(ParseError::Usage("zero PAGE COUNT"))
-            );
+        for line in ["zero 64", "zero -1 2", "zero 1 0x10", "zero 1 18446744073709551616"] {
+            assert_eq!(Command::parse(line.as_bytes()), Err(ParseError::Usage("zero PAGE COUNT")));
         }
         assert_eq!(Command::parse(b"boot x"), Err(ParseError::Unknown("boot")));
         assert_eq!(Command::parse(b"  "), Err(ParseError::NotText));

@@ -25,11 +25,7 @@ pub enum Edit {
 impl Console {
     /// An empty line.
     pub const fn new() -> Self {
-        Self {
-            line: [0; LINE_MAX],
-            len: 0,
-            after_return: false,
-        }
+        Self { line: [0; LINE_MAX], len: 0, after_return: false }
     }
 
     /// Takes one byte from the terminal. Enter is CR, LF or both; what does not fit the line is ignored.

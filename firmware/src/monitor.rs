@@ -27,11 +27,7 @@ pub struct Monitor<'m, M> {
 impl<'m, M: Machine> Monitor<'m, M> {
     /// A monitor that has seen no event yet.
     pub fn new(machine: &'m M) -> Self {
-        Self {
-            machine,
-            seen: 0,
-            pending: 0,
-        }
+        Self { machine, seen: 0, pending: 0 }
     }
 
     /// Answers lines until one says `halt`, or the VMM stops the machine; then rings [`Doorbell::Halt`].
@@ -76,9 +72,7 @@ impl<'m, M: Machine> Monitor<'m, M> {
                 Some(ForkState::Parent) => return Ok(Answer::Parent(page)),
                 Some(ForkState::Child) => return Ok(Answer::Child(page.fork_index.load(Relaxed))),
                 Some(ForkState::Failed) => return Err(Failure::Fork(page)),
-                Some(ForkState::Pending) | None => {
-                    self.pending |= self.wait(|_| true) & !wake::EVENT
-                }
+                Some(ForkState::Pending) | None => self.pending |= self.wait(|_| true) & !wake::EVENT,
             }
             if self.pending & wake::STOP != 0 {
                 return Ok(Answer::Halt);
@@ -120,10 +114,7 @@ impl<'m, M: Machine> Monitor<'m, M> {
             Some(line) => self.reply(line),
             None => Err(Failure::TooLong),
         };
-        let mut text = OutboxText {
-            outbox: self.machine.outbox(),
-            len: 0,
-        };
+        let mut text = OutboxText { outbox: self.machine.outbox(), len: 0 };
         let flow = say(&mut text, &reply);
         text.send(tag);
         self.machine.ring(Doorbell::Answer);
@@ -160,8 +151,7 @@ impl<'m, M: Machine> Monitor<'m, M> {
     }
 
     fn print(&self, text: &str) {
-        text.bytes()
-            .for_each(|byte| self.machine.serial_write(byte));
+        text.bytes().for_each(|byte| self.machine.serial_write(byte));
     }
 }
 
@@ -194,15 +184,9 @@ impl OutboxText<'_> {
 impl Write for OutboxText<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let room = &self.outbox.text[self.len..];
-        room.iter()
-            .zip(text.bytes())
-            .for_each(|(to, byte)| to.store(byte, Relaxed));
+        room.iter().zip(text.bytes()).for_each(|(to, byte)| to.store(byte, Relaxed));
         self.len += text.len().min(room.len());
-        if text.len() > room.len() {
-            Err(fmt::Error)
-        } else {
-            Ok(())
-        }
+        if text.len() > room.len() { Err(fmt::Error) } else { Ok(()) }
     }
 }
 

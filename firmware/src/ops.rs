@@ -27,18 +27,11 @@ impl<'m, M: Machine> Monitor<'m, M> {
         }
     }
 
-    fn write(
-        &mut self,
-        pages: Pages,
-        seed: u64,
-        extent: Extent,
-    ) -> Result<Answer<'m>, Failure<'m>> {
+    fn write(&mut self, pages: Pages, seed: u64, extent: Extent) -> Result<Answer<'m>, Failure<'m>> {
         for number in self.within(pages, FIRST_FREE_PAGE)? {
             self.notice();
             let page = &self.machine.page(number)[..extent.words()];
-            page.iter()
-                .zip(Words::new(seed, number))
-                .for_each(|(word, value)| word.store(value, Relaxed));
+            page.iter().zip(Words::new(seed, number)).for_each(|(word, value)| word.store(value, Relaxed));
         }
         let done = match extent {
             Extent::Whole => "filled",
@@ -47,24 +40,14 @@ impl<'m, M: Machine> Monitor<'m, M> {
         Ok(Answer::Pages(done, pages.count))
     }
 
-    fn verify(
-        &mut self,
-        pages: Pages,
-        seed: u64,
-        extent: Extent,
-    ) -> Result<Answer<'m>, Failure<'m>> {
+    fn verify(&mut self, pages: Pages, seed: u64, extent: Extent) -> Result<Answer<'m>, Failure<'m>> {
         for number in self.within(pages, 0)? {
             self.notice();
             let page = &self.machine.page(number)[..extent.words()];
             for (index, (word, want)) in page.iter().zip(Words::new(seed, number)).enumerate() {
                 let got = word.load(Relaxed);
                 if got != want {
-                    return Err(Failure::Mismatch {
-                        page: number,
-                        word: index,
-                        want,
-                        got,
-                    });
+                    return Err(Failure::Mismatch { page: number, word: index, want, got });
                 }
             }
         }
@@ -74,10 +57,7 @@ impl<'m, M: Machine> Monitor<'m, M> {
     fn zero(&mut self, pages: Pages) -> Result<Answer<'m>, Failure<'m>> {
         for number in self.within(pages, FIRST_FREE_PAGE)? {
             self.notice();
-            self.machine
-                .page(number)
-                .iter()
-                .for_each(|word| word.store(0, Relaxed));
+            self.machine.page(number).iter().for_each(|word| word.store(0, Relaxed));
         }
         Ok(Answer::Pages("zeroed", pages.count))
     }

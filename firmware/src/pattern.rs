@@ -21,9 +21,7 @@ impl Words {
     /// The words of linear page `page`, from word 0. The stream does not end; a page takes [`PAGE_WORDS`] of it.
     #[inline]
     pub const fn new(seed: u64, page: u64) -> Self {
-        Self {
-            state: mix(mix(seed).wrapping_add(page)),
-        }
+        Self { state: mix(mix(seed).wrapping_add(page)) }
     }
 }
 
@@ -39,9 +37,7 @@ impl Iterator for Words {
 
 /// The value of the 8-byte word `index` of linear page `page` under `seed`.
 pub const fn word(seed: u64, page: u64, index: u64) -> u64 {
-    mix(Words::new(seed, page)
-        .state
-        .wrapping_add(GAMMA.wrapping_mul(index.wrapping_add(1))))
+    mix(Words::new(seed, page).state.wrapping_add(GAMMA.wrapping_mul(index.wrapping_add(1))))
 }
 
 /// The finalizer of splitmix64, a bijection.

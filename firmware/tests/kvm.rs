@@ -10,17 +10,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use firmware::abi::{
-    self, COM1, DOORBELL, Doorbell, ForkState, HOLE_START, IMAGE_BASE, PAGE_SIZE, WAIT, at,
-    page_to_gpa, wake,
+    self, COM1, DOORBELL, Doorbell, ForkState, HOLE_START, IMAGE_BASE, PAGE_SIZE, WAIT, at, page_to_gpa, wake,
 };
 use firmware::pattern::{PAGE_WORDS, word};
-use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 /// The registers under test are those the VMM uses.
@@ -37,9 +34,7 @@ macro_rules! say {
 
 /// /dev/kvm, or nothing and a word about it.
 fn kvm() -> Option<Kvm> {
-    Kvm::new()
-        .inspect_err(|error| say!("SKIPPED: a firmware test needs /dev/kvm: {error}"))
-        .ok()
+    Kvm::new().inspect_err(|error| say!("SKIPPED: a firmware test needs /dev/kvm: {error}")).ok()
 }
 
 /// Why the VMM has control again.
@@ -85,35 +80,18 @@ impl Vm {
             unsafe { vm.set_user_memory_region(slot) }.unwrap();
         }
         let vcpu = vm.create_vcpu(0).unwrap();
-        vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap())
-            .unwrap();
+        vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap()).unwrap();
         let (wake, typed, screen) = (0, VecDeque::new(), String::new());
-        Self {
-            vcpu,
-            _vm: vm,
-            memory,
-            wake,
-            typed,
-            screen,
-            tag: 0,
-        }
+        Self { vcpu, _vm: vm, memory, wake, typed, screen, tag: 0 }
     }
 
     /// A VM with so much RAM and the image in it, registers still those of a reset.
     fn loaded(kvm: &Kvm, ram: u64) -> Self {
         let low = (GuestAddress(0), ram.min(HOLE_START) as usize);
-        let high = (
-            GuestAddress(abi::HOLE_END),
-            ram.saturating_sub(HOLE_START) as usize,
-        );
-        let ranges: Vec<_> = [low, high]
-            .into_iter()
-            .filter(|(_, len)| *len > 0)
-            .collect();
+        let high = (GuestAddress(abi::HOLE_END), ram.saturating_sub(HOLE_START) as usize);
+        let ranges: Vec<_> = [low, high].into_iter().filter(|(_, len)| *len > 0).collect();
         let vm = Self::new(kvm, GuestMemoryMmap::from_ranges(&ranges).unwrap());
-        vm.memory
-            .write_slice(firmware::IMAGE, GuestAddress(IMAGE_BASE))
-            .unwrap();
+        vm.memory.write_slice(firmware::IMAGE, GuestAddress(IMAGE_BASE)).unwrap();
         vm
     }
 
@@ -145,9 +123,7 @@ impl Vm {
     }
 
     fn text(&self, len_at: u64, at: u64, text: &str) {
-        self.memory
-            .write_slice(text.as_bytes(), GuestAddress(at))
-            .unwrap();
+        self.memory.write_slice(text.as_bytes(), GuestAddress(at)).unwrap();
         self.set(len_at, text.len() as u32);
     }
 
@@ -201,9 +177,7 @@ impl Vm {
         assert_eq!(self.u64_at(at::OUTBOX_TAG), self.tag);
         let len: u32 = self.memory.read_obj(GuestAddress(at::OUTBOX_LEN)).unwrap();
         let mut text = vec![0; len as usize];
-        self.memory
-            .read_slice(&mut text, GuestAddress(at::OUTBOX_TEXT))
-            .unwrap();
+        self.memory.read_slice(&mut text, GuestAddress(at::OUTBOX_TEXT)).unwrap();
         String::from_utf8(text).unwrap()
     }
 
@@ -245,13 +219,7 @@ impl Vm {
         )
         .unwrap();
         // SAFETY: our own mapping. A page that is there already is not brought in for writing by chance.
-        unsafe {
-            libc::madvise(
-                window.as_ptr().cast(),
-                window.size(),
-                libc::MADV_POPULATE_READ,
-            )
-        };
+        unsafe { libc::madvise(window.as_ptr().cast(), window.size(), libc::MADV_POPULATE_READ) };
         let region = GuestRegionMmap::new(window, GuestAddress(0)).unwrap();
         let mut child = Self::new(kvm, GuestMemoryMmap::from_regions(vec![region]).unwrap());
         child.vcpu.set_sregs(&state.sregs).unwrap();
@@ -269,27 +237,18 @@ impl Vm {
         let region = self.memory.iter().next().unwrap();
         let pages = region.len() / PAGE_SIZE;
         let mut entries = vec![0; pages as usize * 8];
-        let pagemap = OpenOptions::new()
-            .read(true)
-            .open("/proc/self/pagemap")
-            .unwrap();
-        pagemap
-            .read_exact_at(&mut entries, region.as_ptr() as u64 / PAGE_SIZE * 8)
-            .unwrap();
+        let pagemap = OpenOptions::new().read(true).open("/proc/self/pagemap").unwrap();
+        pagemap.read_exact_at(&mut entries, region.as_ptr() as u64 / PAGE_SIZE * 8).unwrap();
         (0..pages)
             .zip(entries.chunks_exact(8))
-            .filter(|(_, entry)| {
-                u64::from_le_bytes((*entry).try_into().unwrap()) & (PRESENT | FILE) == PRESENT
-            })
+            .filter(|(_, entry)| u64::from_le_bytes((*entry).try_into().unwrap()) & (PRESENT | FILE) == PRESENT)
             .map(|(page, _)| page)
             .collect()
     }
 
     fn assert_image_unwritten(&self) {
         let mut image = vec![0; firmware::IMAGE.len()];
-        self.memory
-            .read_slice(&mut image, GuestAddress(IMAGE_BASE))
-            .unwrap();
+        self.memory.read_slice(&mut image, GuestAddress(IMAGE_BASE)).unwrap();
         assert!(image == firmware::IMAGE, "the guest wrote to its image");
     }
 }
@@ -311,10 +270,7 @@ fn commands() {
         ("inflate 64 1", "err unsupported"),
         ("deflate 64 1", "err unsupported"),
         ("spin 1000000", "ok"),
-        (
-            "fill 16383 2 5",
-            "err page=16383 count=2 is outside 64..16384",
-        ),
+        ("fill 16383 2 5", "err page=16383 count=2 is outside 64..16384"),
         ("what", "err unknown command what"),
         ("sum 0", "err usage: sum PAGE COUNT"),
     ] {
@@ -327,22 +283,12 @@ fn commands() {
     assert_eq!(vm.send("fill 64 6 1"), "ok filled=6");
     assert_eq!(vm.send("zero 70 1"), "ok zeroed=1");
     let want = word(1, 70, 0);
-    assert_eq!(
-        vm.send("verify 64 10 1"),
-        format!("err mismatch page=70 word=0 want={want} got=0")
-    );
+    assert_eq!(vm.send("verify 64 10 1"), format!("err mismatch page=70 word=0 want={want} got=0"));
 
     let begin = Instant::now();
     let gap = vm.send("gap 20");
-    assert!(
-        begin.elapsed() >= Duration::from_millis(20),
-        "{gap} after {:?}",
-        begin.elapsed()
-    );
-    assert!(
-        gap["ok max_gap_us=".len()..].parse::<u64>().unwrap() < 1_000_000,
-        "{gap}"
-    );
+    assert!(begin.elapsed() >= Duration::from_millis(20), "{gap} after {:?}", begin.elapsed());
+    assert!(gap["ok max_gap_us=".len()..].parse::<u64>().unwrap() < 1_000_000, "{gap}");
 
     vm.assert_image_unwritten();
     assert_eq!(vm.send("halt"), "ok");
@@ -369,11 +315,7 @@ fn ram_goes_on_above_the_hole() {
         assert_eq!(vm.send(&format!("verify {first} 16 42")), "ok verified=16");
         for page in first..first + 16 {
             for index in [0, 1, 511] {
-                assert_eq!(
-                    vm.u64_at(page_to_gpa(page) + index * 8),
-                    word(42, page, index),
-                    "page {page} word {index}"
-                );
+                assert_eq!(vm.u64_at(page_to_gpa(page) + index * 8), word(42, page, index), "page {page} word {index}");
             }
         }
     }
@@ -385,34 +327,17 @@ fn an_idle_fork_writes_nothing() {
     let Some(kvm) = kvm() else { return };
     let mut parent = Vm::ready(&kvm, 4 * MIB);
     let mut child = parent.fork(&kvm, 2);
-    assert_eq!(
-        child.private_pages(),
-        [abi::EVENT_PAGE / PAGE_SIZE],
-        "what the VMM wrote"
-    );
+    assert_eq!(child.private_pages(), [abi::EVENT_PAGE / PAGE_SIZE], "what the VMM wrote");
     assert_eq!(child.run(), Exit::Rang(Doorbell::Alive));
     for _ in 0..100 {
         assert_eq!(child.run(), Exit::Waits);
         child.wake = wake::EVENT;
     }
-    assert_eq!(
-        child.private_pages(),
-        [abi::EVENT_PAGE / PAGE_SIZE],
-        "nothing was written by waiting"
-    );
+    assert_eq!(child.private_pages(), [abi::EVENT_PAGE / PAGE_SIZE], "nothing was written by waiting");
     assert_eq!(child.send("id"), "ok name=base generation=1");
     let page = |gpa| gpa / PAGE_SIZE;
-    let touched = [
-        page(abi::EVENT_PAGE),
-        page(abi::INBOX),
-        page(abi::OUTBOX),
-        page(abi::STACK_TOP) - 1,
-    ];
-    assert_eq!(
-        child.private_pages(),
-        touched,
-        "a command writes its answer and one page of stack"
-    );
+    let touched = [page(abi::EVENT_PAGE), page(abi::INBOX), page(abi::OUTBOX), page(abi::STACK_TOP) - 1];
+    assert_eq!(child.private_pages(), touched, "a command writes its answer and one page of stack");
     assert_eq!(parent.send("id"), "ok name=base generation=1");
 }
 
@@ -423,13 +348,7 @@ fn fork_from_inside() {
     assert_eq!(parent.send("fill 64 100 1"), "ok filled=100");
     parent.line("fork 2");
     assert_eq!(parent.notice(), Doorbell::Fork);
-    assert_eq!(
-        parent
-            .memory
-            .read_obj::<u32>(GuestAddress(at::FORK_COUNT))
-            .unwrap(),
-        2
-    );
+    assert_eq!(parent.memory.read_obj::<u32>(GuestAddress(at::FORK_COUNT)).unwrap(), 2);
     assert_eq!(parent.run(), Exit::Waits);
     let mut children = [parent.fork(&kvm, 11), parent.fork(&kvm, 12)];
 
@@ -440,16 +359,9 @@ fn fork_from_inside() {
     for (index, child) in (1u32..).zip(&mut children) {
         child.set(at::FORK_INDEX, index);
         child.set(at::FORK_STATE, ForkState::Child as u32);
-        assert_eq!(
-            child.run(),
-            Exit::Rang(Doorbell::Alive),
-            "the first thing a child does"
-        );
+        assert_eq!(child.run(), Exit::Rang(Doorbell::Alive), "the first thing a child does");
         assert_eq!(child.answer(), format!("ok child index={index}"));
-        assert_eq!(
-            child.send(&format!("fill 64 50 {}", index + 1)),
-            "ok filled=50"
-        );
+        assert_eq!(child.send(&format!("fill 64 50 {}", index + 1)), "ok filled=50");
     }
     for (seed, vm) in (1..).zip([&mut parent].into_iter().chain(&mut children)) {
         assert_eq!(vm.send(&format!("verify 64 50 {seed}")), "ok verified=50");
@@ -489,10 +401,7 @@ fn the_console_is_the_serial_port() {
     vm.typed.extend(b"ix\x7fd\r\nhalt\n");
     vm.wake = wake::SERIAL;
     assert_eq!(vm.notice(), Doorbell::Halt);
-    assert_eq!(
-        vm.screen,
-        "> ix\x08 \x08d\r\nok name=base generation=1\r\n> halt\r\nok\r\n"
-    );
+    assert_eq!(vm.screen, "> ix\x08 \x08d\r\nok name=base generation=1\r\n> halt\r\nok\r\n");
 }
 
 /// As a PVH loader that knows nothing of our ports: 32-bit protected mode, a `start_info`, a serial port.
@@ -511,44 +420,15 @@ fn other_loaders_can_boot_the_elf_file() {
         vm.set(entry + 16, 1u32);
     }
     vm.set(at::EVENT, 0xdeadu64);
-    let note = firmware::ELF
-        .windows(4)
-        .position(|bytes| bytes == b"Xen\0")
-        .unwrap()
-        + 4;
+    let note = firmware::ELF.windows(4).position(|bytes| bytes == b"Xen\0").unwrap() + 4;
     let entry = u32::from_le_bytes(firmware::ELF[note..note + 4].try_into().unwrap());
 
-    let code = kvm_segment {
-        limit: !0,
-        selector: 8,
-        type_: 11,
-        present: 1,
-        db: 1,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment {
-        selector: 16,
-        type_: 3,
-        ..code
-    };
+    let code = kvm_segment { limit: !0, selector: 8, type_: 11, present: 1, db: 1, s: 1, g: 1, ..Default::default() };
+    let data = kvm_segment { selector: 16, type_: 3, ..code };
     let sregs = vm.vcpu.get_sregs().unwrap();
-    let sregs = kvm_sregs {
-        cs: code,
-        ds: data,
-        es: data,
-        ss: data,
-        cr0: 0x11,
-        ..sregs
-    };
+    let sregs = kvm_sregs { cs: code, ds: data, es: data, ss: data, cr0: 0x11, ..sregs };
     vm.vcpu.set_sregs(&sregs).unwrap();
-    let regs = kvm_regs {
-        rip: entry.into(),
-        rbx: info,
-        rflags: 2,
-        ..Default::default()
-    };
+    let regs = kvm_regs { rip: entry.into(), rbx: info, rflags: 2, ..Default::default() };
     vm.vcpu.set_regs(&regs).unwrap();
 
     vm.typed.extend(b"mem\rfill 64 10 1\rhalt\r");
@@ -559,10 +439,7 @@ fn other_loaders_can_boot_the_elf_file() {
         }
     };
     assert_eq!(doorbell, Doorbell::Halt);
-    assert!(
-        vm.screen
-            .starts_with("> mem\r\nok first=64 pages=16384\r\n> fill 64 10 1\r\nok filled=10\r\n")
-    );
+    assert!(vm.screen.starts_with("> mem\r\nok first=64 pages=16384\r\n> fill 64 10 1\r\nok filled=10\r\n"));
 }
 
 /// Figures, not limits: what the machine gives depends on the machine.
@@ -591,10 +468,7 @@ fn speed() {
     ] {
         let begin = Instant::now();
         assert!(vm.send(&line).starts_with("ok "));
-        say!(
-            "{what}: {:.2} µs/page",
-            begin.elapsed().as_secs_f64() * 1e6 / f64::from(pages)
-        );
+        say!("{what}: {:.2} µs/page", begin.elapsed().as_secs_f64() * 1e6 / f64::from(pages));
     }
     let begin = Instant::now();
     for _ in 0..100 {

@@ -41,9 +41,7 @@ struct Fake {
 }
 
 fn set(text: &[AtomicU8], len: &AtomicU32, value: &str) {
-    text.iter()
-        .zip(value.bytes())
-        .for_each(|(to, byte)| to.store(byte, Relaxed));
+    text.iter().zip(value.bytes()).for_each(|(to, byte)| to.store(byte, Relaxed));
     len.store(value.len() as u32, Relaxed);
 }
 
@@ -60,9 +58,7 @@ impl Fake {
             event_page,
             inbox,
             outbox,
-            ram: (0..PAGES)
-                .map(|_| [const { std::sync::atomic::AtomicU64::new(0) }; 512])
-                .collect(),
+            ram: (0..PAGES).map(|_| [const { std::sync::atomic::AtomicU64::new(0) }; 512]).collect(),
             steps: RefCell::new(steps.into_iter().collect()),
             typed: RefCell::default(),
             screen: RefCell::default(),
@@ -111,11 +107,7 @@ impl Machine for Fake {
                 0
             }
             Some(Forked(state, index, text)) => {
-                set(
-                    &self.event_page.fork_text,
-                    &self.event_page.fork_text_len,
-                    text,
-                );
+                set(&self.event_page.fork_text, &self.event_page.fork_text_len, text);
                 self.event_page.fork_index.store(index, Relaxed);
                 self.event_page.fork_state.store(state as u32, Relaxed);
                 wake::EVENT
@@ -126,14 +118,8 @@ impl Machine for Fake {
         self.rung.borrow_mut().push(doorbell);
         if doorbell == Doorbell::Answer {
             let len = self.outbox.len.load(Relaxed) as usize;
-            let text = self.outbox.text[..len]
-                .iter()
-                .map(|byte| byte.load(Relaxed))
-                .collect();
-            let answer = (
-                self.outbox.tag.load(Relaxed),
-                String::from_utf8(text).unwrap(),
-            );
+            let text = self.outbox.text[..len].iter().map(|byte| byte.load(Relaxed)).collect();
+            let answer = (self.outbox.tag.load(Relaxed), String::from_utf8(text).unwrap());
             self.answers.borrow_mut().push(answer);
         }
     }
@@ -152,12 +138,7 @@ impl Machine for Fake {
 /// Gives each line to one monitor, and checks its answer.
 #[track_caller]
 fn talk(lines: &[(&'static str, &str)]) {
-    let fake = Fake::new(
-        lines
-            .iter()
-            .enumerate()
-            .map(|(tag, (line, _))| Line(tag as u64, line)),
-    );
+    let fake = Fake::new(lines.iter().enumerate().map(|(tag, (line, _))| Line(tag as u64, line)));
     let answers = fake.run();
     assert_eq!(answers.len(), lines.len());
     for ((line, want), (index, (tag, answer))) in lines.iter().zip(answers.iter().enumerate()) {
@@ -191,30 +172,18 @@ fn answers_are_as_documented() {
 #[test]
 fn help_names_every_command() {
     let answers = Fake::new([Line(1, "help")]).run();
-    assert!(
-        answers[0]
-            .1
-            .starts_with("ok help, id, mem, fill PAGE COUNT SEED, "),
-        "{answers:?}"
-    );
+    assert!(answers[0].1.starts_with("ok help, id, mem, fill PAGE COUNT SEED, "), "{answers:?}");
     assert!(answers[0].1.ends_with(", spin N, halt"), "{answers:?}");
 }
 
 #[test]
 fn sums_and_mismatches_follow_the_pattern() {
-    let fake = Fake::new([
-        Line(1, "fill 70 1 5"),
-        Line(2, "sum 70 1"),
-        Line(3, "verify 70 1 6"),
-    ]);
+    let fake = Fake::new([Line(1, "fill 70 1 5"), Line(2, "sum 70 1"), Line(3, "verify 70 1 6")]);
     let answers = fake.run();
     let sum = (0..512).fold(0u64, |sum, index| sum.wrapping_add(word(5, 70, index)));
     assert_eq!(answers[1].1, format!("ok sum={sum}"));
     let (want, got) = (word(6, 70, 0), word(5, 70, 0));
-    assert_eq!(
-        answers[2].1,
-        format!("err mismatch page=70 word=0 want={want} got={got}")
-    );
+    assert_eq!(answers[2].1, format!("err mismatch page=70 word=0 want={want} got={got}"));
 }
 
 #[test]
@@ -229,10 +198,7 @@ fn what_is_outside_is_not_written() {
     let answers = fake.run();
     assert_eq!(answers[0].1, "err page=63 count=2 is outside 64..72");
     assert_eq!(answers[1].1, "err page=71 count=2 is outside 64..72");
-    assert_eq!(
-        answers[2].1,
-        "err page=18446744073709551615 count=2 is outside 64..72"
-    );
+    assert_eq!(answers[2].1, "err page=18446744073709551615 count=2 is outside 64..72");
     assert_eq!(answers[3].1, "err page=0 count=73 is outside 0..72");
     assert_eq!(answers[4].1, "ok sum=0");
 }
@@ -248,10 +214,7 @@ fn a_new_event_word_is_noticed_at_once_and_once() {
 #[test]
 fn fork_is_seen_from_three_sides() {
     for (result, answer) in [
-        (
-            Forked(ForkState::Parent, 0, "a b-1 c"),
-            "ok parent child=a child=b-1 child=c",
-        ),
+        (Forked(ForkState::Parent, 0, "a b-1 c"), "ok parent child=a child=b-1 child=c"),
         (Forked(ForkState::Child, 2, ""), "ok child index=2"),
         (Forked(ForkState::Failed, 0, "no\nroom"), "err no?room"),
     ] {
@@ -265,11 +228,7 @@ fn fork_is_seen_from_three_sides() {
 
 #[test]
 fn a_line_that_comes_during_a_fork_waits() {
-    let fake = Fake::new([
-        Type("fork\r"),
-        Line(5, "mem"),
-        Forked(ForkState::Parent, 0, "a"),
-    ]);
+    let fake = Fake::new([Type("fork\r"), Line(5, "mem"), Forked(ForkState::Parent, 0, "a")]);
     assert_eq!(fake.run(), [(5, "ok first=64 pages=72".to_string())]);
     assert!(fake.screen.borrow().contains("ok parent child=a\r\n> "));
 }
@@ -284,19 +243,12 @@ fn a_stop_ends_a_fork_that_never_ends() {
 fn the_serial_port_is_a_console() {
     let fake = Fake::new([Type("ix\x7fd\r\n"), Type("\r"), Type("halt\n never read")]);
     assert_eq!(fake.run(), []);
-    assert_eq!(
-        *fake.screen.borrow(),
-        "> ix\x08 \x08d\r\nok name=base generation=3\r\n> \r\n> halt\r\nok\r\n"
-    );
+    assert_eq!(*fake.screen.borrow(), "> ix\x08 \x08d\r\nok name=base generation=3\r\n> \r\n> halt\r\nok\r\n");
 }
 
 #[test]
 fn absurd_lengths_hurt_nobody() {
-    let fake = Fake::new([
-        Line(1, "id"),
-        Line(2, "fork"),
-        Forked(ForkState::Failed, 0, ""),
-    ]);
+    let fake = Fake::new([Line(1, "id"), Line(2, "fork"), Forked(ForkState::Failed, 0, "")]);
     fake.event_page.name_len.store(u32::MAX, Relaxed);
     let answers = fake.run();
     assert!(answers[0].1.starts_with("ok name=base????"));

@@ -6,7 +6,7 @@
 
 use crate::addr::{GfnRange, PageCount};
 use crate::family::VmId;
-use crate::manager::{self, Manager};
+use crate::manager::{self, MAX_RUNS, Manager};
 use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
 use crate::sys::Userfaultfd;
@@ -18,9 +18,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
-
-/// Mappings a window may have: a quarter of the kernel's default limit for a process.
-const MAX_RUNS: u32 = 65530 / 4;
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +111,7 @@ impl Local {
         let file = self.manager.store(store).expect("just made").read_only();
         let file = file.try_clone_to_owned().map_err(WindowError::NoScratch)?;
         let window = self.manager.window_mut(vm).expect("a VM has a window");
-        Ok(window.freeze(Dirty::Every, store, file.as_fd(), MAX_RUNS)?.harvest)
+        Ok(window.freeze(Dirty::Every, store, file.as_fd(), MAX_RUNS as u32)?.harvest)
     }
 
     /// Maps a new VM's window.

@@ -17,6 +17,9 @@ const SETTLE_BATCH: PageCount = PageCount(64);
 /// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a mapping.
 const ZERO_RUN: u64 = 16;
 
+/// Mappings a window may have: a quarter of `vm.max_map_count`, as the kernel has it by default.
+pub const MAX_RUNS: usize = 65530 / 4;
+
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -86,7 +89,13 @@ pub struct Manager<S: StoreFactory, W> {
     files: HashMap<StoreId, Rc<S::File>>,
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
+    /// Guests that wait for the end of a freeze of theirs, and the pages they wait for.
+    waiting: Vec<(VmId, Gfn)>,
     staging: Vec<u8>,
+    /// A stretch of zero pages takes no storage from this length on.
+    zero_run: u64,
+    /// Mappings a window may have.
+    max_runs: usize,
 }
 
 impl<S: StoreFactory, W: Window> Manager<S, W> {
@@ -100,8 +109,22 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             files: HashMap::new(),
             windows: HashMap::new(),
             copied: HashMap::new(),
+            waiting: Vec::new(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
+            zero_run: ZERO_RUN,
+            max_runs: MAX_RUNS,
         }
+    }
+
+    /// The same, where windows may have `max_runs` mappings; a quarter of the kernel's default otherwise.
+    pub fn with_max_runs(self, max_runs: usize) -> Self {
+        Self { max_runs, ..self }
+    }
+
+    /// For windows without traps: zeros are stored like all pages, since a hole would be filled by whoever reads it.
+    #[must_use]
+    pub fn without_holes(self) -> Self {
+        Self { zero_run: u64::MAX, ..self }
     }
 
     /// The books.
@@ -166,6 +189,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.abort_freeze(vm, &mut effects);
         self.carry_out(effects);
+        self.wake_waiting(vm);
     }
 
     /// Second half of a freeze: the window has moved pages out.
@@ -173,11 +197,21 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.finish_freeze(vm, harvest, &mut effects);
         self.carry_out(effects);
+        self.wake_waiting(vm);
+    }
+
+    /// Who waited for the end of a freeze touches its page again.
+    fn wake_waiting(&mut self, vm: VmId) {
+        for (_, gfn) in self.waiting.extract_if(.., |(waiter, _)| *waiter == vm) {
+            if let Some(window) = self.windows.get_mut(&vm) {
+                window.wake(GfnRange::new(gfn, PageCount(1)));
+            }
+        }
     }
 
     /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
     pub fn fork(&mut self, parent: VmId, window: W) -> VmId {
-        let child = self.family.fork(parent);
+        let child = self.family.fork(parent, self.max_runs);
         self.windows.insert(child, window);
         child
     }
@@ -186,6 +220,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn exit(&mut self, vm: VmId) {
         let mut effects = Effects::default();
         self.family.exit(vm, &mut effects);
+        self.waiting.retain(|(waiter, _)| *waiter != vm);
         self.carry_out(effects);
     }
 
@@ -194,25 +229,42 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// # Errors
     /// The page could not be filled in. The guest waits on.
     pub fn trap(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        let answer = match self.settle_at(vm, gfn)? {
+            Trap::File { store, pages, wake } => {
+                self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
+                Trap::Wake(wake)
+            }
+            Trap::Wait => {
+                self.waiting.push((vm, gfn));
+                return Ok(());
+            }
+            answer => answer,
+        };
+        self.window_do(vm, |window| match answer {
+            Trap::Zero(pages) => {
+                window.zero(pages);
+                window.wake(pages);
+            }
+            Trap::Lost => window.fail(&lost(gfn)),
+            Trap::Outside => window.fail("a trap outside of its memory"),
+            Trap::Wake(wake) | Trap::File { wake, .. } => window.wake(wake),
+            Trap::Settle(_) | Trap::Wait => unreachable!("dealt with above"),
+        });
+        Ok(())
+    }
+
+    /// Settles what `vm` sees around `gfn`, if it has not settled: somebody is about to need it. What is left to do for
+    /// who waits there.
+    ///
+    /// # Errors
+    /// A page could not be filled in.
+    pub fn settle_at(&mut self, vm: VmId, gfn: Gfn) -> Result<Trap, Error> {
         loop {
             match self.family.trap(vm, gfn) {
                 Trap::Settle(job) => self.run_job(&job)?,
-                Trap::Wake(pages) => break self.window_do(vm, |window| window.wake(pages)),
-                Trap::Zero(pages) => {
-                    break self.window_do(vm, |window| {
-                        window.zero(pages);
-                        window.wake(pages);
-                    });
-                }
-                Trap::File { store, pages, wake } => {
-                    self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
-                    break self.window_do(vm, |window| window.wake(wake));
-                }
-                Trap::Lost => break self.window_do(vm, |window| window.fail(&lost(gfn))),
-                Trap::Outside => break self.window_do(vm, |window| window.fail("a trap outside of its memory")),
+                answer => return Ok(answer),
             }
         }
-        Ok(())
     }
 
     /// Settles one batch of pages. Whether more are left.
@@ -307,7 +359,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     fn place(&mut self, job: &Job) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
         let store = self.stores.get_mut(&job.store).expect("a pending page is bound for a store");
         let buf = &self.staging[..job.pages.len_bytes()];
-        let mut placed = split_zeros(job.pages, buf);
+        let mut placed = split_zeros(job.pages, buf, self.zero_run);
         for at in 0..placed.len() {
             let (pages, outcome) = placed[at];
             if outcome == Placed::Stored {
@@ -365,7 +417,7 @@ fn lost(gfn: Gfn) -> String {
 }
 
 /// Cuts a batch into what is to be stored and long stretches of zeros.
-fn split_zeros(pages: GfnRange, bytes: &[u8]) -> Vec<(GfnRange, Placed)> {
+fn split_zeros(pages: GfnRange, bytes: &[u8], zero_run: u64) -> Vec<(GfnRange, Placed)> {
     let zero: Vec<bool> = bytes.chunks_exact(PAGE_SIZE).map(is_zero).collect();
     let mut placed: Vec<(GfnRange, Placed)> = Vec::new();
     let mut at = pages.start();
@@ -373,7 +425,7 @@ fn split_zeros(pages: GfnRange, bytes: &[u8]) -> Vec<(GfnRange, Placed)> {
         let count = stretch.len() as u64;
         let range = GfnRange::new(at, PageCount(count));
         at = range.end();
-        let outcome = if stretch[0] && count >= ZERO_RUN { Placed::Zero } else { Placed::Stored };
+        let outcome = if stretch[0] && count >= zero_run { Placed::Zero } else { Placed::Stored };
         match placed.last_mut() {
             Some((last, Placed::Stored)) if outcome == Placed::Stored => {
                 *last = GfnRange::between(last.start(), range.end());

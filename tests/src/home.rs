@@ -22,6 +22,8 @@ pub enum User {
     Same,
     /// As somebody without any right but to use `/dev/kvm` and `/dev/userfaultfd`. Takes root to become.
     Ordinary(u32),
+    /// As the test, on a host without devices. Takes root to hide them.
+    WithoutDevices,
 }
 
 /// What a test needs.
@@ -107,7 +109,9 @@ impl TestHome {
 
     /// The server's process, if it runs.
     pub fn server(&self) -> Option<i32> {
-        Home::at(self.path()).and_then(|home| home.server_pid().map_err(std::io::Error::other)).expect("ask for the server")
+        Home::at(self.path())
+            .and_then(|home| home.server_pid().map_err(std::io::Error::other))
+            .expect("ask for the server")
     }
 
     /// The server's children: VM processes, pool and keepers.
@@ -151,21 +155,34 @@ impl TestHome {
     /// `offshoot` with these arguments, for two minutes at most, as the setup's user.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut words: Vec<OsString> = ["timeout", "--kill-after=5", "120"].map(Into::into).into();
-        if let User::Ordinary(id) = self.setup.user {
-            let script = ORDINARY.replace("UID", &id.to_string());
-            words.extend(["unshare", "--mount", "sh", "-ec"].map(OsString::from));
-            words.extend([script.into(), self.directory.join("dev").into(), self.directory.join("offshoot").into()]);
-        } else {
-            words.push(binary().into());
+        match self.setup.user {
+            User::Same => words.push(binary().into()),
+            User::Ordinary(id) => {
+                let script = ORDINARY.replace("UID", &id.to_string());
+                words.extend(["unshare", "--mount", "sh", "-ec"].map(OsString::from));
+                words.extend([
+                    script.into(),
+                    self.directory.join("dev").into(),
+                    self.directory.join("offshoot").into(),
+                ]);
+            }
+            User::WithoutDevices => {
+                words.extend(["unshare", "--mount", "sh", "-ec"].map(OsString::from));
+                words.extend(["mount -t tmpfs none /dev; exec \"$@\"".into(), "sh".into(), binary().into()]);
+            }
         }
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).arg("--home").arg(self.path()).args(arguments);
-        command.env("OFFSHOOT_DISABLE", self.setup.disable).env_remove("OFFSHOOT_HOME").env_remove("XDG_RUNTIME_DIR");
+        command.env("OFFSHOOT_DISABLE", self.setup.disable);
+        for variable in ["OFFSHOOT_HOME", "OFFSHOOT_BIN", "XDG_RUNTIME_DIR"] {
+            command.env_remove(variable);
+        }
         command
     }
 
     fn make_usable_for(&self, id: u32, binary: &Path) {
-        let own = |path: &Path| chown(path, Some(Uid::from_raw(id)), Some(Gid::from_raw(id))).expect("give a file away");
+        let own =
+            |path: &Path| chown(path, Some(Uid::from_raw(id)), Some(Gid::from_raw(id))).expect("give a file away");
         // The binary may be where only root can go.
         fs::copy(binary, self.directory.join("offshoot")).expect("copy the binary");
         fs::create_dir(self.directory.join("dev")).expect("make a directory");
@@ -174,7 +191,7 @@ impl TestHome {
 
     fn shut_down(&self) -> Vec<String> {
         let mut wrong = Vec::new();
-        let Some(server) = self.server() else { return wrong };
+        let Some(server) = self.server() else { return self.files_left() };
         let children = process::children_of(server);
         let outcome = self.cli(&["shutdown"]);
         if outcome.code != 0 {
@@ -190,11 +207,15 @@ impl TestHome {
             wrong.push(format!("process {pid} was left behind"));
             process::kill(pid);
         }
-        let files = self.files();
-        if files != ["lock", "server.log"] {
-            wrong.push(format!("files were left behind: {files:?}"));
-        }
+        wrong.extend(self.files_left());
         wrong
+    }
+
+    /// A home that was used keeps its log and its lock, and nothing else.
+    fn files_left(&self) -> Vec<String> {
+        let files = self.files();
+        let left = !files.is_empty() && files != ["lock", "server.log"];
+        left.then(|| format!("files were left behind: {files:?}")).into_iter().collect()
     }
 }
 

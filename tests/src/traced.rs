@@ -43,10 +43,12 @@ impl Image {
     pub fn verify(&self, vm: &Vm) -> Result<(), Error> {
         self.runs().into_iter().try_for_each(|(pages, stamp)| match stamp {
             Stamp::Filled(seed) => vm.try_verify(pages, seed),
-            Stamp::Zero => match vm.send(&format!("sum {} {}", pages.start, pages.end - pages.start), PATIENCE)?.as_str() {
-                "sum=0" => Ok(()),
-                sum => Err(Error::Guest(format!("pages {pages:?} should be zero, and have {sum}"))),
-            },
+            Stamp::Zero => {
+                match vm.send(&format!("sum {} {}", pages.start, pages.end - pages.start), PATIENCE)?.as_str() {
+                    "sum=0" => Ok(()),
+                    sum => Err(Error::Guest(format!("pages {pages:?} should be zero, and have {sum}"))),
+                }
+            }
         })
     }
 

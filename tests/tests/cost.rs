@@ -1,6 +1,6 @@
 //! What forks and clones cost: pages moved, code run, mappings, and time.
 
-use offshoot_tests::{Guest, TestHome, median, wait_until, TEN_SECONDS};
+use offshoot_tests::{Guest, TEN_SECONDS, TestHome, median, wait_until};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 use vmm::api::Child;
@@ -20,6 +20,9 @@ fn an_idle_parent_moves_nothing() {
     vm.fill(1000..9000, 1);
     let (_, first) = fork(&vm, ForkOptions::new().wait_settled(true));
     assert!(first.moved_pages >= 8000 && first.copied_pages >= Some(8000), "{first:?}");
+    // The guest may have had a step to go after its answer.
+    let (_, second) = fork(&vm, ForkOptions::new().wait_settled(true));
+    assert!(second.moved_pages <= 16, "{second:?}");
     let before = home.client().stats().unwrap().total;
     for _ in 0..5 {
         let (_, next) = fork(&vm, ForkOptions::new().wait_settled(true));
@@ -118,7 +121,7 @@ fn a_clones_writes_run_no_user_space_code() {
 /// `first_exit_us` of forks from the pool, medians: of the small VM, and of the large one.
 fn medians_of_first_exits(home: &TestHome, vms: [&Vm; 2]) -> [u64; 2] {
     let mut times = [Vec::new(), Vec::new()];
-    for _ in 0..17 {
+    for _ in 0..25 {
         for (vm, times) in vms.iter().zip(&mut times) {
             wait_until("the pool is full", TEN_SECONDS, || home.client().stats().unwrap().total.pooled >= 4);
             // Whoever filled it may still be busy.
@@ -148,7 +151,7 @@ fn a_fork_does_not_depend_on_the_size_of_memory() {
     for _ in 0..2 {
         let [of_small, of_large] = medians_of_first_exits(&home, [&small, &large]);
         ratio = of_small.max(of_large) as f64 / of_small.min(of_large) as f64;
-        println!("first_exit_us, median of 17: 64 MiB {of_small}, 2 GiB {of_large}: {ratio:.2}");
+        println!("first_exit_us, median of 25: 64 MiB {of_small}, 2 GiB {of_large}: {ratio:.2}");
         if ratio <= 1.5 {
             break;
         }

@@ -40,7 +40,12 @@ fn two_hundred_at_once() {
     let report = home.client().check().unwrap();
     assert!(report.broken.is_empty() && report.vms == 200, "{report:?}");
     let total = home.client().stats().unwrap().total;
-    println!("{} MiB for 200 VMs; {} tables, unshared {}", total.host_bytes >> 20, total.stage2_tables, total.stage2_tables_unshared_equivalent);
+    println!(
+        "{} MiB for 200 VMs; {} tables, unshared {}",
+        total.host_bytes >> 20,
+        total.stage2_tables,
+        total.stage2_tables_unshared_equivalent
+    );
     let removing = Instant::now();
     home.client().remove_all().unwrap();
     println!("removed in {:?}; all in {:?}", removing.elapsed(), start.elapsed());
@@ -86,7 +91,8 @@ fn nothing_is_left_after_rm_all() {
 /// What the server has open, apart from its clients' connections.
 fn open_descriptors(home: &TestHome) -> Vec<String> {
     let all = offshoot_tests::process::descriptors(home.server().expect("a server"));
-    let mut names: Vec<String> = all.into_iter().map(|(_, name)| name).filter(|name| !name.starts_with("socket:")).collect();
+    let mut names: Vec<String> =
+        all.into_iter().map(|(_, name)| name).filter(|name| !name.starts_with("socket:")).collect();
     names.sort();
     names
 }

@@ -103,6 +103,8 @@ fn the_server_is_killed() {
     vm.fill(1000..17000, 1);
     let children = vm.fork(ForkOptions::new().count(2)).unwrap();
     children[0].vm.fork(ForkOptions::new()).unwrap();
+    // Names are put down when a command has been answered, before the next is.
+    assert_eq!(home.client().list().unwrap().len(), 4);
     let server = home.server().expect("a server");
     let processes = children_of(server);
     assert!(processes.len() >= 8, "VM processes and keepers: {processes:?}");
@@ -140,4 +142,6 @@ fn two_servers_side_by_side() {
     here.client().vm("same-1").verify(1000..2000, 1);
     assert_eq!(here.client().list().unwrap().len(), 3);
     assert!(here.client().check().unwrap().broken.is_empty());
+    let outcome = there.cli(&["ls"]);
+    assert!(outcome.code == 0 && outcome.err.contains("same-2"), "{outcome:?}");
 }

@@ -15,7 +15,7 @@ fn family(home: &TestHome) -> Vec<Vm> {
     vm.fill(1000..3000, 1);
     let children = vm.fork(ForkOptions::new().count(2).wait_settled(true)).unwrap();
     children[0].vm.fill(1500..2500, 2);
-    let grandchildren = children[0].vm.fork(ForkOptions::new().count(2)).unwrap();
+    let grandchildren = children[0].vm.fork(ForkOptions::new().count(2).wait_settled(true)).unwrap();
     children.into_iter().chain(grandchildren).map(|child| child.vm).chain([vm]).collect()
 }
 
@@ -37,7 +37,8 @@ fn no_vm_process_can_write_to_a_store() {
         let maps = maps(pid);
         let stores: Vec<&String> = maps.iter().filter(|line| line.contains("/memfd:")).collect();
         assert!(!stores.is_empty(), "{}: maps no store: {maps:?}", vm.name());
-        let shared = stores.iter().find(|line| line.split_whitespace().nth(1).is_some_and(|flags| flags.ends_with('s')));
+        let shared =
+            stores.iter().find(|line| line.split_whitespace().nth(1).is_some_and(|flags| flags.ends_with('s')));
         assert!(shared.is_none(), "{}: {shared:?}", vm.name());
         let open = descriptors(pid);
         assert!(!open.iter().any(|(_, name)| name.contains("memfd:")), "{}: {open:?}", vm.name());

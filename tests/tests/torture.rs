@@ -3,7 +3,7 @@
 //! `OFFSHOOT_TORTURE_SECONDS` says for how long, `OFFSHOOT_TORTURE_SEED` repeats a run.
 
 use offshoot_tests::process::kill;
-use offshoot_tests::{Guest, Image, Random, TEN_SECONDS, TestHome, Traced};
+use offshoot_tests::{Guest, Image, Random, Setup, TEN_SECONDS, TestHome, Traced};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::thread;
@@ -19,7 +19,7 @@ struct World<'a> {
     home: &'a TestHome,
     random: Random,
     vms: Vec<Traced>,
-    launched: u64,
+    named: u64,
     done: BTreeMap<&'static str, u32>,
 }
 
@@ -33,9 +33,15 @@ impl World<'_> {
         self.random.part(&REGION, 400)
     }
 
+    /// A name that is new. Those made by themselves grow with each generation.
+    fn name(&mut self) -> String {
+        self.named += 1;
+        format!("r{}", self.named)
+    }
+
     fn launch(&mut self) {
-        self.launched += 1;
-        let vm = self.home.launch(&format!("r{}", self.launched), ByteSize::mib(16));
+        let name = self.name();
+        let vm = self.home.launch(&name, ByteSize::mib(16));
         self.vms.push(Traced::new(vm, REGION));
     }
 
@@ -93,7 +99,8 @@ impl World<'_> {
         }
         let paused = self.random.below(4) == 0;
         let count = 1 + self.random.below(3) as u32;
-        let options = ForkOptions::new().count(count).wait_settled(self.random.below(3) == 0).paused(paused);
+        let options =
+            ForkOptions::new().prefix(self.name()).count(count).wait_settled(self.random.below(3) == 0).paused(paused);
         let mut children = self.vms[at].fork(options);
         // The parent's next write comes first.
         if paused {
@@ -107,7 +114,8 @@ impl World<'_> {
     }
 
     fn fork_from_inside(&mut self, at: usize) -> &'static str {
-        if !self.room() {
+        // The guest gives no prefix: from one that was forked so often, names would become too long.
+        if !self.room() || self.vms[at].vm.name().len() > 40 {
             return self.verify(at);
         }
         let answer = self.vms[at].vm.say("fork 2");
@@ -125,16 +133,18 @@ impl World<'_> {
         }
         let before = self.vms[at].image.clone();
         let (pages, delay) = (self.part(), Duration::from_micros(self.random.below(3000)));
+        let options = ForkOptions::new().prefix(self.name());
         let parent = &mut self.vms[at];
         let vm = parent.vm.clone();
         let child = thread::scope(|scope| {
             scope.spawn(|| parent.write(pages));
             thread::sleep(delay);
-            vm.fork(ForkOptions::new()).expect("fork").remove(0).vm
+            vm.fork(options).expect("fork").remove(0).vm
         });
         child.say("id");
         let image = [before, self.vms[at].image.clone()].into_iter().find(|image| image.verify(&child).is_ok());
-        let image: Image = image.unwrap_or_else(|| panic!("{} has neither all of the fill nor none of it", child.name()));
+        let image: Image =
+            image.unwrap_or_else(|| panic!("{} has neither all of the fill nor none of it", child.name()));
         self.vms.push(Traced { vm: child, image });
         "fork in a fill"
     }
@@ -160,7 +170,8 @@ impl World<'_> {
         }
         self.vms[at].write(REGION);
         let pid = self.vms[at].vm.pid();
-        let children = self.vms[at].fork(ForkOptions::new().count(2));
+        let options = ForkOptions::new().prefix(self.name()).count(2);
+        let children = self.vms[at].fork(options);
         kill(pid);
         self.vms.swap_remove(at).vm.remove().expect("remove a killed VM");
         children.iter().for_each(Traced::verify);
@@ -175,7 +186,8 @@ impl World<'_> {
             self.write(other);
         }
         if self.room() {
-            let mut children = self.vms[at].fork(ForkOptions::new());
+            let options = ForkOptions::new().prefix(self.name());
+            let mut children = self.vms[at].fork(options);
             self.vms.append(&mut children);
         }
         self.vms[at].vm.resume().expect("resume");
@@ -194,17 +206,14 @@ fn set(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|e| panic!("{variable}={text}: {e}")))
 }
 
-/// For twenty seconds, whatever comes.
-#[test]
-fn random_verbs() {
-    let Some(home) = TestHome::new() else { return };
+fn torture(setup: Setup, seconds: u64) {
+    let Some(home) = setup.home() else { return };
     let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("the clock is set").as_nanos() as u64;
     let seed = set("OFFSHOOT_TORTURE_SEED").unwrap_or_else(now);
-    // Both are shown where the test fails.
+    // Shown where the test fails.
     println!("OFFSHOOT_TORTURE_SEED={seed}");
-    let end = Instant::now() + Duration::from_secs(set("OFFSHOOT_TORTURE_SECONDS").unwrap_or(20));
-    let mut world =
-        World { home: &home, random: Random::new(seed), vms: Vec::new(), launched: 0, done: BTreeMap::new() };
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut world = World { home: &home, random: Random::new(seed), vms: Vec::new(), named: 0, done: BTreeMap::new() };
     while Instant::now() < end {
         let verb = world.step();
         *world.done.entry(verb).or_default() += 1;
@@ -215,4 +224,17 @@ fn random_verbs() {
     home.client().remove_all().unwrap();
     assert_eq!(home.client().stats().unwrap().total.stores, 0);
     assert_eq!(home.processes(), [0; 0]);
+}
+
+/// For twenty seconds, whatever comes.
+#[test]
+fn random_verbs() {
+    torture(Setup::default(), set("OFFSHOOT_TORTURE_SECONDS").unwrap_or(20));
+}
+
+/// The same on a host without userfaultfd and `PAGEMAP_SCAN`, for a quarter of that.
+#[test]
+fn random_verbs_with_fallbacks() {
+    let setup = Setup { disable: "userfaultfd,pagemap-scan", ..Setup::default() };
+    torture(setup, set("OFFSHOOT_TORTURE_SECONDS").unwrap_or(20) / 4);
 }

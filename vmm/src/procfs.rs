@@ -81,7 +81,8 @@ mod tests {
 
     #[test]
     fn lines_of_maps() {
-        let line = "100000010000-100000019000 rw-p 00001000 00:01 4711                       /memfd:offshoot-store (deleted)";
+        let line =
+            "100000010000-100000019000 rw-p 00001000 00:01 4711                       /memfd:offshoot-store (deleted)";
         let mapping = parse_mapping(line).unwrap();
         assert_eq!(mapping.addresses, 0x1000_0001_0000..0x1000_0001_9000);
         assert_eq!((mapping.private, mapping.writable, mapping.offset, mapping.inode), (true, true, 0x1000, 4711));

@@ -1,7 +1,8 @@
 //! Fork: one more VM that sees what its parent saw at its last freeze.
 
+use crate::addr::GfnRange;
 use crate::family::{Family, Vm, VmId};
-use crate::object::Slot;
+use crate::object::{Segment, Slot};
 use crate::window::{Run, Source};
 use rangemap::RangeMap;
 
@@ -9,8 +10,9 @@ impl Family {
     /// A child of `parent`. It shares the parent's stage-2 tables, root and all, and its objects: parent and child are
     /// equals from here on. Costs the same at any RAM size, but for the list of the child's runs.
     ///
-    /// The parent's live layer must have been frozen, and not been written since.
-    pub fn fork(&mut self, parent: VmId) -> VmId {
+    /// The parent's live layer must have been frozen, and not been written since. The child's window gets more runs than
+    /// its parent's only up to `max_runs`.
+    pub fn fork(&mut self, parent: VmId, max_runs: usize) -> VmId {
         let vm = self.vm_mut(parent);
         vm.map.share();
         let (map, root) = (vm.map.clone(), vm.root);
@@ -20,24 +22,65 @@ impl Family {
             }
         }
         let root = self.stage2.share(root);
-        let runs = self.fresh_runs(parent);
+        let runs = self.fresh_runs(parent, max_runs);
         self.insert_vm(Vm { map, root, runs, freezing: None })
     }
 
-    /// The runs of a new window on what `vm` sees: as its own, but anonymous where pages have turned out zero.
-    fn fresh_runs(&self, vm: VmId) -> RangeMap<u64, Source> {
+    /// The runs of a new window on what `vm` sees: as its own, but anonymous where pages have turned out zero, the
+    /// longest stretches first. What there are no runs left for traps once, and is zero then.
+    fn fresh_runs(&self, vm: VmId, max_runs: usize) -> RangeMap<u64, Source> {
         let vm = self.vm(vm);
         let mut runs = vm.runs.clone();
-        let zeros = |run: &Run| matches!(run.source, Source::Store { store, .. } if self.objects.has_zeros(store));
-        for run in vm.runs().filter(zeros) {
+        let mut zeros: Vec<GfnRange> = Vec::new();
+        let has_zeros = |run: &Run| matches!(run.source, Source::Store { store, .. } if self.objects.has_zeros(store));
+        for run in vm.runs().filter(has_zeros) {
             for (pages, entry) in vm.map.iter() {
-                for segment in self.objects.resolve(entry.object, entry.origin, run.pages.intersect(pages)) {
-                    if segment.found.is_some_and(|found| found.slot == Slot::Zero) {
-                        runs.insert(segment.pages.raw(), Source::Anonymous);
-                    }
-                }
+                let segments = self.objects.resolve(entry.object, entry.origin, run.pages.intersect(pages));
+                let zero = |segment: &Segment| segment.found.is_some_and(|found| found.slot == Slot::Zero);
+                zeros.extend(segments.iter().filter(|segment| zero(segment)).map(|segment| segment.pages));
             }
         }
+        zeros.sort_unstable_by_key(|pages| std::cmp::Reverse(pages.count()));
+        for pages in zeros {
+            // A run in the middle of another makes three of one.
+            if runs.len() + 2 > max_runs {
+                break;
+            }
+            runs.insert(pages.raw(), Source::Anonymous);
+        }
         runs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{Gfn, PageCount};
+    use crate::effect::Effects;
+    use crate::ops::Placed;
+    use crate::stage2::Shape;
+    use crate::window::Harvest;
+
+    /// A parent whose pages turn out zero and not zero by turns: its children's windows had two mappings for each
+    /// stretch of zeros, however many there were.
+    #[test]
+    fn zeros_make_no_more_runs_than_a_window_may_have() {
+        let ram = GfnRange::new(Gfn(0), PageCount(1024));
+        let mut family = Family::new(Shape::X86_64);
+        let mut effects = Effects::default();
+        let parent = family.launch(&[ram], &[]);
+        family.begin_freeze(parent);
+        family.finish_freeze(parent, &Harvest { moved: vec![ram], private: vec![ram] }, &mut effects);
+        while let Some(job) = family.next_job(PageCount(32)) {
+            let middle = Gfn(job.pages.start().0 + 16);
+            let zero = GfnRange::between(job.pages.start(), middle);
+            let stored = GfnRange::between(middle, job.pages.end());
+            family.settled(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut effects);
+        }
+        let small = family.fork(parent, 16);
+        let large = family.fork(parent, 1000);
+        assert!((10..=16).contains(&family.vm(small).run_count()), "{}", family.vm(small).run_count());
+        assert_eq!(family.vm(large).run_count(), 64);
+        family.check_invariants().unwrap();
     }
 }

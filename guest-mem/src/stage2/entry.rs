@@ -41,7 +41,10 @@ impl Entry {
             View::Leaf(Source::Anonymous) => ANONYMOUS,
             View::Leaf(Source::Store { store, origin }) => {
                 let index = first.0 - origin.0;
-                assert!(store.0 < 1 << STORE_BITS && index < 1 << (64 - KIND_BITS - STORE_BITS), "stage-2 leaf overflow");
+                assert!(
+                    store.0 < 1 << STORE_BITS && index < 1 << (64 - KIND_BITS - STORE_BITS),
+                    "stage-2 leaf overflow"
+                );
                 STORE | u64::from(store.0) << KIND_BITS | index << (KIND_BITS + STORE_BITS)
             }
             View::Table(table) => TABLE | u64::from(table.0) << KIND_BITS,

@@ -102,7 +102,13 @@ impl FileStore for MemfdFile {
             let mut bytes = vec![0; part.count().0 as usize * PAGE_SIZE];
             let first = PageIndex(part.start().0);
             self.read_content(first, &mut bytes)?;
-            filled.store.fill(first, &bytes)?;
+            if let Err(error) = filled.store.fill(first, &bytes) {
+                if error.kind() != io::ErrorKind::AlreadyExists {
+                    // What did get in would be in the way of the next try.
+                    filled.store.punch(first, part.count());
+                }
+                return Err(error);
+            }
             filled.pages.insert(part.raw());
         }
         filled.store.rest();

@@ -74,6 +74,31 @@ fn a_gap_keeps_only_what_it_is_copied_from() {
     world.end();
 }
 
+/// A settled object absorbs a larger one that has not: what is left of that still settles.
+#[test]
+fn what_is_pending_stays_pending_when_it_is_absorbed() {
+    let mut world = World::new(&Layout::flat(32));
+    let vm = world.ids()[0];
+    // An object that goes soon leaves a lower number, whose turn to settle comes first, to the one that will absorb.
+    world.write(vm, Gfn(0));
+    let short_lived = world.fork(vm, Gaps::None);
+    (1..16).step_by(2).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.exit(short_lived);
+    let child = world.fork_frozen(vm);
+    world.write(child, Gfn(20));
+    world.freeze(child, Gaps::None);
+    for _ in 0..3 {
+        world.settle();
+    }
+    assert_ne!(world.manager.family().totals().unsettled, 0);
+    world.exit(vm);
+    world.check();
+    world.settle_all();
+    world.verify();
+    world.end();
+}
+
 /// Resident pages did count those of files.
 #[test]
 fn pages_of_files_are_not_the_familys() {

@@ -13,8 +13,10 @@ const CR0: u64 = 0x8005_0033;
 const CR4: u64 = 0x620;
 /// LME, LMA.
 const EFER: u64 = 0x500;
-/// Bit 1 is always set. Interrupts stay off: there is nothing that could raise one.
-const RFLAGS: u64 = 0x2;
+/// Bit 1 is always set. Interrupts stay off: there is nothing that could raise one. I/O privilege level 3 lets user mode
+/// use ports, as the task's bitmap does, because some hosts have only the one and some only the other: KVM without
+/// virtualization extensions does not keep the level, and QEMU's emulation of SVM refuses the bitmap of a busy task.
+const RFLAGS: u64 = 0x3002;
 
 /// A present data segment of user mode, flat.
 const USER_DATA: kvm_segment = kvm_segment {
@@ -32,13 +34,7 @@ const USER_DATA: kvm_segment = kvm_segment {
     unusable: 0,
     padding: 0,
 };
-const USER_CODE: kvm_segment = kvm_segment {
-    selector: 0x33,
-    type_: 11,
-    db: 0,
-    l: 1,
-    ..USER_DATA
-};
+const USER_CODE: kvm_segment = kvm_segment { selector: 0x33, type_: 11, db: 0, l: 1, ..USER_DATA };
 /// A busy 64-bit task, whose I/O bitmap lets user mode use the monitor's ports.
 const TASK: kvm_segment = kvm_segment {
     base: abi::TSS,
@@ -51,24 +47,14 @@ const TASK: kvm_segment = kvm_segment {
     g: 0,
     ..USER_DATA
 };
-const NO_TABLE: kvm_dtable = kvm_dtable {
-    base: 0,
-    limit: 0,
-    padding: [0; 3],
-};
+const NO_TABLE: kvm_dtable = kvm_dtable { base: 0, limit: 0, padding: [0; 3] };
 
 /// The registers that enter the monitor, and what the system registers of a fresh vCPU must become.
 ///
 /// The image must be in guest memory at [`abi::IMAGE_BASE`], and the event page filled.
 pub fn registers(sregs: &mut kvm_sregs) -> kvm_regs {
     sregs.cs = USER_CODE;
-    for segment in [
-        &mut sregs.ss,
-        &mut sregs.ds,
-        &mut sregs.es,
-        &mut sregs.fs,
-        &mut sregs.gs,
-    ] {
+    for segment in [&mut sregs.ss, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs] {
         *segment = USER_DATA;
     }
     sregs.tr = TASK;
@@ -78,10 +64,5 @@ pub fn registers(sregs: &mut kvm_sregs) -> kvm_regs {
     sregs.cr3 = abi::PAGE_TABLE;
     sregs.cr4 = CR4;
     sregs.efer = EFER;
-    kvm_regs {
-        rip: abi::ENTRY,
-        rsp: abi::ENTRY_STACK,
-        rflags: RFLAGS,
-        ..kvm_regs::default()
-    }
+    kvm_regs { rip: abi::ENTRY, rsp: abi::ENTRY_STACK, rflags: RFLAGS, ..kvm_regs::default() }
 }

@@ -46,6 +46,8 @@ impl Server {
                     self.forget_vm(generation);
                 }
                 self.grant_wants();
+                // With the last VM of a shape its pool goes, and is gone when this is answered.
+                self.end_unused();
                 let ending = self.processes.values().filter(|process| process.role == Role::Ending);
                 let processes = ending.map(|process| process.id).collect();
                 self.removals.push(Removal { client, processes });
@@ -129,6 +131,7 @@ impl Server {
             self.replied.push(viewer);
         }
         self.check_lost_vm(generation);
+        self.drop_deadlines(|deadline| deadline.is_of(generation));
         if remove {
             self.vms.remove(generation);
         }

@@ -8,7 +8,8 @@ use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
-use guest_mem::{StoreId, VmId};
+use guest_mem::{Gfn, StoreId, VmId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Names a fork under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,6 +51,33 @@ pub struct ForkOp {
     moved: u64,
     children: Vec<Progress>,
     failure: Option<String>,
+}
+
+/// Frames that children of a family waited for before their first sign of life. The next fork settles them first: a
+/// trap costs its child more than the copy.
+#[derive(Debug, Default)]
+pub struct EarlyTouches(BTreeMap<FamilyId, BTreeSet<Gfn>>);
+
+impl EarlyTouches {
+    /// Clusters remembered per family.
+    const MOST: usize = 64;
+
+    /// A child waited at `gfn`.
+    pub fn note(&mut self, family: FamilyId, gfn: Gfn) {
+        let seen = self.0.entry(family).or_default();
+        if seen.len() < Self::MOST {
+            seen.insert(gfn);
+        }
+    }
+
+    /// Forgets families that are gone.
+    pub fn retain<T>(&mut self, families: &BTreeMap<FamilyId, T>) {
+        self.0.retain(|family, _| families.contains_key(family));
+    }
+
+    fn of(&self, family: FamilyId) -> impl Iterator<Item = Gfn> {
+        self.0.get(&family).into_iter().flatten().copied()
+    }
 }
 
 impl ForkOp {
@@ -114,37 +142,40 @@ impl Server {
         let free = (1u64..).map(|n| format!("{prefix}-{n}")).filter(|name| !self.vms.has_name(name));
         let names: Vec<String> = free.take(count as usize).collect();
         if names.last().is_some_and(|name| name.len() > MAX_NAME) {
-            return Err(Failure::bad_input(format!("names of children of {prefix:?} would be longer than {MAX_NAME}")));
+            return Err(Failure::bad_input(format!(
+                "names of children of {prefix:?} would be longer than {MAX_NAME}: give them a prefix (--name)"
+            )));
         }
         Ok(names)
     }
 
-    /// Lists the children, and freezes the parent as soon as no other fork does.
-    fn begin_fork(&mut self, mut op: ForkOp, names: Vec<String>) {
+    /// Freezes the parent as soon as no other fork does, and meanwhile lists the children and finds processes for them.
+    fn begin_fork(&mut self, op: ForkOp, names: Vec<String>) {
         let id = ForkId(self.fresh_id());
-        let parent = self.vms.get(op.parent).expect("found above");
-        let (shape, parent_name) = (parent.shape, parent.name.clone());
+        let parent = self.vms.get_mut(op.parent).expect("found above");
+        let (generation, shape, parent_name) = (parent.generation, parent.shape, parent.name.clone());
+        parent.forks.push_back(id);
+        let alone = parent.forks.len() == 1;
+        self.forks.insert(id, op);
+        if alone {
+            self.freeze(generation);
+        }
         for name in names {
-            let process = match self.take_process(shape) {
-                Ok(process) => process,
+            let process = self.take_process(shape);
+            let Some(op) = self.forks.get_mut(&id) else { return };
+            match process {
+                Ok(process) => {
+                    let phase = Phase::Forking(id);
+                    let child = self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None);
+                    let progress =
+                        Progress { generation: child, name, ready_ns: None, first_ns: None, runs: 0, there: false };
+                    self.forks.get_mut(&id).expect("looked at above").children.push(progress);
+                }
                 Err(e) => {
                     op.failure = Some(format!("start a VM process: {e}"));
                     break;
                 }
-            };
-            let phase = Phase::Forking(id);
-            let generation = self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None);
-            op.children.push(Progress { generation, name, ready_ns: None, first_ns: None, runs: 0, there: false });
-        }
-        let (parent, failed) = (op.parent, op.failure.is_some());
-        self.forks.insert(id, op);
-        if failed {
-            return self.finish_fork(id);
-        }
-        let queue = &mut self.vms.get_mut(parent).expect("found above").forks;
-        queue.push_back(id);
-        if queue.len() == 1 {
-            self.freeze(parent);
+            }
         }
     }
 
@@ -186,17 +217,28 @@ impl Server {
         let op = self.forks.get_mut(&fork).expect("a queued fork");
         op.pause_ns = frozen.pause_ns;
         op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
-        let settle_first = frozen.activity == Activity::Paused && !was_paused;
-        self.start_children(fork, (family, member), &frozen);
-        if settle_first {
-            self.settle_and_resume(parent, fork, &frozen);
+        if !self.features.userfaultfd && !self.settle_now(parent, fork) {
+            return;
         }
+        if frozen.activity == Activity::Paused && !was_paused {
+            self.resume_settled(parent, fork, &frozen);
+        }
+        self.start_children(fork, (family, member), &frozen);
         self.freeze(parent);
         self.finish_fork_if_there(fork);
     }
 
     fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId), frozen: &Frozen) {
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        for gfn in self.early.of(family) {
+            if let Err(error) = manager.settle_at(parent, gfn) {
+                log::debug!("settle {gfn} ahead: {error}");
+            }
+        }
         let op = &self.forks[&fork];
+        if op.failure.is_some() {
+            return;
+        }
         let activity = if op.paused { Activity::Paused } else { Activity::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for (index, generation) in (1..).zip(children) {
@@ -214,16 +256,28 @@ impl Server {
         }
     }
 
-    /// Without traps, nobody may run before all pages are where they belong.
-    fn settle_and_resume(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
-        let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return };
+    /// Without traps, nobody may run before all pages are where they belong. Whether they are; if not, the parent and the
+    /// fork are over.
+    fn settle_now(&mut self, parent: Generation, fork: ForkId) -> bool {
+        let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return true };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         while !manager.has_settled(store) {
             if let Err(error) = manager.settle() {
                 self.memory_error(family, &error);
-                return self.end_vm(parent, Phase::Dead("its memory could not be settled".into()));
+                let why = "its memory could not be settled";
+                if let Some(op) = self.forks.get_mut(&fork) {
+                    op.failure = Some(why.into());
+                }
+                self.finish_fork(fork);
+                self.end_vm(parent, Phase::Dead(why.into()));
+                return false;
             }
         }
+        true
+    }
+
+    /// The parent has stood still until its pages had settled, and goes on.
+    fn resume_settled(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
         let Some(process) = self.vms.get(parent).and_then(|vm| vm.process) else { return };
         self.processes.get_mut(&process).expect("a VM's process").send(&ToVm::Resume, &[]);
         let pause = monotonic_ns() - frozen.kicked_ns;
@@ -295,7 +349,7 @@ impl Server {
         let Some(op) = self.forks.get(&fork) else { return };
         let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
         let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
-        if frozen && settled && op.children.iter().all(|child| child.there) {
+        if frozen && settled && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
             self.finish_fork(fork);
         }
     }

@@ -147,7 +147,10 @@ impl Server {
     fn guest_answered(&mut self, generation: Generation, line: Line) {
         let vm = self.vms.get_mut(generation).expect("it has just spoken");
         match vm.sends.remove(&line.tag) {
-            Some(client) => self.reply(client, Ok(Answer::Said(line.text))),
+            Some(client) => {
+                self.drop_deadlines(|deadline| deadline.is_of_line(generation, line.tag));
+                self.reply(client, Ok(Answer::Said(line.text)));
+            }
             None => self.guest_printed(generation, format!("{}\n", line.text).as_bytes()),
         }
     }
@@ -162,7 +165,9 @@ impl Server {
                 Ok(WaitStatus::StillAlive) | Err(_) => return,
                 Ok(_) => continue,
             };
-            let of = |pid: Pid| move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid));
+            let of = |pid: Pid| {
+                move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid))
+            };
             let Some(id) = self.processes.values().find(of(pid)).map(|process| process.id) else { continue };
             if self.processes[&id].memory.main.get() == Some(pid) {
                 self.main_ended(id, &how);

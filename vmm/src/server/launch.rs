@@ -106,7 +106,11 @@ impl Server {
 
         let ram = ram_ranges(shape.ram);
         let span = PageCount(ram.last().expect("a VM has memory").end().0);
-        let mut manager = Manager::new(stage2::Shape::X86_64, span, self.stores.clone());
+        let mut manager =
+            Manager::new(stage2::Shape::X86_64, span, self.stores.clone()).with_max_runs(self.max_runs as usize);
+        if !self.features.userfaultfd {
+            manager = manager.without_holes();
+        }
         let vm = manager.launch(&ram, &files, self.window_of(process));
         let family = FamilyId(self.fresh_id());
         self.families.insert(family, manager);
@@ -136,7 +140,7 @@ impl Server {
             }
             _ => {}
         }
-        if launch.mem_bytes < MIN_MEMORY || launch.mem_bytes % PAGE_SIZE as u64 != 0 {
+        if launch.mem_bytes < MIN_MEMORY || !launch.mem_bytes.is_multiple_of(PAGE_SIZE as u64) {
             return bad(format!("memory of {} bytes: at least 16M, and a multiple of 4K", launch.mem_bytes));
         }
         crate::host::open_kvm().map_err(|e| Failure::bad_input(e.to_string()))?;

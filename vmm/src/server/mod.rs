@@ -120,6 +120,7 @@ struct Server {
     checks: Checks,
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
+    early: fork::EarlyTouches,
     retries: VecDeque<(Generation, guest_mem::Gfn)>,
     retry_at: Option<Instant>,
     /// Clients that got an answer, and may have asked the next thing already.
@@ -207,6 +208,7 @@ impl Server {
             checks: Checks::default(),
             removals: Vec::new(),
             deadlines: Vec::new(),
+            early: fork::EarlyTouches::default(),
             retries: VecDeque::new(),
             retry_at: None,
             replied: Vec::new(),
@@ -226,6 +228,7 @@ impl Server {
     /// What is done when no event waits. How long the loop may wait for the next, in milliseconds.
     fn between_rounds(&mut self) -> i32 {
         let now = Instant::now();
+        self.record_names();
         for client in std::mem::take(&mut self.replied) {
             self.hear(client);
         }
@@ -236,8 +239,8 @@ impl Server {
         let filling = self.tend_pool(now);
         self.finish_removals();
         self.finish_checks();
-        self.record_names();
         self.families.retain(|_, manager| manager.windows() > 0);
+        self.early.retain(&self.families);
         if settling || filling || !self.replied.is_empty() {
             return 0;
         }
@@ -288,7 +291,11 @@ impl Server {
     }
 
     fn serve_trap(&mut self, generation: Generation, gfn: guest_mem::Gfn) {
-        let Some((family, vm)) = self.vms.get(generation).and_then(|vm| vm.memory) else { return };
+        let Some(record) = self.vms.get(generation) else { return };
+        let Some((family, vm)) = record.memory else { return };
+        if matches!(record.phase, vm::Phase::Forking(_)) {
+            self.early.note(family, gfn);
+        }
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         if let Err(error) = manager.trap(vm, gfn) {
             self.retries.push_back((generation, gfn));
@@ -451,7 +458,8 @@ impl Server {
 
     /// Keeps, in the home, the names of what would be lost if this server died.
     fn record_names(&mut self) {
-        if !std::mem::take(&mut self.vms.changed) {
+        // Not while a fork waits for its answer.
+        if !self.forks.is_empty() || !std::mem::take(&mut self.vms.changed) {
             return;
         }
         let names: Vec<&str> = self.vms.iter().map(|vm| vm.name.as_str()).collect();

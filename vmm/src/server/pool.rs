@@ -74,12 +74,8 @@ impl Server {
 
     fn spawn_process(&mut self, shape: Shape) -> io::Result<ProcessId> {
         let id = ProcessId(self.fresh_id());
-        let prepare = ToVm::Prepare {
-            shape,
-            isolation: self.isolation,
-            features: self.features,
-            cage: self.cage.clone(),
-        };
+        let prepare =
+            ToVm::Prepare { shape, isolation: self.isolation, features: self.features, cage: self.cage.clone() };
         let mut process = VmProcess::spawn(id, shape, &prepare, Rc::clone(&self.wants))?;
         process.link_token =
             Some(self.watches.add(&process.link, event_manager::EventSet::IN, super::Origin::Process(id)));
@@ -96,13 +92,7 @@ impl Server {
                 self.pool.0.entry(shape).or_insert(fresh);
             }
         }
-        let unused: Vec<Shape> = self.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
-        for shape in unused {
-            let shelf = self.pool.0.remove(&shape).expect("listed above");
-            for id in shelf.ready {
-                self.end_process(id);
-            }
-        }
+        self.end_unused();
         let mut surplus = Vec::new();
         let mut hungry = None;
         for (&shape, shelf) in &mut self.pool.0 {
@@ -130,6 +120,18 @@ impl Server {
             }
         }
         true
+    }
+
+    /// Ends the prepared processes of shapes that no VM has any more, and those on their way.
+    pub(super) fn end_unused(&mut self) {
+        let unused: Vec<Shape> = self.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
+        for shape in unused {
+            self.pool.0.remove(&shape);
+            let spare =
+                |process: &&VmProcess| process.shape == shape && matches!(process.role, Role::Preparing | Role::Pooled);
+            let spare: Vec<ProcessId> = self.processes.values().filter(spare).map(|process| process.id).collect();
+            spare.into_iter().for_each(|id| self.end_process(id));
+        }
     }
 
     fn is_used(&self, shape: Shape) -> bool {

@@ -64,7 +64,11 @@ impl VmProcess {
     /// No process, or no descriptors.
     pub fn spawn(id: ProcessId, shape: Shape, prepare: &ToVm, wants: Wants) -> io::Result<Self> {
         let (link, theirs) = Link::pair()?;
-        let child = Command::new("/proc/self/exe").arg("vm-process").stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
+        let child = Command::new("/proc/self/exe")
+            .arg("vm-process")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
         let mut process = Self {
             id,
             shape,

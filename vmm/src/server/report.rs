@@ -32,7 +32,8 @@ impl Server {
         }
         let mut censuses = Censuses::default();
         let mut rows = Vec::new();
-        let mut stack: Vec<(u32, &Vm)> = children.remove(&None).unwrap_or_default().into_iter().map(|vm| (0, vm)).collect();
+        let mut stack: Vec<(u32, &Vm)> =
+            children.remove(&None).unwrap_or_default().into_iter().map(|vm| (0, vm)).collect();
         stack.reverse();
         while let Some((depth, vm)) = stack.pop() {
             let counts = self.page_counts(vm, &mut censuses);
@@ -93,7 +94,7 @@ impl Server {
             for ram in crate::layout::ram_ranges(vm.shape.ram) {
                 let bytes = base + ram.start().gpa()..base + ram.end().gpa();
                 pagemap.private(bytes, |found| {
-                    live.insert(found.start - base >> PAGE_SHIFT..found.end - base >> PAGE_SHIFT);
+                    live.insert((found.start - base) >> PAGE_SHIFT..(found.end - base) >> PAGE_SHIFT);
                 })?;
             }
             Ok(())
@@ -132,9 +133,11 @@ impl Server {
 
     /// What everything uses: processes without their shares of stores, and the stores.
     fn host_bytes(&self, resident: u64) -> u64 {
-        let holders = self.processes.values().filter_map(|process| process.memory.main.get().or(process.memory.keeper.get()));
+        let holders =
+            self.processes.values().filter_map(|process| process.memory.main.get().or(process.memory.keeper.get()));
         let pids = holders.map(|pid| pid.as_raw()).chain([std::process::id() as i32]);
-        let used = pids.filter_map(|pid| procfs::usage(pid).ok()).map(|u| u.pss - u.pss_shared.min(u.pss) + u.page_tables);
+        let used =
+            pids.filter_map(|pid| procfs::usage(pid).ok()).map(|u| u.pss - u.pss_shared.min(u.pss) + u.page_tables);
         used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes()
     }
 

@@ -19,6 +19,19 @@ pub enum Deadline {
     End(Generation, ClientId),
 }
 
+impl Deadline {
+    /// Whether it is for the answer to this line.
+    pub fn is_of_line(&self, vm: Generation, line: u64) -> bool {
+        matches!(*self, Self::Answer(of, tag, _) if (of, tag) == (vm, line))
+    }
+
+    /// Whether it is for anything of this VM's.
+    pub fn is_of(&self, vm: Generation) -> bool {
+        let (Self::Answer(of, ..) | Self::End(of, _)) = *self;
+        of == vm
+    }
+}
+
 impl Server {
     pub(super) fn send(&mut self, client: ClientId, name: &str, text: String, timeout_ms: u64) {
         if text.len() > LINE_MAX || text.contains(['\n', '\r', '\0']) {
@@ -109,6 +122,11 @@ impl Server {
     pub(super) fn set_deadline(&mut self, timeout_ms: Option<u64>, deadline: Deadline) {
         let at = timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
         self.deadlines.extend(at.map(|at| (at, deadline)));
+    }
+
+    /// Nobody waits for these any more. There are as many deadlines as there is somebody who waits.
+    pub(super) fn drop_deadlines(&mut self, which: impl Fn(&Deadline) -> bool) {
+        self.deadlines.retain(|(_, deadline)| !which(deadline));
     }
 
     /// Tells those whose time has run out.

@@ -8,8 +8,8 @@ mod family;
 mod figures;
 mod worker;
 
+use libtest_mimic::{Arguments, Trial};
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 type Case = (&'static str, fn());
@@ -38,20 +38,17 @@ fn main() -> ExitCode {
         let socket = unsafe { OwnedFd::from_raw_fd(worker::SOCKET) };
         vmm::machine::vm_process_main(socket);
     }
-    if let Err(error) = kvm_ioctls::Kvm::new() {
-        println!("SKIPPED, all of it: this host has no usable /dev/kvm ({error})");
-        return ExitCode::SUCCESS;
-    }
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    let wanted = |name: &str| filter.as_deref().is_none_or(|filter| name.contains(filter));
-    let mut failed = 0;
-    for (name, case) in CASES.iter().filter(|(name, _)| wanted(name)) {
-        println!("test {name} ...");
-        if catch_unwind(AssertUnwindSafe(case)).is_err() {
-            println!("test {name} ... FAILED");
-            failed += 1;
-        }
-    }
-    println!("{failed} failed");
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    // One after the other: some of them measure.
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    let run = |case: fn()| match kvm_ioctls::Kvm::new() {
+        Ok(_) => case(),
+        Err(error) => println!("SKIPPED: this host has no usable /dev/kvm ({error})"),
+    };
+    let trials = CASES.iter().map(|&(name, case)| {
+        Trial::test(name.replace(' ', "_"), move || {
+            run(case);
+            Ok(())
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }

@@ -1,0 +1,142 @@
+# What scenarios share; they are read by busybox's sh in the outer system, and begin with `. /lab/lib.sh`.
+#
+# A scenario says in comments at its top what it is about, on which kernels it runs by default (`runs: OUTER[/INNER] …`),
+# on which outer kernels it makes sense (`outer:`), what it needs of offshoot (`needs: linux`), what it wants in the
+# machine (`wants: qemu`), and how long it may take (`timeout:`, seconds).
+
+passed=0 failed=0
+pass() { passed=$((passed + 1)) && echo "  pass  $*"; }
+fail() { failed=$((failed + 1)) && echo "  FAIL  $*"; }
+note() { echo "        $*"; }
+
+# check WHAT COMMAND…: passes if the command succeeds; shows what it said if not.
+check() {
+  _what=$1
+  shift
+  if _said=$("$@" 2>&1); then pass "$_what"; else
+    _status=$?
+    fail "$_what: status $_status: $*"
+    echo "$_said" | tail -n 15 | sed 's/^/        | /'
+    return 1
+  fi
+}
+
+# expect WHAT REGEX COMMAND…: passes if the command's output matches.
+expect() {
+  _what=$1 _pattern=$2
+  shift 2
+  _said=$("$@" 2>&1)
+  _status=$?
+  if echo "$_said" | grep -qE -- "$_pattern"; then pass "$_what"; else
+    fail "$_what: no match for /$_pattern/ (status $_status): $*"
+    echo "$_said" | tail -n 15 | sed 's/^/        | /'
+    return 1
+  fi
+}
+
+# refuse WHAT STATUS COMMAND…: passes if the command fails with just this status, and says so in one line.
+refuse() {
+  _what=$1 _wanted=$2
+  shift 2
+  _said=$("$@" 2>&1)
+  _status=$?
+  if [ $_status -eq "$_wanted" ] && [ "$(echo "$_said" | wc -l)" -eq 1 ]; then pass "$_what: $_said"; else
+    fail "$_what: status $_status, wanted $_wanted and one line: $*"
+    echo "$_said" | tail -n 15 | sed 's/^/        | /'
+    return 1
+  fi
+}
+
+# same WHAT WANTED GOT
+same() {
+  if [ "$2" = "$3" ]; then pass "$1"; else
+    fail "$1: '$3', not '$2'"
+    return 1
+  fi
+}
+
+# json KEY: the first value of a key in the JSON on standard input.
+json() { tr -d ' \n' | grep -oE "\"$1\":(\"[^\"]*\"|[^,}]*)" | head -n 1 | sed 's/^[^:]*://; s/"//g'; }
+
+# hundredths: the time since boot in 1/100 s.
+hundredths() { cut -d ' ' -f 1 /proc/uptime | tr -d .; }
+
+# at_most WHAT LIMIT VALUE: whole numbers.
+at_most() {
+  if [ "$3" -le "$2" ] 2>/dev/null; then pass "$1: $3 (at most $2)"; else
+    fail "$1: $3 is more than $2"
+    return 1
+  fi
+}
+
+_finish() {
+  _status=$?
+  if [ $failed -gt 0 ] || [ $_status -ne 0 ]; then
+    [ $_status -eq 0 ] || fail "the scenario itself ended with status $_status"
+    echo "        offshoot ls:"
+    offshoot ls 2>&1 | tail -n 30 | sed 's/^/        | /'
+    echo "        server log:"
+    tail -n 15 "${OFFSHOOT_HOME:-/tmp/offshoot-0}/server.log" 2>/dev/null | sed 's/^/        | /'
+  fi
+  dmesg | grep -E 'BUG:|Oops|WARNING:|Call Trace|Out of memory|kvm.*(unexpected|unhandled)' | head -n 5 | sed 's/^/        kernel: /'
+  echo "$passed passed, $failed failed"
+  [ $failed -eq 0 ] || exit 1
+  exit 0
+}
+trap _finish EXIT
+
+# gone: everything ends, and nothing stays behind.
+gone() {
+  offshoot rm --all >/dev/null 2>&1
+  expect "check finds nothing broken after rm" '0 broken' offshoot check
+  check "shutdown" offshoot shutdown
+  _tries=0
+  while [ -n "$(pidof offshoot)" ] && [ $_tries -lt 50 ]; do sleep 0.1 && _tries=$((_tries + 1)); done
+  same "no process stays" "" "$(pidof offshoot)"
+}
+
+# --- Linux guests -----------------------------------------------------------------------------------------------------
+
+kernel=/kernels/$LAB_INNER/vmlinuz
+cmdline="console=ttyS0 panic=-1"
+
+# wait_log NAME REGEX SECONDS: until the guest's console has it.
+wait_log() {
+  _end=$(($(hundredths) + $3 * 100))
+  while [ "$(hundredths)" -lt $_end ]; do
+    offshoot logs "$1" 2>/dev/null | grep -qE "$2" && return 0
+    offshoot ls | grep -E "^$1 " | grep -qE 'dead|off' && break
+    sleep 0.2
+  done
+  offshoot logs "$1" 2>&1 | tail -n 12
+  return 1
+}
+
+# boot NAME [ARGUMENT…]: launches a Linux guest and waits for its shell. A guest that does not boot ends the scenario.
+boot() {
+  _name=$1
+  shift
+  _boot_started=$(hundredths)
+  check "launch $_name" offshoot launch "$_name" --kernel "$kernel" --initrd /initrd.gz --cmdline "$cmdline" "$@" || exit 1
+  check "$_name reaches user space" wait_log "$_name" 'offshoot-lab: ready' 120 || exit 1
+  note "$_name: $(($(hundredths) - _boot_started))0 ms to user space"
+}
+
+# ask NAME LINE REGEX [SECONDS]: types a line, prints the answer's lines that match.
+ask() { offshoot send "$1" "$2" --expect "$3" --timeout "${4:-30}" | tr -d '\r'; }
+
+# told WHAT NAME LINE REGEX [SECONDS]: passes if the guest answers so.
+told() { check "$1" offshoot send "$2" "$3" --expect "$4" --timeout "${5:-30}"; }
+
+# stamp NAME: starts the stamping program on its console; quits with `quit`.
+stamp() { told "$1: stamp starts" "$1" stamp '(?m)^stamp: ready' || exit 1; }
+
+# answer NAME LINE KEY [SECONDS]: the value of KEY= in stamp's answer.
+answer() { ask "$1" "$2" '(?m)^(ok|err) .*' "${4:-30}" | grep -oE "$3=[^ ]*" | head -n 1 | cut -d = -f 2; }
+
+# fork NAME COUNT [ARGUMENT…]: the children's names.
+fork() {
+  _parent=$1 _count=$2
+  shift 2
+  offshoot fork "$_parent" --count "$_count" "$@"
+}

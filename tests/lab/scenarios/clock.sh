@@ -1,0 +1,35 @@
+# about: clocks go on after a fork and never back; the pause as the guest sees it, against the built-in guest's
+# needs: linux
+# runs: 6.12/6.1 6.1/6.12
+. /lab/lib.sh
+
+boot a -m 256M
+stamp a
+told "the guest fills 64 MiB" a 'fill 64 5' '(?m)^ok pages=16384' 60
+before=$(answer a clock monotonic_us)
+# The watch runs on the guest's own clock while it is forked.
+(answer a 'gap 4000' max_gap_us 60 >/tmp/gap) &
+sleep 1.5
+child=$(fork a 1)
+wait
+gap=$(cat /tmp/gap)
+after=$(answer a clock monotonic_us)
+in_child=$(answer "$child" clock monotonic_us)
+at_most "the parent's clock went on (µs)" "$after" "$before"
+at_most "the clone's clock is not behind the parent's (µs)" "$in_child" "$before"
+# The clone was in the middle of its watch: it ends it, and its clock did not go back.
+expect "the clone ends the watch it was forked in, not going back" 'max_gap_us=[0-9]+ back_us=0' offshoot logs "$child"
+same "seconds pass in the clone" yes "$(a=$(answer "$child" clock monotonic_us); sleep 2; b=$(answer "$child" clock monotonic_us); [ $((b - a)) -gt 1500000 ] && [ $((b - a)) -lt 8000000 ] && echo yes)"
+realtime=$(answer "$child" clock realtime_us)
+at_most "the clone's wall clock is ours, to 5 s" 5 "$(d=$((realtime / 1000000 - $(date +%s))); echo ${d#-})"
+
+check "launch the built-in guest" offshoot launch m -m 256M
+check "it fills 64 MiB" offshoot send m fill 1000 16384 5
+(offshoot send m gap 4000 --timeout 60 >/tmp/mgap) &
+sleep 1.5
+check "fork of it" offshoot fork m
+wait
+reference=$(grep -oE 'max_gap_us=[0-9]+' /tmp/mgap | cut -d = -f 2)
+note "longest gap: Linux $gap µs, built-in guest $reference µs"
+at_most "the guest's pause is no longer than 3 times the built-in guest's (µs)" $((3 * reference)) "$gap"
+gone
