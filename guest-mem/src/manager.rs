@@ -89,6 +89,8 @@ pub struct Manager<S: StoreFactory, W> {
     files: HashMap<StoreId, Rc<S::File>>,
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
+    /// Guests that wait for the end of a freeze of theirs, and the pages they wait for.
+    waiting: Vec<(VmId, Gfn)>,
     staging: Vec<u8>,
     /// A stretch of zero pages takes no storage from this length on.
     zero_run: u64,
@@ -107,6 +109,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             files: HashMap::new(),
             windows: HashMap::new(),
             copied: HashMap::new(),
+            waiting: Vec::new(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
             max_runs: MAX_RUNS,
@@ -186,6 +189,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.abort_freeze(vm, &mut effects);
         self.carry_out(effects);
+        self.wake_waiting(vm);
     }
 
     /// Second half of a freeze: the window has moved pages out.
@@ -193,6 +197,16 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.finish_freeze(vm, harvest, &mut effects);
         self.carry_out(effects);
+        self.wake_waiting(vm);
+    }
+
+    /// Who waited for the end of a freeze touches its page again.
+    fn wake_waiting(&mut self, vm: VmId) {
+        for (_, gfn) in self.waiting.extract_if(.., |(waiter, _)| *waiter == vm) {
+            if let Some(window) = self.windows.get_mut(&vm) {
+                window.wake(GfnRange::new(gfn, PageCount(1)));
+            }
+        }
     }
 
     /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
@@ -206,6 +220,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn exit(&mut self, vm: VmId) {
         let mut effects = Effects::default();
         self.family.exit(vm, &mut effects);
+        self.waiting.retain(|(waiter, _)| *waiter != vm);
         self.carry_out(effects);
     }
 
@@ -219,6 +234,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
                 Trap::Wake(wake)
             }
+            Trap::Wait => {
+                self.waiting.push((vm, gfn));
+                return Ok(());
+            }
             answer => answer,
         };
         self.window_do(vm, |window| match answer {
@@ -229,7 +248,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             Trap::Lost => window.fail(&lost(gfn)),
             Trap::Outside => window.fail("a trap outside of its memory"),
             Trap::Wake(wake) | Trap::File { wake, .. } => window.wake(wake),
-            Trap::Settle(_) => unreachable!("settled above"),
+            Trap::Settle(_) | Trap::Wait => unreachable!("dealt with above"),
         });
         Ok(())
     }

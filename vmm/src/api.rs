@@ -5,11 +5,16 @@
 //! either side closes it.
 
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
 
 /// Smallest guest memory, in bytes.
 pub const MIN_MEMORY: u64 = 16 << 20;
 /// Guest memory where none is asked for, in bytes.
 pub const DEFAULT_MEMORY: u64 = 256 << 20;
+/// Most virtual CPUs of a Linux guest.
+pub const MAX_VCPUS: u8 = 8;
 /// Longest VM name.
 pub const MAX_NAME: usize = 64;
 
@@ -28,11 +33,12 @@ pub struct Greeting {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "verb")]
 pub enum Request {
-    /// Launch the built-in guest. Answered by `Launched`, once it has reached its prompt.
+    /// Launch a guest. Answered by `Launched`: the built-in guest's has reached its prompt, a Linux guest's vCPU runs.
     Launch(Launch),
     /// Fork a VM. Answered by `Forked`.
     Fork(Fork),
-    /// Send a line to the guest and wait for its answer. Answered by `Said`.
+    /// Send a line to the guest and wait for its answer. Answered by `Said`. A Linux guest is not waited for: the line
+    /// is typed on its serial console. Answered by `Done`.
     Send {
         /// The VM.
         name: String,
@@ -102,7 +108,7 @@ pub enum Request {
     Shutdown,
 }
 
-/// A launch of the built-in guest.
+/// A launch.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Launch {
     /// Its name; null for one the server makes (`vm-1`, `vm-2`, …).
@@ -113,6 +119,35 @@ pub struct Launch {
     pub vcpus: u8,
     /// Remove it when it is off.
     pub remove_when_off: bool,
+    /// The Linux guest to start; null for the built-in guest.
+    pub linux: Option<Linux>,
+}
+
+/// A Linux guest. Paths are absolute.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Linux {
+    /// Its kernel: a bzImage, or an x86-64 ELF file.
+    pub kernel: PathBuf,
+    /// Its initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+impl Linux {
+    /// Opens the kernel and the initial RAM disk.
+    ///
+    /// # Errors
+    /// Which of them cannot be opened, and why.
+    pub fn open(&self) -> Result<(File, Option<File>), String> {
+        let open = |what, path: &PathBuf| open_regular(path).map_err(|e| format!("{what} {}: {e}", path.display()));
+        Ok((open("kernel", &self.kernel)?, self.initrd.as_ref().map(|path| open("initrd", path)).transpose()?))
+    }
+}
+
+/// A FIFO or a device would make us wait, or has no length.
+fn open_regular(path: &Path) -> io::Result<File> {
+    if std::fs::metadata(path)?.is_file() { File::open(path) } else { Err(io::Error::other("not a regular file")) }
 }
 
 /// A fork.
@@ -209,7 +244,7 @@ pub struct Child {
     pub pause_us: Option<u64>,
     /// Request received to the child's vCPU in `KVM_RUN`; null for a child left paused.
     pub ready_us: Option<u64>,
-    /// Request received to the child's first sign of life; null for a child left paused.
+    /// Request received to the child's first sign of life; null for a child left paused, and for a Linux guest.
     pub first_exit_us: Option<u64>,
     /// Pages moved out of the parent in the pause.
     pub moved_pages: u64,

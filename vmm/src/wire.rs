@@ -3,6 +3,7 @@
 //! The socket is a `SOCK_SEQPACKET` pair; a message is one packet (its bytes in a sealed memfd where they are too many
 //! for a packet), its descriptors ride on it and, past what one packet carries, on packets that follow.
 
+use crate::boot::linux::Plan;
 use crate::machine::state::MachineState;
 use guest_mem::window::{Harvest, Run};
 use guest_mem::{PageCount, StoreId};
@@ -15,6 +16,17 @@ pub struct Shape {
     pub ram: PageCount,
     /// Virtual CPUs.
     pub vcpus: u8,
+    /// What it is made for.
+    pub machine: Machine,
+}
+
+/// Kinds of machines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Machine {
+    /// The built-in guest's: one vCPU, a serial console and the monitor's ports. No interrupts.
+    Monitor,
+    /// A Linux guest's: interrupt controllers, a timer, ACPI tables and virtio devices.
+    Linux,
 }
 
 /// How a VM process is kept apart from the server and from its siblings.
@@ -79,6 +91,8 @@ pub enum Activity {
 pub enum Origin {
     /// The monitor, from its entry point.
     Monitor,
+    /// A Linux kernel, from its entry point; the descriptor of its file travels along, behind those of the stores.
+    Linux(Box<Plan>),
     /// A fork: the parent's state, and this child's number in its fork, from 1.
     Fork {
         /// The parent's machine state.

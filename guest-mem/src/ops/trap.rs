@@ -18,6 +18,9 @@ pub enum Trap {
     Wake(GfnRange),
     /// These pages are zero.
     Zero(GfnRange),
+    /// The VM is being frozen, and this page, zero as far as we know, may have been written, and moved out: wait until
+    /// the freeze is over, and look again.
+    Wait,
     /// First this job, then ask again.
     Settle(Job),
     /// These pages of a file's store must be filled from the file; then the window is woken.
@@ -58,6 +61,9 @@ impl Family {
 
     /// The zero pages around `gfn`.
     fn zeros(&self, vm: VmId, gfn: Gfn) -> Trap {
+        if self.vm(vm).freezing.is_some() {
+            return Trap::Wait;
+        }
         let (entry_pages, entry) = self.vm(vm).map.get(gfn).expect("a trap within the VM's memory");
         let around = aligned(gfn, ZERO_CLUSTER).intersect(entry_pages);
         let mut zeros = rangemap::RangeSet::new();

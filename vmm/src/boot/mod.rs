@@ -1,3 +1,5 @@
 //! How a guest starts.
 
+pub mod acpi;
+pub mod linux;
 pub mod monitor;

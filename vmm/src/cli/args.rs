@@ -32,12 +32,18 @@ pub enum Verb {
     /// Fork a VM while it runs, and print its children, one a line
     Fork(Fork),
     /// Send a line to the guest and print its answer: exit code 0 for `ok`, 1 for `err`, 3 on time-out
+    ///
+    /// A Linux guest gives no answer: the line is typed on its serial console, and --expect waits for what it prints.
     Send {
         #[arg(value_parser = vm_name)]
         name: String,
         /// The line; several words are joined by spaces
         #[arg(required = true)]
         text: Vec<String>,
+        /// Type the line on the serial console, wait until this pattern (a regular expression) is in what is printed after
+        /// it, and print the lines it is in; the echo of the line itself does not count
+        #[arg(long, value_name = "REGEX", value_parser = regex::Regex::new)]
+        expect: Option<regex::Regex>,
         /// How long to wait for the answer
         #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
         timeout: Duration,
@@ -162,7 +168,7 @@ pub struct Launch {
     /// Its memory: bytes, or with K, M or G; at least 16M, and a multiple of 4K
     #[arg(short, long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_MEMORY), value_parser = guest_memory)]
     pub mem: ByteSize,
-    /// Its virtual CPUs; the built-in guest has one
+    /// Its virtual CPUs; the built-in guest has one, a Linux guest from 1 to 8
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub vcpus: u8,
     /// Attach the terminal to its console; Ctrl-] leaves
@@ -171,13 +177,13 @@ pub struct Launch {
     /// Remove it when it is off
     #[arg(long)]
     pub rm: bool,
-    /// A Linux kernel instead of the built-in guest (not yet)
+    /// A Linux kernel instead of the built-in guest: a bzImage, as distributions ship it, or an ELF file
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// Its initial RAM disk
+    /// The kernel's initial RAM disk
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
-    /// Its command line
+    /// The kernel's command line [default: console=ttyS0 panic=-1]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     pub cmdline: Option<String>,
 }

@@ -14,9 +14,7 @@ use clap::Parser;
 use errors::CliError;
 use serde_json::json;
 use signals::Signals;
-use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use vmm::api::{Child, VmState};
 use vmm::client::{Client, ClientBuilder, ForkOptions, LaunchOptions, Stream};
@@ -71,8 +69,14 @@ fn run(cli: Cli) -> Done {
                 Ok(SUCCESS)
             })
         }
-        Verb::Send { name, text, timeout } => with_client(server, |client| {
-            let answer = client.vm(name).ask(&text.join(" "), timeout)?;
+        Verb::Send { name, text, expect, timeout } => with_client(server, |client| {
+            let (vm, text) = (client.vm(name), text.join(" "));
+            if let Some(pattern) = &expect {
+                let found = vm.expect(&text, pattern, timeout)?;
+                writeln!(out, "{found}")?;
+                return Ok(SUCCESS);
+            }
+            let Some(answer) = vm.tell(&text, timeout)? else { return Ok(SUCCESS) };
             writeln!(out, "{answer}")?;
             let good = answer.split(' ').next() == Some("ok");
             Ok(if good { SUCCESS } else { FAILED.into() })
@@ -154,17 +158,18 @@ fn run(cli: Cli) -> Done {
 
 fn launch(launch: Launch, server: ClientBuilder, out: &mut impl Write) -> Done {
     let signals = launch.attach.then(Signals::catch).transpose()?;
-    for (what, file) in [("kernel", &launch.kernel), ("initrd", &launch.initrd)] {
-        if let Some(file) = file {
-            readable(file).map_err(|e| CliError::bad_input(format!("launch: {what} {}: {e}", file.display())))?;
-        }
-    }
-    if launch.kernel.is_some() {
-        return Err(CliError::bad_input("launch: not yet: Linux guests come with a later version"));
-    }
     let mut options = LaunchOptions::new().memory(launch.mem).vcpus(launch.vcpus).remove_when_off(launch.rm);
     if let Some(name) = launch.name {
         options = options.name(name);
+    }
+    if let Some(kernel) = launch.kernel {
+        options = options.kernel(kernel)?;
+    }
+    if let Some(initrd) = launch.initrd {
+        options = options.initrd(initrd)?;
+    }
+    if let Some(cmdline) = launch.cmdline {
+        options = options.cmdline(cmdline)?;
     }
     options.check()?;
     with_client(server, |client| {
@@ -176,12 +181,6 @@ fn launch(launch: Launch, server: ClientBuilder, out: &mut impl Write) -> Done {
             None => Ok(SUCCESS),
         }
     })
-}
-
-/// Whether there is a file to be read.
-fn readable(path: &Path) -> io::Result<()> {
-    let file = File::open(path)?;
-    if file.metadata()?.is_file() { Ok(()) } else { Err(io::Error::other("not a regular file")) }
 }
 
 /// Connects, starting a server if there is none, and does something with it. If that fails, a server that was started

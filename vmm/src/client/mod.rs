@@ -46,6 +46,7 @@
 
 mod connection;
 mod error;
+mod expect;
 mod home;
 mod options;
 mod start;
@@ -184,7 +185,7 @@ impl Client {
         std::mem::take(&mut self.state().lost)
     }
 
-    /// Launches the built-in guest. It has reached its prompt when this returns.
+    /// Launches a guest. The built-in one has reached its prompt when this returns, a Linux guest has begun to boot.
     pub fn launch(&self, options: LaunchOptions) -> Result<Vm, Error> {
         options.check()?;
         let name = answer!(self.call(&Request::Launch(options.0)), "launch", Launched)?;

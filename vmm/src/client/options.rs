@@ -1,17 +1,20 @@
 //! What a launch and a fork can be told.
 
 use super::{Error, check_vm_name};
-use crate::api::{DEFAULT_MEMORY, Fork, Launch};
+use crate::api::{DEFAULT_MEMORY, Fork, Launch, Linux, MAX_VCPUS};
+use crate::boot::linux::{self, DEFAULT_CMDLINE, Plan};
 use crate::host;
 use crate::units::ByteSize;
+use guest_mem::PageCount;
+use std::path::{Path, PathBuf};
 
-/// A launch of the built-in guest: 256 MiB and one vCPU, where nothing else is asked for.
+/// A launch: the built-in guest with 256 MiB and one vCPU, where nothing else is asked for.
 #[derive(Clone, Debug)]
 pub struct LaunchOptions(pub(super) Launch);
 
 impl Default for LaunchOptions {
     fn default() -> Self {
-        Self(Launch { name: None, mem_bytes: DEFAULT_MEMORY, vcpus: 1, remove_when_off: false })
+        Self(Launch { name: None, mem_bytes: DEFAULT_MEMORY, vcpus: 1, remove_when_off: false, linux: None })
     }
 }
 
@@ -33,7 +36,40 @@ impl LaunchOptions {
         self
     }
 
-    /// Its virtual CPUs. The built-in guest has one.
+    /// A Linux guest instead of the built-in one, with the command line `console=ttyS0 panic=-1` if it gets no other.
+    ///
+    /// # Errors
+    /// There is no current directory that the path could be relative to.
+    pub fn kernel(mut self, path: impl AsRef<Path>) -> Result<Self, Error> {
+        let kernel = absolute("kernel", path.as_ref())?;
+        self.0.linux = Some(Linux { kernel, initrd: None, cmdline: DEFAULT_CMDLINE.into() });
+        Ok(self)
+    }
+
+    /// The Linux guest's initial RAM disk.
+    ///
+    /// # Errors
+    /// As above, or no kernel was given.
+    pub fn initrd(mut self, path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = absolute("initrd", path.as_ref())?;
+        self.linux("an initrd")?.initrd = Some(path);
+        Ok(self)
+    }
+
+    /// The Linux guest's command line.
+    ///
+    /// # Errors
+    /// No kernel was given.
+    pub fn cmdline(mut self, text: impl Into<String>) -> Result<Self, Error> {
+        self.linux("a command line")?.cmdline = text.into();
+        Ok(self)
+    }
+
+    fn linux(&mut self, what: &str) -> Result<&mut Linux, Error> {
+        self.0.linux.as_mut().ok_or_else(|| Error::BadInput(format!("launch: {what} needs a kernel")))
+    }
+
+    /// Its virtual CPUs. The built-in guest has one, a Linux guest from 1 to 8.
     pub fn vcpus(mut self, count: u8) -> Self {
         self.0.vcpus = count;
         self
@@ -57,8 +93,23 @@ impl LaunchOptions {
         if let Err(e) = memory.as_guest_memory() {
             return bad(&e);
         }
-        if self.0.vcpus != 1 {
-            return bad(&format_args!("the built-in guest has 1 vCPU, not {}", self.0.vcpus));
+        match &self.0.linux {
+            None if self.0.vcpus != 1 => {
+                return bad(&format_args!("the built-in guest has 1 vCPU, not {}", self.0.vcpus));
+            }
+            Some(_) if !(1..=MAX_VCPUS).contains(&self.0.vcpus) => {
+                return bad(&format_args!("a Linux guest has from 1 to {MAX_VCPUS} vCPUs, not {}", self.0.vcpus));
+            }
+            _ => {}
+        }
+        if let Some(guest) = &self.0.linux {
+            let (kernel, initrd) = guest.open().map_err(|e| Error::BadInput(format!("{operation}: {e}")))?;
+            let ram = PageCount::covering(memory.0);
+            let request =
+                linux::Request { ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &guest.cmdline };
+            if let Err(e) = Plan::new(request) {
+                return bad(&e);
+            }
         }
         if let Err(e) = host::open_kvm() {
             return bad(&e);
@@ -70,6 +121,10 @@ impl LaunchOptions {
         }
         Ok(())
     }
+}
+
+fn absolute(what: &str, path: &Path) -> Result<PathBuf, Error> {
+    std::path::absolute(path).map_err(|e| Error::BadInput(format!("launch: {what} {}: {e}", path.display())))
 }
 
 /// A fork: one child that runs, where nothing else is asked for.

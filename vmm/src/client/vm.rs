@@ -1,7 +1,9 @@
 //! One VM, and what can be asked of it.
 
+use super::expect::Expectation;
 use super::{Client, Error, ForkOptions, Stream, answer, check_vm_name};
 use crate::api::{Answer, Child, Inspection, Request, Stats, VmStats, VmSummary};
+use regex::Regex;
 use std::ops::Deref;
 use std::time::Duration;
 
@@ -57,12 +59,29 @@ impl Vm {
 
     /// Sends the guest a line, and returns its answer as it is: `ok …` or `err …`.
     pub fn ask(&self, text: &str, timeout: Duration) -> Result<String, Error> {
+        self.tell(text, timeout)?.ok_or(Error::Protocol("send"))
+    }
+
+    /// Sends the guest a line. Returns the built-in guest's answer as it is; a Linux guest, on whose serial console the
+    /// line is typed, gives none.
+    pub fn tell(&self, text: &str, timeout: Duration) -> Result<Option<String>, Error> {
         let name = self.checked_name("send")?;
         if text.contains(['\n', '\r']) {
             return Err(Error::BadInput(format!("send {name}: a line has no newline in it")));
         }
         let timeout_ms = timeout.as_millis().try_into().unwrap_or(u64::MAX);
-        answer!(self.client.call(&Request::Send { name, text: text.to_owned(), timeout_ms }), "send", Said)
+        match self.client.call(&Request::Send { name, text: text.to_owned(), timeout_ms })? {
+            Answer::Said(answer) => Ok(Some(answer)),
+            Answer::Done => Ok(None),
+            _ => Err(Error::Protocol("send")),
+        }
+    }
+
+    /// Types a line on the serial console, and waits until `pattern` is in what is printed after it. Returns the lines
+    /// that it is in. The echo of the line itself does not count.
+    pub fn expect(&self, text: &str, pattern: &Regex, timeout: Duration) -> Result<String, Error> {
+        let console = self.console()?;
+        Expectation { text, pattern, timeout }.await_on(console, &self.name)
     }
 
     /// Stops its vCPUs.

@@ -1,8 +1,10 @@
 //! The serial console: a 16550 whose output is collected and whose input waits until the guest takes it.
 
+use super::interrupt::{Interrupt, NoInterrupt};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::sync::Arc;
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
@@ -11,14 +13,15 @@ pub const PORTS: u16 = 8;
 /// Output that nobody fetches is dropped past this, input that the guest does not take as well.
 const BACKLOG_MAX: usize = 64 << 10;
 
-/// The guest polls, or waits in a port of its own: no interrupt is wired.
-#[derive(Debug)]
-struct NoInterrupt;
+/// The console's interrupt, as the UART knows it.
+#[derive(Clone, Debug)]
+struct Line(Arc<dyn Interrupt>);
 
-impl Trigger for NoInterrupt {
+impl Trigger for Line {
     type E = Infallible;
 
     fn trigger(&self) -> Result<(), Infallible> {
+        self.0.pulse();
         Ok(())
     }
 }
@@ -26,18 +29,24 @@ impl Trigger for NoInterrupt {
 /// A 16550 with room on both sides.
 #[derive(Debug)]
 pub struct Console {
-    uart: Serial<NoInterrupt, NoEvents, Vec<u8>>,
+    uart: Serial<Line, NoEvents, Vec<u8>>,
     /// Input past what the UART's FIFO takes. It is the host's, not the machine's: a fork does not get it.
     backlog: VecDeque<u8>,
 }
 
 impl Default for Console {
+    /// A console whose guest polls, or waits in a port of its own.
     fn default() -> Self {
-        Self { uart: Serial::new(NoInterrupt, Vec::new()), backlog: VecDeque::new() }
+        Self::new(Arc::new(NoInterrupt))
     }
 }
 
 impl Console {
+    /// A console that interrupts the guest.
+    pub fn new(interrupt: Arc<dyn Interrupt>) -> Self {
+        Self { uart: Serial::new(Line(interrupt), Vec::new()), backlog: VecDeque::new() }
+    }
+
     /// The guest reads a register.
     pub fn read(&mut self, register: u8) -> u8 {
         let value = self.uart.read(register);
@@ -51,7 +60,7 @@ impl Console {
             log::debug!("console output dropped: nobody fetches it");
             self.uart.writer_mut().clear();
         }
-        // Writing to a Vec and raising no interrupt cannot fail.
+        // Writing to a Vec and raising an interrupt cannot fail.
         let _ = self.uart.write(register, value);
     }
 
@@ -147,7 +156,8 @@ impl Console {
             scratch,
             in_buffer: state.in_buffer.clone(),
         };
-        self.uart = Serial::from_state(&state, NoInterrupt, NoEvents, Vec::new())
+        let line = self.uart.interrupt_evt().clone();
+        self.uart = Serial::from_state(&state, line, NoEvents, Vec::new())
             .map_err(|error| format!("serial console: {error}"))?;
         Ok(())
     }

@@ -3,6 +3,7 @@
 use super::kick::StopSwitch;
 use super::mailbox::{Mailbox, Wakeup};
 use super::now_ns;
+use super::panic::PanicWatch;
 use super::state::VcpuState;
 use crate::devices::serial::Console;
 use crate::wire::{Activity, Ending, FromVm};
@@ -29,6 +30,8 @@ pub(super) struct Shared {
     pub mailbox: Mailbox,
     /// The serial console.
     pub console: Console,
+    /// What a Linux guest says of its own end.
+    pub panic: PanicWatch,
     out: Vec<FromVm>,
 }
 
@@ -45,14 +48,14 @@ struct Desk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
     Stand,
-    /// Stand, and save the registers once.
+    /// Stand, and save the registers once all vCPUs stand: until then others may send it interrupts.
     Save,
     Run,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Station {
-    /// Its thread has not come to the floor yet.
+    /// Its thread has not come to the floor yet, or sets its registers.
     Arriving,
     Standing,
     /// In or about to enter `KVM_RUN`.
@@ -68,6 +71,10 @@ enum Station {
 pub(super) enum Load {
     /// The monitor's entry.
     Monitor,
+    /// A Linux kernel's entry, at this address.
+    Linux(u64),
+    /// What a reset makes of it: another vCPU starts it.
+    Fresh,
     /// A saved vCPU.
     Saved(Box<VcpuState>),
 }
@@ -97,13 +104,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Floor {
     /// A floor with a desk for each vCPU, whose threads are yet to come.
-    pub fn new(switches: impl IntoIterator<Item = StopSwitch>) -> io::Result<Self> {
+    pub fn new(switches: impl IntoIterator<Item = StopSwitch>, console: Console) -> io::Result<Self> {
         let desk = |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Arriving };
         let shared = Shared {
             desks: switches.into_iter().map(desk).collect(),
             announce: None,
             mailbox: Mailbox::default(),
-            console: Console::default(),
+            console,
+            panic: PanicWatch::default(),
             out: Vec::new(),
         };
         Ok(Self { shared: Mutex::new(shared), changed: Condvar::new(), bell: EventFd::new(EFD_NONBLOCK)? })
@@ -147,10 +155,14 @@ impl Floor {
     /// Main thread: gives every vCPU what it starts from, then as [`ask`](Self::ask).
     pub fn start_from(&self, loads: Vec<Load>, activity: Activity) {
         let mut shared = self.lock();
-        for (desk, load) in shared.desks.iter_mut().zip(loads) {
-            desk.load = Some(load);
-        }
+        shared.load(loads);
         self.ask_locked(&mut shared, activity);
+    }
+
+    /// Main thread: gives every vCPU, which stands, what it starts from. They go on standing.
+    pub fn load(&self, loads: Vec<Load>) {
+        self.lock().load(loads);
+        self.changed.notify_all();
     }
 
     /// Main thread: has the vCPUs run or stand, and the server told when they do. Where they are to stand, the caller
@@ -244,19 +256,21 @@ impl Floor {
             let desk = &mut shared.desks[number];
             if desk.at != Station::Ended {
                 if let Some(load) = desk.load.take() {
+                    desk.at = Station::Arriving;
                     return Task::Load(load);
                 }
                 if desk.wish == Wish::Run {
                     return self.set_running(shared, number);
                 }
-                desk.at = Station::Standing;
-                if desk.wish == Wish::Save {
-                    desk.wish = Wish::Stand;
+                if desk.at != Station::Standing {
+                    desk.at = Station::Standing;
+                    self.announce_standing(&mut shared);
                     self.changed.notify_all();
+                }
+                if shared.all_stand() && shared.desks[number].wish == Wish::Save {
+                    shared.desks[number].wish = Wish::Stand;
                     return Task::Save;
                 }
-                self.announce_standing(&mut shared);
-                self.changed.notify_all();
             }
             shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
         }
@@ -275,8 +289,7 @@ impl Floor {
     }
 
     fn announce_standing(&self, shared: &mut Shared) {
-        let stand = shared.desks.iter().all(|desk| desk.at == Station::Standing && desk.load.is_none());
-        if stand && shared.announce.take_if(|activity| *activity == Activity::Paused).is_some() {
+        if shared.all_stand() && shared.announce.take_if(|activity| *activity == Activity::Paused).is_some() {
             self.tell(shared, FromVm::Paused);
         }
     }
@@ -323,6 +336,16 @@ impl Floor {
 }
 
 impl Shared {
+    fn load(&mut self, loads: Vec<Load>) {
+        for (desk, load) in self.desks.iter_mut().zip(loads) {
+            desk.load = Some(load);
+        }
+    }
+
+    fn all_stand(&self) -> bool {
+        self.desks.iter().all(|desk| desk.at == Station::Standing && desk.load.is_none())
+    }
+
     fn wish(&mut self, wish: Wish) {
         for desk in &mut self.desks {
             desk.wish = wish;

@@ -1,14 +1,15 @@
 //! The KVM VM of a VM process: memory slots and their dirty log.
 #![allow(unsafe_code)] // memory slots, and the one ioctl of the dirty log that kvm-ioctls lacks
 
+use crate::wire::Machine;
 use guest_mem::GfnRange;
 use guest_mem::window::host::SlotLog;
 use kvm_bindings::{
-    CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,     KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::sync::Arc;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::{errno, ioctl_iowr_nr};
 
@@ -44,7 +45,7 @@ pub(super) enum DirtyLog {
 /// A KVM VM and its memory slots: slot `n` is the `n`-th RAM range.
 #[derive(Debug)]
 pub(super) struct KvmVm {
-    vm: VmFd,
+    vm: Arc<VmFd>,
     slots: Vec<GfnRange>,
     window_base: u64,
     log: DirtyLog,
@@ -52,8 +53,9 @@ pub(super) struct KvmVm {
 
 impl KvmVm {
     /// A VM whose RAM stands in the window at `window_base`, with the dirty log on. The window keeps these addresses
-    /// for as long as the process lives.
-    pub fn new(kvm: &Kvm, ram: &[GfnRange], window_base: u64) -> Result<Self, KvmError> {
+    /// for as long as the process lives. The memory slots come first: they are slow to make once there are interrupt
+    /// controllers.
+    pub fn new(kvm: &Kvm, ram: &[GfnRange], window_base: u64, machine: Machine) -> Result<Self, KvmError> {
         if let Some(cap) = [Cap::UserMemory, Cap::ImmediateExit].into_iter().find(|cap| !kvm.check_extension(*cap)) {
             return Err(KvmError::Lacks(cap));
         }
@@ -65,13 +67,18 @@ impl KvmVm {
         };
         vm.enable_cap(&manual).map_err(during("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(during("KVM_SET_TSS_ADDR"))?;
-        let mut this = Self { vm, slots: ram.to_vec(), window_base, log: DirtyLog::Off };
+        let mut this = Self { vm: Arc::new(vm), slots: ram.to_vec(), window_base, log: DirtyLog::Off };
         this.set_log(DirtyLog::On)?;
+        if machine == Machine::Linux {
+            this.vm.create_irq_chip().map_err(during("KVM_CREATE_IRQCHIP"))?;
+            let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            this.vm.create_pit2(timer).map_err(during("KVM_CREATE_PIT2"))?;
+        }
         Ok(this)
     }
 
     /// The VM.
-    pub fn fd(&self) -> &VmFd {
+    pub fn fd(&self) -> &Arc<VmFd> {
         &self.vm
     }
 
@@ -131,26 +138,12 @@ impl KvmVm {
         Ok(())
     }
 
-    /// A vCPU with everything in its CPUID that this host supports.
+    /// A vCPU that shows its guest `cpuid`.
     pub fn make_vcpu(&self, number: u8, cpuid: &CpuId) -> Result<VcpuFd, KvmError> {
         let vcpu = self.vm.create_vcpu(number.into()).map_err(during("KVM_CREATE_VCPU"))?;
-        let mut cpuid = cpuid.clone();
-        for entry in cpuid.as_mut_slice() {
-            // KVM fills in the APIC id of the processor that it was asked on.
-            match entry.function {
-                0x1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(number) << 24,
-                0xb | 0x1f => entry.edx = number.into(),
-                _ => {}
-            }
-        }
-        vcpu.set_cpuid2(&cpuid).map_err(during("KVM_SET_CPUID2"))?;
+        vcpu.set_cpuid2(cpuid).map_err(during("KVM_SET_CPUID2"))?;
         Ok(vcpu)
     }
-}
-
-/// What this host's KVM can show a guest.
-pub(super) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
-    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(during("KVM_GET_SUPPORTED_CPUID"))
 }
 
 fn slot_error(call: &'static str, pages: GfnRange) -> impl FnOnce(errno::Error) -> KvmError {

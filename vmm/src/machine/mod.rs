@@ -16,12 +16,17 @@
 //!   are whole whenever it stands.
 //! * The process ends with its server: by `PDEATHSIG`, or at the socket's end.
 
+mod chips;
+mod cpuid;
 mod floor;
 mod isolate;
 mod keeper;
 mod kick;
 mod kvm;
+mod linux;
 mod mailbox;
+mod mmio;
+mod panic;
 mod ports;
 mod probe;
 mod process;

@@ -3,8 +3,10 @@
 use super::floor::Floor;
 use super::mailbox::{Memory, read_answer, read_fork_count};
 use super::now_ns;
+use crate::boot::acpi;
 use crate::devices::serial;
-use crate::wire::{Ending, FromVm, Line};
+use crate::layout::devices::{RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS};
+use crate::wire::{Ending, FromVm, Line, Machine};
 use firmware::abi::{COM1, DOORBELL, Doorbell, WAIT};
 use std::sync::Arc;
 use vm_memory::GuestMemoryError;
@@ -14,21 +16,22 @@ use vm_memory::GuestMemoryError;
 pub(super) struct Ports {
     floor: Arc<Floor>,
     memory: Memory,
+    machine: Machine,
 }
 
 const COM1_LAST: u16 = COM1 + serial::PORTS - 1;
 
 impl Ports {
     /// The ports of the machine that meets on `floor` and has this memory.
-    pub fn new(floor: Arc<Floor>, memory: Memory) -> Self {
-        Self { floor, memory }
+    pub fn new(floor: Arc<Floor>, memory: Memory, machine: Machine) -> Self {
+        Self { floor, memory, machine }
     }
 
     /// vCPU `number` reads a port. A port that is nobody's reads as all ones.
     pub fn read(&self, number: usize, port: u16, data: &mut [u8]) -> Result<(), GuestMemoryError> {
         data.fill(0xff);
         match (port, data.len()) {
-            (WAIT, 4) => {
+            (WAIT, 4) if self.machine == Machine::Monitor => {
                 // Nothing yet, if the vCPU is to stop: the guest asks again.
                 let wakeup = self.floor.await_wakeup(number);
                 let bits = wakeup.map_or(Ok(0), |wakeup| wakeup.deliver(&self.memory))?;
@@ -39,6 +42,7 @@ impl Ports {
                 let register = (port - COM1) as u8;
                 data.iter_mut().for_each(|byte| *byte = shared.console.read(register));
             }
+            (SLEEP_STATUS, 1) if self.machine == Machine::Linux => data.fill(0),
             _ => log::debug!("{} bytes read from port {port:#x}, which is nobody's", data.len()),
         }
         Ok(())
@@ -47,25 +51,45 @@ impl Ports {
     /// A vCPU writes a port. What is written to a port that is nobody's is lost.
     pub fn write(&self, port: u16, data: &[u8]) -> Result<(), GuestMemoryError> {
         match (port, data) {
-            (DOORBELL, [a, b, c, d]) => {
+            (DOORBELL, [a, b, c, d]) if self.machine == Machine::Monitor => {
                 let value = u32::from_le_bytes([*a, *b, *c, *d]);
                 match Doorbell::from_u32(value) {
                     Some(doorbell) => self.ring(doorbell)?,
                     None => log::debug!("the guest rings {value:#x}, which means nothing"),
                 }
             }
-            (COM1..=COM1_LAST, _) => {
-                let mut shared = self.floor.lock();
-                let silent = !shared.console.has_output();
-                let register = (port - COM1) as u8;
-                data.iter().for_each(|byte| shared.console.write(register, *byte));
-                if silent && shared.console.has_output() {
-                    self.floor.ring();
+            (COM1..=COM1_LAST, _) => self.write_console((port - COM1) as u8, data),
+            (SLEEP_CONTROL, [value]) if self.machine == Machine::Linux => {
+                if *value == acpi::POWER_OFF {
+                    self.floor.end(FromVm::Ended(Ending::Off));
                 }
+            }
+            (RESET, [RESET_VALUE]) if self.machine == Machine::Linux => {
+                // The machine is not started again: it ends as if it had been switched off.
+                let panic = self.floor.lock().panic.reason();
+                self.floor.end(FromVm::Ended(panic.map_or(Ending::Off, Ending::Dead)));
             }
             _ => log::debug!("{} bytes written to port {port:#x}, which is nobody's", data.len()),
         }
         Ok(())
+    }
+
+    fn write_console(&self, register: u8, data: &[u8]) {
+        const DATA: u8 = 0;
+        let mut shared = self.floor.lock();
+        let silent = !shared.console.has_output();
+        data.iter().for_each(|byte| shared.console.write(register, *byte));
+        if silent && shared.console.has_output() {
+            self.floor.ring();
+        }
+        if self.machine == Machine::Linux && register == DATA {
+            let ended = data.iter().fold(false, |ended, byte| shared.panic.printed(*byte) || ended);
+            let reason = shared.panic.reason().filter(|_| ended);
+            drop(shared);
+            if let Some(why) = reason {
+                self.floor.die(why);
+            }
+        }
     }
 
     fn ring(&self, doorbell: Doorbell) -> Result<(), GuestMemoryError> {

@@ -135,10 +135,7 @@ impl Process {
                 floor.lock().mailbox.fork_done(outcome);
                 floor.notify();
             }
-            ToVm::Stop => {
-                floor.lock().mailbox.stop();
-                floor.notify();
-            }
+            ToVm::Stop => vm.stop(),
             ToVm::Probe => {
                 let ways = ways_to_write(one(&fds)?.as_fd());
                 self.link.send(&FromVm::Probed(ways), &[])?;

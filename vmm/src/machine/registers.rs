@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // XSAVE areas of variable length, and the vCPU device attribute that kvm-ioctls lacks
 
 use super::state::{Tsc, VcpuState};
+use crate::wire::Machine;
 use kvm_bindings::{
     KVM_MAX_MSR_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, Xsave, kvm_device_attr, kvm_msr_entry,
     kvm_xsave,
@@ -50,6 +51,7 @@ struct Access {
     msrs: Vec<u32>,
     xsave_words: usize,
     tsc: TscAccess,
+    machine: Machine,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +62,7 @@ enum TscAccess {
 
 impl Registers {
     /// Learns what this host can read and set, from a vCPU that has its CPUID and has not run.
-    pub fn of_fresh(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, RegistersError> {
+    pub fn of_fresh(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, machine: Machine) -> Result<Self, RegistersError> {
         let area = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let xsave_words = area.max(mem::size_of::<kvm_xsave>()) / mem::size_of::<u32>();
         let tsc = match read_tsc_offset(vcpu) {
@@ -73,7 +75,7 @@ impl Registers {
         let list = kvm.get_msr_index_list().map_err(during("KVM_GET_MSR_INDEX_LIST"))?;
         let wanted = list.as_slice().iter().copied().filter(|index| *index != IA32_TSC);
         let msrs = wanted.filter(|index| can_read_and_set(vcpu, *index)).collect();
-        let access = Access { msrs, xsave_words, tsc };
+        let access = Access { msrs, xsave_words, tsc, machine };
         let fresh = access.save(vcpu)?;
         Ok(Self { access, fresh })
     }
@@ -90,8 +92,9 @@ impl Registers {
 
     /// Makes the vCPU, which has not run, what `state` says.
     ///
-    /// The order matters: the TSC before the MSRs that refer to it, system registers before general ones, events last,
-    /// because setting system registers drops them.
+    /// The order matters: the TSC before the MSRs that refer to it, system registers (which place the LAPIC) before the
+    /// LAPIC, that (which says what kind of timer it is) before the MSR of its deadline, events last, because setting
+    /// system registers drops them.
     pub fn restore(&self, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), RegistersError> {
         let fresh = &self.fresh;
         if state.tsc != fresh.tsc {
@@ -109,6 +112,9 @@ impl Registers {
         }
         if state.debug != fresh.debug {
             vcpu.set_debug_regs(&state.debug).map_err(during("KVM_SET_DEBUGREGS"))?;
+        }
+        if let Some(lapic) = state.lapic.as_ref().filter(|_| state.lapic != fresh.lapic) {
+            vcpu.set_lapic(lapic).map_err(during("KVM_SET_LAPIC"))?;
         }
         self.write_msrs(vcpu, &state.msrs)?;
         if state.mp != fresh.mp {
@@ -141,7 +147,12 @@ impl Access {
             xsave: self.read_xsave(vcpu)?,
             xcrs: vcpu.get_xcrs().map_err(during("KVM_GET_XCRS"))?,
             debug: vcpu.get_debug_regs().map_err(during("KVM_GET_DEBUGREGS"))?,
+            // Before the LAPIC: a timer that fires in between is then seen twice, and not lost.
             msrs: self.read_msrs(vcpu)?,
+            lapic: match self.machine {
+                Machine::Monitor => None,
+                Machine::Linux => Some(vcpu.get_lapic().map_err(during("KVM_GET_LAPIC"))?),
+            },
             events: vcpu.get_vcpu_events().map_err(during("KVM_GET_VCPU_EVENTS"))?,
             tsc: match self.tsc {
                 TscAccess::Offset => Tsc::Offset(read_tsc_offset(vcpu).map_err(during("KVM_VCPU_TSC_OFFSET"))?),

@@ -1,11 +1,14 @@
 //! A machine that stands still, as plain data.
 
-use crate::devices::serial;
-use kvm_bindings::{kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs};
+use crate::devices::{serial, virtio};
+use kvm_bindings::{
+    kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
 use serde::{Deserialize, Serialize};
 
 /// Everything of a VM but its memory.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineState {
     /// Its vCPUs, by number.
     pub vcpus: Vec<VcpuState>,
@@ -13,6 +16,34 @@ pub struct MachineState {
     pub serial: serial::State,
     /// What is under way between the monitor and the server.
     pub mailbox: MailboxState,
+    /// What only a Linux guest's machine has.
+    pub linux: Option<LinuxState>,
+}
+
+/// The parts of a Linux guest's machine that are not a vCPU's.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LinuxState {
+    /// Its interrupt controllers, timer and clock.
+    pub chips: ChipsState,
+    /// Its virtio devices, in the order of their addresses.
+    pub virtio: Vec<virtio::State>,
+}
+
+/// The devices that KVM emulates.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ChipsState {
+    /// The two old interrupt controllers, and the I/O APIC.
+    pub controllers: [kvm_irqchip; 3],
+    /// The interval timer.
+    pub timer: kvm_pit_state2,
+    /// The paravirtual clock.
+    pub clock: kvm_clock_data,
+}
+
+impl std::fmt::Debug for ChipsState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChipsState").field("timer", &self.timer).field("clock", &self.clock).finish_non_exhaustive()
+    }
 }
 
 /// A vCPU.
@@ -30,6 +61,8 @@ pub struct VcpuState {
     pub debug: kvm_debugregs,
     /// All model-specific registers that this host's KVM can both read and set; not the TSC where `tsc` has it.
     pub msrs: Vec<kvm_msr_entry>,
+    /// Its local interrupt controller and timer, where the machine has any.
+    pub lapic: Option<kvm_lapic_state>,
     /// Pending exceptions, interrupts and the like.
     pub events: kvm_vcpu_events,
     /// Running or halted.

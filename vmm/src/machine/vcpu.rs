@@ -2,6 +2,7 @@
 
 use super::floor::{Floor, Load, Task};
 use super::kick::StopSwitch;
+use super::mmio::Mmio;
 use super::ports::Ports;
 use super::registers::{Registers, RegistersError};
 use crate::boot;
@@ -10,6 +11,13 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+
+/// What a vCPU's accesses reach.
+#[derive(Clone, Debug)]
+pub(super) struct Buses {
+    pub ports: Ports,
+    pub mmio: Mmio,
+}
 
 /// A vCPU, which lives as long as the process and belongs to its thread.
 #[derive(Debug)]
@@ -30,11 +38,11 @@ impl Vcpu {
     ///
     /// # Errors
     /// Of `pthread_create`.
-    pub fn spawn(mut self, floor: Arc<Floor>, ports: Ports) -> io::Result<JoinHandle<()>> {
-        thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || self.work(&floor, &ports))
+    pub fn spawn(mut self, floor: Arc<Floor>, buses: Buses) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || self.work(&floor, &buses))
     }
 
-    fn work(&mut self, floor: &Floor, ports: &Ports) {
+    fn work(&mut self, floor: &Floor, buses: &Buses) {
         // KVM starts a worker of its own at a VM's first KVM_RUN: let that be now, not when a fork waits for it.
         self.fd.set_kvm_immediate_exit(1);
         if let Ok(exit) = self.fd.run() {
@@ -52,7 +60,7 @@ impl Vcpu {
                     floor.saved(self.number, state.map_err(|error| error.to_string()));
                 }
                 Task::Run => {
-                    if let Err(why) = self.run(ports) {
+                    if let Err(why) = self.run(buses) {
                         floor.die(why);
                     }
                 }
@@ -68,12 +76,18 @@ impl Vcpu {
                 state.regs = boot::monitor::registers(&mut state.sregs);
                 self.registers.restore(self.fd, &state)
             }
+            Load::Linux(entry) => {
+                let mut state = self.registers.fresh().clone();
+                state.regs = boot::linux::registers(*entry, &mut state.sregs);
+                self.registers.restore(self.fd, &state)
+            }
+            Load::Fresh => Ok(()),
         }
     }
 
     /// Runs until the vCPU is to stop. It stops only where `KVM_RUN` says that it was interrupted: KVM completes a port
     /// access in flight before it does.
-    fn run(&mut self, ports: &Ports) -> Result<(), String> {
+    fn run(&mut self, Buses { ports, mmio }: &Buses) -> Result<(), String> {
         loop {
             match self.fd.run() {
                 Err(error) if error.errno() == libc::EINTR => return Ok(()),
@@ -85,13 +99,8 @@ impl Vcpu {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     ports.write(port, data).map_err(|error| memory_error(&error))?;
                 }
-                Ok(VcpuExit::MmioRead(address, data)) => {
-                    log::debug!("{} bytes read from {address:#x}, where nothing is", data.len());
-                    data.fill(0xff);
-                }
-                Ok(VcpuExit::MmioWrite(address, data)) => {
-                    log::debug!("{} bytes written to {address:#x}, where nothing is", data.len());
-                }
+                Ok(VcpuExit::MmioRead(address, data)) => mmio.read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => mmio.write(address, data),
                 Ok(VcpuExit::Intr) => {}
                 Ok(exit) => return Err(describe(&exit)),
             }
@@ -108,7 +117,11 @@ fn describe(exit: &VcpuExit<'_>) -> String {
     match exit {
         VcpuExit::Shutdown => "the guest crashed (triple fault)".into(),
         VcpuExit::Hlt => "the guest halted, and nothing can wake it".into(),
-        VcpuExit::InternalError => "KVM could not emulate an instruction of the guest".into(),
+        VcpuExit::InternalError => {
+            "KVM could not emulate an instruction of the guest (a host whose KVM interprets guest kernels, without VMX or \
+             SVM, runs the built-in guest and no stock Linux kernel: see `offshoot doctor`)"
+                .into()
+        }
         VcpuExit::FailEntry(reason, cpu) => {
             format!("the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}")
         }

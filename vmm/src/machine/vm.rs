@@ -1,23 +1,32 @@
 //! The VM of a VM process: from empty and prepared to running, frozen, paused.
 
 use super::WINDOW_BASE;
+use super::cpuid::Cpuid;
 use super::floor::{Floor, Load, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::kick::{install_handler, interrupt_thread};
-use super::kvm::{self, DirtyLog, KvmError, KvmVm};
+use super::chips::Line;
+use super::kvm::{DirtyLog, KvmError, KvmVm};
+use super::linux::{LinuxError, LinuxMachine};
 use super::mailbox::Greeting;
+use super::mmio::Mmio;
 use super::ports::Ports;
 use super::registers::{Registers, RegistersError};
-use super::state::MachineState;
-use super::vcpu::Vcpu;
+use super::state::{LinuxState, MachineState};
+use super::vcpu::{Buses, Vcpu};
 use super::{keeper, now_ns};
+use crate::api::MAX_VCPUS;
+use crate::boot::linux::{self, LoadError, Plan};
+use crate::devices::serial::Console;
+use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
-use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Origin, Shape, Start};
+use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
 use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, WindowError};
 use guest_mem::{StoreId, Window};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -28,8 +37,8 @@ use vmm_sys_util::errno;
 /// Something that a VM process was told to do went wrong.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum VmError {
-    #[error("{0} vCPUs: the built-in guest has one")]
-    VcpuCount(u8),
+    #[error("{0:?}: the built-in guest has one vCPU, a Linux guest from 1 to {MAX_VCPUS}")]
+    VcpuCount(Shape),
     #[error("/dev/kvm: {0}")]
     OpenKvm(errno::Error),
     #[error("signal handler: {0}")]
@@ -56,8 +65,14 @@ pub(super) enum VmError {
     StartedTwice,
     #[error("the VM was not started")]
     NotStarted,
-    #[error("{runs} stores and {fds} descriptors")]
-    StoreCount { runs: usize, fds: usize },
+    #[error("{stores} stores and {fds} descriptors for {machine:?}")]
+    DescriptorCount { stores: usize, fds: usize, machine: Machine },
+    #[error("{0:?} is no start for this machine")]
+    WrongMachine(Machine),
+    #[error(transparent)]
+    Linux(#[from] LinuxError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
     #[error("a state of {state} vCPUs for a machine of {machine}")]
     StateShape { state: usize, machine: usize },
     #[error("event page: {0}")]
@@ -90,6 +105,8 @@ pub(super) struct Vm {
     traps: bool,
     tsc_khz: u64,
     kvm: KvmVm,
+    /// The devices of a Linux guest.
+    linux: Option<LinuxMachine>,
     window: HostWindow,
     floor: Arc<Floor>,
     threads: Vec<JoinHandle<()>>,
@@ -103,39 +120,53 @@ impl Vm {
     /// The order: what needs `/dev` and `/proc`, then the isolation, while there is one thread, then the threads.
     pub fn prepare(preparation: &Preparation<'_>) -> Result<Self, VmError> {
         let &Preparation { shape, isolation, features, cage, server } = preparation;
-        if shape.vcpus != 1 {
-            return Err(VmError::VcpuCount(shape.vcpus));
+        let vcpus_max = match shape.machine {
+            Machine::Monitor => 1,
+            Machine::Linux => MAX_VCPUS,
+        };
+        if shape.vcpus == 0 || shape.vcpus > vcpus_max {
+            return Err(VmError::VcpuCount(shape));
         }
         let kvm = Kvm::new().map_err(VmError::OpenKvm)?;
         let ram = ram_ranges(shape.ram);
         let mut window = HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features))?;
-        let vm = KvmVm::new(&kvm, &ram, window.base())?;
+        let vm = KvmVm::new(&kvm, &ram, window.base(), shape.machine)?;
         window.vacate()?;
-        let cpuid = kvm::supported_cpuid(&kvm)?;
+        let cpuid = Cpuid::of_host(&kvm, shape)?;
         let mut vcpus = Vec::new();
         let mut switches = Vec::new();
         let mut tsc_khz = 0;
         for number in 0..shape.vcpus {
-            let fd = vm.make_vcpu(number, &cpuid)?;
-            let registers = Registers::of_fresh(&kvm, vm.fd(), &fd)?;
+            let fd = vm.make_vcpu(number, &cpuid.of_vcpu(number))?;
+            let registers = Registers::of_fresh(&kvm, vm.fd(), &fd, shape.machine)?;
             // Not every host tells; the guest then knows that it does not know.
             tsc_khz = fd.get_tsc_khz().unwrap_or(0).into();
             let (vcpu, stop) = Vcpu::new(number.into(), fd, registers);
             vcpus.push(vcpu);
             switches.push(stop);
         }
+        let linux = match shape.machine {
+            Machine::Monitor => None,
+            Machine::Linux => Some(LinuxMachine::new(vm.fd(), window.memory())?),
+        };
+        let console = match shape.machine {
+            Machine::Monitor => Console::default(),
+            Machine::Linux => Console::new(Arc::new(Line::new(vm.fd(), COM1_IRQ))),
+        };
         install_handler().map_err(VmError::Handler)?;
         isolate::isolate(isolation, cage)?;
         isolate::die_with(server)?;
         let keeper = keeper::start().map_err(VmError::Keeper)?;
 
-        let floor = Arc::new(Floor::new(switches).map_err(VmError::Thread)?);
-        let ports = Ports::new(Arc::clone(&floor), window.memory().clone());
-        let spawn = |vcpu: Vcpu| vcpu.spawn(Arc::clone(&floor), ports.clone());
+        let floor = Arc::new(Floor::new(switches, console).map_err(VmError::Thread)?);
+        let ports = Ports::new(Arc::clone(&floor), window.memory().clone(), shape.machine);
+        let mmio = Mmio::new(linux.as_ref().map(LinuxMachine::virtio).unwrap_or_default());
+        let buses = Buses { ports, mmio };
+        let spawn = |vcpu: Vcpu| vcpu.spawn(Arc::clone(&floor), buses.clone());
         let threads = vcpus.into_iter().map(spawn).collect::<io::Result<_>>().map_err(VmError::Thread)?;
         drop(floor.await_standing()?);
         let traps = features.userfaultfd;
-        Ok(Self { shape, traps, tsc_khz, kvm: vm, window, floor, threads, keeper, started: false })
+        Ok(Self { shape, traps, tsc_khz, kvm: vm, linux, window, floor, threads, keeper, started: false })
     }
 
     /// What the server is told of a prepared VM, and the descriptor that goes with it.
@@ -154,36 +185,78 @@ impl Vm {
         if self.started {
             return Err(VmError::StartedTwice);
         }
-        if start.stores.len() != fds.len() {
-            return Err(VmError::StoreCount { runs: start.stores.len(), fds: fds.len() });
+        let Start { identity, runs, stores, origin, activity } = start;
+        let (stores_fds, kernel) = match (&origin, fds) {
+            (Origin::Linux(_), [stores @ .., kernel]) => (stores, Some(kernel)),
+            _ => (fds, None),
+        };
+        if stores.len() != stores_fds.len() {
+            let machine = self.shape.machine;
+            return Err(VmError::DescriptorCount { stores: stores.len(), fds: fds.len(), machine });
         }
-        let stores: Vec<_> = start.stores.iter().copied().zip(fds.iter().map(AsFd::as_fd)).collect();
-        let huge = match start.origin {
-            Origin::Monitor => HugePages::Advised,
+        let stores: Vec<_> = stores.into_iter().zip(stores_fds.iter().map(AsFd::as_fd)).collect();
+        let huge = match origin {
+            Origin::Monitor | Origin::Linux(_) => HugePages::Advised,
             Origin::Fork { .. } => HugePages::Never,
         };
-        self.window.map(&start.runs, &stores, huge)?;
-        let child = match &start.origin {
-            Origin::Monitor => None,
-            Origin::Fork { index, .. } => Some(*index),
-        };
-        let greeting =
-            Greeting { identity: &start.identity, mem_pages: self.shape.ram.0, tsc_khz: self.tsc_khz, child };
-        greeting.deliver(self.window.memory()).map_err(VmError::EventPage)?;
-        let loads = match start.origin {
-            Origin::Monitor => {
-                // The first freeze takes every private page, and turns the log on: until then huge pages are worth more.
-                self.kvm.set_log(DirtyLog::Off)?;
-                vec![Load::Monitor; self.threads.len()]
+        self.window.map(&runs, &stores, huge)?;
+        if !matches!(origin, Origin::Fork { .. }) {
+            // The first freeze takes every private page, and turns the log on: until then huge pages are worth more.
+            self.kvm.set_log(DirtyLog::Off)?;
+        }
+        match (origin, &mut self.linux, kernel) {
+            (Origin::Monitor, None, _) => {
+                self.greet(&identity, None)?;
+                self.floor.start_from(vec![Load::Monitor; self.threads.len()], activity);
             }
-            Origin::Fork { state, .. } => self.restore(*state)?,
-        };
+            (Origin::Fork { state, index }, None, _) => {
+                self.greet(&identity, Some(index))?;
+                let loads = self.loads(*state)?;
+                self.floor.start_from(loads, activity);
+            }
+            (Origin::Linux(plan), Some(machine), Some(kernel)) => {
+                machine.renew_generation()?;
+                let entry = self.load_kernel(kernel, &plan)?;
+                let mut loads = vec![Load::Fresh; self.threads.len()];
+                loads[0] = Load::Linux(entry);
+                self.floor.start_from(loads, activity);
+            }
+            (Origin::Fork { mut state, .. }, Some(machine), _) => {
+                machine.renew_generation()?;
+                let Some(beside) = state.linux.take() else { return Err(VmError::WrongMachine(Machine::Monitor)) };
+                self.start_linux_fork(*state, &beside, activity)?;
+            }
+            (origin, ..) => {
+                let machine = if matches!(origin, Origin::Monitor) { Machine::Monitor } else { Machine::Linux };
+                return Err(VmError::WrongMachine(machine));
+            }
+        }
         self.started = true;
-        self.floor.start_from(loads, start.activity);
         Ok(())
     }
 
-    fn restore(&self, state: MachineState) -> Result<Vec<Load>, VmError> {
+    fn greet(&self, identity: &Identity, child: Option<u32>) -> Result<(), VmError> {
+        let greeting = Greeting { identity, mem_pages: self.shape.ram.0, tsc_khz: self.tsc_khz, child };
+        greeting.deliver(self.window.memory()).map_err(VmError::EventPage)
+    }
+
+    fn load_kernel(&self, kernel: &OwnedFd, plan: &Plan) -> Result<u64, VmError> {
+        let mut kernel = File::from(kernel.try_clone().map_err(VmError::Thread)?);
+        Ok(linux::load(self.window.memory(), self.shape, &mut kernel, plan)?)
+    }
+
+    /// The vCPUs get their state first: what interrupts them then is not lost. Then they run.
+    fn start_linux_fork(&self, state: MachineState, beside: &LinuxState, activity: Activity) -> Result<(), VmError> {
+        let machine = self.linux.as_ref().ok_or(VmError::WrongMachine(Machine::Linux))?;
+        self.floor.load(self.loads(state)?);
+        drop(self.floor.await_standing()?);
+        machine.restore(beside)?;
+        self.floor.ask(activity);
+        Ok(())
+    }
+
+    /// Takes over what the main thread keeps of a machine's state; gives what the vCPUs start from.
+    fn loads(&self, state: MachineState) -> Result<Vec<Load>, VmError> {
         let (has, wants) = (state.vcpus.len(), self.threads.len());
         if has != wants {
             return Err(VmError::StateShape { state: has, machine: wants });
@@ -192,6 +265,17 @@ impl Vm {
         shared.console.load(&state.serial).map_err(VmError::Serial)?;
         shared.mailbox.load(state.mailbox);
         Ok(state.vcpus.into_iter().map(|vcpu| Load::Saved(Box::new(vcpu))).collect())
+    }
+
+    /// Asks the guest to power off.
+    pub fn stop(&self) {
+        match &self.linux {
+            Some(machine) => machine.push_power_button(),
+            None => {
+                self.floor.lock().mailbox.stop();
+                self.floor.notify();
+            }
+        }
     }
 
     /// Has the vCPUs run or stand. The server is told when they do.
@@ -258,6 +342,7 @@ impl Vm {
         let shared = self.floor.await_standing()?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
+        let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
         let moved = match self.kvm.log() {
             DirtyLog::Off => {
                 let moved = self.window.move_out(Dirty::Every, store, file, max_runs)?;
@@ -278,7 +363,7 @@ impl Vm {
         // The vCPU threads have read their registers meanwhile.
         let saved = self.floor.await_saved().map_err(|error| error.to_string());
         let vcpus = saved.and_then(|all| all.into_iter().collect()).map_err(VmError::Save)?;
-        Ok((moved, MachineState { vcpus, serial, mailbox }))
+        Ok((moved, MachineState { vcpus, serial, mailbox, linux }))
     }
 
     /// The pages of the freeze into `store` have settled.

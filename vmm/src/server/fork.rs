@@ -2,11 +2,12 @@
 
 use super::Server;
 use super::clients::ClientId;
+use super::launch::Beginning;
 use super::vm::{FamilyId, Generation, Phase};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::name::check_name;
-use crate::wire::{self, Activity, Frozen, ToVm};
+use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::{Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -251,7 +252,7 @@ impl Server {
             vm.paused = activity == Activity::Paused;
             self.child_mut(fork, generation, |child| child.runs = runs);
             let origin = wire::Origin::Fork { state: frozen.state.clone(), index };
-            self.start(generation, origin, activity);
+            self.start(generation, Beginning { origin, kernel: None, activity });
         }
     }
 
@@ -310,11 +311,12 @@ impl Server {
         }
     }
 
-    /// A child's vCPU is about to run, or stands still as asked.
+    /// A child's vCPU is about to run, or stands still as asked. A Linux guest gives no sign of its own.
     pub(super) fn child_ready(&mut self, fork: ForkId, generation: Generation, at_ns: Option<u64>) {
+        let silent = self.vms.get(generation).is_some_and(|vm| vm.shape.machine == Machine::Linux);
         self.child_mut(fork, generation, |child| {
             child.ready_ns = at_ns;
-            child.there |= at_ns.is_none();
+            child.there |= silent || at_ns.is_none();
         });
         self.finish_fork_if_there(fork);
     }

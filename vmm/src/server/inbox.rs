@@ -1,10 +1,11 @@
 //! What VM processes say, and what becomes of them.
 
+use super::clients::ClientId;
 use super::process::{ProcessId, Role};
 use super::vm::{Generation, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
-use crate::wire::{Ending, FromVm, Line};
+use crate::wire::{Ending, FromVm, Line, Machine};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -106,13 +107,7 @@ impl Server {
                 self.changed_activity(generation, None);
             }
             FromVm::FirstSign { at_ns } => match vm.phase {
-                Phase::Launching(client) => {
-                    vm.phase = Phase::Live;
-                    let name = vm.name.clone();
-                    if let Some(client) = client {
-                        self.reply(client, Ok(Answer::Launched(name)));
-                    }
-                }
+                Phase::Launching(client) => self.launched(generation, client),
                 Phase::Forking(fork) => self.child_alive(fork, generation, at_ns),
                 _ => {}
             },
@@ -128,10 +123,22 @@ impl Server {
         }
     }
 
+    fn launched(&mut self, generation: Generation, client: Option<ClientId>) {
+        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        vm.phase = Phase::Live;
+        let name = vm.name.clone();
+        if let Some(client) = client {
+            self.reply(client, Ok(Answer::Launched(name)));
+        }
+    }
+
     fn changed_activity(&mut self, generation: Generation, at_ns: Option<u64>) {
         let vm = self.vms.get_mut(generation).expect("it has just spoken");
         if let Phase::Forking(fork) = vm.phase {
             self.child_ready(fork, generation, at_ns);
+        } else if let (Phase::Launching(client), Machine::Linux) = (&vm.phase, vm.shape.machine) {
+            let client = *client;
+            self.launched(generation, client);
         } else if let Some(client) = vm.pausers.pop_front() {
             self.reply(client, Ok(Answer::Done));
         }

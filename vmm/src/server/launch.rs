@@ -4,19 +4,56 @@ use super::Server;
 use super::clients::ClientId;
 use super::process::{ProcessId, Role};
 use super::vm::{FamilyId, Generation, Log, Phase, Vm};
-use crate::api::{Failure, Launch, MIN_MEMORY};
+use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
+use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
-use crate::wire::{self, Activity, Identity, Shape, Start, ToVm};
+use crate::wire::{self, Activity, Identity, Machine, Shape, Start, ToVm};
 use firmware::abi;
 use guest_mem::stage2;
 use guest_mem::store::FileStore;
-use guest_mem::store::file::{Content, MemfdFile};
 use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Run, Source, StoreId, VmId};
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
+
+/// How a VM begins.
+#[derive(Debug)]
+pub(super) struct Beginning {
+    pub origin: wire::Origin,
+    /// The file of a Linux guest's kernel.
+    pub kernel: Option<OwnedFd>,
+    pub activity: Activity,
+}
+
+impl Beginning {
+    fn monitor() -> Self {
+        Self { origin: wire::Origin::Monitor, kernel: None, activity: Activity::Running }
+    }
+
+    fn linux(plan: Plan, kernel: File) -> Self {
+        let origin = wire::Origin::Linux(Box::new(plan));
+        Self { origin, kernel: Some(kernel.into()), activity: Activity::Running }
+    }
+}
+
+/// The files of a Linux guest, looked at.
+struct Guest {
+    plan: Plan,
+    kernel: File,
+    initrd: Option<File>,
+}
+
+impl Guest {
+    fn open(linux: &Linux, shape: Shape) -> Result<Self, Failure> {
+        let (kernel, initrd) = linux.open().map_err(Failure::bad_input)?;
+        let request =
+            linux::Request { ram: shape.ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &linux.cmdline };
+        let plan = Plan::new(request).map_err(|e| Failure::bad_input(e.to_string()))?;
+        Ok(Self { plan, kernel, initrd })
+    }
+}
 
 /// A start that waits for its process to be prepared.
 #[derive(Debug)]
@@ -34,12 +71,37 @@ impl Server {
 
     fn try_launch(&mut self, client: ClientId, launch: Launch) -> Result<(), Failure> {
         let shape = self.check_launch(&launch)?;
+        let guest = launch.linux.as_ref().map(|linux| Guest::open(linux, shape)).transpose()?;
         let name = match launch.name {
             Some(name) => name,
             None => (1..).map(|n| format!("vm-{n}")).find(|name| !self.vms.has_name(name)).expect("names do not end"),
         };
         let failed = |what: &'static str| move |e: io::Error| Failure::failed(format!("{what}: {e}"));
-        let image = self.image().map_err(failed("put the firmware into memory"))?;
+        let (files, beginning) = match guest {
+            None => {
+                let image = self.files.builtin(firmware::IMAGE, &mut self.stores);
+                let image = image.map_err(failed("put the firmware into memory"))?;
+                let place = GfnRange::new(Gfn::of_gpa(abi::IMAGE_BASE), image.pages());
+                (vec![(place, image)], Beginning::monitor())
+            }
+            Some(Guest { plan, kernel, initrd }) => {
+                let initrd = match (plan.initrd, initrd) {
+                    (Some(placed), Some(file)) => {
+                        let file = self.files.open(file, &mut self.stores).map_err(failed("map the initrd"))?;
+                        Some((placed.pages(), file))
+                    }
+                    _ => None,
+                };
+                (initrd.into_iter().collect(), Beginning::linux(plan, kernel))
+            }
+        };
+        if !self.features.userfaultfd {
+            // Nobody will ask for a page that is missing.
+            for (pages, file) in &files {
+                let all = GfnRange::new(Gfn(0), pages.count());
+                file.ensure(all).map_err(failed("read what is to be mapped"))?;
+            }
+        }
         let process = self.take_process(shape).map_err(failed("start a VM process"))?;
 
         let ram = ram_ranges(shape.ram);
@@ -49,15 +111,14 @@ impl Server {
         if !self.features.userfaultfd {
             manager = manager.without_holes();
         }
-        let place = GfnRange::new(Gfn::of_gpa(abi::IMAGE_BASE), image.pages());
-        let vm = manager.launch(&ram, &[(place, image)], self.window_of(process));
+        let vm = manager.launch(&ram, &files, self.window_of(process));
         let family = FamilyId(self.fresh_id());
         self.families.insert(family, manager);
 
         let generation = self.add_vm(name, None, shape, Phase::Launching(Some(client)), process, (family, vm));
         let record = self.vms.get_mut(generation).expect("added above");
         record.remove_when_off = launch.remove_when_off;
-        self.start(generation, wire::Origin::Monitor, Activity::Running);
+        self.start(generation, beginning);
         Ok(())
     }
 
@@ -69,8 +130,15 @@ impl Server {
                 return bad(format!("there is a VM {name:?} already"));
             }
         }
-        if launch.vcpus != 1 {
-            return bad(format!("the built-in guest has 1 vCPU, not {}", launch.vcpus));
+        let machine = if launch.linux.is_some() { Machine::Linux } else { Machine::Monitor };
+        match machine {
+            Machine::Monitor if launch.vcpus != 1 => {
+                return bad(format!("the built-in guest has 1 vCPU, not {}", launch.vcpus));
+            }
+            Machine::Linux if !(1..=MAX_VCPUS).contains(&launch.vcpus) => {
+                return bad(format!("a Linux guest has from 1 to {MAX_VCPUS} vCPUs, not {}", launch.vcpus));
+            }
+            _ => {}
         }
         if launch.mem_bytes < MIN_MEMORY || !launch.mem_bytes.is_multiple_of(PAGE_SIZE as u64) {
             return bad(format!("memory of {} bytes: at least 16M, and a multiple of 4K", launch.mem_bytes));
@@ -80,21 +148,7 @@ impl Server {
         if launch.mem_bytes > available {
             return bad(format!("memory of {} bytes: this host can promise {available}", launch.mem_bytes));
         }
-        Ok(Shape { ram: PageCount::covering(launch.mem_bytes), vcpus: launch.vcpus })
-    }
-
-    /// The firmware's pages, the same for all launches; they go with the last VM that maps them.
-    fn image(&mut self) -> io::Result<Rc<MemfdFile>> {
-        if let Some(image) = self.image.upgrade() {
-            return Ok(image);
-        }
-        let image = Rc::new(MemfdFile::new(Content::Bytes(firmware::IMAGE), &mut self.stores)?);
-        if !self.features.userfaultfd {
-            // Without traps nobody will ask for a page.
-            image.ensure(GfnRange::new(Gfn(0), image.pages()))?;
-        }
-        self.image = Rc::downgrade(&image);
-        Ok(image)
+        Ok(Shape { ram: PageCount::covering(launch.mem_bytes), vcpus: launch.vcpus, machine })
     }
 
     /// Lists a VM whose process is chosen.
@@ -131,7 +185,7 @@ impl Server {
     }
 
     /// Has a VM's process become the VM, now or as soon as it is prepared.
-    pub(super) fn start(&mut self, generation: Generation, origin: wire::Origin, activity: Activity) {
+    pub(super) fn start(&mut self, generation: Generation, beginning: Beginning) {
         let vm = self.vms.get(generation).expect("a VM that is to start is listed");
         let (family, member) = vm.memory.expect("a VM that is to start has memory");
         let process = vm.process.expect("a VM that is to start has a process");
@@ -146,11 +200,13 @@ impl Server {
             })
             .collect();
         let stores: Vec<StoreId> = stores.into_iter().collect();
+        let Beginning { origin, kernel, activity } = beginning;
         let start = Start { identity, runs, stores, origin, activity };
         // Duplicates: a store may be gone by the time the process is prepared, and its descriptor with it.
         let descriptors: io::Result<Vec<OwnedFd>> = start.stores.iter().map(|&id| descriptor(manager, id)).collect();
         match descriptors {
-            Ok(descriptors) => {
+            Ok(mut descriptors) => {
+                descriptors.extend(kernel);
                 self.processes.get_mut(&process).expect("a VM's process").start = Some(Prepared { start, descriptors });
                 self.send_start(process);
             }

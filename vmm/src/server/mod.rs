@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | `watch`, `clients` | the loop's descriptors, and who is connected |
 //! | `process`, `window`, `pool` | VM processes, their memory, and the prepared ones |
+//! | `files` | what is mapped into guests from files |
 //! | `vm` | the list of VMs |
 //! | `launch`, `fork`, `talk`, `end` | the verbs that change something |
 //! | `report`, `check` | the verbs that look |
@@ -16,6 +17,7 @@
 mod check;
 mod clients;
 mod end;
+mod files;
 mod fork;
 mod inbox;
 mod launch;
@@ -34,9 +36,9 @@ use crate::wire::{HostFeatures, Isolation};
 use check::Checks;
 use clients::{Client, ClientId, Heard};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use files::Files;
 use fork::{ForkId, ForkOp};
 use guest_mem::Manager;
-use guest_mem::store::file::MemfdFile;
 use guest_mem::store::memfd::MemfdStores;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::signal::{SigSet, Signal};
@@ -48,7 +50,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm::{FamilyId, Generation, Vms};
@@ -112,7 +114,7 @@ struct Server {
     pool: Pool,
     families: BTreeMap<FamilyId, FamilyManager>,
     stores: MemfdStores,
-    image: Weak<MemfdFile>,
+    files: Files,
     vms: Vms,
     forks: BTreeMap<ForkId, ForkOp>,
     checks: Checks,
@@ -200,7 +202,7 @@ impl Server {
             pool: Pool::default(),
             families: BTreeMap::new(),
             stores: MemfdStores::new(userfaultfd),
-            image: Weak::new(),
+            files: Files::default(),
             vms: Vms::default(),
             forks: BTreeMap::new(),
             checks: Checks::default(),

@@ -138,8 +138,7 @@ impl Server {
         let pids = holders.map(|pid| pid.as_raw()).chain([std::process::id() as i32]);
         let used =
             pids.filter_map(|pid| procfs::usage(pid).ok()).map(|u| u.pss - u.pss_shared.min(u.pss) + u.page_tables);
-        let image = self.image.upgrade().map_or(0, |image| image.resident().bytes());
-        used.sum::<u64>() + resident * PAGE_SIZE as u64 + image
+        used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes()
     }
 
     pub(super) fn inspect(&self, name: &str) -> Result<Inspection, Failure> {

@@ -4,7 +4,7 @@ use super::Server;
 use super::clients::{ClientId, Mode};
 use super::vm::Generation;
 use crate::api::{Answer, Failure};
-use crate::wire::{Line, ToVm};
+use crate::wire::{Line, Machine, ToVm};
 use std::time::{Duration, Instant};
 
 /// Longest line for a guest, in bytes.
@@ -38,10 +38,14 @@ impl Server {
             let why = format!("a line for a guest is one line of at most {LINE_MAX} bytes");
             return self.reply(client, Err(Failure::bad_input(why)));
         }
-        let generation = match self.find_alive(name) {
-            Ok(vm) => vm.generation,
+        let (generation, machine) = match self.find_alive(name) {
+            Ok(vm) => (vm.generation, vm.shape.machine),
             Err(failure) => return self.reply(client, Err(failure)),
         };
+        if machine == Machine::Linux {
+            self.type_on_console(generation, format!("{text}\n").into_bytes());
+            return self.reply(client, Ok(Answer::Done));
+        }
         let tag = self.fresh_id();
         self.vms.get_mut(generation).expect("found above").sends.insert(tag, client);
         self.tell(generation, &ToVm::Input(Line { tag, text }));

@@ -60,7 +60,7 @@ impl Worker {
         let (mut link, child) = Self::spawn();
         let cage = std::env::temp_dir().join(format!("offshoot-cage-{}", child.id()));
         std::fs::create_dir(&cage).unwrap();
-        let shape = Shape { ram, vcpus: 1 };
+        let shape = Shape { ram, vcpus: 1, machine: vmm::wire::Machine::Monitor };
         link.send(&ToVm::Prepare { shape, isolation, features, cage: cage.clone() }, &[]).unwrap();
         let mut worker = Self {
             link,

@@ -1,0 +1,119 @@
+//! Waiting for what a guest prints after a line was typed on its console.
+
+use super::{Error, Stream};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use regex::Regex;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// A match at the very end of what was printed may still grow: it counts when nothing followed for this long.
+const QUIET: Duration = Duration::from_millis(200);
+
+/// What is typed, and what is to come of it.
+#[derive(Debug)]
+pub(super) struct Expectation<'a> {
+    pub text: &'a str,
+    pub pattern: &'a Regex,
+    pub timeout: Duration,
+}
+
+impl Expectation<'_> {
+    /// Types the line, and reads until the pattern is there. Gives the lines that it is in.
+    pub fn await_on(&self, mut console: Stream, name: &str) -> Result<String, Error> {
+        let deadline = Instant::now() + self.timeout;
+        console.write_all(format!("{}\n", self.text).as_bytes()).map_err(Error::io(format!("type on {name}")))?;
+        let mut printed = Vec::new();
+        loop {
+            let output = String::from_utf8_lossy(&printed);
+            let found = find(&output, self.text, self.pattern);
+            if let Some(Found { lines, end: End::Final }) = found {
+                return Ok(lines);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let patience = if found.is_some() { QUIET.min(left) } else { left };
+            if wait(&console, patience).map_err(Error::io(format!("read the console of {name}")))? {
+                let mut buffer = [0; 4096];
+                match console.read(&mut buffer).map_err(Error::io(format!("read the console of {name}")))? {
+                    0 => return Err(Error::Failed(format!("VM {name:?} has ended before it printed {}", self.pattern))),
+                    count => printed.extend_from_slice(&buffer[..count]),
+                }
+            } else if let Some(found) = found {
+                return Ok(found.lines);
+            } else {
+                return Err(Error::TimedOut(format!("VM {name:?} has not printed {} in time", self.pattern)));
+            }
+        }
+    }
+}
+
+/// Waits for more to read. Whether there is any.
+fn wait(console: &Stream, patience: Duration) -> std::io::Result<bool> {
+    if !console.buffered().is_empty() {
+        return Ok(true);
+    }
+    // Rounded up, so that a fraction of a millisecond does not make us spin.
+    let timeout = PollTimeout::try_from(patience + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+    Ok(poll(&mut [PollFd::new(console.as_fd(), PollFlags::POLLIN)], timeout)? > 0)
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Found {
+    lines: String,
+    end: End,
+}
+
+/// Whether more output could change a match.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    Final,
+    Open,
+}
+
+/// Looks for the pattern in what was printed, but not in the echo of what was typed.
+fn find(output: &str, typed: &str, pattern: &Regex) -> Option<Found> {
+    let rest = after_echo(output, typed);
+    let found = pattern.find(rest)?;
+    let start = rest[..found.start()].rfind('\n').map_or(0, |at| at + 1);
+    let after = &rest[found.end()..];
+    let end = found.end() + after.find(['\r', '\n']).unwrap_or(after.len());
+    let complete = if after.contains('\n') { End::Final } else { End::Open };
+    Some(Found { lines: rest[start..end].trim_end().to_owned(), end: complete })
+}
+
+/// What follows the echo of the typed line, or, where there is none, all but what may be the beginning of it.
+fn after_echo<'a>(output: &'a str, typed: &str) -> &'a str {
+    if typed.is_empty() {
+        return output;
+    }
+    if let Some(at) = output.find(typed) {
+        return &output[at + typed.len()..];
+    }
+    let partial = (1..typed.len()).rev().find(|&len| typed.is_char_boundary(len) && output.ends_with(&typed[..len]));
+    &output[..output.len() - partial.unwrap_or(0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(output: &str, typed: &str, pattern: &str) -> Option<(String, End)> {
+        find(output, typed, &Regex::new(pattern).unwrap()).map(|found| (found.lines, found.end))
+    }
+
+    #[test]
+    fn the_echo_does_not_count() {
+        assert_eq!(lines("~ # echo hel", "echo hello", "hel"), None);
+        assert_eq!(lines("~ # echo hello\r\n", "echo hello", "hello"), None);
+        let found = lines("~ # echo hello\r\nhello\r\n~ # ", "echo hello", "hello");
+        assert_eq!(found, Some(("hello".into(), End::Final)));
+    }
+
+    #[test]
+    fn the_lines_of_a_match_are_given_whole_and_only_when_they_are() {
+        assert_eq!(lines("count=1", "x", r"count=\d+"), Some(("count=1".into(), End::Open)));
+        assert_eq!(lines("a count=12 b\r\nc", "x", r"count=\d+"), Some(("a count=12 b".into(), End::Final)));
+        assert_eq!(lines("tick 5\n", "", r"tick"), Some(("tick 5".into(), End::Final)));
+        assert_eq!(lines("nothing\n", "", r"tick"), None);
+    }
+}

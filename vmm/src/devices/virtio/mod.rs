@@ -1,0 +1,36 @@
+//! Virtio devices over MMIO, after version 1.2 of the specification.
+//!
+//! | file | has |
+//! | --- | --- |
+//! | `mmio` | the registers: one transport for every device |
+//! | `device` | what a device is to the transport |
+//! | `state` | a transport and its queues as plain data |
+//! | `rng` | the devices |
+//!
+//! Whoever accesses a register carries out what that asks for, queues included, before the access is over. So a device
+//! does nothing while the vCPUs stand still, and is saved whole. It may touch guest memory in any access: no lock is
+//! held then that somebody who must not wait could want.
+//!
+//! A guest that breaks the rules of a ring gets a device that needs a reset (`DEVICE_NEEDS_RESET`), and nothing else.
+
+mod device;
+mod mmio;
+mod rng;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use device::{Broken, Device};
+pub use mmio::Transport;
+pub use rng::Rng;
+pub use state::{QueueState, State};
+
+/// Kinds of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Random numbers.
+    Rng,
+}
+
+/// The devices of every Linux guest, in the order of their addresses.
+pub const DEVICES: &[Kind] = &[Kind::Rng];

@@ -1,0 +1,106 @@
+//! What a Linux guest's machine has and the monitor's has not.
+
+use super::chips::{self, Line};
+use super::kvm::KvmError;
+use super::mailbox::Memory;
+use super::state::LinuxState;
+use crate::devices::interrupt::Interrupt;
+use crate::devices::virtio::{DEVICES, Kind, Rng, Transport};
+use crate::layout::devices::{GENERATION_IRQ, POWER_IRQ, VIRTIO_IRQ};
+use crate::layout::linux::GENERATION_ID;
+use kvm_ioctls::VmFd;
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex, PoisonError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+/// Something about a Linux guest's machine went wrong.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinuxError {
+    #[error("/dev/urandom: {0}")]
+    Random(io::Error),
+    #[error("generation id: {0}")]
+    GenerationId(GuestMemoryError),
+    #[error("{0}")]
+    Device(String),
+    #[error("a state of {state} virtio devices for a machine of {machine}")]
+    DeviceCount { state: usize, machine: usize },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+/// Virtio devices in the order of their addresses. The main thread takes one only while the vCPUs stand: a vCPU that
+/// has one may wait in guest memory for the server.
+#[derive(Debug, Default)]
+pub(super) struct VirtioDevices(pub Vec<Mutex<Transport>>);
+
+/// The devices beside the vCPUs.
+#[derive(Debug)]
+pub(super) struct LinuxMachine {
+    vm: Arc<VmFd>,
+    memory: Memory,
+    random: File,
+    virtio: Arc<VirtioDevices>,
+    generation: Line,
+    power: Line,
+}
+
+impl LinuxMachine {
+    /// The devices of a machine that has not run. The process can still open files.
+    pub fn new(vm: &Arc<VmFd>, memory: &Memory) -> Result<Self, LinuxError> {
+        let random = File::open("/dev/urandom").map_err(LinuxError::Random)?;
+        let mut virtio = Vec::new();
+        for (kind, number) in DEVICES.iter().zip(VIRTIO_IRQ..) {
+            let device = match kind {
+                Kind::Rng => Rng::new(random.try_clone().map_err(LinuxError::Random)?),
+            };
+            let line = Arc::new(Line::new(vm, number));
+            virtio.push(Mutex::new(Transport::new(Box::new(device), line, memory.clone())));
+        }
+        Ok(Self {
+            vm: Arc::clone(vm),
+            memory: memory.clone(),
+            random,
+            virtio: Arc::new(VirtioDevices(virtio)),
+            generation: Line::new(vm, GENERATION_IRQ),
+            power: Line::new(vm, POWER_IRQ),
+        })
+    }
+
+    /// The virtio devices, for the vCPUs.
+    pub fn virtio(&self) -> Arc<VirtioDevices> {
+        Arc::clone(&self.virtio)
+    }
+
+    /// Writes a generation id that no VM ever had. The machine has not run.
+    pub fn renew_generation(&mut self) -> Result<(), LinuxError> {
+        let mut id = [0; 16];
+        self.random.read_exact(&mut id).map_err(LinuxError::Random)?;
+        self.memory.write_slice(&id, GuestAddress(GENERATION_ID)).map_err(LinuxError::GenerationId)
+    }
+
+    /// Everything but the vCPUs. They stand.
+    pub fn save(&self) -> Result<LinuxState, LinuxError> {
+        let save = |device: &Mutex<Transport>| device.lock().unwrap_or_else(PoisonError::into_inner).save();
+        Ok(LinuxState { chips: chips::save(&self.vm)?, virtio: self.virtio.0.iter().map(save).collect() })
+    }
+
+    /// Becomes the saved machine, and tells the guest that it is another one now. The vCPUs have their state, and stand.
+    pub fn restore(&self, state: &LinuxState) -> Result<(), LinuxError> {
+        let (has, wants) = (state.virtio.len(), self.virtio.0.len());
+        if has != wants {
+            return Err(LinuxError::DeviceCount { state: has, machine: wants });
+        }
+        for (device, saved) in self.virtio.0.iter().zip(&state.virtio) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).load(saved).map_err(LinuxError::Device)?;
+        }
+        chips::restore(&self.vm, &state.chips)?;
+        self.generation.pulse();
+        Ok(())
+    }
+
+    /// Pushes the power button.
+    pub fn push_power_button(&self) {
+        self.power.pulse();
+    }
+}
