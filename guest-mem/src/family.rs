@@ -26,8 +26,26 @@ pub struct Vm {
     pub(crate) root: TableId,
     /// What its window maps, run by run.
     pub(crate) runs: RangeMap<u64, Source>,
-    /// The store of the freeze under way.
-    pub(crate) freezing: Option<StoreId>,
+    /// The freeze under way.
+    pub(crate) freezing: Option<Freezing>,
+}
+
+/// How far a freeze has got, and its store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Freezing {
+    /// The VM is about to be stopped: a guest that waits for a page must get it, or it cannot be stopped.
+    Stopping(StoreId),
+    /// The VM stands still, and its pages may have been moved out any moment: what the books say of zero pages may be
+    /// out of date.
+    Standing(StoreId),
+}
+
+impl Freezing {
+    pub(crate) fn store(self) -> StoreId {
+        match self {
+            Self::Stopping(store) | Self::Standing(store) => store,
+        }
+    }
 }
 
 /// The VMs that descend from one launch, and all their memory.

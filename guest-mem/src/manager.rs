@@ -184,6 +184,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         Ok(id)
     }
 
+    /// The VM that is being frozen stands still. Whoever holds its window says so before it moves the first page, and
+    /// whoever owns the manager hears it before any trap that comes afterwards: what is zero in the books may have been
+    /// written and moved out, and must not be supplied any more.
+    pub fn stands(&mut self, vm: VmId) {
+        self.family.stands(vm);
+    }
+
     /// The window could not freeze, and has changed nothing.
     pub fn abort_freeze(&mut self, vm: VmId) {
         let mut effects = Effects::default();

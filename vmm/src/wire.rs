@@ -213,6 +213,9 @@ pub enum FromVm {
     },
     /// The start went wrong.
     StartFailed(String),
+    /// The vCPUs stand still for a freeze; said before the first page is moved, so that no trap of a moved page is ahead
+    /// of it.
+    Standing,
     /// A freeze, done.
     Frozen(Box<Frozen>),
     /// A freeze that changed nothing, and why.

@@ -7,8 +7,8 @@ impl Family {
     /// Takes `vm` out of the books. Its window stays for as long as pages that others see wait in its scratch ranges.
     pub fn exit(&mut self, vm: VmId, effects: &mut Effects) {
         let gone = self.vms.remove(&vm).expect("a VM of this family");
-        if let Some(store) = gone.freezing {
-            effects.push(Effect::DropStore(store));
+        if let Some(freezing) = gone.freezing {
+            effects.push(Effect::DropStore(freezing.store()));
         }
         let mut dropped = Vec::new();
         self.stage2.release(gone.root, &mut dropped);

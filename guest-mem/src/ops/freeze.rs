@@ -5,7 +5,7 @@
 
 use crate::addr::{Gfn, GfnRange};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, VmId};
+use crate::family::{Family, Freezing, VmId};
 use crate::map::MapEntry;
 use crate::object::{Backing, ObjectId, Slot};
 use crate::stage2::Cursor;
@@ -18,21 +18,31 @@ impl Family {
     /// If a freeze of this VM is under way.
     pub fn begin_freeze(&mut self, vm: VmId) -> StoreId {
         let store = self.objects.reserve_store();
-        let before = self.vm_mut(vm).freezing.replace(store);
+        let before = self.vm_mut(vm).freezing.replace(Freezing::Stopping(store));
         assert_eq!(before, None, "one freeze of a VM at a time");
         store
     }
 
+    /// The VM that is being frozen stands still: from now on its pages may be moved out any moment.
+    pub fn stands(&mut self, vm: VmId) {
+        let freezing = &mut self.vm_mut(vm).freezing;
+        *freezing = freezing.map(|freezing| Freezing::Standing(freezing.store()));
+    }
+
+    fn end_freeze(&mut self, vm: VmId) -> StoreId {
+        self.vm_mut(vm).freezing.take().expect("a freeze under way").store()
+    }
+
     /// The window changed nothing: forget the freeze.
     pub fn abort_freeze(&mut self, vm: VmId, effects: &mut Effects) {
-        let store = self.vm_mut(vm).freezing.take().expect("a freeze under way");
+        let store = self.end_freeze(vm);
         effects.push(Effect::DropStore(store));
     }
 
     /// The window has moved `harvest` out: makes it the top of the VM's chains. Where nothing was private, no object is
     /// made.
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, effects: &mut Effects) {
-        let store = self.vm_mut(vm).freezing.take().expect("a freeze under way");
+        let store = self.end_freeze(vm);
         if harvest.moved.is_empty() {
             effects.push(Effect::DropStore(store));
             return;

@@ -102,15 +102,17 @@ impl Family {
         }
     }
 
-    /// Windows that map a hole here get zeros before they trap; those that see a lost page fail.
+    /// Windows that map a hole here get zeros before they trap, unless a freeze may have moved a later write of theirs
+    /// out; those that see a lost page fail.
     fn tell_windows(&self, pages: GfnRange, store: StoreId, outcome: Placed, effects: &mut Effects) {
         for (&id, vm) in &self.vms {
             for (part, _) in vm.runs.overlapping(pages.raw()).filter(|(_, source)| source.is_store(store)) {
                 let part = GfnRange::from(part.clone()).intersect(pages);
-                effects.push(match outcome {
-                    Placed::Lost => Effect::Fail(id, part),
-                    _ => Effect::Zero(id, part),
-                });
+                match outcome {
+                    Placed::Lost => effects.push(Effect::Fail(id, part)),
+                    _ if vm.freezing.is_none() => effects.push(Effect::Zero(id, part)),
+                    _ => {}
+                }
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use super::settle::Job;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, VmId};
+use crate::family::{Family, Freezing, VmId};
 use crate::object::{Kind, Slot};
 use crate::window::StoreId;
 
@@ -18,8 +18,8 @@ pub enum Trap {
     Wake(GfnRange),
     /// These pages are zero.
     Zero(GfnRange),
-    /// The VM is being frozen, and this page, zero as far as we know, may have been written, and moved out: wait until
-    /// the freeze is over, and look again.
+    /// The VM stands still for a freeze, and this page, zero as far as we know, may have been written and moved out: wait
+    /// until the freeze is over, and look again.
     Wait,
     /// First this job, then ask again.
     Settle(Job),
@@ -61,8 +61,11 @@ impl Family {
 
     /// The zero pages around `gfn`.
     fn zeros(&self, vm: VmId, gfn: Gfn) -> Trap {
-        if self.vm(vm).freezing.is_some() {
-            return Trap::Wait;
+        match self.vm(vm).freezing {
+            None => {}
+            // Nothing but the page that keeps the guest from being stopped: others may be moved out meanwhile.
+            Some(Freezing::Stopping(_)) => return Trap::Zero(aligned(gfn, PageCount(1))),
+            Some(Freezing::Standing(_)) => return Trap::Wait,
         }
         let (entry_pages, entry) = self.vm(vm).map.get(gfn).expect("a trap within the VM's memory");
         let around = aligned(gfn, ZERO_CLUSTER).intersect(entry_pages);
@@ -81,4 +84,52 @@ impl Family {
 /// The aligned group of `size` frames that holds `gfn`.
 fn aligned(gfn: Gfn, size: PageCount) -> GfnRange {
     GfnRange::new(Gfn(gfn.0 / size.0 * size.0), size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::effect::Effects;
+    use crate::ops::Placed;
+    use crate::stage2::Shape;
+    use crate::window::Harvest;
+
+    /// A guest wrote fresh memory, was frozen, and touched it again before the books knew of the freeze: they said zero,
+    /// and zeros were put over what the guest had written.
+    #[test]
+    fn no_zeros_while_pages_may_be_on_their_way_out() {
+        let ram = GfnRange::new(Gfn(0), PageCount(64));
+        let mut family = Family::new(Shape::X86_64);
+        let mut effects = Effects::default();
+        let vm = family.launch(&[ram], &[]);
+        let page = GfnRange::new(Gfn(5), PageCount(1));
+
+        family.begin_freeze(vm);
+        assert_eq!(family.trap(vm, Gfn(5)), Trap::Zero(page), "a guest that waits cannot be stopped");
+        family.stands(vm);
+        assert_eq!(family.trap(vm, Gfn(5)), Trap::Wait);
+        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram] }, &mut effects);
+        assert!(matches!(family.trap(vm, Gfn(5)), Trap::Settle(_)));
+    }
+
+    /// The same by the other road: pages of an earlier freeze turned out zero, and their window got zeros ahead of its
+    /// touches, over what it had written since.
+    #[test]
+    fn no_zeros_ahead_into_a_window_that_is_being_frozen() {
+        let ram = GfnRange::new(Gfn(0), PageCount(64));
+        let mut family = Family::new(Shape::X86_64);
+        let mut effects = Effects::default();
+        let vm = family.launch(&[ram], &[]);
+        let other = family.fork(vm, 1000);
+        family.begin_freeze(vm);
+        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram] }, &mut effects);
+        let child = family.fork(vm, 1000);
+        family.begin_freeze(vm);
+        let job = family.next_job(PageCount(64)).unwrap();
+        let mut effects = Effects::default();
+        family.settled(&job, &[(job.pages, Placed::Zero)], &mut effects);
+        let zeros =
+            |id| effects.0.iter().any(|effect| matches!(effect, crate::effect::Effect::Zero(vm, _) if *vm == id));
+        assert!(zeros(child) && !zeros(vm) && !zeros(other));
+    }
 }

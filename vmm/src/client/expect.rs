@@ -35,7 +35,9 @@ impl Expectation<'_> {
             if wait(&console, patience).map_err(Error::io(format!("read the console of {name}")))? {
                 let mut buffer = [0; 4096];
                 match console.read(&mut buffer).map_err(Error::io(format!("read the console of {name}")))? {
-                    0 => return Err(Error::Failed(format!("VM {name:?} has ended before it printed {}", self.pattern))),
+                    0 => {
+                        return Err(Error::Failed(format!("VM {name:?} has ended before it printed {}", self.pattern)));
+                    }
                     count => printed.extend_from_slice(&buffer[..count]),
                 }
             } else if let Some(found) = found {

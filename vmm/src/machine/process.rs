@@ -110,7 +110,9 @@ impl Process {
             }
             ToVm::Freeze { store, max_runs } => {
                 let file = one(&fds)?;
-                match vm.freeze(store, file.as_fd(), max_runs) {
+                let link = &mut self.link;
+                let standing = || link.send(&FromVm::Standing, &[]);
+                match vm.freeze(store, file.as_fd(), max_runs, standing) {
                     Ok(frozen) => self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?,
                     Err(error) => {
                         self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;

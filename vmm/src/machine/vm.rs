@@ -1,11 +1,11 @@
 //! The VM of a VM process: from empty and prepared to running, frozen, paused.
 
 use super::WINDOW_BASE;
+use super::chips::Line;
 use super::cpuid::Cpuid;
 use super::floor::{Floor, Load, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::kick::{install_handler, interrupt_thread};
-use super::chips::Line;
 use super::kvm::{DirtyLog, KvmError, KvmVm};
 use super::linux::{LinuxError, LinuxMachine};
 use super::mailbox::Greeting;
@@ -63,6 +63,8 @@ pub(super) enum VmError {
     Unavailable(#[from] Unavailable),
     #[error("the VM was started before")]
     StartedTwice,
+    #[error("the server's socket: {0}")]
+    Server(io::Error),
     #[error("the VM was not started")]
     NotStarted,
     #[error("{stores} stores and {fds} descriptors for {machine:?}")]
@@ -297,15 +299,22 @@ impl Vm {
     /// Moves all dirty private pages out and maps `file` in their place, with the vCPUs stopped. They run again at once
     /// if they ran and the host has traps; otherwise once the server says so.
     ///
-    /// The registers are read by the vCPU threads while this one moves pages.
-    pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>, max_runs: u32) -> Result<Frozen, VmError> {
+    /// The registers are read by the vCPU threads while this one moves pages. `standing` is called before the first is
+    /// moved.
+    pub fn freeze(
+        &mut self,
+        store: StoreId,
+        file: BorrowedFd<'_>,
+        max_runs: u32,
+        standing: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Frozen, VmError> {
         if !self.started {
             return Err(VmError::NotStarted);
         }
         let kicked_ns = now_ns();
         let before = self.floor.stop_and_save();
         self.interrupt();
-        let frozen = self.freeze_standing(store, file, max_runs);
+        let frozen = self.freeze_standing(store, file, max_runs, standing);
         let activity = match (&frozen, self.traps) {
             (Ok(_), false) => Activity::Paused,
             _ => before,
@@ -338,8 +347,10 @@ impl Vm {
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
+        standing: impl FnOnce() -> io::Result<()>,
     ) -> Result<(Option<MovedOut>, MachineState), VmError> {
         let shared = self.floor.await_standing()?;
+        standing().map_err(VmError::Server)?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;

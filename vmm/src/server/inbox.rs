@@ -112,6 +112,11 @@ impl Server {
                 _ => {}
             },
             FromVm::StartFailed(why) => self.start_failed(generation, &why),
+            FromVm::Standing => {
+                if let Some((family, member)) = vm.memory {
+                    self.families.get_mut(&family).expect("a VM has a family").stands(member);
+                }
+            }
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),

@@ -282,6 +282,8 @@ impl Server {
         {
             log::debug!("traps of {id:?}: {error}");
         }
+        // A freeze that stands was announced before the traps that it causes.
+        self.serve_process(id);
         for trap in traps {
             if let Some(vm) = self.vms.get_mut(generation) {
                 vm.traps += 1;
