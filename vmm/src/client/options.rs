@@ -105,8 +105,7 @@ impl LaunchOptions {
         if let Some(guest) = &self.0.linux {
             let (kernel, initrd) = guest.open().map_err(|e| Error::BadInput(format!("{operation}: {e}")))?;
             let ram = PageCount::covering(memory.0);
-            let request =
-                linux::Request { ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &guest.cmdline };
+            let request = linux::Request { ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &guest.cmdline };
             if let Err(e) = Plan::new(request) {
                 return bad(&e);
             }

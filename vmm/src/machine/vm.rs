@@ -1,11 +1,11 @@
 //! The VM of a VM process: from empty and prepared to running, frozen, paused.
 
 use super::WINDOW_BASE;
+use super::chips::Line;
 use super::cpuid::Cpuid;
 use super::floor::{Floor, Load, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::kick::{install_handler, interrupt_thread};
-use super::chips::Line;
 use super::kvm::{DirtyLog, KvmError, KvmVm};
 use super::linux::{LinuxError, LinuxMachine};
 use super::mailbox::Greeting;

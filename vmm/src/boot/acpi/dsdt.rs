@@ -57,8 +57,7 @@ fn serial(code: &mut Vec<u8>) {
 }
 
 fn virtio_device(number: u32, code: &mut Vec<u8>) {
-    let registers =
-        Memory32Fixed::new(true, devices::VIRTIO + number * devices::VIRTIO_SIZE, devices::VIRTIO_SIZE);
+    let registers = Memory32Fixed::new(true, devices::VIRTIO + number * devices::VIRTIO_SIZE, devices::VIRTIO_SIZE);
     let line = interrupt(devices::VIRTIO_IRQ + number);
     let id = Name::new("_HID".into(), &"LNRO0005");
     let uid = Name::new("_UID".into(), &number);

@@ -75,8 +75,7 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
 }
 
 fn madt(vcpus: u8) -> MADT {
-    let mut madt =
-        MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(devices::LOCAL_APIC));
+    let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(devices::LOCAL_APIC));
     for number in 0..vcpus {
         madt.add_structure(ProcessorLocalApic::new(number, number, EnabledStatus::Enabled));
     }

@@ -87,7 +87,8 @@ impl Kernel {
         if header.header != BZIMAGE_MAGIC || header.boot_flag != BOOT_FLAG {
             return Err(KernelError::NotAKernel);
         }
-        if header.version < VERSION_MIN || header.xloadflags & XLF_KERNEL_64 == 0 || header.loadflags & LOADED_HIGH == 0 {
+        if header.version < VERSION_MIN || header.xloadflags & XLF_KERNEL_64 == 0 || header.loadflags & LOADED_HIGH == 0
+        {
             return Err(KernelError::Unsupported("it has no 64-bit entry point: a kernel of 3.8 or newer is needed"));
         }
         let sectors = if header.setup_sects == 0 { 4 } else { header.setup_sects };

@@ -43,12 +43,7 @@ const RESET_CODE: [u8; 7] = [0xba, RESET.to_le_bytes()[0], RESET.to_le_bytes()[1
 ///
 /// # Errors
 /// The file is no longer what the plan was made for, or the memory is too small for it.
-pub fn load(
-    memory: &impl GuestMemoryBackend,
-    shape: Shape,
-    kernel: &mut File,
-    plan: &Plan,
-) -> Result<u64, LoadError> {
+pub fn load(memory: &impl GuestMemoryBackend, shape: Shape, kernel: &mut File, plan: &Plan) -> Result<u64, LoadError> {
     let low = |what| move |cause| LoadError::Low { what, cause };
     let high_start = Some(GuestAddress(linux::HIGH_START));
     let mut params = boot_params::default();

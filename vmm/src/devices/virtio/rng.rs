@@ -26,7 +26,11 @@ impl Rng {
     }
 
     /// Fills the buffers of one request. How many bytes that were.
-    fn fill<M>(&mut self, chain: virtio_queue::DescriptorChain<M>, memory: &GuestMemoryMmap<AtomicBitmap>) -> Result<u32, Broken>
+    fn fill<M>(
+        &mut self,
+        chain: virtio_queue::DescriptorChain<M>,
+        memory: &GuestMemoryMmap<AtomicBitmap>,
+    ) -> Result<u32, Broken>
     where
         M: Deref<Target = GuestMemoryMmap<AtomicBitmap>> + Clone,
     {
