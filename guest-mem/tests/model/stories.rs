@@ -197,3 +197,17 @@ fn a_deep_line_of_forks_keeps_no_more_objects_than_it_needs() {
         }
     }
 }
+
+/// A VM that runs on after its pages have moved, and touches one before the server has heard of it, got a zero page in
+/// its place: the books still had nothing there. It waits, and is woken when the freeze is over.
+#[test]
+fn a_page_that_may_just_have_moved_is_not_supplied_with_zeros() {
+    let mut world = World::new(&Layout::flat(16));
+    let vm = world.ids()[0];
+    world.write(vm, Gfn(3));
+    world.freeze_and_touch(vm, Gfn(3));
+    world.settle_all();
+    world.check();
+    world.verify();
+    world.end();
+}

@@ -191,6 +191,17 @@ impl World {
         self.try_freeze(vm, gaps).expect("nothing is to fail")
     }
 
+    /// A freeze whose VM runs on, and touches a page, before the manager hears how it went.
+    pub fn freeze_and_touch(&mut self, vm: VmId, gfn: Gfn) {
+        let store = self.manager.begin_freeze(vm).expect("nothing is to fail");
+        let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
+        let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None);
+        self.manager.trap(vm, gfn).expect("nothing is to fail");
+        assert!(!self.window_mut(vm).take_woken(gfn), "nobody can know yet what is there");
+        self.manager.finish_freeze(vm, &harvest);
+        assert!(self.window_mut(vm).take_woken(gfn), "it looks again");
+    }
+
     /// A freeze whose window could not do its part.
     pub fn freeze_in_vain(&mut self, vm: VmId) {
         self.manager.begin_freeze(vm).expect("nothing is to fail");

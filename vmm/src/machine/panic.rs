@@ -16,8 +16,13 @@ pub(super) struct PanicWatch {
 }
 
 impl PanicWatch {
-    /// The guest printed a byte. Whether that was the end of its last words.
-    pub fn printed(&mut self, byte: u8) -> bool {
+    /// The guest printed something. Whether that was the end of its last words.
+    pub fn printed(&mut self, bytes: &[u8]) -> bool {
+        // All of them are read: no shortcut at the end.
+        bytes.iter().filter(|byte| self.ends_at(**byte)).count() > 0
+    }
+
+    fn ends_at(&mut self, byte: u8) -> bool {
         if byte != b'\n' {
             if self.line.len() < LINE_MAX {
                 self.line.push(byte);
@@ -48,7 +53,7 @@ mod tests {
     #[test]
     fn a_panic_is_seen_and_its_end() {
         let mut watch = PanicWatch::default();
-        let mut print = |text: &str| text.bytes().fold(false, |end, byte| watch.printed(byte) || end);
+        let mut print = |text: &str| watch.printed(text.as_bytes());
         assert!(!print("[    1.0] Run /init\r\n[    1.1] Kernel panic - not syncing: No working init found.\r\n"));
         assert!(!print("[    1.2] CPU: 0 PID: 1\r\n"));
         assert!(print("[    1.3] ---[ end Kernel panic - not syncing: No working init found. ]---\r\n"));

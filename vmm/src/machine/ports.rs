@@ -83,7 +83,7 @@ impl Ports {
             self.floor.ring();
         }
         if self.machine == Machine::Linux && register == DATA {
-            let ended = data.iter().fold(false, |ended, byte| shared.panic.printed(*byte) || ended);
+            let ended = shared.panic.printed(data);
             let reason = shared.panic.reason().filter(|_| ended);
             drop(shared);
             if let Some(why) = reason {

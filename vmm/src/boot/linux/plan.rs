@@ -55,7 +55,7 @@ pub enum PlanError {
     #[error("kernel: {0}")]
     Kernel(#[from] KernelError),
     /// The kernel needs more memory than there is.
-    #[error("kernel: it needs {} of memory, and the guest has {} below 3G", ByteSize(*.needs), ByteSize(*.has))]
+    #[error("kernel: it needs {} of memory, and the guest has {} below 3G", ByteSize(*.needs).approx(), ByteSize(*.has).approx())]
     KernelTooBig {
         /// What it takes before it looks at the memory map.
         needs: u64,

@@ -76,7 +76,7 @@ fn what_is_no_kernel_is_refused_and_told_why() {
 fn what_does_not_fit_is_refused_and_told_why() {
     let kernel = bzimage(4096);
     let page = PageCount(1).bytes() as usize;
-    assert!(plan(&kernel, None, 32 * MIB, "").unwrap_err().contains("it needs 48M of memory"));
+    assert!(plan(&kernel, None, 32 * MIB, "").unwrap_err().contains("it needs 48.0 MiB of memory"));
     assert!(plan(&kernel, Some(b""), 64 * MIB, "").unwrap_err().contains("it is empty"));
     let room = (16 * MIB) as usize;
     let placed = plan(&kernel, Some(&vec![1; room]), 64 * MIB, "").unwrap().initrd.unwrap();
