@@ -182,6 +182,7 @@ impl World {
     pub fn try_freeze(&mut self, vm: VmId, gaps: Gaps) -> Result<StoreId, Error> {
         let store = self.manager.begin_freeze(vm)?;
         let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
+        self.manager.stands(vm);
         let harvest = self.window_mut(vm).freeze(store, mapped, gaps);
         self.manager.finish_freeze(vm, &harvest);
         Ok(store)
@@ -195,6 +196,7 @@ impl World {
     pub fn freeze_and_touch(&mut self, vm: VmId, gfn: Gfn) {
         let store = self.manager.begin_freeze(vm).expect("nothing is to fail");
         let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
+        self.manager.stands(vm);
         let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None);
         self.manager.trap(vm, gfn).expect("nothing is to fail");
         assert!(!self.window_mut(vm).take_woken(gfn), "nobody can know yet what is there");

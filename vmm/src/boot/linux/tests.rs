@@ -106,7 +106,7 @@ fn a_kernel_is_put_where_it_belongs_with_all_it_is_told() {
     memory.read_slice(&mut text, GuestAddress(place::CMDLINE)).unwrap();
     assert_eq!(&text, b"quiet\0");
     let first: u64 = memory.read_obj(GuestAddress(place::PAGE_TABLES + 0x2000 + 8)).unwrap();
-    assert_eq!(first, 2 * MIB | 0x83);
+    assert_eq!(first, (2 * MIB) | 0x83);
     let loaded: u8 = memory.read_obj(GuestAddress(place::HIGH_START)).unwrap();
     assert_eq!(loaded, 0xcc);
     assert!(load(&memory, shape, &mut file(&kernel[..100]), &plan).is_err(), "the file has changed since");

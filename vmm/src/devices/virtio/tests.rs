@@ -157,7 +157,7 @@ impl Noise {
 fn any_bytes_in_the_rings_and_any_registers_hurt_nobody() {
     for seed in 1..200 {
         let (mut transport, memory, _) = rng();
-        let mut noise = Noise(seed * 0x9e37_79b9_7f4a_7c15);
+        let mut noise = Noise(u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15));
         set_up(&mut transport);
         for _ in 0..200 {
             match noise.next() % 4 {
