@@ -119,6 +119,7 @@ boot() {
   _boot_started=$(hundredths)
   check "launch $_name" offshoot launch "$_name" --kernel "$kernel" --initrd /initrd.gz --cmdline "$cmdline" "$@" || exit 1
   check "$_name reaches user space" wait_log "$_name" 'offshoot-lab: ready' 120 || exit 1
+  same "$_name loads every module" "" "$(offshoot logs "$_name" | grep 'offshoot-lab: no ')"
   note "$_name: $(($(hundredths) - _boot_started))0 ms to user space"
 }
 

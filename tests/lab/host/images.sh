@@ -5,7 +5,7 @@
 kernels=(6.1 6.12)
 # In the order in which they load. Of a module that a kernel has built in there is no file, which is fine.
 outer_modules="irqbypass kvm kvm-amd"
-inner_modules="virtio virtio_ring virtio_mmio rng-core virtio-rng virtio_balloon virtio_blk failover net_failover
+inner_modules="virtio_ring virtio virtio_mmio rng-core virtio-rng virtio_balloon virtio_blk failover net_failover
   virtio_net vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libnvdimm nd_virtio virtio_pmem"
 # Libraries that stress-ng names and that its memory and CPU stressors do not use, 18 MB with what they need in turn:
 # stubs, whose functions abort.
