@@ -24,7 +24,7 @@ with_offshoot() {
   pid=$!
   until grep -q 'offshoot-lab: ready' /tmp/offshoot.out || ! kill -0 $pid 2>/dev/null || [ $(($(hundredths) - started)) -gt 9000 ]; do usleep 20000; done
   took=$(($(hundredths) - started))
-  grep -q 'offshoot-lab: ready' /tmp/offshoot.out || took=
+  grep -q 'offshoot-lab: ready' /tmp/offshoot.out || { took= && tail -n 5 /tmp/offshoot.out && offshoot ls; }
   kill $pid 2>/dev/null
   offshoot rm "$1" >/dev/null
 }

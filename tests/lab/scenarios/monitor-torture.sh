@@ -1,5 +1,5 @@
 # about: the built-in guest: random writes, forks and ends against a model, for half a minute
-# runs: 6.1 6.12
+# runs: 6.1
 . /lab/lib.sh
 
 # The model: for every VM a file with the seed of each of 16 slots of 64 pages.
