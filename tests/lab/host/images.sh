@@ -121,7 +121,8 @@ build_images() {
   key=$(cat "$lab/host/images.sh" "$lab/outer/init" "$lab/inner/init" "$lab/stamp.c" "$debs"/{linux-6.1,linux-6.12,tools,qemu}.sha256 | sha256sum | cut -c 1-16)
   images=$cache/images/$key
   programs=$images/programs
-  [ -d "$images" ] && return
+  # Touched, so that one in use is not taken for an old one.
+  [ -d "$images" ] && touch "$images" && return
   echo "lab: building images" >&2
   (set -e && make_images) || die "the images cannot be built"
 }
