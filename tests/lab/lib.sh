@@ -100,15 +100,18 @@ gone() {
 kernel=/kernels/$LAB_INNER/vmlinuz
 cmdline="console=ttyS0 panic=-1"
 
+# console NAME: what a guest has printed.
+console() { offshoot logs "$1" 2>&1 | tr -d '\r'; }
+
 # wait_log NAME REGEX SECONDS: until the guest's console has it.
 wait_log() {
   _end=$(($(hundredths) + $3 * 100))
   while [ "$(hundredths)" -lt $_end ]; do
-    offshoot logs "$1" 2>/dev/null | grep -qE "$2" && return 0
+    console "$1" | grep -qE "$2" && return 0
     offshoot ls | grep -E "^$1 " | grep -qE 'dead|off' && break
     sleep 0.2
   done
-  offshoot logs "$1" 2>&1 | tail -n 12
+  console "$1" | tail -n 12
   return 1
 }
 
@@ -119,6 +122,7 @@ boot() {
   _boot_started=$(hundredths)
   check "launch $_name" offshoot launch "$_name" --kernel "$kernel" --initrd /initrd.gz --cmdline "$cmdline" "$@" || exit 1
   check "$_name reaches user space" wait_log "$_name" 'offshoot-lab: ready' 120 || exit 1
+  same "$_name loads every module" "" "$(console "$_name" | grep 'offshoot-lab: no ')"
   note "$_name: $(($(hundredths) - _boot_started))0 ms to user space"
 }
 

@@ -5,7 +5,7 @@
 kernels=(6.1 6.12)
 # In the order in which they load. Of a module that a kernel has built in there is no file, which is fine.
 outer_modules="irqbypass kvm kvm-amd"
-inner_modules="virtio virtio_ring virtio_mmio rng-core virtio-rng virtio_balloon virtio_blk failover net_failover
+inner_modules="virtio_ring virtio virtio_mmio rng-core virtio-rng virtio_balloon virtio_blk failover net_failover
   virtio_net vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libnvdimm nd_virtio virtio_pmem"
 # Libraries that stress-ng names and that its memory and CPU stressors do not use, 18 MB with what they need in turn:
 # stubs, whose functions abort.
@@ -121,7 +121,8 @@ build_images() {
   key=$(cat "$lab/host/images.sh" "$lab/outer/init" "$lab/inner/init" "$lab/stamp.c" "$debs"/{linux-6.1,linux-6.12,tools,qemu}.sha256 | sha256sum | cut -c 1-16)
   images=$cache/images/$key
   programs=$images/programs
-  [ -d "$images" ] && return
+  # Touched, so that one in use is not taken for an old one.
+  [ -d "$images" ] && touch "$images" && return
   echo "lab: building images" >&2
   (set -e && make_images) || die "the images cannot be built"
 }

@@ -7,7 +7,7 @@
 # without one.
 run_inside() {
   local kernel=$1 inner=$2 limit=$3 memory=$4 parts=$5 files=$6 command=$7
-  local run marker status line
+  local run marker line machine ended status='' empty=0
   run=$(mktemp -d "$cache/run.XXXXXX")
   on_exit "rm -rf '$run'"
   marker="lab-status-$RANDOM$RANDOM$RANDOM"
@@ -20,29 +20,32 @@ run_inside() {
   } >"$run/root/lab/command"
   # shellcheck disable=SC2086  # a list
   { cat "$images/common.cpio" "$images/modules-$kernel.cpio" $parts && pack "$run/root"; } >"$run/initramfs"
+  # In the background, because a shell that waits for a pipeline heeds no signal until it ends.
+  mkfifo "$run/out"
   timeout --foreground --kill-after=5 "$limit" "$programs/run" qemu-system-x86_64 -L "$programs" \
     -M q35 -accel tcg,thread=multi -cpu max,+svm -smp 2 -m "$memory" -nodefaults -no-user-config -display none -no-reboot \
     -serial "file:$run/console" -serial stdio \
     -kernel "$images/vmlinuz-$kernel" -initrd "$run/initramfs" \
     -append "console=ttyS0 panic=-1 mitigations=off quiet ${OFFSHOOT_LAB_APPEND:-}" \
-    </dev/null 2>"$run/qemu" | {
-    empty=0
-    while IFS= read -r line || [ -n "$line" ]; do
-      line=${line%$'\r'}
-      case $line in
-        "$marker "*) echo "${line#* }" >"$run/status" ;;
-        # The marker stands on a line of its own, for which there may have been an empty one before it.
-        '') empty=$((empty + 1)) ;;
-        *)
-          for (( ; empty > 0; empty--)); do echo; done
-          printf '%s\n' "$line"
-          ;;
-      esac
-    done
-  }
-  local ended=${PIPESTATUS[0]}
-  if [ -s "$run/status" ]; then
-    status=$(cat "$run/status")
+    </dev/null >"$run/out" 2>"$run/qemu" &
+  machine=$!
+  on_exit "kill $machine 2>/dev/null"
+  while IFS= read -r line || [ -n "$line" ]; do
+    line=${line%$'\r'}
+    case $line in
+      "$marker "*) status=${line#* } ;;
+      # The marker stands on a line of its own, for which there may have been an empty one before it.
+      '') empty=$((empty + 1)) ;;
+      *)
+        for (( ; empty > 0; empty--)); do echo; done
+        printf '%s\n' "$line"
+        ;;
+    esac
+  done <"$run/out"
+  wait $machine
+  ended=$?
+  if [ -n "$status" ]; then
+    :
   elif [ "$ended" -eq 124 ] || [ "$ended" -eq 137 ]; then
     echo "lab: the machine was stopped after $limit s" >&2
     status=124

@@ -7,7 +7,7 @@
 # Each from its start to the guest's word that it is ready, in turn, so that both meet the same host. Best of three.
 with_qemu() {
   started=$(hundredths)
-  qemu-system-x86_64 -M microvm,x-option-roms=off,rtc=on -accel kvm -cpu host -m 256 -nodefaults -no-user-config \
+  qemu-system-x86_64 -M microvm -accel kvm -cpu host -m 256 -nodefaults -no-user-config \
     -display none -no-reboot -serial stdio -kernel "$kernel" -initrd /initrd.gz -append "$cmdline" \
     </dev/null >/tmp/qemu.out 2>&1 &
   pid=$!
@@ -24,7 +24,7 @@ with_offshoot() {
   pid=$!
   until grep -q 'offshoot-lab: ready' /tmp/offshoot.out || ! kill -0 $pid 2>/dev/null || [ $(($(hundredths) - started)) -gt 9000 ]; do usleep 20000; done
   took=$(($(hundredths) - started))
-  grep -q 'offshoot-lab: ready' /tmp/offshoot.out || took=
+  grep -q 'offshoot-lab: ready' /tmp/offshoot.out || { took= && tail -n 5 /tmp/offshoot.out && offshoot ls; }
   kill $pid 2>/dev/null
   offshoot rm "$1" >/dev/null
 }

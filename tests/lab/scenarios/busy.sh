@@ -1,6 +1,6 @@
 # about: forks of a guest that is busy in user space, busy in the kernel, and idle
 # needs: linux
-# runs: 6.12/6.1 6.1/6.12
+# runs: 6.12/6.1
 . /lab/lib.sh
 
 boot a

@@ -1,6 +1,6 @@
 # about: a clone of a clone, 4 deep, each with memory of its own; the middle of the chain ends
 # needs: linux
-# runs: 6.12/6.12 6.1/6.1
+# runs: 6.1/6.1
 . /lab/lib.sh
 
 boot v0

@@ -9,7 +9,7 @@ family() {
   check "$1: the parent writes" offshoot send a fill 1000 1000 8
   check "$1: a child has what was" offshoot send a-1 verify 1000 3000 7
   check "$1: a grandchild" offshoot fork a-2 --name g
-  check "$1: it has what was" offshoot send g verify 1000 3000 7
+  check "$1: it has what was" offshoot send g-1 verify 1000 3000 7
   check "$1: the parent has its own" offshoot send a verify 1000 1000 8
   expect "$1: check finds nothing broken" ' 0 broken' offshoot check
   gone

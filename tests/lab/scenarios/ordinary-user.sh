@@ -1,5 +1,5 @@
 # about: a server of an ordinary user: user namespaces for isolation, /dev/userfaultfd for traps
-# runs: 6.1 6.12
+# runs: 6.12
 . /lab/lib.sh
 
 as_user() { su user -s /bin/sh -c "OFFSHOOT_HOME=/tmp/user-home exec \"\$@\"" -- sh "$@"; }

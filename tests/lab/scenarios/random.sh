@@ -1,6 +1,6 @@
 # about: clones have different random numbers from their first; 6.12 guests log that they were reseeded
 # needs: linux
-# runs: 6.12/6.12 6.1/6.1
+# runs: 6.12/6.12
 . /lab/lib.sh
 
 boot a
