@@ -133,7 +133,7 @@ ask() { offshoot send "$1" "$2" --expect "$3" --timeout "${4:-30}" | tr -d '\r';
 told() { check "$1" offshoot send "$2" "$3" --expect "$4" --timeout "${5:-30}"; }
 
 # stamp NAME: starts the stamping program on its console; quits with `quit`.
-stamp() { told "$1: stamp starts" "$1" stamp '(?m)^stamp: ready' || exit 1; }
+stamp() { told "$1: stamp starts" "$1" stamp '(?m)^ok ready' || exit 1; }
 
 # answer NAME LINE KEY [SECONDS]: the value of KEY= in stamp's answer.
 answer() { ask "$1" "$2" '(?m)^(ok|err) .*' "${4:-30}" | grep -oE "$3=[^ ]*" | head -n 1 | cut -d = -f 2; }

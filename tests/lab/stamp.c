@@ -152,7 +152,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     if (pthread_create(&ticker, NULL, tick, NULL)) return 1;
-    printf("stamp: ready\n");
+    printf("ok ready\n");
     while (fgets(line, sizeof line, stdin)) obey(line);
     return 0;
 }
