@@ -35,6 +35,7 @@ pub mod state;
 mod vcpu;
 mod vm;
 
+use crate::clock::monotonic_ns as now_ns;
 use std::os::fd::OwnedFd;
 
 /// Where a VM process's window stands: far below where the kernel places mappings of its own choice.
@@ -51,10 +52,4 @@ pub fn vm_process_main(socket: OwnedFd) -> ! {
         }
     };
     std::process::exit(code)
-}
-
-/// `CLOCK_MONOTONIC`, in nanoseconds.
-fn now_ns() -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
-    now.map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
 }
