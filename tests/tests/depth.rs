@@ -68,8 +68,8 @@ fn thirty_two_levels() {
     let report = home.client().check().unwrap();
     assert!(report.broken.is_empty() && report.vms == LEVELS + 1, "{report:?}");
 
-    // The figure wanted is 1.2; the machine is shared with others, who may be busy for one attempt.
-    let ratio = (0..3).map(|_| far_over_near(&line)).find(|&ratio| ratio <= 1.6);
+    // The machine is shared with others, who may be busy for one attempt; the bound is the one that must hold.
+    let ratio = (0..3).map(|_| far_over_near(&line)).find(|&ratio| ratio <= 1.2);
     assert!(ratio.is_some(), "three times in a row, a read at level {LEVELS} took much longer than at level 1");
 
     let last = line.pop().expect("a line");
