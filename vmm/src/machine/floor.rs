@@ -8,9 +8,11 @@ use super::state::VcpuState;
 use crate::devices::serial::Console;
 use crate::wire::{Activity, Ending, FromVm};
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 /// What both sides share.
 #[derive(Debug)]
@@ -30,6 +32,8 @@ pub(super) struct Shared {
     pub mailbox: Mailbox,
     /// The serial console.
     pub console: Console,
+    /// Rings when console output has been lying there for [`CONSOLE_DELAY`].
+    console_bell: TimerFd,
     /// What a Linux guest says of its own end.
     pub panic: PanicWatch,
     out: Vec<FromVm>,
@@ -102,6 +106,10 @@ pub(super) enum Unavailable {
 /// How long we wait for a vCPU to stop. One that is trapped in an emulated access cannot be kicked out.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// A guest prints byte by byte, and each could wake the main thread, the server and whoever reads along: they get what
+/// comes within this time in one piece.
+const CONSOLE_DELAY: Duration = Duration::from_millis(2);
+
 impl Floor {
     /// A floor with a desk for each vCPU, whose threads are yet to come.
     pub fn new(switches: impl IntoIterator<Item = StopSwitch>, console: Console) -> io::Result<Self> {
@@ -111,6 +119,7 @@ impl Floor {
             announce: None,
             mailbox: Mailbox::default(),
             console,
+            console_bell: TimerFd::new().map_err(io::Error::from)?,
             panic: PanicWatch::default(),
             out: Vec::new(),
         };
@@ -120,6 +129,11 @@ impl Floor {
     /// Rings when there is something for the server.
     pub fn bell(&self) -> &EventFd {
         &self.bell
+    }
+
+    /// Rings when there is console output for the server.
+    pub fn console_bell(&self) -> RawFd {
+        self.lock().console_bell.as_raw_fd()
     }
 
     /// Locks the floor.
@@ -149,6 +163,10 @@ impl Floor {
     pub fn take_messages(&self) -> (Vec<FromVm>, Vec<u8>) {
         let _ = self.bell.read();
         let mut shared = self.lock();
+        if shared.console.has_output() {
+            // It is silent again until the next output, whether it has rung or not.
+            let _ = shared.console_bell.clear();
+        }
         (std::mem::take(&mut shared.out), shared.console.take_output())
     }
 
@@ -336,6 +354,16 @@ impl Floor {
 }
 
 impl Shared {
+    /// vCPU thread: the guest writes a register of its console.
+    pub fn write_console(&mut self, register: u8, data: &[u8]) {
+        let silent = !self.console.has_output();
+        data.iter().for_each(|byte| self.console.write(register, *byte));
+        if silent && self.console.has_output() {
+            // It can fail for a bad time only.
+            let _ = self.console_bell.reset(CONSOLE_DELAY, None);
+        }
+    }
+
     fn load(&mut self, loads: Vec<Load>) {
         for (desk, load) in self.desks.iter_mut().zip(loads) {
             desk.load = Some(load);

@@ -77,11 +77,7 @@ impl Ports {
     fn write_console(&self, register: u8, data: &[u8]) {
         const DATA: u8 = 0;
         let mut shared = self.floor.lock();
-        let silent = !shared.console.has_output();
-        data.iter().for_each(|byte| shared.console.write(register, *byte));
-        if silent && shared.console.has_output() {
-            self.floor.ring();
-        }
+        shared.write_console(register, data);
         if self.machine == Machine::Linux && register == DATA {
             let ended = shared.panic.printed(data);
             let reason = shared.panic.reason().filter(|_| ended);

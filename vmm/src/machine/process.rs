@@ -47,6 +47,7 @@ struct Process {
 
 const SOCKET: u32 = 0;
 const BELL: u32 = 1;
+const CONSOLE: u32 = 2;
 
 impl MutEventSubscriber for Process {
     fn init(&mut self, ops: &mut EventOps<'_>) {
@@ -57,7 +58,7 @@ impl MutEventSubscriber for Process {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let served = match events.data() {
-            BELL => self.pass_on(),
+            BELL | CONSOLE => self.pass_on(),
             _ => self.serve(ops),
         };
         match served.and_then(|()| self.flush(ops)) {
@@ -155,6 +156,8 @@ impl Process {
         match Vm::prepare(&Preparation { shape, isolation, features, cage: &cage, server }) {
             Ok(vm) => {
                 ops.add(Events::with_data(vm.floor().bell(), BELL, EventSet::IN)).map_err(io::Error::other)?;
+                let console = Events::with_data_raw(vm.floor().console_bell(), CONSOLE, EventSet::IN);
+                ops.add(console).map_err(io::Error::other)?;
                 let (ready, traps) = vm.ready();
                 self.link.send(&ready, traps.as_slice())?;
                 self.vm = Some(vm);

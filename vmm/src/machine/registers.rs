@@ -21,6 +21,9 @@ ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 const IA32_TSC: u32 = 0x10;
+/// Whether, and where, KVM tells the guest of pages that are on their way, so that it can do something else meanwhile.
+const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
+const ASYNC_PF_ENABLED: u64 = 1;
 
 /// A register could not be read or set.
 #[derive(Debug, Error)]
@@ -88,6 +91,23 @@ impl Registers {
     /// Reads everything.
     pub fn save(&self, vcpu: &VcpuFd) -> Result<VcpuState, RegistersError> {
         self.access.save(vcpu)
+    }
+
+    /// Waits until KVM's workers touch no page any more on behalf of the vCPU, which has just stopped.
+    ///
+    /// A Linux guest lets KVM wait for a page in a worker while it runs something else. Such a worker does not stop with
+    /// the vCPU, and in the middle of a freeze it would find a page where no trap is yet. Turning the feature off ends all
+    /// workers; turning it on again has the guest look again for everything that it waits for.
+    pub fn end_page_workers(&self, vcpu: &VcpuFd) -> Result<(), RegistersError> {
+        if self.access.machine == Machine::Monitor || !self.access.msrs.contains(&KVM_ASYNC_PF_EN) {
+            return Ok(());
+        }
+        let was = read_msr(vcpu, KVM_ASYNC_PF_EN)?;
+        if was & ASYNC_PF_ENABLED != 0 {
+            write_msr(vcpu, KVM_ASYNC_PF_EN, 0)?;
+            write_msr(vcpu, KVM_ASYNC_PF_EN, was)?;
+        }
+        Ok(())
     }
 
     /// Makes the vCPU, which has not run, what `state` says.
@@ -230,6 +250,13 @@ fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<u64, RegistersError> {
     }
 }
 
+fn write_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<(), RegistersError> {
+    match vcpu.set_msrs(&batch(&[kvm_msr_entry { data, ..entry(index) }])).map_err(during("KVM_SET_MSRS"))? {
+        1 => Ok(()),
+        _ => Err(RegistersError::Msr { call: "KVM_SET_MSRS", index }),
+    }
+}
+
 fn read_tsc_offset(vcpu: &VcpuFd) -> Result<u64, errno::Error> {
     let mut offset = 0_u64;
     let attribute = tsc_offset_attribute(&raw mut offset as u64);
@@ -248,13 +275,7 @@ fn set_tsc(vcpu: &VcpuFd, tsc: Tsc) -> Result<(), RegistersError> {
                 _ => Err(during("KVM_VCPU_TSC_OFFSET")(errno::Error::last())),
             }
         }
-        Tsc::Value(value) => {
-            let entry = kvm_msr_entry { data: value, ..entry(IA32_TSC) };
-            match vcpu.set_msrs(&batch(&[entry])).map_err(during("KVM_SET_MSRS"))? {
-                1 => Ok(()),
-                _ => Err(RegistersError::Msr { call: "KVM_SET_MSRS", index: IA32_TSC }),
-            }
-        }
+        Tsc::Value(value) => write_msr(vcpu, IA32_TSC, value),
     }
 }
 

@@ -60,7 +60,11 @@ impl Vcpu {
                     floor.saved(self.number, state.map_err(|error| error.to_string()));
                 }
                 Task::Run => {
-                    if let Err(why) = self.run(buses) {
+                    let ended = self.run(buses).and_then(|()| {
+                        let ended = self.registers.end_page_workers(self.fd);
+                        ended.map_err(|error| format!("pages under way: {error}"))
+                    });
+                    if let Err(why) = ended {
                         floor.die(why);
                     }
                 }

@@ -284,6 +284,10 @@ impl Server {
         }
         // A freeze that stands was announced before the traps that it causes.
         self.serve_process(id);
+        // Several vCPUs may wait for one page, which one answer supplies: by a second one, a guest may have written to it,
+        // and stand for a freeze that has moved it out.
+        traps.sort_unstable_by_key(|trap| trap.address);
+        traps.dedup_by_key(|trap| trap.address);
         for trap in traps {
             if let Some(vm) = self.vms.get_mut(generation) {
                 vm.traps += 1;
