@@ -32,8 +32,10 @@ pub(super) struct Shared {
     pub mailbox: Mailbox,
     /// The serial console.
     pub console: Console,
-    /// Rings when console output has been lying there for [`CONSOLE_DELAY`].
+    /// Rings when console output has been lying there for a [`CONSOLE_DELAY`].
     console_bell: TimerFd,
+    /// When console output was last taken.
+    console_taken: Option<Instant>,
     /// What a Linux guest says of its own end.
     pub panic: PanicWatch,
     out: Vec<FromVm>,
@@ -75,10 +77,8 @@ enum Station {
 pub(super) enum Load {
     /// The monitor's entry.
     Monitor,
-    /// A Linux kernel's entry, at this address.
-    Linux(u64),
-    /// What a reset makes of it: another vCPU starts it.
-    Fresh,
+    /// A Linux kernel's entry, at this address, or, where another vCPU is to start it, what firmware leaves.
+    Linux(Option<u64>),
     /// A saved vCPU.
     Saved(Box<VcpuState>),
 }
@@ -107,8 +107,9 @@ pub(super) enum Unavailable {
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A guest prints byte by byte, and each could wake the main thread, the server and whoever reads along: they get what
-/// comes within this time in one piece.
-const CONSOLE_DELAY: Duration = Duration::from_millis(2);
+/// comes within this time in one piece. The first is short, for those who type; the second is for a guest that prints on
+/// and on.
+const CONSOLE_DELAY: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
 impl Floor {
     /// A floor with a desk for each vCPU, whose threads are yet to come.
@@ -120,6 +121,7 @@ impl Floor {
             mailbox: Mailbox::default(),
             console,
             console_bell: TimerFd::new().map_err(io::Error::from)?,
+            console_taken: None,
             panic: PanicWatch::default(),
             out: Vec::new(),
         };
@@ -166,6 +168,7 @@ impl Floor {
         if shared.console.has_output() {
             // It is silent again until the next output, whether it has rung or not.
             let _ = shared.console_bell.clear();
+            shared.console_taken = Some(Instant::now());
         }
         (std::mem::take(&mut shared.out), shared.console.take_output())
     }
@@ -359,8 +362,10 @@ impl Shared {
         let silent = !self.console.has_output();
         data.iter().for_each(|byte| self.console.write(register, *byte));
         if silent && self.console.has_output() {
+            let [first, next] = CONSOLE_DELAY;
+            let prints_on = self.console_taken.is_some_and(|at| at.elapsed() < next);
             // It can fail for a bad time only.
-            let _ = self.console_bell.reset(CONSOLE_DELAY, None);
+            let _ = self.console_bell.reset(if prints_on { next } else { first }, None);
         }
     }
 

@@ -82,10 +82,14 @@ impl Vcpu {
             }
             Load::Linux(entry) => {
                 let mut state = self.registers.fresh().clone();
-                state.regs = boot::linux::registers(*entry, &mut state.sregs);
+                for set in boot::linux::MSRS {
+                    state.msrs.iter_mut().filter(|msr| msr.index == set.index).for_each(|msr| msr.data = set.data);
+                }
+                if let Some(entry) = entry {
+                    state.regs = boot::linux::registers(*entry, &mut state.sregs);
+                }
                 self.registers.restore(self.fd, &state)
             }
-            Load::Fresh => Ok(()),
         }
     }
 

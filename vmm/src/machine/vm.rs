@@ -219,8 +219,8 @@ impl Vm {
             (Origin::Linux(plan), Some(machine), Some(kernel)) => {
                 machine.renew_generation()?;
                 let entry = self.load_kernel(kernel, &plan)?;
-                let mut loads = vec![Load::Fresh; self.threads.len()];
-                loads[0] = Load::Linux(entry);
+                let mut loads = vec![Load::Linux(None); self.threads.len()];
+                loads[0] = Load::Linux(Some(entry));
                 self.floor.start_from(loads, activity);
             }
             (Origin::Fork { mut state, .. }, Some(machine), _) => {

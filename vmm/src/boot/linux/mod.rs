@@ -14,7 +14,7 @@ mod tests;
 pub use kernel::{Kernel, KernelError};
 pub use load::{LoadError, load};
 pub use plan::{Plan, PlanError, Request};
-pub use registers::registers;
+pub use registers::{MSRS, registers};
 
 /// The command line where none is given.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";

@@ -1,7 +1,7 @@
 //! Registers of the first vCPU at a Linux kernel's 64-bit entry point, as the x86 boot protocol wants them.
 
 use crate::layout::linux;
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 
 /// PE, ET, PG.
 const CR0: u64 = 0x8000_0011;
@@ -16,6 +16,14 @@ const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const CODE_TYPE: u8 = 11;
 const DATA_TYPE: u8 = 3;
+
+/// What the kernel expects firmware to have set on every vCPU: memory is write-back where no range says otherwise. Without
+/// it, Linux takes the memory type ranges for broken and does without its own page attribute table.
+pub const MSRS: [kvm_msr_entry; 1] =
+    [kvm_msr_entry { index: MTRR_DEFAULT_TYPE, reserved: 0, data: MTRR_ENABLED | WRITE_BACK }];
+const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+const MTRR_ENABLED: u64 = 1 << 11;
+const WRITE_BACK: u64 = 6;
 
 /// Descriptors: two that are not used, 64-bit code (0x10) and flat data (0x18).
 pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
