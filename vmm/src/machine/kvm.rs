@@ -88,9 +88,9 @@ impl KvmVm {
         self.log
     }
 
-    /// Makes the memory slots, or changes whether their writes are logged. The vCPUs stand still.
+    /// Makes the memory slots, or changes whether their writes are logged: from then on, also if the vCPUs run.
     pub fn set_log(&mut self, log: DirtyLog) -> Result<(), KvmError> {
-        // Until all slots are as told, a freeze must not rely on the log.
+        // Until all slots are as told, the log is not to be asked.
         self.log = DirtyLog::Off;
         for (slot, pages) in self.slots.iter().enumerate() {
             let region = kvm_userspace_memory_region {

@@ -114,6 +114,8 @@ pub(super) struct Vm {
     threads: Vec<JoinHandle<()>>,
     keeper: Pid,
     started: bool,
+    /// The log has every write since the last freeze.
+    log_tells_all: bool,
 }
 
 impl Vm {
@@ -168,7 +170,19 @@ impl Vm {
         let threads = vcpus.into_iter().map(spawn).collect::<io::Result<_>>().map_err(VmError::Thread)?;
         drop(floor.await_standing()?);
         let traps = features.userfaultfd;
-        Ok(Self { shape, traps, tsc_khz, kvm: vm, linux, window, floor, threads, keeper, started: false })
+        Ok(Self {
+            shape,
+            traps,
+            tsc_khz,
+            kvm: vm,
+            linux,
+            window,
+            floor,
+            threads,
+            keeper,
+            started: false,
+            log_tells_all: false,
+        })
     }
 
     /// What the server is told of a prepared VM, and the descriptor that goes with it.
@@ -202,8 +216,9 @@ impl Vm {
             Origin::Fork { .. } => HugePages::Never,
         };
         self.window.map(&runs, &stores, huge)?;
-        if !matches!(origin, Origin::Fork { .. }) {
-            // The first freeze takes every private page, and turns the log on: until then huge pages are worth more.
+        self.log_tells_all = matches!(origin, Origin::Fork { .. });
+        if !self.log_tells_all {
+            // The first freeze turns the log on, and takes every private page: until then huge pages are worth more.
             self.kvm.set_log(DirtyLog::Off)?;
         }
         match (origin, &mut self.linux, kernel) {
@@ -311,6 +326,11 @@ impl Vm {
         if !self.started {
             return Err(VmError::NotStarted);
         }
+        if self.kvm.log() == DirtyLog::Off
+            && let Err(error) = self.kvm.set_log(DirtyLog::On)
+        {
+            log::warn!("freezes take every private page: {error}");
+        }
         let kicked_ns = now_ns();
         let before = self.floor.stop_and_save();
         self.interrupt();
@@ -354,21 +374,17 @@ impl Vm {
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
-        let moved = match self.kvm.log() {
-            DirtyLog::Off => {
-                let moved = self.window.move_out(Dirty::Every, store, file, max_runs)?;
-                if let Err(error) = self.kvm.set_log(DirtyLog::On) {
-                    log::warn!("the next freeze takes every private page again: {error}");
-                }
-                moved
-            }
+        let logs = match self.kvm.log() {
+            DirtyLog::On => self.kvm.log_of_slots()?,
+            DirtyLog::Off => Vec::new(),
+        };
+        let dirty = if self.log_tells_all { Dirty::Logged(&logs) } else { Dirty::Every };
+        let moved = self.window.move_out(dirty, store, file, max_runs)?;
+        self.log_tells_all = match self.kvm.log() {
+            DirtyLog::Off => false,
             DirtyLog::On => {
-                let logs = self.kvm.log_of_slots()?;
-                let moved = self.window.move_out(Dirty::Logged(&logs), store, file, max_runs)?;
-                if let Err(error) = self.kvm.clear_log(&logs) {
-                    log::warn!("the next freeze takes these pages again: {error}");
-                }
-                moved
+                let cleared = self.kvm.clear_log(&logs);
+                cleared.inspect_err(|error| log::warn!("the next freeze takes every private page: {error}")).is_ok()
             }
         };
         // The vCPU threads have read their registers meanwhile.

@@ -21,6 +21,7 @@ mod files;
 mod fork;
 mod inbox;
 mod launch;
+mod pace;
 mod pool;
 mod process;
 mod report;
@@ -123,6 +124,7 @@ struct Server {
     early: fork::EarlyTouches,
     retries: VecDeque<(Generation, guest_mem::Gfn)>,
     retry_at: Option<Instant>,
+    pace: pace::Pace,
     /// Clients that got an answer, and may have asked the next thing already.
     replied: Vec<ClientId>,
     lost: Vec<String>,
@@ -211,6 +213,7 @@ impl Server {
             early: fork::EarlyTouches::default(),
             retries: VecDeque::new(),
             retry_at: None,
+            pace: pace::Pace::default(),
             replied: Vec::new(),
             lost,
             next_id: 1,
@@ -236,13 +239,14 @@ impl Server {
         let settling = self.settle(now);
         self.grant_wants();
         self.answer_settled_forks();
-        let filling = self.tend_pool(now);
+        let filling = self.tend_pool(now, settling);
         self.finish_removals();
         self.finish_checks();
         self.families.retain(|_, manager| manager.windows() > 0);
         self.early.retain(&self.families);
         if settling || filling || !self.replied.is_empty() {
-            return 0;
+            let busy = filling || !self.replied.is_empty();
+            return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
         let pool = self.pool.next_look();
         let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool).min();
@@ -258,6 +262,10 @@ impl Server {
         for (generation, gfn) in std::mem::take(&mut self.retries) {
             self.serve_trap(generation, gfn);
         }
+        if self.pace.wait(now).is_some() {
+            // Something may be left; the next round tells.
+            return true;
+        }
         let mut more = false;
         let mut failed = Vec::new();
         for (&id, manager) in &mut self.families {
@@ -265,6 +273,9 @@ impl Server {
                 Ok(left) => more |= left,
                 Err(error) => failed.push((id, error)),
             }
+        }
+        if more {
+            self.pace.settled(now, Instant::now());
         }
         for (family, error) in failed {
             self.memory_error(family, &error);
@@ -303,7 +314,9 @@ impl Server {
             self.early.note(family, gfn);
         }
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        if let Err(error) = manager.trap(vm, gfn) {
+        let answered = manager.trap(vm, gfn);
+        self.pace.trapped(Instant::now());
+        if let Err(error) = answered {
             self.retries.push_back((generation, gfn));
             self.memory_error(family, &error);
         }

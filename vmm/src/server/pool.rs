@@ -83,8 +83,9 @@ impl Server {
         Ok(id)
     }
 
-    /// Fills the pool by at most one process, or empties it. Whether there is more to do at once.
-    pub(super) fn tend_pool(&mut self, now: Instant) -> bool {
+    /// Fills the pool by at most one process, or empties it. Whether there is more to do at once. `settling`: guests wait
+    /// for pages, or soon will, and come first; but an empty pool is filled.
+    pub(super) fn tend_pool(&mut self, now: Instant, settling: bool) -> bool {
         if self.stopping.is_none() {
             let shapes: Vec<Shape> = self.vms.iter().filter(|vm| vm.is_alive()).map(|vm| vm.shape).collect();
             for shape in shapes {
@@ -103,7 +104,8 @@ impl Server {
             while shelf.ready.len() > shelf.wanted {
                 surplus.extend(shelf.ready.pop_back());
             }
-            if shelf.ready.len() + shelf.preparing < shelf.wanted {
+            let coming = shelf.ready.len() + shelf.preparing;
+            if coming < if settling { 1 } else { shelf.wanted } {
                 hungry = Some(shape);
             }
         }
