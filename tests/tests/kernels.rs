@@ -1,7 +1,7 @@
 //! Kernels of a few instructions, on the machine that Linux guests have: they run on every host, also where a stock kernel
 //! does not.
 
-use offshoot_tests::{Guest, TEN_SECONDS, TestHome, wait_until};
+use offshoot_tests::{Guest, PATIENCE, TEN_SECONDS, TestHome, wait_until};
 use std::fs;
 use vmm::api::VmState;
 use vmm::client::{ForkOptions, Vm};
@@ -128,11 +128,11 @@ fn clones_go_on_with_the_next_letter() {
     wait_until("the guest prints", TEN_SECONDS, || vm.log().len() > 3);
     let mut vms = vec![vm];
     for _ in 0..3 {
-        let children = vms.last().expect("a VM").fork(ForkOptions::new().count(2)).expect("fork");
+        let children = vms.last().expect("a VM").fork(ForkOptions::new()).expect("fork");
         vms.extend(children.into_iter().map(|child| child.vm));
     }
     for vm in &vms {
-        wait_until("a clone prints on", TEN_SECONDS, || vm.log().len() > 4);
+        wait_until("a clone prints on", PATIENCE, || vm.log().len() > 4);
     }
     for vm in &vms {
         let log = vm.log();
