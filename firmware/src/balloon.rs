@@ -141,7 +141,7 @@ mod tests {
                 set.extend(pages.clone());
                 balloon.with(pages)
             } else {
-                pages.clone().for_each(|page| drop(set.remove(&page)));
+                set.retain(|page| !pages.contains(page));
                 balloon.without(pages)
             };
             let change = change.expect("room for so few");

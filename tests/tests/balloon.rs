@@ -73,6 +73,22 @@ fn what_a_clone_wrote_comes_back() {
     check(&home);
 }
 
+/// A launched guest has huge pages, which go as well.
+#[test]
+fn what_a_launched_guest_wrote_comes_back() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = home.launch("b", MEMORY);
+    vm.fill(PAGES, 1);
+    let (full, full_rss) = (vm.stats().unwrap().private_pages, anonymous(&vm));
+    shrink(&vm, HALF);
+    assert!(within_one_percent(full - vm.stats().unwrap().private_pages, 16384));
+    assert!(within_one_percent(full_rss - anonymous(&vm), 16384));
+    assert_eq!(vm.stats().unwrap().window_runs, 3, "nothing lay beneath, so nothing is mapped anew");
+    check(&home);
+    shrink(&vm, MEMORY);
+    vm.verify_zero(PAGES);
+}
+
 /// Memory that all of a family share goes with the last who gives it back, in any order of generations.
 #[test]
 fn what_everybody_gives_back_is_freed() {

@@ -461,3 +461,58 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    fn pages(range: std::ops::Range<u64>) -> Vec<GfnRange> {
+        vec![range.into()]
+    }
+
+    /// The main thread waits for a vCPU to stand, which waits for the main thread to take its pages.
+    #[test]
+    fn pages_are_taken_before_their_vcpu_stands() {
+        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let (stopped, told) = channel();
+            let floor = &floor;
+            let vcpu = scope.spawn(move || {
+                assert!(matches!(floor.next_task(0), Task::Run));
+                told.recv().unwrap();
+                // The main thread waits by now, or soon.
+                thread::sleep(Duration::from_millis(20));
+                let given = floor.give_back(pages(5..9));
+                assert!(matches!(floor.next_task(0), Task::Save));
+                floor.saved(0, Err("as the test has it".into()));
+                given
+            });
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
+            assert_eq!(floor.stop_and_save(), Activity::Running);
+            stopped.send(()).unwrap();
+            let mut offered = Vec::new();
+            let shared = floor.await_standing_and_accept(|pages| {
+                offered.push(pages.to_vec());
+                super::tests::pages(5..7)
+            });
+            drop(shared.unwrap());
+            assert_eq!(offered, [pages(5..9)]);
+            floor.await_saved().unwrap();
+            assert_eq!(vcpu.join().unwrap(), pages(5..7));
+        });
+    }
+
+    #[test]
+    fn nobody_waits_for_a_main_thread_that_ends_the_vm() {
+        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| floor.give_back(pages(5..9)));
+            floor.end(FromVm::Ended(Ending::Off));
+            assert_eq!(vcpu.join().unwrap(), []);
+            assert_eq!(floor.await_standing_and_accept(<[GfnRange]>::to_vec).unwrap_err(), Unavailable::Ended);
+        });
+    }
+}
