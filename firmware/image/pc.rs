@@ -5,8 +5,8 @@ use core::marker::PhantomData;
 use core::ptr::with_exposed_provenance;
 
 use firmware::abi::{
-    COM1, DOORBELL, Doorbell, EVENT_PAGE, EventPage, INBOX, Inbox, MAX_PAGES, OUTBOX, Outbox, WAIT,
-    page_to_gpa, wake,
+    BALLOON, BalloonPage, COM1, DOORBELL, Doorbell, EVENT_PAGE, EventPage, INBOX, Inbox, MAX_PAGES,
+    OUTBOX, Outbox, WAIT, page_to_gpa, wake,
 };
 use firmware::machine::{Machine, Page};
 
@@ -54,6 +54,11 @@ impl Machine for Pc {
     fn outbox(&self) -> &Outbox {
         // SAFETY: as for the event page.
         unsafe { &*with_exposed_provenance(OUTBOX as usize) }
+    }
+
+    fn balloon_page(&self) -> &BalloonPage {
+        // SAFETY: as for the event page.
+        unsafe { &*with_exposed_provenance(BALLOON as usize) }
     }
 
     #[inline(always)]

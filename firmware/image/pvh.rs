@@ -8,7 +8,7 @@ use core::arch::global_asm;
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 
-use firmware::abi::{ENTRY, ENTRY_STACK, EVENT_PAGE, HOLE_START, PAGE_SIZE, PAGE_TABLE, TSS};
+use firmware::abi::{BALLOON, ENTRY, ENTRY_STACK, EVENT_PAGE, HOLE_START, PAGE_SIZE, PAGE_TABLE, TSS};
 use firmware::machine::Machine;
 
 use crate::pc::Pc;
@@ -95,9 +95,11 @@ pub fn describe(pc: &Pc, start_info: u64) {
         .map(|entry| (u64_at(pc, entry), u64_at(pc, entry) + u64_at(pc, entry + 8)))
         .find(|&(start, end)| (start..end).contains(&ONE_MIB))
         .map_or(0, |(_, end)| end.min(HOLE_START));
-    pc.page(EVENT_PAGE / PAGE_SIZE)
-        .iter()
-        .for_each(|word| word.store(0, Relaxed));
+    for shared in [EVENT_PAGE, BALLOON] {
+        pc.page(shared / PAGE_SIZE)
+            .iter()
+            .for_each(|word| word.store(0, Relaxed));
+    }
     pc.event_page().mem_pages.store(end / PAGE_SIZE, Relaxed);
 }
 

@@ -4,10 +4,10 @@
 //! RAM, wherever the hole below 4 GiB puts it ([`page_to_gpa`]).
 //!
 //! ```text
-//! 0x00000  not used          0x07000  stack, grows down from 0x10000
-//! 0x01000  EventPage         0x10000  image: page tables, descriptors, code, constants (never written)
-//! 0x02000  Inbox             0x40000  first free page (64): RAM for the commands
-//! 0x03000  Outbox (4 pages)
+//! 0x00000  not used          0x07000  BalloonPage
+//! 0x01000  EventPage         0x08000  stack, grows down from 0x10000
+//! 0x02000  Inbox             0x10000  image: page tables, descriptors, code, constants (never written)
+//! 0x03000  Outbox (4 pages)  0x40000  first free page (64): RAM for the commands
 //! ```
 //!
 //! Shared fields are atomics because the other side is another program. The VMM does not use the structures: it
@@ -24,8 +24,10 @@ pub const EVENT_PAGE: u64 = 0x1000;
 pub const INBOX: u64 = 0x2000;
 /// Where [`Outbox`] lies.
 pub const OUTBOX: u64 = 0x3000;
+/// Where [`BalloonPage`] lies.
+pub const BALLOON: u64 = 0x7000;
 /// Lowest address of the stack. The monitor has no other private memory.
-pub const STACK_BASE: u64 = 0x7000;
+pub const STACK_BASE: u64 = 0x8000;
 /// One past the highest address of the stack.
 pub const STACK_TOP: u64 = 0x1_0000;
 /// Where the flat image goes.
@@ -73,6 +75,10 @@ pub enum Doorbell {
     Fork = 3,
     /// Power off. The vCPU need not run again.
     Halt = 4,
+    /// Drop the contents of the pages that [`BalloonPage`] tells, then set [`BalloonPage::state`].
+    Inflate = 5,
+    /// [`BalloonPage::held`] is less now: set [`BalloonPage::state`].
+    Deflate = 6,
 }
 
 impl Doorbell {
@@ -83,6 +89,8 @@ impl Doorbell {
             2 => Some(Self::Alive),
             3 => Some(Self::Fork),
             4 => Some(Self::Halt),
+            5 => Some(Self::Inflate),
+            6 => Some(Self::Deflate),
             _ => None,
         }
     }
@@ -122,6 +130,30 @@ impl ForkState {
             1 => Some(Self::Parent),
             2 => Some(Self::Child),
             3 => Some(Self::Failed),
+            _ => None,
+        }
+    }
+}
+
+/// How the VMM took what the monitor asked of the balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum BalloonState {
+    /// It does not know of balloons. The monitor writes this before it rings.
+    Pending = 0,
+    /// It is done.
+    Done = 1,
+    /// It cannot be done, and not all of the pages read zero.
+    Failed = 2,
+}
+
+impl BalloonState {
+    /// Decodes [`BalloonPage::state`].
+    pub const fn from_u32(value: u32) -> Option<Self> {
+        match value {
+            0 => Some(Self::Pending),
+            1 => Some(Self::Done),
+            2 => Some(Self::Failed),
             _ => None,
         }
     }
@@ -188,6 +220,36 @@ pub struct Outbox {
     pub text: [AtomicU8; OUTBOX_TEXT_MAX],
 }
 
+/// Most ranges of pages in the balloon.
+pub const BALLOON_RANGES: usize = 254;
+
+/// What the monitor has given back. All fields but [`state`](Self::state) are the monitor's; pages are linear ones.
+#[repr(C)]
+pub struct BalloonPage {
+    /// First page that is to be given back.
+    pub first: AtomicU64,
+    /// How many are.
+    pub count: AtomicU64,
+    /// How many pages are in the balloon once that is done.
+    pub held: AtomicU64,
+    /// A [`BalloonState`]. The VMM sets it before the doorbell's write is complete.
+    pub state: AtomicU32,
+    /// How many of `ranges` are in use.
+    pub len: AtomicU32,
+    /// The pages in the balloon, sorted; no two ranges touch.
+    pub ranges: [BalloonRange; BALLOON_RANGES],
+}
+
+/// Pages in the balloon.
+#[repr(C)]
+pub struct BalloonRange {
+    /// The first page.
+    pub first: AtomicU64,
+    /// One past the last.
+    pub end: AtomicU64,
+}
+
+const _: () = assert!(size_of::<BalloonPage>() as u64 == PAGE_SIZE);
 const _: () = assert!(size_of::<EventPage>() as u64 <= PAGE_SIZE);
 const _: () = assert!(size_of::<Inbox>() as u64 == PAGE_SIZE);
 const _: () = assert!(size_of::<Outbox>() as u64 == 4 * PAGE_SIZE);
@@ -218,6 +280,14 @@ pub mod at {
     pub const FORK_TEXT: u64 = EVENT_PAGE + offset_of!(EventPage, fork_text) as u64;
     /// [`EventPage::fork_count`], 4 bytes.
     pub const FORK_COUNT: u64 = EVENT_PAGE + offset_of!(EventPage, fork_count) as u64;
+    /// [`BalloonPage::first`], 8 bytes.
+    pub const BALLOON_FIRST: u64 = BALLOON + offset_of!(BalloonPage, first) as u64;
+    /// [`BalloonPage::count`], 8 bytes.
+    pub const BALLOON_COUNT: u64 = BALLOON + offset_of!(BalloonPage, count) as u64;
+    /// [`BalloonPage::held`], 8 bytes.
+    pub const BALLOON_HELD: u64 = BALLOON + offset_of!(BalloonPage, held) as u64;
+    /// [`BalloonPage::state`], 4 bytes.
+    pub const BALLOON_STATE: u64 = BALLOON + offset_of!(BalloonPage, state) as u64;
     /// [`Inbox::tag`], 8 bytes.
     pub const INBOX_TAG: u64 = INBOX + offset_of!(Inbox, tag) as u64;
     /// [`Inbox::len`], 4 bytes.

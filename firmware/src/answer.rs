@@ -3,7 +3,7 @@
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
 
-use crate::abi::{EventPage, FIRST_FREE_PAGE};
+use crate::abi::{BALLOON_RANGES, EventPage, FIRST_FREE_PAGE};
 use crate::command::{Pages, ParseError, USAGE};
 
 /// A command's success; its [`Display`](fmt::Display) is the line after `ok`.
@@ -12,8 +12,10 @@ pub enum Answer<'m> {
     Usage,
     /// `id`.
     Id(&'m EventPage),
-    /// `mem`, with the page count.
-    Mem(u64),
+    /// `mem`, with the page count, and how many of them are in the balloon.
+    Mem(u64, u64),
+    /// So many pages are in the balloon.
+    Ballooned(u64),
     /// So many pages were treated as the word says.
     Pages(&'static str, u64),
     /// The sum of all words, modulo 2⁶⁴.
@@ -58,6 +60,12 @@ pub enum Failure<'l> {
     },
     /// This machine has no such device.
     Unsupported,
+    /// This page is in the balloon.
+    InBalloon(u64),
+    /// The balloon has no room for one more range.
+    BalloonFull,
+    /// The VMM could not take the pages.
+    NotTaken(Pages),
     /// The VMM did not say how fast the TSC runs.
     NoClock,
     /// The VMM could not fork, and says why.
@@ -77,7 +85,9 @@ impl fmt::Display for Answer<'_> {
                 ascii(&page.name, &page.name_len).try_for_each(|c| f.write_char(c))?;
                 write!(f, " generation={}", page.generation.load(Relaxed))
             }
-            Self::Mem(pages) => write!(f, " first={FIRST_FREE_PAGE} pages={pages}"),
+            Self::Mem(pages, 0) => write!(f, " first={FIRST_FREE_PAGE} pages={pages}"),
+            Self::Mem(pages, held) => write!(f, " first={FIRST_FREE_PAGE} pages={pages} ballooned={held}"),
+            Self::Ballooned(held) => write!(f, " ballooned={held}"),
             Self::Pages(done, count) => write!(f, " {done}={count}"),
             Self::Sum(sum) => write!(f, " sum={sum}"),
             Self::MaxGap(us) => write!(f, " max_gap_us={us}"),
@@ -114,6 +124,11 @@ impl fmt::Display for Failure<'_> {
                 write!(f, "mismatch page={page} word={word} want={want} got={got}")
             }
             Self::Unsupported => f.write_str("unsupported"),
+            Self::InBalloon(page) => write!(f, "page={page} is in the balloon: deflate it first"),
+            Self::BalloonFull => write!(f, "more than {BALLOON_RANGES} ranges of pages in the balloon"),
+            Self::NotTaken(Pages { first: page, count }) => {
+                write!(f, "page={page} count={count} could not be given back")
+            }
             Self::NoClock => f.write_str("TSC frequency is not known"),
             Self::Fork(page) => ascii(&page.fork_text, &page.fork_text_len).try_for_each(|c| f.write_char(c)),
         }

@@ -23,6 +23,7 @@
 //!   and one page of stack.
 //! * A VM that finds a new event word says so before it does anything else, in the middle of a command too.
 //! * A command that writes checks its whole range first, and leaves everything below the first free page alone.
+//! * A page in the balloon is not written until it is taken out.
 //! * Everything runs in user mode, with interrupts off and no interrupt table, on one vCPU.
 //!
 //! # Holes
@@ -32,7 +33,7 @@
 //!   fork does.
 //! * Serial bytes that come while a fork is under way complete every wait at once until it ends.
 //! * An exception or a panic shuts the machine down (a panic says why on the serial port).
-//! * There is no balloon device: `inflate` and `deflate` answer `err unsupported`.
+//! * The balloon holds up to 254 ranges of pages ([`abi::BALLOON_RANGES`]); under another VMM it answers `err unsupported`.
 //! * Under another VMM (the serial port only) the monitor polls, uses RAM below 3 GiB only, has no clock for `gap`, and
 //!   `fork` waits for ever. The image must survive at [`abi::IMAGE_BASE`], where some firmware keeps its own data.
 #![no_std]
@@ -40,6 +41,7 @@
 
 pub mod abi;
 mod answer;
+mod balloon;
 mod command;
 mod console;
 pub mod machine;

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::AtomicU64;
 
-use crate::abi::{Doorbell, EventPage, Inbox, Outbox};
+use crate::abi::{BalloonPage, Doorbell, EventPage, Inbox, Outbox};
 use crate::pattern::PAGE_WORDS;
 
 /// A page of RAM. Atomics, because page 15 is the monitor's own stack and a device may write to any page.
@@ -19,6 +19,8 @@ pub trait Machine {
     fn inbox(&self) -> &Inbox;
     /// Where answers go.
     fn outbox(&self) -> &Outbox;
+    /// What has been given back.
+    fn balloon_page(&self) -> &BalloonPage;
     /// Linear page `page` of RAM, which must be below [`EventPage::mem_pages`].
     fn page(&self, page: u64) -> &Page;
     /// Sleeps until there is something to do: bits of [`wake`](crate::abi::wake). 0 means nothing; call again.

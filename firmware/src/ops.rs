@@ -1,9 +1,10 @@
 //! What each command does.
 
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use crate::abi::FIRST_FREE_PAGE;
+use crate::abi::{BalloonState, Doorbell, FIRST_FREE_PAGE};
 use crate::answer::{Answer, Failure};
+use crate::balloon::{Balloon, Change};
 use crate::command::{Command, Extent, Pages};
 use crate::machine::Machine;
 use crate::monitor::Monitor;
@@ -14,12 +15,13 @@ impl<'m, M: Machine> Monitor<'m, M> {
         match command {
             Command::Help => Ok(Answer::Usage),
             Command::Id => Ok(Answer::Id(self.machine.event_page())),
-            Command::Mem => Ok(Answer::Mem(self.mem_pages())),
+            Command::Mem => Ok(Answer::Mem(self.mem_pages(), self.balloon().held())),
             Command::Write(pages, seed, extent) => self.write(pages, seed, extent),
             Command::Verify(pages, seed, extent) => self.verify(pages, seed, extent),
             Command::Zero(pages) => self.zero(pages),
             Command::Sum(pages) => self.sum(pages),
-            Command::Inflate(pages) | Command::Deflate(pages) => self.balloon(pages),
+            Command::Inflate(pages) => self.inflate(pages),
+            Command::Deflate(pages) => self.deflate(pages),
             Command::Fork(count) => self.fork(count),
             Command::Gap(ms) => self.gap(ms),
             Command::Spin(count) => self.spin(count),
@@ -28,7 +30,7 @@ impl<'m, M: Machine> Monitor<'m, M> {
     }
 
     fn write(&mut self, pages: Pages, seed: u64, extent: Extent) -> Result<Answer<'m>, Failure<'m>> {
-        for number in self.within(pages, FIRST_FREE_PAGE)? {
+        for number in self.writable(pages)? {
             self.notice();
             let page = &self.machine.page(number)[..extent.words()];
             page.iter().zip(Words::new(seed, number)).for_each(|(word, value)| word.store(value, Relaxed));
@@ -55,7 +57,7 @@ impl<'m, M: Machine> Monitor<'m, M> {
     }
 
     fn zero(&mut self, pages: Pages) -> Result<Answer<'m>, Failure<'m>> {
-        for number in self.within(pages, FIRST_FREE_PAGE)? {
+        for number in self.writable(pages)? {
             self.notice();
             self.machine.page(number).iter().for_each(|word| word.store(0, Relaxed));
         }
@@ -72,10 +74,44 @@ impl<'m, M: Machine> Monitor<'m, M> {
         Ok(Answer::Sum(sum))
     }
 
-    /// The machine has no balloon device.
-    fn balloon(&mut self, pages: Pages) -> Result<Answer<'m>, Failure<'m>> {
-        self.within(pages, FIRST_FREE_PAGE)?;
-        Err(Failure::Unsupported)
+    /// Gives pages back, whether they are in the balloon or not.
+    fn inflate(&mut self, pages: Pages) -> Result<Answer<'m>, Failure<'m>> {
+        let range = self.within(pages, FIRST_FREE_PAGE)?;
+        let change = self.balloon().with(range).ok_or(Failure::BalloonFull)?;
+        self.tell_balloon(pages, Doorbell::Inflate, &change)
+    }
+
+    /// Takes pages back, those that are in the balloon.
+    fn deflate(&mut self, pages: Pages) -> Result<Answer<'m>, Failure<'m>> {
+        let range = self.within(pages, FIRST_FREE_PAGE)?;
+        let change = self.balloon().without(range).ok_or(Failure::BalloonFull)?;
+        self.tell_balloon(pages, Doorbell::Deflate, &change)
+    }
+
+    /// Has the VMM do its part, which is over when the doorbell is, then takes note.
+    fn tell_balloon(&mut self, pages: Pages, doorbell: Doorbell, change: &Change) -> Result<Answer<'m>, Failure<'m>> {
+        if pages.count == 0 {
+            return Ok(Answer::Ballooned(self.balloon().held()));
+        }
+        let page = self.machine.balloon_page();
+        page.first.store(pages.first, Relaxed);
+        page.count.store(pages.count, Relaxed);
+        page.held.store(change.held, Relaxed);
+        page.state.store(BalloonState::Pending as u32, Release);
+        self.machine.ring(doorbell);
+        self.notice();
+        match BalloonState::from_u32(page.state.load(Acquire)) {
+            Some(BalloonState::Done) => {
+                self.balloon().apply(change);
+                Ok(Answer::Ballooned(change.held))
+            }
+            Some(BalloonState::Failed) => Err(Failure::NotTaken(pages)),
+            Some(BalloonState::Pending) | None => Err(Failure::Unsupported),
+        }
+    }
+
+    fn balloon(&self) -> Balloon<'m> {
+        Balloon(self.machine.balloon_page())
     }
 
     fn gap(&mut self, ms: u64) -> Result<Answer<'m>, Failure<'m>> {
@@ -104,6 +140,15 @@ impl<'m, M: Machine> Monitor<'m, M> {
 
     fn mem_pages(&self) -> u64 {
         self.machine.event_page().mem_pages.load(Relaxed)
+    }
+
+    /// The page numbers of `pages`, all of which must be free to be written.
+    fn writable(&self, pages: Pages) -> Result<core::ops::Range<u64>, Failure<'m>> {
+        let range = self.within(pages, FIRST_FREE_PAGE)?;
+        match self.balloon().first_of(&range) {
+            Some(page) => Err(Failure::InBalloon(page)),
+            None => Ok(range),
+        }
     }
 
     /// The page numbers of `pages`, all of which must be RAM from page `first` on.

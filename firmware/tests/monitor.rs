@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
 
-use firmware::abi::{Doorbell, EventPage, FIRST_FREE_PAGE, ForkState, Inbox, Outbox, wake};
+use firmware::abi::{BalloonPage, BalloonState, Doorbell, EventPage, FIRST_FREE_PAGE, ForkState, Inbox, Outbox, wake};
 use firmware::machine::{Machine, Page};
 use firmware::monitor::Monitor;
 use firmware::pattern::word;
@@ -31,6 +31,9 @@ struct Fake {
     event_page: EventPage,
     inbox: Inbox,
     outbox: Outbox,
+    balloon: BalloonPage,
+    /// How the VMM takes the balloon's requests.
+    balloons: BalloonState,
     ram: Vec<Page>,
     steps: RefCell<VecDeque<Step>>,
     typed: RefCell<VecDeque<u8>>,
@@ -48,7 +51,8 @@ fn set(text: &[AtomicU8], len: &AtomicU32, value: &str) {
 impl Fake {
     fn new(steps: impl IntoIterator<Item = Step>) -> Self {
         // SAFETY: integers and atomics of them, for which zero is a value.
-        let (event_page, inbox, outbox): (EventPage, Inbox, Outbox) = unsafe { std::mem::zeroed() };
+        let (event_page, inbox, outbox, balloon): (EventPage, Inbox, Outbox, BalloonPage) =
+            unsafe { std::mem::zeroed() };
         event_page.event.store(1, Relaxed);
         event_page.generation.store(3, Relaxed);
         event_page.mem_pages.store(PAGES, Relaxed);
@@ -58,6 +62,8 @@ impl Fake {
             event_page,
             inbox,
             outbox,
+            balloon,
+            balloons: BalloonState::Done,
             ram: (0..PAGES).map(|_| [const { std::sync::atomic::AtomicU64::new(0) }; 512]).collect(),
             steps: RefCell::new(steps.into_iter().collect()),
             typed: RefCell::default(),
@@ -85,6 +91,9 @@ impl Machine for Fake {
     }
     fn outbox(&self) -> &Outbox {
         &self.outbox
+    }
+    fn balloon_page(&self) -> &BalloonPage {
+        &self.balloon
     }
     fn page(&self, page: u64) -> &Page {
         &self.ram[page as usize]
@@ -116,6 +125,14 @@ impl Machine for Fake {
     }
     fn ring(&self, doorbell: Doorbell) {
         self.rung.borrow_mut().push(doorbell);
+        if matches!(doorbell, Doorbell::Inflate | Doorbell::Deflate) {
+            self.balloon.state.store(self.balloons as u32, Relaxed);
+        }
+        if doorbell == Doorbell::Inflate && self.balloons == BalloonState::Done {
+            let first = self.balloon.first.load(Relaxed) as usize;
+            let pages = &self.ram[first..first + self.balloon.count.load(Relaxed) as usize];
+            pages.iter().flatten().for_each(|word| word.store(0, Relaxed));
+        }
         if doorbell == Doorbell::Answer {
             let len = self.outbox.len.load(Relaxed) as usize;
             let text = self.outbox.text[..len].iter().map(|byte| byte.load(Relaxed)).collect();
@@ -158,8 +175,6 @@ fn answers_are_as_documented() {
         ("sum 64 1", "ok sum=0"),
         ("touch 64 1 9", "ok touched=1"),
         ("verify-touch 64 1 9", "ok verified=1"),
-        ("inflate 64 1", "err unsupported"),
-        ("deflate 64 1", "err unsupported"),
         ("gap 1", "ok max_gap_us=7"),
         ("spin 1000", "ok"),
         ("frobnicate\x1b 1", "err unknown command frobnicate\\u{1b}"),
@@ -167,6 +182,44 @@ fn answers_are_as_documented() {
         ("", "err no command"),
         ("halt", "ok"),
     ]);
+}
+
+#[test]
+fn pages_go_into_the_balloon_and_come_back_empty() {
+    talk(&[
+        ("fill 64 8 5", "ok filled=8"),
+        ("inflate 66 3", "ok ballooned=3"),
+        ("inflate 66 3", "ok ballooned=3"),
+        ("inflate 64 3", "ok ballooned=5"),
+        ("mem", "ok first=64 pages=72 ballooned=5"),
+        ("fill 60 2 5", "err page=60 count=2 is outside 64..72"),
+        ("fill 64 8 5", "err page=64 is in the balloon: deflate it first"),
+        ("touch 69 3 5", "ok touched=3"),
+        ("zero 68 1", "err page=68 is in the balloon: deflate it first"),
+        ("sum 64 5", "ok sum=0"),
+        ("verify 69 3 5", "ok verified=3"),
+        ("deflate 65 2", "ok ballooned=3"),
+        ("fill 65 2 6", "ok filled=2"),
+        ("verify 65 2 6", "ok verified=2"),
+        ("deflate 64 8", "ok ballooned=0"),
+        ("inflate 63 1", "err page=63 count=1 is outside 64..72"),
+        ("inflate 72 1", "err page=72 count=1 is outside 64..72"),
+        ("inflate 72 0", "ok ballooned=0"),
+        ("deflate 0 1", "err page=0 count=1 is outside 64..72"),
+        ("inflate 18446744073709551615 2", "err page=18446744073709551615 count=2 is outside 64..72"),
+    ]);
+}
+
+#[test]
+fn what_the_vmm_does_not_take_is_not_in_the_balloon() {
+    for (balloons, answer) in [
+        (BalloonState::Failed, "err page=64 count=1 could not be given back"),
+        (BalloonState::Pending, "err unsupported"),
+    ] {
+        let fake = Fake { balloons, ..Fake::new([Line(1, "inflate 64 1"), Line(2, "mem")]) };
+        let answers = fake.run();
+        assert_eq!((answers[0].1.as_str(), answers[1].1.as_str()), (answer, "ok first=64 pages=72"));
+    }
 }
 
 #[test]

@@ -124,6 +124,11 @@ impl Vm {
         self.runs.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source })
     }
 
+    /// Whether it stands still for a freeze whose outcome is not known yet.
+    pub fn stands(&self) -> bool {
+        matches!(self.freezing, Some(Freezing::Standing(_)))
+    }
+
     /// How many mappings its window has.
     pub fn run_count(&self) -> usize {
         self.runs.len()

@@ -24,11 +24,13 @@
 //! * An **exit** frees what only that VM saw, page by page: the [reverse map](rmap) tells. Objects that nobody needs are
 //!   [collapsed](object) into their neighbours.
 //!
+//! * What a guest gives back (a **balloon**) becomes zero for its VM alone, and is freed with its last viewer.
+//!
 //! [`local::Local`] puts all of it together in one process; the doc example there runs. [`Manager`] is for VMMs that
 //! hold windows elsewhere, and [`check`] has the invariants.
 //!
 //! # Holes
-//! * No swap and no balloon yet: pages are in a store or zero.
+//! * No swap yet: pages are in a store or zero.
 //! * One freeze of a VM at a time, and its vCPUs and devices must stand still for the window's part of it.
 //! * Linux with userfaultfd. Without it windows work, but whoever freezes must keep the VM still until all has settled.
 

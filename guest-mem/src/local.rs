@@ -183,6 +183,15 @@ impl Local {
         Ok(served)
     }
 
+    /// Gives back pages that nobody uses in `vm`: they read zero, and what only it saw is freed. Returns those that were
+    /// given back: each stretch takes a mapping, and where they are short, the shortest stay as they are.
+    pub fn balloon(&mut self, vm: VmId, pages: &[GfnRange]) -> Vec<GfnRange> {
+        let window = self.manager.window_mut(vm).expect("a VM has a window");
+        let given = window.balloon(pages, MAX_RUNS);
+        self.manager.balloon(vm, &given);
+        given
+    }
+
     /// Takes a VM out. Its window goes as soon as nobody waits for its pages.
     pub fn exit(&mut self, vm: VmId) {
         self.traps.remove(&vm);
@@ -234,6 +243,32 @@ mod tests {
         let read = reader.join().unwrap();
         assert!(read.iter().rev().take(2048).copied().eq(1..=2048) && read[..2048].iter().all(|&word| word == 0));
         assert!((1..=2048 / 16).contains(&served), "{served} traps for 128 clusters");
+    }
+
+    /// All members of a family give the same pages back: the store has room again, and nobody sees them.
+    #[test]
+    fn pages_that_are_given_back_are_freed() {
+        let mut family = family(1024);
+        let parent = family.launch().unwrap();
+        (0..512).for_each(|page| family.memory(parent).write_obj(page + 1, at(page)).unwrap());
+        let mut vms = vec![parent];
+        vms.extend((0..3).map(|_| family.fork(parent).unwrap()));
+        family.settle().unwrap();
+        let pages = GfnRange::new(Gfn(100), PageCount(200));
+        for &vm in &vms {
+            assert_eq!(family.manager().family().totals().resident, 512);
+            assert_eq!(family.balloon(vm, &[pages]), [pages]);
+            family.manager().family().check_invariants().unwrap();
+        }
+        assert_eq!(family.manager().family().totals().resident, 312);
+        let mut broken = Vec::new();
+        family.manager().check_stores(&mut broken);
+        assert_eq!(broken, Vec::<String>::new());
+        let child = family.fork(vms[2]).unwrap();
+        for vm in vms.into_iter().chain([child]) {
+            let words = [99, 100, 299, 300].map(|page| family.memory(vm).read_obj::<u64>(at(page)).unwrap());
+            assert_eq!(words, [100, 0, 0, 301]);
+        }
     }
 
     /// Generations of forks, each writing one page, each reading all of its ancestors'; the books and the real mappings

@@ -223,6 +223,17 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         child
     }
 
+    /// `vm` has given pages back: its window shows nothing there any more, as anonymous memory does, and this is told
+    /// before anything that its window did later. Frames outside of its memory do not count.
+    ///
+    /// # Panics
+    /// If the VM [stands](crate::family::Vm::stands) for a freeze.
+    pub fn balloon(&mut self, vm: VmId, pages: &[GfnRange]) {
+        let mut effects = Effects::default();
+        self.family.balloon(vm, pages, &mut effects);
+        self.carry_out(effects);
+    }
+
     /// Takes a VM out.
     pub fn exit(&mut self, vm: VmId) {
         let mut effects = Effects::default();

@@ -95,6 +95,15 @@ impl Traced {
         self.image.set(pages, Stamp::Zero);
     }
 
+    /// Gives pages back, and takes them again.
+    #[track_caller]
+    pub fn balloon(&mut self, pages: Range<u64>) {
+        let over = format!("{} {}", pages.start, pages.end - pages.start);
+        self.vm.say(&format!("inflate {over}"));
+        self.vm.say(&format!("deflate {over}"));
+        self.image.set(pages, Stamp::Zero);
+    }
+
     /// Forks it. Children hold what it holds.
     #[track_caller]
     pub fn fork(&self, options: ForkOptions) -> Vec<Self> {

@@ -55,7 +55,9 @@ impl World<'_> {
         match self.random.below(100) {
             0..30 => self.write(at),
             30..38 => self.zero(at),
-            38..55 => self.verify(at),
+            38..48 => self.verify(at),
+            48..53 => self.balloon(at),
+            53..55 => self.fork_while_it_inflates(at),
             55..72 => self.fork(at),
             72..77 => self.fork_while_it_fills(at),
             77..81 => self.fork_from_inside(at),
@@ -87,6 +89,13 @@ impl World<'_> {
     fn verify(&mut self, at: usize) -> &'static str {
         self.vms[at].verify();
         "verify"
+    }
+
+    /// Pages go into the balloon, and come out empty.
+    fn balloon(&mut self, at: usize) -> &'static str {
+        let pages = self.part();
+        self.vms[at].balloon(pages);
+        "balloon"
     }
 
     fn room(&self) -> bool {
@@ -147,6 +156,28 @@ impl World<'_> {
             image.unwrap_or_else(|| panic!("{} has neither all of the fill nor none of it", child.name()));
         self.vms.push(Traced { vm: child, image });
         "fork in a fill"
+    }
+
+    /// The child has given all of the pages back, or none.
+    fn fork_while_it_inflates(&mut self, at: usize) -> &'static str {
+        if !self.room() {
+            return self.remove(at);
+        }
+        let before = self.vms[at].image.clone();
+        let (pages, delay) = (self.part(), Duration::from_micros(self.random.below(1000)));
+        let options = ForkOptions::new().prefix(self.name());
+        let parent = &mut self.vms[at];
+        let vm = parent.vm.clone();
+        let child = thread::scope(|scope| {
+            scope.spawn(|| parent.balloon(pages.clone()));
+            thread::sleep(delay);
+            vm.fork(options).expect("fork").remove(0).vm
+        });
+        child.say(&format!("deflate {} {}", pages.start, pages.end - pages.start));
+        let image = [before, self.vms[at].image.clone()].into_iter().find(|image| image.verify(&child).is_ok());
+        let image = image.unwrap_or_else(|| panic!("{} has given back a part", child.name()));
+        self.vms.push(Traced { vm: child, image });
+        "fork while it inflates"
     }
 
     fn remove(&mut self, at: usize) -> &'static str {

@@ -90,6 +90,15 @@ pub enum Request {
         /// How long; null for ever.
         timeout_ms: Option<u64>,
     },
+    /// Have a guest give memory back, or take some back, until it has so much left. Answered by `Ballooned` when it has.
+    Balloon {
+        /// The VM.
+        name: String,
+        /// What it is to have left: at least 16 MiB, whole pages, not more than its memory.
+        size_bytes: u64,
+        /// How long to wait.
+        timeout_ms: u64,
+    },
     /// End VMs and forget them. Answered by `Done` when their processes are gone.
     Remove {
         /// Which; ignored where `all` is set.
@@ -227,6 +236,8 @@ pub enum Answer {
     Stats(Stats),
     /// How a VM ended.
     Ended(VmSummary),
+    /// What a guest has left.
+    Ballooned(Balloon),
     /// One VM.
     Inspected(Box<Inspection>),
     /// The invariants that do not hold: none, if all is well.
@@ -284,8 +295,19 @@ pub struct VmSummary {
     pub reason: Option<String>,
     /// RAM in pages of 4 KiB.
     pub mem_pages: u64,
+    /// Memory in its balloon, as the guest says.
+    pub balloon_bytes: u64,
     /// Its process; null once it has none.
     pub pid: Option<i32>,
+}
+
+/// A guest's memory and its balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balloon {
+    /// What it can use.
+    pub size_bytes: u64,
+    /// What it has given back.
+    pub balloon_bytes: u64,
 }
 
 /// One row of `tree`.

@@ -8,7 +8,7 @@
 //! 0x09000  page tables of its start 0xe0000  ACPI tables, the generation id among them
 //! ```
 
-use guest_mem::{Gfn, GfnRange, PageCount};
+use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, PageCount};
 
 /// First guest-physical address that belongs to devices.
 pub const DEVICES_START: u64 = 3 << 30;
@@ -24,6 +24,17 @@ pub fn ram_ranges(ram: PageCount) -> Vec<GfnRange> {
         ranges.push(GfnRange::new(Gfn::of_gpa(DEVICES_END), high));
     }
     ranges
+}
+
+/// The guest frames of `count` pages of memory from page `first`, pages counted without the devices between; none where
+/// numbers like these cannot be pages.
+pub fn frames_of_pages(first: u64, count: u64) -> Option<Vec<GfnRange>> {
+    let end = first.checked_add(count).filter(|&end| end <= u64::MAX >> PAGE_SHIFT >> 1)?;
+    let hole = Gfn::of_gpa(DEVICES_START).0;
+    let skipped = Gfn::of_gpa(DEVICES_END).0 - hole;
+    let low = GfnRange::between(Gfn(first.min(hole)), Gfn(end.min(hole)));
+    let high = GfnRange::between(Gfn(first.max(hole) + skipped), Gfn(end.max(hole) + skipped));
+    Some([low, high].into_iter().filter(|range| !range.is_empty()).collect())
 }
 
 /// What a Linux guest's first megabyte holds.
@@ -96,5 +107,16 @@ mod tests {
         assert_eq!(large[0].end().gpa(), DEVICES_START);
         assert_eq!(large[1].start().gpa(), DEVICES_END);
         assert_eq!(large[1].count().bytes(), 2 << 30);
+    }
+
+    #[test]
+    fn pages_are_counted_around_the_devices() {
+        let hole = DEVICES_START >> PAGE_SHIFT;
+        let frames = |start: u64, end: u64| GfnRange::between(Gfn(start), Gfn(end));
+        assert_eq!(frames_of_pages(5, 3).unwrap(), [frames(5, 8)]);
+        assert_eq!(frames_of_pages(hole - 1, 2).unwrap(), [frames(hole - 1, hole), frames(1 << 20, (1 << 20) + 1)]);
+        assert_eq!(frames_of_pages(hole, 1).unwrap(), [frames(1 << 20, (1 << 20) + 1)]);
+        assert_eq!(frames_of_pages(9, 0).unwrap(), []);
+        assert!(frames_of_pages(u64::MAX, 1).is_none() && frames_of_pages(1, u64::MAX).is_none());
     }
 }

@@ -6,7 +6,7 @@
 use crate::boot::linux::Plan;
 use crate::machine::state::MachineState;
 use guest_mem::window::{Harvest, Run};
-use guest_mem::{PageCount, StoreId};
+use guest_mem::{GfnRange, PageCount, StoreId};
 use serde::{Deserialize, Serialize};
 
 /// The parts of a VM that are fixed when its KVM VM is made: a prepared VM process fits any VM of its shape.
@@ -154,6 +154,11 @@ pub enum ToVm {
     Console(Vec<u8>),
     /// How the fork that the guest asked for went: the children's names, or why not.
     ForkDone(Result<Vec<String>, String>),
+    /// Ask a Linux guest to have so many pages in its balloon. It says `BalloonSize` as it gets there.
+    Balloon {
+        /// How many.
+        pages: u64,
+    },
     /// Ask the guest to power off.
     Stop,
     /// Try to write to the store whose descriptor travels along. Answered by `Probed`.
@@ -216,6 +221,14 @@ pub enum FromVm {
     /// The vCPUs stand still for a freeze; said before the first page is moved, so that no trap of a moved page is ahead
     /// of it.
     Standing,
+    /// The guest has given these pages back: the window shows anonymous memory there. Never between `Standing` and what
+    /// comes of that freeze.
+    Ballooned(Vec<GfnRange>),
+    /// So many pages are in the guest's balloon now.
+    BalloonSize {
+        /// How many.
+        pages: u64,
+    },
     /// A freeze, done.
     Frozen(Box<Frozen>),
     /// A freeze that changed nothing, and why.

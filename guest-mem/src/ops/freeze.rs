@@ -80,7 +80,7 @@ impl Family {
     }
 
     /// A new object over `below`, shown by the entry at `pages` from now on.
-    fn stack_top(&mut self, vm: VmId, pages: GfnRange, below: Option<ObjectId>, origin: Gfn) -> ObjectId {
+    pub(super) fn stack_top(&mut self, vm: VmId, pages: GfnRange, below: Option<ObjectId>, origin: Gfn) -> ObjectId {
         let top = self.objects.stack(below.map(|object| Backing { object, origin: origin.0 }));
         self.objects.map(top);
         self.vm_mut(vm).map.set(pages, MapEntry { object: Some(top), origin: Gfn(0), needs_copy: false });

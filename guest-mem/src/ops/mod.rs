@@ -1,5 +1,6 @@
 //! The few operations in which objects and stage-2 tables meet, one file each.
 
+mod balloon;
 mod exit;
 mod fork;
 mod freeze;

@@ -10,6 +10,7 @@
 //! kernel would plant a zero page in the store, for everybody who maps it, for ever. So a store that takes the place of
 //! moved pages is mapped inaccessible, registered, and only then opened.
 
+mod balloon;
 mod dirty;
 mod freeze;
 mod moves;
@@ -26,6 +27,7 @@ use super::{Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageIndex};
 use crate::sys::{Access, Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
+use rangemap::RangeSet;
 use runs::RunMap;
 use scratch::Scratches;
 use std::io;
@@ -108,6 +110,8 @@ pub struct HostWindow {
     scratches: Scratches,
     /// Pages dirty since the last successful freeze, as far as we were told and have not used it.
     pending: DirtyMap,
+    /// Pages given back since the last successful freeze: what a log says of them may be of the time before.
+    given_back: RangeSet<u64>,
     uffd: Option<Userfaultfd>,
     pagemap: Pagemap,
 }
@@ -131,6 +135,7 @@ impl HostWindow {
             memory: area.guest_memory(ram).map_err(during("describing", all))?,
             scratches: Scratches::beside(&area, place, all.count()),
             pending: DirtyMap::clean(ram),
+            given_back: RangeSet::new(),
             ram: ram.to_vec(),
             runs: RunMap::default(),
             area,

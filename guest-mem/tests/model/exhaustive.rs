@@ -2,7 +2,7 @@
 
 use crate::fakes::Gaps;
 use crate::world::{Layout, World};
-use guest_mem::addr::Gfn;
+use guest_mem::addr::{Gfn, GfnRange};
 
 /// One operation; VMs by their age among those that live.
 #[derive(Clone, Copy, Debug)]
@@ -10,6 +10,8 @@ enum Op {
     Write(usize, u64),
     Fork(usize),
     Freeze(usize),
+    /// Of the first page.
+    Balloon(usize),
     Exit(usize),
     Settle,
 }
@@ -21,7 +23,10 @@ const MAX_VMS: usize = 3;
 fn choices(vms: usize) -> impl Iterator<Item = Op> {
     let of_one = move |vm| {
         let fork = (vms < MAX_VMS).then_some(Op::Fork(vm));
-        (0..PAGES).map(move |page| Op::Write(vm, page)).chain([Op::Freeze(vm), Op::Exit(vm)]).chain(fork)
+        (0..PAGES)
+            .map(move |page| Op::Write(vm, page))
+            .chain([Op::Freeze(vm), Op::Balloon(vm), Op::Exit(vm)])
+            .chain(fork)
     };
     (0..vms).flat_map(of_one).chain([Op::Settle])
 }
@@ -36,6 +41,7 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         Op::Freeze(vm) => {
             world.freeze(ids[vm], gaps);
         }
+        Op::Balloon(vm) => world.balloon(ids[vm], GfnRange::between(Gfn(0), Gfn(1))),
         Op::Exit(vm) => world.exit(ids[vm]),
         Op::Settle => {
             world.settle();

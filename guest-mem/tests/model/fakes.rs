@@ -320,6 +320,15 @@ impl FakeWindow {
         std::mem::take(&mut self.woken).contains(&gfn.0)
     }
 
+    /// Drops what is there, and maps anonymous memory in its place.
+    pub fn balloon(&mut self, pages: GfnRange) {
+        self.present.retain(|page, _| !pages.contains(Gfn(*page)));
+        let mapped: Vec<_> = self.runs.overlapping(pages.raw()).map(|(run, _)| run.clone()).collect();
+        for run in mapped {
+            self.runs.insert(pages.intersect(run.into()).raw(), Source::Anonymous);
+        }
+    }
+
     /// Moves dirty pages out and maps `file` in their place.
     pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps) -> Harvest {
         self.present.retain(|_, page| !matches!(page, Private::Clean(_)));

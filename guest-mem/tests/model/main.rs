@@ -1,6 +1,7 @@
 //! The memory manager against a model: fakes that keep to the kernel's rules, random and exhaustive runs of operations,
 //! and every invariant after every step.
 
+mod balloon;
 mod exhaustive;
 mod failures;
 mod fakes;

@@ -6,7 +6,7 @@ use crate::fakes::Gaps;
 use crate::rng::Rng;
 use crate::world::{Layout, World};
 use guest_mem::VmId;
-use guest_mem::addr::Gfn;
+use guest_mem::addr::{Gfn, GfnRange};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// More VMs than this make no new ones.
@@ -105,7 +105,15 @@ impl Player {
             80..94 => {
                 self.world.settle();
             }
-            94..97 => self.world.settle_all(),
+            94..96 => self.world.settle_all(),
+            96..99 => {
+                let (stretch, gaps) = (self.stretch(), self.gaps());
+                let pages = GfnRange::between(stretch[0], Gfn(stretch[stretch.len() - 1].0 + 1));
+                match self.rng.below(4) {
+                    0 => self.world.balloon_and_freeze(vm, pages, gaps),
+                    _ => self.world.balloon(vm, pages),
+                }
+            }
             _ => self.kill(vm),
         }
         self.world.reap();

@@ -178,6 +178,23 @@ impl World {
         self.touch(vm, gfn, |window| window.copy_clean(gfn)).expect("nothing is to fail");
     }
 
+    /// A guest gives pages back. Its window goes first; the manager hears of it.
+    pub fn balloon(&mut self, vm: VmId, pages: GfnRange) {
+        self.window_mut(vm).balloon(pages);
+        self.manager.balloon(vm, &[pages]);
+        self.vms.get_mut(&vm).expect("a VM of the model").retain(|page, _| !pages.contains(Gfn(*page)));
+    }
+
+    /// A freeze of a VM that gives pages back before it is stopped: the manager hears of that in the middle.
+    pub fn balloon_and_freeze(&mut self, vm: VmId, pages: GfnRange, gaps: Gaps) {
+        let store = self.manager.begin_freeze(vm).expect("nothing is to fail");
+        let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
+        self.balloon(vm, pages);
+        self.manager.stands(vm);
+        let harvest = self.window_mut(vm).freeze(store, mapped, gaps);
+        self.manager.finish_freeze(vm, &harvest);
+    }
+
     /// What a VM has written becomes an object.
     pub fn try_freeze(&mut self, vm: VmId, gaps: Gaps) -> Result<StoreId, Error> {
         let store = self.manager.begin_freeze(vm)?;

@@ -81,6 +81,22 @@ pub enum Verb {
         #[command(flatten)]
         output: Output,
     },
+    /// Have a guest give memory back until it has SIZE left, and print what it has; exit code 3 on time-out
+    ///
+    /// The same takes memory out of the balloon again. What the guest gives back reads zero when it uses it again. A Linux
+    /// guest does this in its own time, and goes on after a time-out.
+    Balloon {
+        #[arg(value_parser = vm_name)]
+        name: String,
+        /// What it is to have left: at least 16M, and not more than its memory
+        #[arg(value_parser = guest_memory)]
+        size: ByteSize,
+        /// How long to wait
+        #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+        timeout: Duration,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Stop a VM's vCPUs
     Pause {
         #[arg(value_parser = vm_name)]
@@ -246,6 +262,7 @@ mod tests {
             "offshoot send base verify 64 10 1 --timeout 0.5",
             "offshoot logs base --follow",
             "offshoot ls --json",
+            "offshoot balloon base 64M --timeout 5 --json",
             "offshoot rm a b",
             "offshoot rm --all",
             "offshoot stats base --json",
@@ -265,6 +282,8 @@ mod tests {
             "offshoot launch --mem 99999999999G",
             "offshoot launch --initrd x",
             "offshoot launch --vcpus 256",
+            "offshoot balloon base",
+            "offshoot balloon base 15M",
             "offshoot fork base --count 0",
             "offshoot fork base --count -1",
             "offshoot fork base --name x/y",

@@ -1,6 +1,7 @@
 //! Arguments in; tables, trees or JSON out. What is done in between, the client library does.
 
 mod args;
+mod balloon;
 mod console;
 mod demo;
 mod errors;
@@ -103,6 +104,10 @@ fn run(cli: Cli) -> Done {
                 None => client.stats()?,
             };
             shown(output, out, &stats, |out| show::stats(out, &stats))
+        }),
+        Verb::Balloon { name, size, timeout, output } => with_client(server, |client| {
+            let balloon = balloon::resize(client, &name, size, timeout)?;
+            shown(output, out, &balloon, |out| writeln!(out, "{name}: {}", balloon::text(&balloon)))
         }),
         Verb::Pause { name } => with_client(server, |client| Ok(client.vm(name).pause().map(|()| SUCCESS)?)),
         Verb::Resume { name } => with_client(server, |client| Ok(client.vm(name).resume().map(|()| SUCCESS)?)),

@@ -237,6 +237,7 @@ mod tests {
             state: VmState::Running,
             reason: None,
             mem_pages: 65536,
+            balloon_bytes: 0,
             pid: Some(7),
         };
         TreeRow { vm, depth, private_pages: 256, shared_pages: 1024 }

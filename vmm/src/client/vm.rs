@@ -2,7 +2,8 @@
 
 use super::expect::Expectation;
 use super::{Client, Error, ForkOptions, Stream, answer, check_vm_name};
-use crate::api::{Answer, Child, Inspection, Request, Stats, VmStats, VmSummary};
+use crate::api::{Answer, Balloon, Child, Inspection, Request, Stats, VmStats, VmSummary};
+use crate::units::ByteSize;
 use regex::Regex;
 use std::ops::Deref;
 use std::time::Duration;
@@ -82,6 +83,15 @@ impl Vm {
     pub fn expect(&self, text: &str, pattern: &Regex, timeout: Duration) -> Result<String, Error> {
         let console = self.console()?;
         Expectation { text, pattern, timeout }.await_on(console, &self.name)
+    }
+
+    /// Has the guest give memory back, or take some back, until it has `size` left, and waits until it has: at least 16 MiB,
+    /// and not more than its memory. Of a Linux guest that is late [`Error::TimedOut`] says how far it has got; it goes on.
+    pub fn balloon(&self, size: ByteSize, timeout: Duration) -> Result<Balloon, Error> {
+        let name = self.checked_name("balloon")?;
+        size.as_guest_memory().map_err(|e| Error::BadInput(format!("balloon {name}: {e}")))?;
+        let timeout_ms = timeout.as_millis().try_into().unwrap_or(u64::MAX);
+        answer!(self.client.call(&Request::Balloon { name, size_bytes: size.0, timeout_ms }), "balloon", Ballooned)
     }
 
     /// Stops its vCPUs.

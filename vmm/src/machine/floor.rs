@@ -7,6 +7,7 @@ use super::panic::PanicWatch;
 use super::state::VcpuState;
 use crate::devices::serial::Console;
 use crate::wire::{Activity, Ending, FromVm};
+use guest_mem::GfnRange;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -36,6 +37,7 @@ pub(super) struct Shared {
     console_bell: TimerFd,
     /// When console output was last taken.
     console_taken: Option<Instant>,
+    gift: Gift,
     /// What a Linux guest says of its own end.
     pub panic: PanicWatch,
     out: Vec<FromVm>,
@@ -70,6 +72,16 @@ enum Station {
     },
     /// It will never run again.
     Ended,
+}
+
+/// Pages that a vCPU gives back, on their way through the main thread, whose the window is. There are never two: the
+/// monitor has one vCPU, and of a Linux guest's vCPUs one has the balloon device.
+#[derive(Debug, Default)]
+enum Gift {
+    #[default]
+    Nothing,
+    Offered(Vec<GfnRange>),
+    Accepted(Vec<GfnRange>),
 }
 
 /// What a vCPU starts from.
@@ -122,6 +134,7 @@ impl Floor {
             console,
             console_bell: TimerFd::new().map_err(io::Error::from)?,
             console_taken: None,
+            gift: Gift::default(),
             panic: PanicWatch::default(),
             out: Vec::new(),
         };
@@ -228,6 +241,62 @@ impl Floor {
             .map(|(shared, _)| shared)
     }
 
+    /// Main thread: waits until all vCPUs stand, and has `accept` take what they give back before they do.
+    pub fn await_standing_and_accept(
+        &self,
+        mut accept: impl FnMut(&[GfnRange]) -> Vec<GfnRange>,
+    ) -> Result<MutexGuard<'_, Shared>, Unavailable> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.accept_gift(&mut accept);
+            let shared = self.lock();
+            if shared.has_ended() {
+                return Err(Unavailable::Ended);
+            }
+            if shared.all_stand() {
+                return Ok(shared);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Unavailable::Late);
+            }
+            if !matches!(shared.gift, Gift::Offered(_)) {
+                drop(self.changed.wait_timeout(shared, left).unwrap_or_else(PoisonError::into_inner));
+            }
+        }
+    }
+
+    /// Main thread: has `accept` take what a vCPU gives back, if one does. It says what it took.
+    pub fn accept_gift(&self, accept: impl FnOnce(&[GfnRange]) -> Vec<GfnRange>) {
+        let offered = match &mut self.lock().gift {
+            Gift::Offered(pages) => std::mem::take(pages),
+            _ => return,
+        };
+        let accepted = accept(&offered);
+        self.lock().gift = Gift::Accepted(accepted);
+        self.changed.notify_all();
+    }
+
+    /// vCPU thread: gives pages back. Returns those that were taken, sorted, when they read zero and the server knows; none
+    /// if the VM has ended.
+    pub fn give_back(&self, pages: Vec<GfnRange>) -> Vec<GfnRange> {
+        let mut shared = self.lock();
+        shared.gift = Gift::Offered(pages);
+        self.ring();
+        self.changed.notify_all();
+        loop {
+            if let Gift::Accepted(pages) = &mut shared.gift {
+                let pages = std::mem::take(pages);
+                shared.gift = Gift::Nothing;
+                return pages;
+            }
+            if shared.has_ended() {
+                return Vec::new();
+            }
+            shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// Main thread: waits for the registers that [`stop_and_save`](Self::stop_and_save) asked for.
     pub fn await_saved(&self) -> Result<Vec<Result<VcpuState, String>>, Unavailable> {
         self.await_desks(|desk| desk.saved.take()).map(|(_, saved)| saved)
@@ -251,7 +320,7 @@ impl Floor {
         let mut shared = self.lock();
         let mut got: Vec<Option<T>> = shared.desks.iter().map(|_| None).collect();
         loop {
-            if shared.desks.iter().any(|desk| desk.at == Station::Ended) {
+            if shared.has_ended() {
                 return Err(Unavailable::Ended);
             }
             for (desk, got) in shared.desks.iter_mut().zip(&mut got) {
@@ -324,7 +393,7 @@ impl Floor {
     /// vCPU thread: the VM has come to its end, or did not get to its start. All its vCPUs stop.
     pub fn end(&self, message: FromVm) {
         let mut shared = self.lock();
-        if shared.desks.iter().any(|desk| desk.at == Station::Ended) {
+        if shared.has_ended() {
             return;
         }
         for desk in &mut shared.desks {
@@ -375,6 +444,15 @@ impl Shared {
         }
     }
 
+    /// What has been said and not sent.
+    pub fn take_messages(&mut self) -> Vec<FromVm> {
+        std::mem::take(&mut self.out)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.desks.iter().any(|desk| desk.at == Station::Ended)
+    }
+
     fn all_stand(&self) -> bool {
         self.desks.iter().all(|desk| desk.at == Station::Standing && desk.load.is_none())
     }
@@ -386,5 +464,60 @@ impl Shared {
                 desk.stop.set();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    fn pages(range: std::ops::Range<u64>) -> Vec<GfnRange> {
+        vec![range.into()]
+    }
+
+    /// The main thread waits for a vCPU to stand, which waits for the main thread to take its pages.
+    #[test]
+    fn pages_are_taken_before_their_vcpu_stands() {
+        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let (stopped, told) = channel();
+            let floor = &floor;
+            let vcpu = scope.spawn(move || {
+                assert!(matches!(floor.next_task(0), Task::Run));
+                told.recv().unwrap();
+                // The main thread waits by now, or soon.
+                thread::sleep(Duration::from_millis(20));
+                let given = floor.give_back(pages(5..9));
+                assert!(matches!(floor.next_task(0), Task::Save));
+                floor.saved(0, Err("as the test has it".into()));
+                given
+            });
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
+            assert_eq!(floor.stop_and_save(), Activity::Running);
+            stopped.send(()).unwrap();
+            let mut offered = Vec::new();
+            let shared = floor.await_standing_and_accept(|pages| {
+                offered.push(pages.to_vec());
+                super::tests::pages(5..7)
+            });
+            drop(shared.unwrap());
+            assert_eq!(offered, [pages(5..9)]);
+            floor.await_saved().unwrap();
+            assert_eq!(vcpu.join().unwrap(), pages(5..7));
+        });
+    }
+
+    #[test]
+    fn nobody_waits_for_a_main_thread_that_ends_the_vm() {
+        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| floor.give_back(pages(5..9)));
+            floor.end(FromVm::Ended(Ending::Off));
+            assert_eq!(vcpu.join().unwrap(), []);
+            assert_eq!(floor.await_standing_and_accept(<[GfnRange]>::to_vec).unwrap_err(), Unavailable::Ended);
+        });
     }
 }

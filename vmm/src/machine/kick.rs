@@ -22,6 +22,12 @@ impl StopSwitch {
         (Self(unsafe { AtomicU8::from_ptr(byte) }), vcpu)
     }
 
+    /// The switch of no vCPU.
+    #[cfg(test)]
+    pub fn of_nobody() -> Self {
+        Self(Box::leak(Box::new(AtomicU8::new(0))))
+    }
+
     /// `KVM_RUN` returns at once.
     pub fn set(self) {
         self.0.store(1, Ordering::SeqCst);

@@ -1,13 +1,16 @@
 //! What a Linux guest's machine has and the monitor's has not.
 
 use super::chips::{self, Line};
+use super::floor::Floor;
 use super::kvm::KvmError;
 use super::mailbox::Memory;
 use super::state::LinuxState;
 use crate::devices::interrupt::Interrupt;
-use crate::devices::virtio::{DEVICES, Kind, Rng, Transport};
+use crate::devices::virtio::{Balloon, ConfigChange, DEVICES, Device, Kind, Rng, Sink, Target, Transport};
 use crate::layout::devices::{GENERATION_IRQ, POWER_IRQ, VIRTIO_IRQ};
 use crate::layout::linux::GENERATION_ID;
+use crate::wire::FromVm;
+use guest_mem::GfnRange;
 use kvm_ioctls::VmFd;
 use std::fs::File;
 use std::io::{self, Read};
@@ -34,6 +37,20 @@ pub(super) enum LinuxError {
 #[derive(Debug, Default)]
 pub(super) struct VirtioDevices(pub Vec<Mutex<Transport>>);
 
+/// What the balloon gives back goes to the main thread.
+#[derive(Debug)]
+struct GiveBack(Arc<Floor>);
+
+impl Sink for GiveBack {
+    fn give_back(&self, pages: Vec<GfnRange>) {
+        self.0.give_back(pages);
+    }
+
+    fn resized(&self, pages: u64) {
+        self.0.tell(&mut self.0.lock(), FromVm::BalloonSize { pages });
+    }
+}
+
 /// The devices beside the vCPUs.
 #[derive(Debug)]
 pub(super) struct LinuxMachine {
@@ -41,27 +58,38 @@ pub(super) struct LinuxMachine {
     memory: Memory,
     random: File,
     virtio: Arc<VirtioDevices>,
+    balloon: Arc<Target>,
+    balloon_changes: Vec<ConfigChange>,
     generation: Line,
     power: Line,
 }
 
 impl LinuxMachine {
     /// The devices of a machine that has not run. The process can still open files.
-    pub fn new(vm: &Arc<VmFd>, memory: &Memory) -> Result<Self, LinuxError> {
+    pub fn new(vm: &Arc<VmFd>, memory: &Memory, floor: &Arc<Floor>) -> Result<Self, LinuxError> {
         let random = File::open("/dev/urandom").map_err(LinuxError::Random)?;
+        let balloon = Arc::new(Target::default());
+        let mut balloon_changes = Vec::new();
         let mut virtio = Vec::new();
         for (kind, number) in DEVICES.iter().zip(VIRTIO_IRQ..) {
-            let device = match kind {
-                Kind::Rng => Rng::new(random.try_clone().map_err(LinuxError::Random)?),
+            let device: Box<dyn Device> = match kind {
+                Kind::Rng => Box::new(Rng::new(random.try_clone().map_err(LinuxError::Random)?)),
+                Kind::Balloon => Box::new(Balloon::new(Box::new(GiveBack(Arc::clone(floor))), Arc::clone(&balloon))),
             };
             let line = Arc::new(Line::new(vm, number));
-            virtio.push(Mutex::new(Transport::new(Box::new(device), line, memory.clone())));
+            let transport = Transport::new(device, line, memory.clone());
+            if *kind == Kind::Balloon {
+                balloon_changes.push(transport.config_change());
+            }
+            virtio.push(Mutex::new(transport));
         }
         Ok(Self {
             vm: Arc::clone(vm),
             memory: memory.clone(),
             random,
             virtio: Arc::new(VirtioDevices(virtio)),
+            balloon,
+            balloon_changes,
             generation: Line::new(vm, GENERATION_IRQ),
             power: Line::new(vm, POWER_IRQ),
         })
@@ -97,6 +125,12 @@ impl LinuxMachine {
         chips::restore(&self.vm, &state.chips)?;
         self.generation.pulse();
         Ok(())
+    }
+
+    /// Asks the guest to have so many pages in its balloon.
+    pub fn set_balloon(&self, pages: u64) {
+        self.balloon.set(pages);
+        self.balloon_changes.iter().for_each(ConfigChange::announce);
     }
 
     /// Pushes the power button.

@@ -4,7 +4,7 @@
 
 use super::state::MailboxState;
 use crate::wire::{Identity, Line};
-use firmware::abi::{self, ForkState, at, wake};
+use firmware::abi::{self, BalloonState, ForkState, at, wake};
 use std::collections::VecDeque;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -154,6 +154,28 @@ pub(super) fn read_answer(memory: &Memory) -> Result<String, GuestMemoryError> {
 /// How many children the guest asks for.
 pub(super) fn read_fork_count(memory: &Memory) -> Result<u32, GuestMemoryError> {
     memory.read_obj(GuestAddress(at::FORK_COUNT))
+}
+
+/// What the guest asks of the balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BalloonRequest {
+    /// First page, counted without the devices between.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// Pages in the balloon when it is done.
+    pub held: u64,
+}
+
+/// What the guest asks of the balloon.
+pub(super) fn read_balloon(memory: &Memory) -> Result<BalloonRequest, GuestMemoryError> {
+    let [first, count, held] = [at::BALLOON_FIRST, at::BALLOON_COUNT, at::BALLOON_HELD].map(GuestAddress);
+    Ok(BalloonRequest { first: memory.read_obj(first)?, count: memory.read_obj(count)?, held: memory.read_obj(held)? })
+}
+
+/// How that went.
+pub(super) fn write_balloon(memory: &Memory, state: BalloonState) -> Result<(), GuestMemoryError> {
+    memory.write_obj(state as u32, GuestAddress(at::BALLOON_STATE))
 }
 
 /// What a machine is told before it runs.

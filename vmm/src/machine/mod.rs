@@ -14,6 +14,8 @@
 //!   trap and wait for the server, and a freeze needs the floor.
 //! * A vCPU stops only where `KVM_RUN` was interrupted, never between a port access and its completion: its registers
 //!   are whole whenever it stands.
+//! * The window is the main thread's. A vCPU whose guest gives pages back offers them to it and waits, also where the main
+//!   thread waits for that vCPU to stand.
 //! * The process ends with its server: by `PDEATHSIG`, or at the socket's end.
 
 mod chips;

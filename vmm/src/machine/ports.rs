@@ -1,13 +1,14 @@
 //! What a vCPU's port accesses do.
 
 use super::floor::Floor;
-use super::mailbox::{Memory, read_answer, read_fork_count};
+use super::mailbox::{Memory, read_answer, read_balloon, read_fork_count, write_balloon};
 use super::now_ns;
 use crate::boot::acpi;
 use crate::devices::serial;
 use crate::layout::devices::{RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS};
+use crate::layout::frames_of_pages;
 use crate::wire::{Ending, FromVm, Line, Machine};
-use firmware::abi::{COM1, DOORBELL, Doorbell, WAIT};
+use firmware::abi::{BalloonState, COM1, DOORBELL, Doorbell, WAIT};
 use std::sync::Arc;
 use vm_memory::GuestMemoryError;
 
@@ -111,8 +112,30 @@ impl Ports {
                 shared.mailbox.fork_asked();
                 self.floor.tell(&mut shared, FromVm::Fork { count });
             }
+            Doorbell::Inflate => self.inflate()?,
+            Doorbell::Deflate => {
+                let pages = read_balloon(&self.memory)?.held;
+                write_balloon(&self.memory, BalloonState::Done)?;
+                self.floor.tell(&mut self.floor.lock(), FromVm::BalloonSize { pages });
+            }
             Doorbell::Halt => self.floor.end(FromVm::Ended(Ending::Off)),
         }
+        Ok(())
+    }
+
+    /// The guest gives pages back: they are gone, and the server knows, before it goes on.
+    fn inflate(&self) -> Result<(), GuestMemoryError> {
+        let request = read_balloon(&self.memory)?;
+        let asked = frames_of_pages(request.first, request.count);
+        let pages = asked.map_or(0, |frames| {
+            let given = self.floor.give_back(frames);
+            given.iter().map(|range| range.count().0).sum()
+        });
+        if pages != request.count {
+            return write_balloon(&self.memory, BalloonState::Failed);
+        }
+        write_balloon(&self.memory, BalloonState::Done)?;
+        self.floor.tell(&mut self.floor.lock(), FromVm::BalloonSize { pages: request.held });
         Ok(())
     }
 }

@@ -80,12 +80,14 @@ impl Process {
 
     /// Sends what the vCPUs have for the server.
     fn pass_on(&mut self) -> io::Result<()> {
-        let Some(vm) = &self.vm else { return Ok(()) };
+        let Some(vm) = &mut self.vm else { return Ok(()) };
         let (messages, console) = vm.floor().take_messages();
         if !console.is_empty() {
             self.link.send(&FromVm::Console(console), &[])?;
         }
-        messages.iter().try_for_each(|message| self.link.send(message, &[]))
+        let link = &mut self.link;
+        messages.iter().try_for_each(|message| link.send(message, &[]))?;
+        vm.accept_gift(|message| link.send(message, &[]))
     }
 
     /// Sends what is queued, and waits for the socket to take more only where it must.
@@ -112,8 +114,8 @@ impl Process {
             ToVm::Freeze { store, max_runs } => {
                 let file = one(&fds)?;
                 let link = &mut self.link;
-                let standing = || link.send(&FromVm::Standing, &[]);
-                match vm.freeze(store, file.as_fd(), max_runs, standing) {
+                let tell = |message: &FromVm| link.send(message, &[]);
+                match vm.freeze(store, file.as_fd(), max_runs, tell) {
                     Ok(frozen) => self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?,
                     Err(error) => {
                         self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;
@@ -138,6 +140,7 @@ impl Process {
                 floor.lock().mailbox.fork_done(outcome);
                 floor.notify();
             }
+            ToVm::Balloon { pages } => vm.set_balloon(pages),
             ToVm::Stop => vm.stop(),
             ToVm::Probe => {
                 let ways = ways_to_write(one(&fds)?.as_fd());

@@ -22,7 +22,7 @@ use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
 use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
 use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, WindowError};
-use guest_mem::{StoreId, Window};
+use guest_mem::{GfnRange, StoreId, Window};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -113,6 +113,8 @@ pub(super) struct Vm {
     floor: Arc<Floor>,
     threads: Vec<JoinHandle<()>>,
     keeper: Pid,
+    /// Mappings the window may have.
+    max_runs: u32,
     started: bool,
     /// The log has every write since the last freeze.
     log_tells_all: bool,
@@ -131,6 +133,7 @@ impl Vm {
         if shape.vcpus == 0 || shape.vcpus > vcpus_max {
             return Err(VmError::VcpuCount(shape));
         }
+        let max_runs = crate::host::max_map_count() / 4;
         let kvm = Kvm::new().map_err(VmError::OpenKvm)?;
         let ram = ram_ranges(shape.ram);
         let mut window = HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features))?;
@@ -149,20 +152,20 @@ impl Vm {
             vcpus.push(vcpu);
             switches.push(stop);
         }
-        let linux = match shape.machine {
-            Machine::Monitor => None,
-            Machine::Linux => Some(LinuxMachine::new(vm.fd(), window.memory())?),
-        };
         let console = match shape.machine {
             Machine::Monitor => Console::default(),
             Machine::Linux => Console::new(Arc::new(Line::new(vm.fd(), COM1_IRQ))),
+        };
+        let floor = Arc::new(Floor::new(switches, console).map_err(VmError::Thread)?);
+        let linux = match shape.machine {
+            Machine::Monitor => None,
+            Machine::Linux => Some(LinuxMachine::new(vm.fd(), window.memory(), &floor)?),
         };
         install_handler().map_err(VmError::Handler)?;
         isolate::isolate(isolation, cage)?;
         isolate::die_with(server)?;
         let keeper = keeper::start().map_err(VmError::Keeper)?;
 
-        let floor = Arc::new(Floor::new(switches, console).map_err(VmError::Thread)?);
         let ports = Ports::new(Arc::clone(&floor), window.memory().clone(), shape.machine);
         let mmio = Mmio::new(linux.as_ref().map(LinuxMachine::virtio).unwrap_or_default());
         let buses = Buses { ports, mmio };
@@ -180,6 +183,7 @@ impl Vm {
             floor,
             threads,
             keeper,
+            max_runs,
             started: false,
             log_tells_all: false,
         })
@@ -295,6 +299,13 @@ impl Vm {
         }
     }
 
+    /// Asks the guest to have so many pages in its balloon. The monitor is asked by lines.
+    pub fn set_balloon(&self, pages: u64) {
+        if let Some(machine) = &self.linux {
+            machine.set_balloon(pages);
+        }
+    }
+
     /// Has the vCPUs run or stand. The server is told when they do.
     pub fn ask(&self, activity: Activity) -> Result<(), VmError> {
         if !self.started {
@@ -314,14 +325,14 @@ impl Vm {
     /// Moves all dirty private pages out and maps `file` in their place, with the vCPUs stopped. They run again at once
     /// if they ran and the host has traps; otherwise once the server says so.
     ///
-    /// The registers are read by the vCPU threads while this one moves pages. `standing` is called before the first is
-    /// moved.
+    /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
+    /// all that the vCPUs have said, and that they stand.
     pub fn freeze(
         &mut self,
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
-        standing: impl FnOnce() -> io::Result<()>,
+        tell: impl FnMut(&FromVm) -> io::Result<()>,
     ) -> Result<Frozen, VmError> {
         if !self.started {
             return Err(VmError::NotStarted);
@@ -334,7 +345,7 @@ impl Vm {
         let kicked_ns = now_ns();
         let before = self.floor.stop_and_save();
         self.interrupt();
-        let frozen = self.freeze_standing(store, file, max_runs, standing);
+        let frozen = self.freeze_standing(store, file, max_runs, tell);
         let activity = match (&frozen, self.traps) {
             (Ok(_), false) => Activity::Paused,
             _ => before,
@@ -367,10 +378,17 @@ impl Vm {
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
-        standing: impl FnOnce() -> io::Result<()>,
+        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
     ) -> Result<(Option<MovedOut>, MachineState), VmError> {
-        let shared = self.floor.await_standing()?;
-        standing().map_err(VmError::Server)?;
+        let mut told = Ok(());
+        let floor = Arc::clone(&self.floor);
+        let mut shared = floor.await_standing_and_accept(|pages| {
+            let (given, sent) = give_back(&mut self.window, pages, self.max_runs, &mut tell);
+            told = std::mem::replace(&mut told, Ok(())).and(sent);
+            given
+        })?;
+        let said = shared.take_messages();
+        told.and_then(|()| said.iter().chain([&FromVm::Standing]).try_for_each(&mut tell)).map_err(VmError::Server)?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
@@ -393,10 +411,33 @@ impl Vm {
         Ok((moved, MachineState { vcpus, serial, mailbox, linux }))
     }
 
+    /// Takes the pages that a vCPU gives back, if one does.
+    pub fn accept_gift(&mut self, mut tell: impl FnMut(&FromVm) -> io::Result<()>) -> io::Result<()> {
+        let mut told = Ok(());
+        self.floor.accept_gift(|pages| {
+            let given;
+            (given, told) = give_back(&mut self.window, pages, self.max_runs, &mut tell);
+            given
+        });
+        told
+    }
+
     /// The pages of the freeze into `store` have settled.
     pub fn drop_scratch(&mut self, store: StoreId) {
         self.window.drop_scratch(store);
     }
+}
+
+/// Takes pages out of the window, as far as it has mappings to spare, and tells the server.
+fn give_back(
+    window: &mut HostWindow,
+    pages: &[GfnRange],
+    max_runs: u32,
+    tell: &mut impl FnMut(&FromVm) -> io::Result<()>,
+) -> (Vec<GfnRange>, io::Result<()>) {
+    let given = window.balloon(pages, max_runs as usize);
+    let told = if given.is_empty() { Ok(()) } else { tell(&FromVm::Ballooned(given.clone())) };
+    (given, told)
 }
 
 fn features_of(features: HostFeatures) -> Features {

@@ -88,7 +88,7 @@ impl Server {
         let (memory, process) = (vm.memory.take(), vm.process.take());
         let (forks, viewers) = (std::mem::take(&mut vm.forks), std::mem::take(&mut vm.viewers));
         let waiters = std::mem::take(&mut vm.waiters);
-        let asked: Vec<ClientId> = vm.sends.drain().map(|(_, client)| client).chain(vm.pausers.drain(..)).collect();
+        let mut asked: Vec<ClientId> = vm.sends.drain().map(|(_, client)| client).chain(vm.pausers.drain(..)).collect();
         let remove = vm.remove_when_off;
 
         let why = match (&end, &before) {
@@ -118,6 +118,7 @@ impl Server {
             Phase::Forking(fork) => self.child_failed(fork, generation, why.clone()),
             _ => {}
         }
+        asked.extend(self.balloon_ops_of(generation));
         for client in asked {
             self.reply(client, Err(Failure::failed(why.clone())));
         }

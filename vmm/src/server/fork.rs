@@ -239,6 +239,7 @@ impl Server {
         if op.failure.is_some() {
             return;
         }
+        let balloon_pages = self.vms.get(op.parent).map_or(0, |vm| vm.balloon_pages);
         let activity = if op.paused { Activity::Paused } else { Activity::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for (index, generation) in (1..).zip(children) {
@@ -250,6 +251,7 @@ impl Server {
             let vm = self.vms.get_mut(generation).expect("a child of the fork");
             vm.memory = Some((family, child));
             vm.paused = activity == Activity::Paused;
+            vm.balloon_pages = balloon_pages;
             self.child_mut(fork, generation, |child| child.runs = runs);
             let origin = wire::Origin::Fork { state: frozen.state.clone(), index };
             self.start(generation, Beginning { origin, kernel: None, activity });

@@ -117,6 +117,8 @@ impl Server {
                     self.families.get_mut(&family).expect("a VM has a family").stands(member);
                 }
             }
+            FromVm::Ballooned(pages) => self.ballooned(generation, &pages),
+            FromVm::BalloonSize { pages } => self.balloon_resized(generation, pages),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),
@@ -150,6 +152,9 @@ impl Server {
     }
 
     fn guest_answered(&mut self, generation: Generation, line: Line) {
+        if self.balloon_answered(generation, &line) {
+            return;
+        }
         let vm = self.vms.get_mut(generation).expect("it has just spoken");
         match vm.sends.remove(&line.tag) {
             Some(client) => {

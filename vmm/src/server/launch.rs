@@ -179,6 +179,7 @@ impl Server {
             pausers: VecDeque::new(),
             viewers: Vec::new(),
             remove_when_off: false,
+            balloon_pages: 0,
             traps: 0,
         });
         generation

@@ -10,10 +10,11 @@
 //! | `process`, `window`, `pool` | VM processes, their memory, and the prepared ones |
 //! | `files` | what is mapped into guests from files |
 //! | `vm` | the list of VMs |
-//! | `launch`, `fork`, `talk`, `end` | the verbs that change something |
+//! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `report`, `check` | the verbs that look |
 //! | `inbox` | what VM processes say |
 
+mod balloon;
 mod check;
 mod clients;
 mod end;
@@ -118,6 +119,7 @@ struct Server {
     files: Files,
     vms: Vms,
     forks: BTreeMap<ForkId, ForkOp>,
+    balloons: Vec<balloon::BalloonOp>,
     checks: Checks,
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
@@ -207,6 +209,7 @@ impl Server {
             files: Files::default(),
             vms: Vms::default(),
             forks: BTreeMap::new(),
+            balloons: Vec::new(),
             checks: Checks::default(),
             removals: Vec::new(),
             deadlines: Vec::new(),
@@ -454,6 +457,7 @@ impl Server {
                 self.reply(client, answer);
             }
             Request::Wait { name, timeout_ms } => self.wait(client, &name, timeout_ms),
+            Request::Balloon { name, size_bytes, timeout_ms } => self.balloon(client, &name, size_bytes, timeout_ms),
             Request::Remove { names, all } => self.remove(client, &names, all),
             Request::Check => self.check(client),
             Request::Shutdown => self.shut_down(client),

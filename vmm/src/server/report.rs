@@ -64,7 +64,7 @@ impl Server {
             shared_pages: counts.shared,
             zero_pages: counts.zero,
             swapped_pages: 0,
-            ballooned_pages: 0,
+            ballooned_pages: vm.balloon_pages,
             unsettled_pages: counts.unsettled,
             chain_depth: books.map_or(0, |(family, member)| family.chain_depth(member)),
             window_runs: books.map_or(0, |(family, member)| family.vm(member).run_count() as u64),

@@ -17,6 +17,8 @@ pub enum Deadline {
     Answer(Generation, u64, ClientId),
     /// A VM's end.
     End(Generation, ClientId),
+    /// The size of its balloon.
+    Balloon(Generation, ClientId),
 }
 
 impl Deadline {
@@ -27,7 +29,7 @@ impl Deadline {
 
     /// Whether it is for anything of this VM's.
     pub fn is_of(&self, vm: Generation) -> bool {
-        let (Self::Answer(of, ..) | Self::End(of, _)) = *self;
+        let (Self::Answer(of, ..) | Self::End(of, _) | Self::Balloon(of, _)) = *self;
         of == vm
     }
 }
@@ -133,7 +135,12 @@ impl Server {
     pub(super) fn pass_deadlines(&mut self, now: Instant) {
         let passed: Vec<Deadline> = self.deadlines.extract_if(.., |(at, _)| *at <= now).map(|(_, what)| what).collect();
         for deadline in passed {
-            let (Deadline::Answer(generation, ..) | Deadline::End(generation, _)) = deadline;
+            if let Deadline::Balloon(generation, client) = deadline {
+                self.balloon_late(generation, client);
+                continue;
+            }
+            let (Deadline::Answer(generation, ..) | Deadline::End(generation, _) | Deadline::Balloon(generation, _)) =
+                deadline;
             let Some(vm) = self.vms.get_mut(generation) else { continue };
             let (client, why) = match deadline {
                 Deadline::Answer(_, tag, client) if vm.sends.remove(&tag).is_some() => {

@@ -5,7 +5,7 @@ use super::fork::ForkId;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
 use crate::wire::Shape;
-use guest_mem::VmId;
+use guest_mem::{PAGE_SIZE, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// Names a VM of this server, and is the guest's generation id; never used twice.
@@ -85,6 +85,8 @@ pub struct Vm {
     pub viewers: Vec<ClientId>,
     /// Whether it is removed when it is off.
     pub remove_when_off: bool,
+    /// Pages in the guest's balloon, as it says.
+    pub balloon_pages: u64,
     /// Traps served.
     pub traps: u64,
 }
@@ -116,6 +118,7 @@ impl Vm {
                 _ => None,
             },
             mem_pages: self.shape.ram.0,
+            balloon_bytes: self.balloon_pages * PAGE_SIZE as u64,
             pid,
         }
     }

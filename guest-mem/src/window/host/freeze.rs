@@ -102,7 +102,7 @@ impl HostWindow {
         let found = self.find_private(trust)?;
         self.drop_clean(&found.clean)?;
         if found.dirty.is_empty() {
-            self.pending.clear();
+            self.forget_dirty();
             return Ok(None);
         }
 
@@ -114,8 +114,13 @@ impl HostWindow {
 
         let source = Source::Store { store, origin: Gfn(0) };
         moved.iter().for_each(|pages| self.runs.mapped(*pages, source));
-        self.pending.clear();
+        self.forget_dirty();
         Ok(Some(MovedOut { store, scratch, moved, found: found.dirty, told: found.told }))
+    }
+
+    fn forget_dirty(&mut self) {
+        self.pending.clear();
+        self.given_back.clear();
     }
 
     /// Learns exactly which of the moved pages are private: only those may be read. The guest may run meanwhile.
@@ -147,7 +152,8 @@ impl HostWindow {
         let base = self.area.base();
         let mut found = Found::default();
         for Candidate { pages: range, density } in self.pending.candidates() {
-            if density == Density::All && trust == Trust::Log {
+            let told = density == Density::All && trust == Trust::Log;
+            if told && !self.given_back.overlaps(&range.raw()) {
                 push(&mut found.dirty, range);
                 push(&mut found.told, range);
                 continue;

@@ -32,6 +32,16 @@ impl RunMap {
         self.map.len()
     }
 
+    /// How many there will be, at most, when one call has mapped `pages`.
+    pub fn count_with(&self, pages: GfnRange) -> usize {
+        let replaced = self.map.overlapping(pages.raw()).count();
+        let cut = |range: &std::ops::Range<u64>| {
+            usize::from(range.start < pages.start().0) + usize::from(range.end > pages.end().0)
+        };
+        let left: usize = self.map.overlapping(pages.raw()).map(|(range, _)| cut(range)).sum();
+        self.map.len() - replaced + left + 1
+    }
+
     /// The mappings within `pages`, cut to them.
     pub fn within(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Source)> {
         self.map
@@ -76,6 +86,7 @@ mod tests {
         let joined: Vec<_> = runs.joined().collect();
         assert_eq!(joined[0], Run { pages: range(0, 8), source });
         assert_eq!(joined.len(), 2);
+        assert_eq!([range(5, 1), range(4, 4), range(2, 7)].map(|pages| runs.count_with(pages)), [5, 3, 3]);
         let cut: Vec<_> = runs.within(range(2, 4)).collect();
         assert_eq!(cut, [(range(2, 2), source), (range(4, 2), source)]);
     }

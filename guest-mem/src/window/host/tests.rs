@@ -259,3 +259,35 @@ fn runs_that_make_no_sense_are_refused() {
         assert!(matches!(error, WindowError::BadRun(bad) if bad == run), "{error}");
     }
 }
+
+#[test]
+fn what_is_given_back_reads_zero_and_is_not_dirty() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    (0..200).chain(PAGES + 10..PAGES + 20).for_each(|frame| rig.write(frame, 1));
+    let given = rig.window.balloon(&[frames(64..192), frames(PAGES - 4..PAGES + 15), frames(5000..6000)], 1000);
+    assert_eq!(given, [frames(64..192), frames(PAGES - 4..PAGES + 15)]);
+    for frame in [64, 191, PAGES - 1, PAGES + 10] {
+        assert_eq!(rig.word(frame), 0, "{frame}");
+    }
+    assert_eq!((rig.word(63), rig.word(192), rig.word(PAGES - 5), rig.word(PAGES + 15)), (1, 1, PAGES - 5, 1));
+    rig.write(100, 9);
+    // The log tells of the time before.
+    let (frozen, _file) = rig.freeze(Dirty::Logged(&log_of((0..200).chain(PAGES..PAGES + 64))), 1, 1000);
+    assert_eq!(frozen.harvest.private, [0..64, 100..101, 192..200, PAGES + 15..PAGES + 20].map(frames));
+    assert_eq!((rig.word(99), rig.word(PAGES - 1)), (0, 0));
+}
+
+#[test]
+fn stretches_without_a_mapping_to_spare_stay_as_they_are() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let odd: Vec<GfnRange> = (0..PAGES).step_by(8).map(|frame| frames(frame..frame + 2 + frame % 16 / 4)).collect();
+    let given = rig.window.balloon(&odd, 20);
+    assert_eq!(given.len(), 9);
+    assert!(given.iter().all(|part| part.count().0 == 4), "{given:?}");
+    assert_eq!(rig.window.runs().count(), 20);
+    assert_eq!((rig.word(32), rig.word(16), rig.word(given[0].start().0)), (32, 16, 0));
+    // Anonymous memory takes none, nor does what makes one of many.
+    assert_eq!(rig.window.balloon(&[frames(PAGES + 3..PAGES + 9)], 20), [frames(PAGES + 3..PAGES + 9)]);
+    assert_eq!(rig.window.balloon(&[frames(0..PAGES)], 20), [frames(0..PAGES)]);
+    assert_eq!(rig.window.runs().count(), 1);
+}

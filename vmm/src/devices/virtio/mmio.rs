@@ -4,6 +4,7 @@ use super::device::{Device, Memory};
 use super::state::{QueueState, State};
 use crate::devices::interrupt::Interrupt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_queue::{Queue, QueueT};
 
 /// A device with its registers and queues.
@@ -14,11 +15,26 @@ pub struct Transport {
     memory: Memory,
     queues: Vec<Queue>,
     status: u32,
-    interrupts: u32,
+    interrupts: Arc<AtomicU32>,
     features_select: u32,
     accepted_select: u32,
     accepted: u64,
     queue_select: u32,
+}
+
+/// Tells a guest that a device's configuration space has changed.
+#[derive(Clone, Debug)]
+pub struct ConfigChange {
+    interrupts: Arc<AtomicU32>,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl ConfigChange {
+    /// It has just done so.
+    pub fn announce(&self) {
+        self.interrupts.fetch_or(CONFIG_CHANGED, Ordering::Relaxed);
+        self.interrupt.pulse();
+    }
 }
 
 /// Offsets of the registers.
@@ -74,12 +90,17 @@ impl Transport {
             memory,
             queues,
             status: 0,
-            interrupts: 0,
+            interrupts: Arc::default(),
             features_select: 0,
             accepted_select: 0,
             accepted: 0,
             queue_select: 0,
         }
+    }
+
+    /// How to tell the guest of a new configuration without the transport, which a vCPU may have.
+    pub fn config_change(&self) -> ConfigChange {
+        ConfigChange { interrupts: Arc::clone(&self.interrupts), interrupt: Arc::clone(&self.interrupt) }
     }
 
     /// The guest reads at `offset`. Registers are read in words of 4 bytes.
@@ -103,7 +124,7 @@ impl Transport {
             register::FEATURES => half(self.offered(), self.features_select),
             register::QUEUE_SIZE_MAX => queue.map_or(0, |queue| queue.max_size().into()),
             register::QUEUE_READY => queue.is_some_and(Queue::ready).into(),
-            register::INTERRUPT_STATUS => self.interrupts,
+            register::INTERRUPT_STATUS => self.interrupts.load(Ordering::Relaxed),
             register::STATUS => self.status,
             register::CONFIG_GENERATION => 0,
             _ => 0,
@@ -134,7 +155,7 @@ impl Transport {
             }
             register::QUEUE_SELECT => self.queue_select = value,
             register::QUEUE_NOTIFY => self.notified(value as usize),
-            register::INTERRUPT_ACK => self.interrupts &= !value,
+            register::INTERRUPT_ACK => drop(self.interrupts.fetch_and(!value, Ordering::Relaxed)),
             register::STATUS => self.set_status(value),
             _ => self.write_queue(offset, value),
         }
@@ -177,7 +198,8 @@ impl Transport {
     fn reset(&mut self) {
         self.device.reset();
         self.queues = fresh_queues(&*self.device);
-        (self.status, self.interrupts, self.accepted) = (0, 0, 0);
+        (self.status, self.accepted) = (0, 0);
+        self.interrupts.store(0, Ordering::Relaxed);
         (self.features_select, self.accepted_select, self.queue_select) = (0, 0, 0);
     }
 
@@ -202,7 +224,7 @@ impl Transport {
     }
 
     fn interrupt(&mut self, cause: u32) {
-        self.interrupts |= cause;
+        self.interrupts.fetch_or(cause, Ordering::Relaxed);
         self.interrupt.pulse();
     }
 
@@ -223,7 +245,7 @@ impl Transport {
         };
         State {
             status: self.status,
-            interrupts: self.interrupts,
+            interrupts: self.interrupts.load(Ordering::Relaxed),
             features_select: self.features_select,
             accepted_select: self.accepted_select,
             accepted: self.accepted,
@@ -256,7 +278,8 @@ impl Transport {
             queue.set_next_used(saved.next_used);
             queue.set_ready(saved.ready);
         }
-        (self.status, self.interrupts) = (state.status, state.interrupts);
+        self.status = state.status;
+        self.interrupts.store(state.interrupts, Ordering::Relaxed);
         (self.features_select, self.accepted_select) = (state.features_select, state.accepted_select);
         (self.accepted, self.queue_select) = (state.accepted, state.queue_select);
         Ok(())

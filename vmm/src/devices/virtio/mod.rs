@@ -5,7 +5,7 @@
 //! | `mmio` | the registers: one transport for every device |
 //! | `device` | what a device is to the transport |
 //! | `state` | a transport and its queues as plain data |
-//! | `rng` | the devices |
+//! | `rng`, `balloon` | the devices |
 //!
 //! Whoever accesses a register carries out what that asks for, queues included, before the access is over. So a device
 //! does nothing while the vCPUs stand still, and is saved whole. It may touch guest memory in any access: no lock is
@@ -13,6 +13,9 @@
 //!
 //! A guest that breaks the rules of a ring gets a device that needs a reset (`DEVICE_NEEDS_RESET`), and nothing else.
 
+mod balloon;
+#[cfg(test)]
+mod balloon_tests;
 mod device;
 mod mmio;
 mod rng;
@@ -20,8 +23,9 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use balloon::{Balloon, Sink, Target};
 pub use device::{Broken, Device};
-pub use mmio::Transport;
+pub use mmio::{ConfigChange, Transport};
 pub use rng::Rng;
 pub use state::{QueueState, State};
 
@@ -30,7 +34,9 @@ pub use state::{QueueState, State};
 pub enum Kind {
     /// Random numbers.
     Rng,
+    /// Memory that the guest gives back.
+    Balloon,
 }
 
 /// The devices of every Linux guest, in the order of their addresses.
-pub const DEVICES: &[Kind] = &[Kind::Rng];
+pub const DEVICES: &[Kind] = &[Kind::Rng, Kind::Balloon];

@@ -8,15 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-const DESCRIPTORS: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
-const BUFFER: u64 = 0x8000;
+pub(super) const DESCRIPTORS: u64 = 0x1000;
+pub(super) const AVAILABLE: u64 = 0x2000;
+pub(super) const USED: u64 = 0x3000;
+pub(super) const BUFFER: u64 = 0x8000;
 const RAM: usize = 0x1_0000;
 const SIZE: u16 = 64;
 
 #[derive(Debug, Default)]
-struct Count(AtomicUsize);
+pub(super) struct Count(pub AtomicUsize);
 
 impl Interrupt for Count {
     fn pulse(&self) {
@@ -31,18 +31,23 @@ fn rng() -> (Transport, Memory, Arc<Count>) {
     (Transport::new(Box::new(device), count.clone(), memory.clone()), memory, count)
 }
 
-fn read(transport: &Transport, register: u64) -> u32 {
+pub(super) fn read(transport: &Transport, register: u64) -> u32 {
     let mut data = [0; 4];
     transport.read(register, &mut data);
     u32::from_le_bytes(data)
 }
 
-fn write(transport: &mut Transport, register: u64, value: u32) {
+pub(super) fn write(transport: &mut Transport, register: u64, value: u32) {
     transport.write(register, &value.to_le_bytes());
 }
 
-/// What a driver does to begin.
+/// What a driver does to begin with the first queue.
 fn set_up(transport: &mut Transport) {
+    set_up_queue(transport, 0);
+}
+
+/// What a driver does to begin, for one queue.
+pub(super) fn set_up_queue(transport: &mut Transport, queue: u32) {
     for status in [0, 1, 3] {
         write(transport, 0x70, status);
     }
@@ -52,7 +57,7 @@ fn set_up(transport: &mut Transport) {
     }
     write(transport, 0x70, 11);
     assert_eq!(read(transport, 0x70), 11, "the features are accepted");
-    write(transport, 0x30, 0);
+    write(transport, 0x30, queue);
     write(transport, 0x38, SIZE.into());
     for (register, address) in [(0x80, DESCRIPTORS), (0x90, AVAILABLE), (0xa0, USED)] {
         write(transport, register, address as u32);
@@ -62,7 +67,7 @@ fn set_up(transport: &mut Transport) {
     write(transport, 0x70, 15);
 }
 
-fn describe(memory: &Memory, index: u16, (address, len): (u64, u32), flags: u16, next: u16) {
+pub(super) fn describe(memory: &Memory, index: u16, (address, len): (u64, u32), flags: u16, next: u16) {
     let at = DESCRIPTORS + 16 * u64::from(index);
     memory.write_obj(address, GuestAddress(at)).unwrap();
     memory.write_obj(len, GuestAddress(at + 8)).unwrap();
@@ -70,12 +75,12 @@ fn describe(memory: &Memory, index: u16, (address, len): (u64, u32), flags: u16,
     memory.write_obj(next, GuestAddress(at + 14)).unwrap();
 }
 
-fn offer(memory: &Memory, index: u16, head: u16) {
+pub(super) fn offer(memory: &Memory, index: u16, head: u16) {
     memory.write_obj(head, GuestAddress(AVAILABLE + 4 + 2 * u64::from(index % SIZE))).unwrap();
     memory.write_obj(index + 1, GuestAddress(AVAILABLE + 2)).unwrap();
 }
 
-const WRITE: u16 = 2;
+pub(super) const WRITE: u16 = 2;
 
 #[test]
 fn a_driver_gets_random_numbers() {
@@ -142,10 +147,10 @@ fn absurd_lengths_and_loops_come_to_an_end() {
 }
 
 /// xorshift: the same bytes in every run.
-struct Noise(u64);
+pub(super) struct Noise(pub u64);
 
 impl Noise {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

@@ -1,0 +1,80 @@
+//! Balloon: a VM gives pages back.
+//!
+//! The pages become zero for this VM alone, and its window shows anonymous memory there: whatever it touches later reads
+//! zeros. To drop its private pages alone would bring the bytes of an ancestor back. What lies beneath goes with its last
+//! viewer, at once.
+
+use crate::addr::GfnRange;
+use crate::effect::Effects;
+use crate::family::{Family, VmId};
+use crate::map::MapEntry;
+use crate::object::Slot;
+use crate::stage2::Cursor;
+use crate::window::{Run, Source};
+use rangemap::RangeSet;
+
+impl Family {
+    /// `vm` has given `pages` back. Its window holds no private page there and shows anonymous memory already: the window
+    /// decides which pages it has a mapping to spare for. Frames outside of the VM's memory do not count.
+    ///
+    /// # Panics
+    /// If the VM stands for a freeze: its pages may be on their way out. Whoever holds the window does one after the other.
+    pub fn balloon(&mut self, vm: VmId, pages: &[GfnRange], effects: &mut Effects) {
+        assert!(!self.vm(vm).stands(), "pages are given back before a freeze or after it");
+        let given: RangeSet<u64> =
+            pages.iter().filter(|pages| pages.start() < pages.end()).map(|pages| pages.raw()).collect();
+        let map = self.vm(vm).map.clone();
+        let mut replaced = Vec::new();
+        for (bounds, entry) in map.iter() {
+            let parts: Vec<GfnRange> =
+                given.overlapping(bounds.raw()).map(|part| GfnRange::from(part.clone()).intersect(bounds)).collect();
+            if parts.is_empty() {
+                continue;
+            }
+            self.hide(vm, bounds, entry, &parts, effects);
+            for part in parts {
+                self.uncover(vm, part, &mut replaced);
+            }
+        }
+        let tops: Vec<_> = self.vm(vm).map.iter().filter_map(|(_, entry)| entry.object).collect();
+        for top in tops {
+            self.objects.shorten(top, effects);
+        }
+        self.free_unseen(replaced, effects);
+    }
+
+    /// Makes `parts` of an entry zero in its top object, which is this VM's alone, or becomes so.
+    fn hide(&mut self, vm: VmId, bounds: GfnRange, entry: MapEntry, parts: &[GfnRange], effects: &mut Effects) {
+        let segments = parts.iter().flat_map(|&part| self.objects.resolve(entry.object, entry.origin, part));
+        let shown: RangeSet<u64> = segments
+            .filter(|segment| segment.found.is_some_and(|found| found.slot != Slot::Zero))
+            .map(|segment| segment.pages.raw())
+            .collect();
+        if shown.is_empty() {
+            return;
+        }
+        let top = match entry.object {
+            Some(top) if !entry.needs_copy => top,
+            below => self.stack_top(vm, bounds, below, entry.origin),
+        };
+        for pages in shown.iter() {
+            self.objects.vacate(top, pages.clone().into(), effects);
+            self.objects.put(top, pages.clone(), Slot::Zero);
+        }
+        if let Some(below) = entry.object.filter(|&below| below != top) {
+            self.objects.unmap(below, effects);
+        }
+    }
+
+    /// Nothing lies beneath these pages of `vm` any more. Tables that say so already are left alone.
+    fn uncover(&mut self, vm: VmId, pages: GfnRange, replaced: &mut Vec<Run>) {
+        let books = self.vms.get_mut(&vm).expect("a VM of this family");
+        for run in self.stage2.runs(books.root, pages) {
+            if run.source != Source::Anonymous {
+                let run = Run { source: Source::Anonymous, ..run };
+                Cursor::new(&mut self.stage2, &mut books.root).set(run, replaced);
+            }
+        }
+        books.runs.insert(pages.raw(), Source::Anonymous);
+    }
+}
