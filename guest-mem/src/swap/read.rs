@@ -1,5 +1,6 @@
 //! The way back in: reads, read-ahead and the cache of what was read.
 
+use super::CLUSTER;
 use super::cluster::{Class, Keep, Loss, State};
 use super::extents::Place;
 use super::packed::Packed;
@@ -92,8 +93,10 @@ impl SwapStore {
 
     /// Reads what is not in memory of the clusters that follow on the disk, which is the order of eviction.
     fn read_ahead(&mut self, place: Place) {
-        let following: Vec<usize> =
-            self.books.placed.range(place.end()..).map(|(_, &key)| key).take(self.ahead.window()).collect();
+        // A window larger than half the cache would push itself out before anybody comes for it.
+        let window = self.ahead.window().min((self.limits.cache / CLUSTER.bytes() / 2) as usize);
+        let following = self.books.placed.range(place.end()..).map(|(_, &key)| key);
+        let following: Vec<usize> = following.take(window).collect();
         for key in following {
             if self.books.sums.reads >= READS {
                 break;

@@ -27,7 +27,7 @@ pub struct SwapOptions {
     /// How many bytes of it are used; otherwise a file's length, or a device's.
     pub size: Option<u64>,
     /// How many bytes of compressed pages are kept in memory before they go to the disk. What waits to be written may
-    /// take a quarter on top, the cache of what was read an eighth (at least 256 KiB and 512 KiB).
+    /// take a quarter on top, the cache of what was read an eighth (at least 256 KiB and 1 MiB).
     pub compressed: u64,
 }
 
@@ -119,7 +119,7 @@ impl Limits {
         Self {
             tier,
             hard: tier.saturating_add((tier / 4).max(4 * cluster)),
-            cache: (tier / 8).max(8 * cluster),
+            cache: (tier / 8).max(16 * cluster),
             wanted: 256,
             rest: Duration::from_secs(1),
             threads: thread::available_parallelism().map_or(2, |cpus| cpus.get().clamp(2, 4)),

@@ -235,7 +235,7 @@ impl Known {
 /// Puts, gets, frees and completions at random, on a disk that fails writes now and then.
 fn compare_with_model(seed: u64, failures: u64) {
     let mut rng = Rng::new(seed);
-    let disk = Disk::new(400);
+    let disk = Disk::new(600);
     let mut swap = store(&disk, tiny());
     let mut model: Vec<Known> = Vec::new();
     let (mut taken, mut refused) = (0, 0);
@@ -293,7 +293,7 @@ fn compare_with_model(seed: u64, failures: u64) {
         assert_eq!(swap.stats().slots_used, used as u64);
     }
     disk.take_writes();
-    assert!(taken > 400 && refused > 0, "{taken} puts were taken, {refused} were not");
+    assert!(taken > 300 && refused > 0, "{taken} puts were taken, {refused} were not");
     assert!(swap.stats().swap_write_pages > 0);
     for known in &model {
         for (index, seed) in known.seeds.iter().enumerate() {
@@ -548,17 +548,18 @@ fn one_read_serves_all_who_ask() {
 #[test]
 fn read_ahead_grows_with_success_and_shrinks_without() {
     let disk = Disk::new(200 * 17);
-    let mut swap = store(&disk, tiny());
+    let limits = Limits { cache: 1200 * KIB, ..tiny() };
+    let mut swap = store(&disk, limits);
     let slots = on_disk(&mut swap, 150);
     assert_eq!(swap.ahead.window(), 1);
     for (seed, &first) in slots.iter().enumerate().take(40) {
         assert!(fetch(&mut swap, first, 16).unwrap() == cluster(seed as u64));
     }
     settle(&mut swap);
-    assert!(swap.ahead.window() >= 4, "{:?}", swap.ahead);
+    assert_eq!(swap.ahead.window(), 8);
     let stats = swap.stats();
     assert!(stats.readahead_hits >= 30 * 16 && stats.readahead_pages >= stats.readahead_hits, "{stats:?}");
-    // Backwards nothing is hit: what was read ahead is there already, or goes unasked for.
+    // At random, most of it goes unasked for.
     let mut rng = Rng::new(3);
     for _ in 0..60 {
         let index = 45 + rng.below(100) as usize;
