@@ -232,17 +232,14 @@ impl Known {
     }
 }
 
-/// Puts, gets, frees and completions at random, on a disk that fails writes now and then.
-fn compare_with_model(seed: u64, failures: u64) {
+/// Puts, gets, frees and completions at random. Before each step, `weather` may change the disk's mood; at the end the
+/// disk must take writes.
+fn compare_with_model(seed: u64, mut swap: SwapStore, mut weather: impl FnMut(u64, &mut Rng)) {
     let mut rng = Rng::new(seed);
-    let disk = Disk::new(600);
-    let mut swap = store(&disk, tiny());
     let mut model: Vec<Known> = Vec::new();
     let (mut taken, mut refused) = (0, 0);
     for step in 0..2500 {
-        if failures > 0 && rng.below(failures) == 0 {
-            if rng.below(2) == 0 { disk.fail_writes() } else { disk.take_writes() }
-        }
+        weather(step, &mut rng);
         match rng.below(10) {
             0..4 => {
                 let seeds: Vec<Option<u64>> = (0..=rng.below(16)).map(|_| Some(rng.bits())).collect();
@@ -292,7 +289,7 @@ fn compare_with_model(seed: u64, failures: u64) {
         let used: usize = model.iter().flat_map(|known| &known.seeds).flatten().count();
         assert_eq!(swap.stats().slots_used, used as u64);
     }
-    disk.take_writes();
+    weather(u64::MAX, &mut rng);
     assert!(taken > 300 && refused > 0, "{taken} puts were taken, {refused} were not");
     assert!(swap.stats().swap_write_pages > 0);
     for known in &model {
@@ -320,12 +317,43 @@ fn next_if_busy(swap: &mut SwapStore) {
 
 #[test]
 fn it_does_what_a_map_does() {
-    (1..=4).for_each(|seed| compare_with_model(seed, 0));
+    for seed in 1..=4 {
+        compare_with_model(seed, store(&Disk::new(600), tiny()), |_, _| {});
+    }
+}
+
+#[test]
+fn on_a_real_file_too() {
+    let scratch = Scratch::new("model");
+    let mut swap = scratch.open(Some(600 * BLOCK as u64)).unwrap();
+    swap.limits = tiny();
+    compare_with_model(5, swap, |_, _| {});
 }
 
 #[test]
 fn writes_that_fail_now_and_then_lose_nothing() {
-    (5..=8).for_each(|seed| compare_with_model(seed, 20));
+    for seed in 6..=9 {
+        let disk = Disk::new(600);
+        compare_with_model(seed, store(&disk, tiny()), |step, rng| match rng.below(40) {
+            _ if step == u64::MAX => disk.take_writes(),
+            0 => disk.fail_writes(),
+            1 => disk.take_writes(),
+            _ => {}
+        });
+    }
+}
+
+#[test]
+fn the_threads_end_with_the_store() {
+    let disk = Disk::new(1000);
+    disk.hold_writes();
+    let mut swap = store(&disk, tiny());
+    for seed in 0..4 {
+        swap.put(&cluster(seed)).unwrap();
+    }
+    disk.let_writes_go();
+    drop(swap);
+    assert_eq!(Arc::strong_count(&disk), 1);
 }
 
 #[test]
@@ -470,7 +498,7 @@ fn a_read_error_loses_its_cluster_alone() {
             }
         }
     }
-    // A read that nobody asked for loses nothing, and what is lost stays so.
+    // What is lost stays so.
     disk.bad_reads.lock().unwrap().clear();
     assert!(fetch(&mut swap, slots[3], 1).is_err());
     swap.free(slots[3], CLUSTER);
