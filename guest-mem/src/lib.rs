@@ -45,6 +45,7 @@ pub mod rmap;
 pub mod stage2;
 pub mod stats;
 pub mod store;
+pub mod swap;
 pub mod sys;
 pub mod window;
 
