@@ -41,14 +41,17 @@ pub mod manager;
 pub mod map;
 pub mod object;
 pub mod ops;
+pub mod reclaim;
 pub mod rmap;
 pub mod stage2;
 pub mod stats;
 pub mod store;
+pub mod swap;
 pub mod sys;
 pub mod window;
 
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
-pub use family::VmId;
+pub use family::{Pace, VmId};
 pub use manager::Manager;
+pub use ops::Destination;
 pub use window::{Harvest, Run, Source, StoreId, Window};
