@@ -87,7 +87,7 @@ impl Player {
     /// What memory pressure, and the end of it, brings.
     fn press(&mut self) {
         let vm = self.vm();
-        match self.rng.below(12) {
+        match self.rng.below(13) {
             0 => self.world.evict_all(),
             1..=3 => {
                 let limit = 1 + self.rng.below(40);
@@ -113,6 +113,11 @@ impl Player {
             }
             9 => drop(self.world.end_reads()),
             10 => drop(self.world.io_done()),
+            11 if self.deadly => {
+                let nth = self.rng.below(4);
+                self.world.ledger.fail(Call::GetSwap, nth);
+                self.world.expect_losses();
+            }
             _ => {
                 let frames = self.stretch();
                 frames.into_iter().for_each(|gfn| self.world.read(vm, gfn));
