@@ -41,6 +41,7 @@ pub mod manager;
 pub mod map;
 pub mod object;
 pub mod ops;
+pub mod reclaim;
 pub mod rmap;
 pub mod stage2;
 pub mod stats;
@@ -50,6 +51,7 @@ pub mod sys;
 pub mod window;
 
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
-pub use family::VmId;
+pub use family::{Pace, VmId};
 pub use manager::Manager;
+pub use ops::Destination;
 pub use window::{Harvest, Run, Source, StoreId, Window};

@@ -7,6 +7,7 @@
 use crate::addr::{GfnRange, PageCount};
 use crate::family::VmId;
 use crate::manager::{self, MAX_RUNS, Manager};
+use crate::ops::Destination;
 use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
 use crate::sys::Userfaultfd;
@@ -94,7 +95,7 @@ impl Local {
     /// # Errors
     /// There is no child, and the parent is as it was.
     pub fn fork(&mut self, parent: VmId) -> Result<VmId, Error> {
-        let store = self.manager.begin_freeze(parent)?;
+        let store = self.manager.begin_freeze(parent, Destination::Store)?;
         match self.freeze(parent, store) {
             Ok(harvest) => self.manager.finish_freeze(parent, &harvest),
             Err(error) => {

@@ -123,4 +123,9 @@ pub trait Swap {
     /// # Panics
     /// If one of them is not in use: somebody else's page would be the next to go.
     fn free(&mut self, first: SwapSlot, count: PageCount);
+
+    /// All slots that are in use, if it can tell.
+    fn used(&self) -> Option<Vec<(SwapSlot, PageCount)>> {
+        None
+    }
 }

@@ -4,6 +4,7 @@
 mod exhaustive;
 mod failures;
 mod fakes;
+mod pressure;
 mod random;
 mod rng;
 mod stories;

@@ -186,7 +186,7 @@ impl Server {
             return;
         };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        match manager.begin_freeze(member) {
+        match manager.begin_freeze(member, guest_mem::Destination::Store) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
                 let message = ToVm::Freeze { store, max_runs: self.max_runs };
