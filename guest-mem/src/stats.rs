@@ -1,5 +1,6 @@
 //! Figures: who has what to itself, and what is shared.
 
+use crate::addr::PageCount;
 use crate::family::{Family, VmId};
 use crate::object::{Kind, Slot};
 use crate::stage2::{View, entries};
@@ -97,16 +98,33 @@ impl Family {
         chains.max().unwrap_or(0)
     }
 
+    /// Pages in stores, files' left out.
+    pub fn resident(&self) -> PageCount {
+        let anonymous = self.objects.stores.values().filter(|account| account.kind == Kind::Anonymous);
+        PageCount(anonymous.map(|account| account.resident).sum())
+    }
+
+    /// Pages in one store.
+    pub fn resident_in(&self, store: StoreId) -> PageCount {
+        PageCount(self.objects.stores.get(&store).map_or(0, |account| account.resident))
+    }
+
+    /// Pages that have not settled.
+    pub fn unsettled(&self) -> PageCount {
+        let accounts = self.objects.stores.values();
+        PageCount(accounts.map(|a| a.gaps + a.scratch.map_or(0, |scratch| scratch.left)).sum())
+    }
+
     /// Figures of the family.
     pub fn totals(&self) -> Totals {
         let accounts = &self.objects.stores;
-        let anonymous = || accounts.values().filter(|account| account.kind == Kind::Anonymous);
+        let anonymous = accounts.values().filter(|account| account.kind == Kind::Anonymous);
         Totals {
             objects: self.objects.len() as u64,
             stores: accounts.len() as u64,
-            resident: anonymous().map(|account| account.resident).sum(),
-            swapped: anonymous().map(|account| account.swapped).sum(),
-            unsettled: accounts.values().map(|a| a.gaps + a.scratch.map_or(0, |scratch| scratch.left)).sum(),
+            resident: self.resident().0,
+            swapped: anonymous.map(|account| account.swapped).sum(),
+            unsettled: self.unsettled().0,
             tables: self.stage2.tables() as u64,
             unshared_tables: self.vms.values().map(|vm| self.stage2.tables_below(vm.root) as u64).sum(),
         }

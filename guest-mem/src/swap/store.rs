@@ -222,6 +222,15 @@ impl SwapStore {
         }
     }
 
+    /// Another limit for the tier in memory. What is over it is written out, if there is a disk.
+    pub fn set_compressed(&mut self, bytes: u64) {
+        let Limits { rest, threads, wanted, .. } = self.limits;
+        let limits = Limits { rest, threads, wanted, ..Limits::new(bytes) };
+        self.limits = if self.pool.is_some() { limits } else { Limits { hard: bytes, ..limits } };
+        self.trim();
+        self.write_back();
+    }
+
     /// What fits, and how much is free.
     pub fn capacity(&self) -> SwapCapacity {
         let extents = &self.books.extents;
