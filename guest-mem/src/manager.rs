@@ -420,7 +420,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }
             }
             CopyFrom::Swap { object, first } => match self.factory.swap().get(first, buf) {
-                Ok(Fetch::Here) => self.swap_counts.swap_in_pages += pages.count().0,
+                Ok(Fetch::Here) => {
+                    self.swap_counts.swap_in_pages += pages.count().0;
+                    // What has arrived is brought once: whoever needs it too asks again.
+                    self.family.retry_put_off();
+                }
                 Ok(Fetch::Coming) => return Ok(Read::Coming),
                 Err(error) => {
                     self.lose(object, pages, &error);
