@@ -44,7 +44,7 @@ pub mod manager;
 pub mod map;
 pub mod object;
 pub mod ops;
-pub mod reclaim;
+mod reclaim;
 pub mod rmap;
 pub mod stage2;
 pub mod stats;

@@ -55,7 +55,7 @@ struct Entry {
 
 /// Whether pages were evicted too early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Return {
+pub(crate) enum Return {
     /// Not long ago.
     Refault,
     /// Long ago.
