@@ -192,6 +192,9 @@ impl Family {
                 }
             }
         }
+        for id in self.objects.put_off.difference(&self.objects.pending) {
+            broken.push(format!("3: {id:?} waits for swap, and has nothing pending"));
+        }
         for (store, account) in &self.objects.stores {
             let left = account.scratch.map_or(0, |scratch| scratch.left);
             let told = ([account.resident, account.gaps, left, account.swapped], self.objects.owners(*store).collect());

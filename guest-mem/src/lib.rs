@@ -24,11 +24,14 @@
 //! * An **exit** frees what only that VM saw, page by page: the [reverse map](rmap) tells. Objects that nobody needs are
 //!   [collapsed](object) into their neighbours.
 //!
+//! * **Eviction** takes stored pages to [swap] and leaves holes. Nothing that VMs share is changed by it: a page
+//!   that a thousand see is written once, traps whoever touches it, is read once, and is shared again.
+//!
 //! [`local::Local`] puts all of it together in one process; the doc example there runs. [`Manager`] is for VMMs that
 //! hold windows elsewhere, and [`check`] has the invariants.
 //!
 //! # Holes
-//! * No swap and no balloon yet: pages are in a store or zero.
+//! * No balloon yet. What evicts pages knows their age, and not whether guests use them.
 //! * One freeze of a VM at a time, and its vCPUs and devices must stand still for the window's part of it.
 //! * Linux with userfaultfd. Without it windows work, but whoever freezes must keep the VM still until all has settled.
 
@@ -41,7 +44,7 @@ pub mod manager;
 pub mod map;
 pub mod object;
 pub mod ops;
-pub mod reclaim;
+mod reclaim;
 pub mod rmap;
 pub mod stage2;
 pub mod stats;

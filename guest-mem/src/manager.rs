@@ -1,7 +1,9 @@
 //! One family's memory manager: the books, and the hands that carry out what they say.
 
+mod error;
 mod swap;
 
+pub use error::Error;
 pub use swap::{Evicted, SwapCounts};
 
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
@@ -27,67 +29,6 @@ const ZERO_RUN: u64 = 16;
 
 /// Mappings a window may have: a quarter of `vm.max_map_count`, as the kernel has it by default.
 pub const MAX_RUNS: usize = 65530 / 4;
-
-/// What went wrong.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A store could not be made: nothing has changed.
-    #[error("cannot make a store of {} pages", pages.0)]
-    CreateStore {
-        /// Its size.
-        pages: PageCount,
-        /// Why.
-        source: io::Error,
-    },
-    /// Pages could not be put into their store. They wait on; try again.
-    #[error("cannot put pages {pages:?} into store {store:?}")]
-    Fill {
-        /// The store.
-        store: StoreId,
-        /// The pages.
-        pages: GfnRange,
-        /// Why.
-        source: io::Error,
-    },
-    /// Pages of a store, of which a copy is to be made, could not be read. They wait on; try again.
-    #[error("cannot read store {store:?} for pages {pages:?}")]
-    Read {
-        /// The store.
-        store: StoreId,
-        /// The pages that are to get the copy.
-        pages: GfnRange,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file's pages could not be read. They wait on; try again.
-    #[error("cannot read pages {pages:?} of a file")]
-    File {
-        /// The pages.
-        pages: GfnRange,
-        /// Why.
-        source: io::Error,
-    },
-    /// Swap did not take pages: they stay where they are.
-    #[error("cannot put pages {pages:?} into swap")]
-    PutSwap {
-        /// The pages.
-        pages: GfnRange,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-impl Error {
-    /// Swap has no room for pages.
-    pub fn is_full(&self) -> bool {
-        matches!(self, Self::PutSwap { source, .. } if source.kind() == io::ErrorKind::StorageFull)
-    }
-
-    /// Somebody put a page where the books say that there is none: nothing that sees the store can be trusted.
-    pub fn is_planted(&self) -> bool {
-        matches!(self, Self::Fill { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
-    }
-}
 
 /// What was copied for a freeze, by the time all of it has settled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -420,7 +361,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }
             }
             CopyFrom::Swap { object, first } => match self.factory.swap().get(first, buf) {
-                Ok(Fetch::Here) => self.swap_counts.swap_in_pages += pages.count().0,
+                Ok(Fetch::Here) => {
+                    self.swap_counts.swap_in_pages += pages.count().0;
+                    // What has arrived is brought once: whoever needs it too asks again.
+                    self.family.retry_put_off();
+                }
                 Ok(Fetch::Coming) => return Ok(Read::Coming),
                 Err(error) => {
                     self.lose(object, pages, &error);

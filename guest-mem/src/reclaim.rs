@@ -55,7 +55,7 @@ struct Entry {
 
 /// Whether pages were evicted too early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Return {
+pub(crate) enum Return {
     /// Not long ago.
     Refault,
     /// Long ago.
@@ -246,7 +246,9 @@ mod tests {
         assert_eq!(ages.take_oldest(end), Some((STORE, pages(16, 16))));
         assert_eq!(ages.take_oldest(end), None);
         assert_eq!(take(&mut ages), Some(0));
-        (0..2 * WINDOW).for_each(|_| drop(ages.next_batch()));
+        for _ in 0..2 * WINDOW {
+            ages.next_batch();
+        }
         ages.came_back(STORE, pages(0, 16), Return::Refault);
         assert_eq!(take(&mut ages), Some(0), "few refaults");
     }

@@ -11,6 +11,7 @@ use crate::reclaim::Return;
 use crate::store::{Store, StoreFactory};
 use crate::swap::{Fetch, Swap, SwapSlot};
 use crate::window::{StoreId, Window};
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 
@@ -163,9 +164,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     fn wake_swapping_in(&mut self, store: StoreId, pages: GfnRange) {
         let family = &self.family;
         for (vm, gfn) in self.swapping_in.extract_if(.., |(vm, gfn)| family.maps(*vm, *gfn, store, pages)) {
-            if let Some(window) = self.windows.get_mut(&vm) {
-                window.wake(GfnRange::new(gfn, PageCount(1)));
-            }
+            wake(&mut self.windows, vm, gfn);
         }
     }
 
@@ -198,6 +197,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.lose(object, pages, &mut effects);
         self.carry_out(effects);
+        // Nobody will tell of a read that was for these pages.
+        for (vm, gfn) in self.swapping_in.drain(..) {
+            wake(&mut self.windows, vm, gfn);
+        }
     }
 
     /// Puts staged pages of one cluster that have not settled into swap, if swap takes them.
@@ -212,5 +215,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 None
             }
         }
+    }
+}
+
+/// A guest touches its page again.
+fn wake<W: Window>(windows: &mut HashMap<VmId, W>, vm: VmId, gfn: Gfn) {
+    if let Some(window) = windows.get_mut(&vm) {
+        window.wake(GfnRange::new(gfn, PageCount(1)));
     }
 }

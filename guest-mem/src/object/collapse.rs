@@ -89,8 +89,6 @@ impl Objects {
         std::mem::swap(&mut a.settle_from, &mut b.settle_from);
         self.owners[a.slots_id.0 as usize] = id;
         self.owners[b.slots_id.0 as usize] = shadow;
-        self.put_off.remove(&id);
-        self.put_off.remove(&shadow);
         // What is still pending of the shadow's own slots lists it again when it gets them back.
         if self.pending.contains(&id) {
             self.pending.insert(shadow)

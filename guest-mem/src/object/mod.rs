@@ -310,6 +310,7 @@ impl Objects {
             None => {
                 object.settle_from = u64::MAX;
                 self.pending.remove(&id);
+                self.put_off.remove(&id);
                 None
             }
         }
@@ -376,6 +377,11 @@ impl Objects {
     /// Whether all pages of a freeze's store are where they belong.
     pub fn has_settled(&self, store: StoreId) -> bool {
         self.stores.get(&store).is_none_or(|account| account.gaps == 0 && account.scratch.is_none())
+    }
+
+    /// Whether pages cannot settle before others have been read from swap.
+    pub fn waits_for_swap(&self) -> bool {
+        !self.put_off.is_empty()
     }
 
     /// The pages that are in a store.

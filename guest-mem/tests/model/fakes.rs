@@ -167,7 +167,7 @@ impl FakeSwap {
 impl Swap for FakeSwap {
     fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot> {
         let count = (pages.len() / PAGE_SIZE) as u64;
-        assert!((1..=16).contains(&count) && pages.len() % PAGE_SIZE == 0, "{} bytes are put", pages.len());
+        assert!((1..=16).contains(&count) && pages.len().is_multiple_of(PAGE_SIZE), "{} bytes are put", pages.len());
         self.ledger.check(Call::PutSwap)?;
         let first = self.allocate(count)?;
         for (slot, page) in (first..).zip(pages.chunks_exact(PAGE_SIZE)) {
@@ -181,7 +181,7 @@ impl Swap for FakeSwap {
     /// What a read has brought is brought once.
     fn get(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
         let count = (buf.len() / PAGE_SIZE) as u64;
-        assert!((1..=16).contains(&count) && buf.len() % PAGE_SIZE == 0, "{} bytes are read", buf.len());
+        assert!((1..=16).contains(&count) && buf.len().is_multiple_of(PAGE_SIZE), "{} bytes are read", buf.len());
         let mut pages: Vec<_> = self.slots.range_mut(first.0..first.0 + count).map(|(_, page)| page).collect();
         assert_eq!(pages.len() as u64, count, "{count} slots from {first:?} on are in use");
         assert!(pages.windows(2).all(|two| two[0].put == two[1].put), "pages of one put are read together");

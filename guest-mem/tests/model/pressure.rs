@@ -158,6 +158,29 @@ fn a_copy_that_waits_for_swap_is_put_off() {
     world.end();
 }
 
+/// An object is absorbed while a copy of its waits for swap: whoever gets its number next must not wait for that.
+#[test]
+fn what_is_absorbed_while_it_waits_for_swap_is_not_remembered() {
+    let (mut world, parent) = with_pages(16, 16);
+    world.fork_frozen(parent);
+    [0, 3].into_iter().for_each(|page| world.write(parent, Gfn(page)));
+    world.evict_all();
+    world.freeze(parent, Gaps::All);
+    let child = world.fork_frozen(parent);
+    world.write(child, Gfn(0));
+    world.freeze(child, Gaps::None);
+    world.swap.borrow_mut().reads = Reads::Later;
+    while world.settle() {}
+    assert!(world.manager.family().objects().waits_for_swap());
+    world.exit(parent);
+    world.check();
+    while world.settle() {}
+    world.check();
+    world.settle_all();
+    world.verify();
+    world.end();
+}
+
 /// Who is paused gives first, however old the pages of others are; what both see is not taken for it.
 #[test]
 fn the_memory_of_idle_machines_goes_first() {

@@ -52,6 +52,8 @@ pub struct World {
     gone: BTreeSet<VmId>,
     writes: u64,
     killed: bool,
+    /// Whether reads from swap have ended of which the manager has not been told.
+    untold: bool,
 }
 
 fn range((start, end): (u64, u64)) -> GfnRange {
@@ -75,7 +77,8 @@ impl World {
             }
         }
         let vms = BTreeMap::from([(vm, memory)]);
-        let mut world = Self { manager, ledger, swap, ram, vms, gone: BTreeSet::new(), writes: 0, killed: false };
+        let mut world =
+            Self { manager, ledger, swap, ram, vms, gone: BTreeSet::new(), writes: 0, killed: false, untold: false };
         world.map_runs(vm);
         world
     }
@@ -140,20 +143,24 @@ impl World {
 
     /// A guest that waits for swap is waited for: a page may be read for a gap, and once more for what is below.
     fn finish_reads(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
-        while self.window(vm).is_waiting(gfn) && self.window(vm).failed.is_none() && self.end_reads() {
+        while self.window(vm).is_waiting(gfn) && self.window(vm).failed.is_none() && (self.end_reads() || self.untold) {
+            self.untold = false;
             self.manager.swap_ready()?;
         }
         Ok(())
     }
 
     /// All reads from swap that are under way end, and nobody has been told. Whether there were any.
-    pub fn end_reads(&self) -> bool {
-        self.swap.borrow_mut().end_reads()
+    pub fn end_reads(&mut self) -> bool {
+        let ended = self.swap.borrow_mut().end_reads();
+        self.untold |= ended;
+        ended
     }
 
     /// All reads from swap end. Whether there were any.
     pub fn io_done(&mut self) -> bool {
-        let ended = self.end_reads();
+        let ended = self.end_reads() || self.untold;
+        self.untold = false;
         self.manager.swap_ready().expect("nothing is to fail");
         ended
     }
@@ -394,7 +401,9 @@ impl World {
     /// Whoever waits is known to the manager. (A VM that fails waits for ever.)
     fn check_waiting(&self) {
         let known: BTreeSet<(VmId, Gfn)> = self.manager.swapping_in().collect();
-        assert!(known.is_empty() || self.swap.borrow().is_reading(), "nobody waits for nothing: {known:?}");
+        let reading = self.untold || self.swap.borrow().is_reading();
+        assert!(known.is_empty() || reading, "nobody waits for nothing: {known:?}");
+        assert!(!self.manager.family().objects().waits_for_swap() || reading, "nothing is put off for nothing");
         for &vm in self.vms.keys().filter(|vm| self.window(**vm).failed.is_none()) {
             for &page in self.window(vm).waiting() {
                 assert!(known.contains(&(vm, Gfn(page))), "{vm:?} waits at page {page}, and nobody knows");
