@@ -4,12 +4,36 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Vm, VmId};
 use crate::object::{Kind, ObjectId, Slot};
 use crate::stage2::{TableId, View, entries};
+use crate::swap::{Swap, SwapSlot};
 use crate::window::{Run, Source, StoreId};
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, HashMap};
 
+/// 4: no slot of swap is owned twice, and if `swap` can tell, every slot that is in use is owned: by one of `families`,
+/// which are all that use it.
+pub fn check_swap<'a>(
+    families: impl IntoIterator<Item = &'a Family>,
+    swap: Option<&dyn Swap>,
+    broken: &mut Vec<String>,
+) {
+    let mut owned: RangeSet<u64> = RangeSet::new();
+    for (first, count) in families.into_iter().flat_map(Family::swap_slots) {
+        let slots = first.0..first.0 + count.0;
+        if owned.overlaps(&slots) {
+            broken.push(format!("4: slots {slots:?} of swap are owned twice"));
+        }
+        owned.insert(slots);
+    }
+    if let Some(used) = swap.and_then(Swap::used) {
+        let used: RangeSet<u64> = used.into_iter().map(|(first, count)| first.0..first.0 + count.0).collect();
+        if used != owned {
+            broken.push(format!("4: slots {used:?} of swap are in use, the books own {owned:?}"));
+        }
+    }
+}
+
 impl Family {
-    /// Checks everything the books can tell: invariants 1, 2, 3, 5, 6, 7, 11, and 8 as far as the books say what windows
+    /// Checks everything the books can tell: invariants 1, 2, 3, 5, 6, 7, 11, 4 but for leaks, and 8 as far as the books say what windows
     /// map.
     ///
     /// # Errors
@@ -23,11 +47,19 @@ impl Family {
         self.check_links(&mut broken);
         self.check_uses(&mut broken);
         self.check_accounts(&mut broken);
+        check_swap([self], None, &mut broken);
         self.check_seen(&mut broken);
         if let Err(error) = self.stage2.rmap().check(&self.stage2) {
             broken.push(error);
         }
         if broken.is_empty() { Ok(()) } else { Err(broken) }
+    }
+
+    /// The slots of swap that pages of the family are in.
+    pub fn swap_slots(&self) -> impl Iterator<Item = (SwapSlot, PageCount)> {
+        let slots = self.objects.iter().flat_map(|(_, object)| object.slots.iter());
+        slots
+            .filter_map(|(pages, slot)| Some((slot.swap()?.slot(Gfn(pages.start)), PageCount(pages.end - pages.start))))
     }
 
     fn stage2_runs(&self, vm: &Vm) -> Vec<Run> {
@@ -123,7 +155,7 @@ impl Family {
     /// 3 and 11: a page is in one place only, and the stores' accounts say how many are where.
     fn check_accounts(&self, broken: &mut Vec<String>) {
         let mut owners: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
-        let mut counts: BTreeMap<StoreId, [u64; 3]> = BTreeMap::new();
+        let mut counts: BTreeMap<StoreId, [u64; 4]> = BTreeMap::new();
         let mut holders: BTreeMap<StoreId, BTreeMap<ObjectId, u64>> = BTreeMap::new();
         for (id, object) in self.objects.iter() {
             let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
@@ -142,19 +174,30 @@ impl Family {
                 let held = pages.end - pages.start;
                 *holders.entry(store).or_default().entry(id).or_default() += held;
                 match slot {
-                    Slot::Resident(_) => count[0] += held,
+                    Slot::Resident(_) | Slot::Clean(..) => count[0] += held,
                     Slot::Gap(_) => count[1] += held,
                     Slot::Unsettled(_) => count[2] += held,
-                    Slot::Zero | Slot::Lost(_) => {}
+                    Slot::Swapped(..) => count[3] += held,
+                    Slot::Zero | Slot::Lost(..) => {}
+                }
+                if object.kind == Kind::Anonymous
+                    && slot.resident().is_some()
+                    && !self.objects.ages.has(store, pages.clone().into())
+                {
+                    broken
+                        .push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
                 }
                 if slot.is_pending() && !self.objects.pending.contains(&id) {
                     broken.push(format!("3: {id:?} has pending pages and is not listed"));
                 }
             }
         }
+        for id in self.objects.put_off.difference(&self.objects.pending) {
+            broken.push(format!("3: {id:?} waits for swap, and has nothing pending"));
+        }
         for (store, account) in &self.objects.stores {
             let left = account.scratch.map_or(0, |scratch| scratch.left);
-            let told = ([account.resident, account.gaps, left], self.objects.owners(*store).collect());
+            let told = ([account.resident, account.gaps, left, account.swapped], self.objects.owners(*store).collect());
             let counted = (counts.remove(store).unwrap_or_default(), holders.remove(store).unwrap_or_default());
             if told != counted {
                 broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
@@ -168,7 +211,7 @@ impl Family {
         }
     }
 
-    /// 6 and 7: every stored page is seen by some VM (or waited for by a gap), and the reverse map finds who sees it.
+    /// 6 and 7: every page in a store or in swap is seen by some VM (or waited for by a gap), and the reverse map finds who sees it.
     fn check_seen(&self, broken: &mut Vec<String>) {
         let mut seen: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
         let mut mapped: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();

@@ -4,8 +4,9 @@
 //! [`Manager`](crate::manager::Manager) is the one place that carries them out, in the order they were collected. None of
 //! them can fail in a way that would have to be undone: what can fail is reserved before the data changes.
 
-use crate::addr::GfnRange;
+use crate::addr::{GfnRange, PageCount};
 use crate::family::VmId;
+use crate::swap::SwapSlot;
 use crate::window::StoreId;
 
 /// One thing to do.
@@ -13,6 +14,8 @@ use crate::window::StoreId;
 pub enum Effect {
     /// Free these pages of a store: nobody sees them. (Page indexes, as frames of the family.)
     Punch(StoreId, GfnRange),
+    /// Nobody needs what is in these slots of swap.
+    FreeSwap(SwapSlot, PageCount),
     /// Nothing refers to the store any more.
     DropStore(StoreId),
     /// Every page of the freeze into this store has left the holder's scratch range.
@@ -21,7 +24,7 @@ pub enum Effect {
     Zero(VmId, GfnRange),
     /// The VM is gone and none of its pages is waited for.
     DropWindow(VmId),
-    /// A page that this VM sees is lost.
+    /// A page that this VM sees is lost with the process that had it.
     Fail(VmId, GfnRange),
 }
 

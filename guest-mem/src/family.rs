@@ -28,6 +28,17 @@ pub struct Vm {
     pub(crate) runs: RangeMap<u64, Source>,
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,
+    pub(crate) pace: Pace,
+}
+
+/// Whether a VM is likely to need its memory soon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// It runs.
+    #[default]
+    Running,
+    /// It is paused, or has nothing to do: what only such VMs see is evicted first.
+    Idle,
 }
 
 /// How far a freeze has got, and its store.
@@ -103,6 +114,11 @@ impl Family {
     pub fn add_file(&mut self, pages: PageCount) -> (ObjectId, StoreId) {
         let store = self.objects.reserve_store();
         (self.objects.add_file(store, pages), store)
+    }
+
+    /// Says whether a VM needs its memory soon.
+    pub fn set_pace(&mut self, id: VmId, pace: Pace) {
+        self.vm_mut(id).pace = pace;
     }
 
     pub(crate) fn insert_vm(&mut self, vm: Vm) -> VmId {

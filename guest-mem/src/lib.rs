@@ -25,12 +25,14 @@
 //!   [collapsed](object) into their neighbours.
 //!
 //! * What a guest gives back (a **balloon**) becomes zero for its VM alone, and is freed with its last viewer.
+//! * **Eviction** takes stored pages to [swap] and leaves holes. Nothing that VMs share is changed by it: a page
+//!   that a thousand see is written once, traps whoever touches it, is read once, and is shared again.
 //!
 //! [`local::Local`] puts all of it together in one process; the doc example there runs. [`Manager`] is for VMMs that
 //! hold windows elsewhere, and [`check`] has the invariants.
 //!
 //! # Holes
-//! * No swap yet: pages are in a store or zero.
+//! * What evicts pages knows their age, and not whether guests use them.
 //! * One freeze of a VM at a time, and its vCPUs and devices must stand still for the window's part of it.
 //! * Linux with userfaultfd. Without it windows work, but whoever freezes must keep the VM still until all has settled.
 
@@ -43,14 +45,17 @@ pub mod manager;
 pub mod map;
 pub mod object;
 pub mod ops;
+mod reclaim;
 pub mod rmap;
 pub mod stage2;
 pub mod stats;
 pub mod store;
+pub mod swap;
 pub mod sys;
 pub mod window;
 
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
-pub use family::VmId;
+pub use family::{Pace, VmId};
 pub use manager::Manager;
+pub use ops::Destination;
 pub use window::{Harvest, Run, Source, StoreId, Window};

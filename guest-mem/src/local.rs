@@ -6,9 +6,11 @@
 
 use crate::addr::{GfnRange, PageCount};
 use crate::family::VmId;
-use crate::manager::{self, MAX_RUNS, Manager};
+use crate::manager::{self, Evicted, MAX_RUNS, Manager};
+use crate::ops::Destination;
 use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
+use crate::store::swap::SharedSwap;
 use crate::sys::Userfaultfd;
 use crate::window::host::{Dirty, Features, HostWindow, HugePages, Place, WindowError};
 use crate::window::{Run, Source, StoreId};
@@ -67,14 +69,22 @@ pub struct Local {
 }
 
 impl Local {
-    /// A family whose VMs all have this memory.
+    /// A family whose VMs all have this memory. Nothing of it is evicted.
     ///
     /// # Errors
     /// The host has no userfaultfd for us.
     pub fn new(ram: Vec<GfnRange>) -> Result<Self, Error> {
+        Self::with_swap(ram, SharedSwap::default())
+    }
+
+    /// The same, whose frozen pages can be evicted to `swap`.
+    ///
+    /// # Errors
+    /// The host has no userfaultfd for us.
+    pub fn with_swap(ram: Vec<GfnRange>, swap: SharedSwap) -> Result<Self, Error> {
         let span = PageCount(ram.last().map_or(0, |range| range.end().0));
         let fills = Arc::new(Userfaultfd::new().map_err(Error::Userfaultfd)?);
-        let manager = Manager::new(Shape::X86_64, span, MemfdStores::new(Some(fills)));
+        let manager = Manager::new(Shape::X86_64, span, MemfdStores::new(Some(fills)).with_swap(swap));
         let features = Features { userfaultfd: true, pagemap_scan: true };
         Ok(Self { manager, ram, features, traps: BTreeMap::new() })
     }
@@ -94,7 +104,7 @@ impl Local {
     /// # Errors
     /// There is no child, and the parent is as it was.
     pub fn fork(&mut self, parent: VmId) -> Result<VmId, Error> {
-        let store = self.manager.begin_freeze(parent)?;
+        let store = self.manager.begin_freeze(parent, Destination::Store)?;
         match self.freeze(parent, store) {
             Ok(harvest) => self.manager.finish_freeze(parent, &harvest),
             Err(error) => {
@@ -160,6 +170,19 @@ impl Local {
         Ok(())
     }
 
+    /// Evicts about `limit` frozen pages, the oldest first.
+    pub fn evict_some(&mut self, limit: PageCount) -> Evicted {
+        self.manager.evict_some(limit)
+    }
+
+    /// Reads from swap have ended: serves who waits for them.
+    ///
+    /// # Errors
+    /// A page could not be filled in; its thread waits on.
+    pub fn swap_ready(&mut self) -> Result<(), Error> {
+        Ok(self.manager.swap_ready()?)
+    }
+
     /// Readable when a thread waits for a page of this VM.
     pub fn trap_descriptor(&self, vm: VmId) -> Option<BorrowedFd<'_>> {
         self.traps.get(&vm).map(AsFd::as_fd)
@@ -208,7 +231,10 @@ impl Local {
 mod tests {
     use super::*;
     use crate::addr::Gfn;
+    use crate::swap::{Fetch, Swap, SwapSlot};
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::cell::RefCell;
+    use std::rc::Rc;
     use vm_memory::{Bytes, GuestAddress};
 
     fn family(pages: u64) -> Local {
@@ -269,6 +295,77 @@ mod tests {
             let words = [99, 100, 299, 300].map(|page| family.memory(vm).read_obj::<u64>(at(page)).unwrap());
             assert_eq!(words, [100, 0, 0, 301]);
         }
+    }
+
+    /// Pages in a vector, each read at the second time of asking.
+    #[derive(Default)]
+    struct VecSwap {
+        pages: Vec<u8>,
+        asked: bool,
+        freed: u64,
+    }
+
+    impl Swap for VecSwap {
+        fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot> {
+            let first = SwapSlot((self.pages.len() / 4096) as u64);
+            self.pages.extend_from_slice(pages);
+            Ok(first)
+        }
+
+        fn get(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+            self.asked = !self.asked;
+            if self.asked {
+                return Ok(Fetch::Coming);
+            }
+            let at = first.0 as usize * 4096;
+            buf.copy_from_slice(&self.pages[at..at + buf.len()]);
+            Ok(Fetch::Here)
+        }
+
+        fn free(&mut self, _: SwapSlot, count: PageCount) {
+            self.freed += count.0;
+        }
+    }
+
+    /// Parent and child read what was evicted under their eyes, twice; what they have written themselves stays.
+    #[test]
+    fn evicted_pages_come_back_through_real_windows() {
+        let swap = Rc::new(RefCell::new(VecSwap::default()));
+        let ram = vec![GfnRange::new(Gfn(0), PageCount(512))];
+        let mut family = Local::with_swap(ram, SharedSwap::new(Rc::clone(&swap))).expect("this test needs userfaultfd");
+        let parent = family.launch().unwrap();
+        (0..512).for_each(|page| family.memory(parent).write_obj(page + 1, at(page)).unwrap());
+        let child = family.fork(parent).unwrap();
+        family.settle().unwrap();
+        (0..512).step_by(16).for_each(|page| family.memory(child).write_obj(0u64, at(page)).unwrap());
+        for round in 0..2 {
+            let evicted = family.evict_some(PageCount(512));
+            assert_eq!((evicted.pages, evicted.stopped.is_none()), (PageCount(512), true));
+            assert_eq!(family.manager().family().totals().resident, 0);
+            for vm in [child, parent] {
+                let memory = family.memory(vm).clone();
+                let read = move || (0..512).map(|page| memory.read_obj::<u64>(at(page)).unwrap()).collect::<Vec<_>>();
+                let reader = std::thread::spawn(read);
+                while !reader.is_finished() {
+                    let mut wait = [PollFd::new(family.trap_descriptor(vm).unwrap(), PollFlags::POLLIN)];
+                    poll(&mut wait, PollTimeout::from(10u8)).unwrap();
+                    family.serve_traps().unwrap();
+                    family.swap_ready().unwrap();
+                }
+                for (page, read) in (0..).zip(reader.join().unwrap()) {
+                    assert_eq!(read, if vm == child && page % 16 == 0 { 0 } else { page + 1 }, "round {round}");
+                }
+            }
+            let mut broken = Vec::new();
+            family.manager().check_stores(&mut broken);
+            assert_eq!(broken, Vec::<String>::new());
+            family.manager().family().check_invariants().unwrap();
+        }
+        let counts = family.manager().counts();
+        assert_eq!((counts.swap_out_pages, counts.swap_in_pages, counts.clean_evictions), (512, 1024, 512));
+        family.exit(parent);
+        family.exit(child);
+        assert_eq!((swap.borrow().freed, family.manager().windows()), (512, 0));
     }
 
     /// Generations of forks, each writing one page, each reading all of its ancestors'; the books and the real mappings

@@ -1,15 +1,25 @@
 //! One family's memory manager: the books, and the hands that carry out what they say.
 
+mod error;
+mod swap;
+
+pub use error::Error;
+pub use swap::{Evicted, SwapCounts};
+
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, FileMapping, VmId};
-use crate::ops::{CopyFrom, Job, Placed, Trap};
+use crate::object::Loss;
+use crate::ops::evict::by_clusters;
+use crate::ops::{CopyFrom, Destination, Job, Placed, Trap};
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
+use crate::swap::{Fetch, Swap};
 use crate::window::{Harvest, StoreId, Window};
 use rangemap::RangeSet;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
+use std::ops::Range;
 use std::rc::Rc;
 
 /// Pages settled at a time: small enough that whoever owns the manager soon gets to a waiting trap.
@@ -20,54 +30,6 @@ const ZERO_RUN: u64 = 16;
 /// Mappings a window may have: a quarter of `vm.max_map_count`, as the kernel has it by default.
 pub const MAX_RUNS: usize = 65530 / 4;
 
-/// What went wrong.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A store could not be made: nothing has changed.
-    #[error("cannot make a store of {} pages", pages.0)]
-    CreateStore {
-        /// Its size.
-        pages: PageCount,
-        /// Why.
-        source: io::Error,
-    },
-    /// Pages could not be put into their store. They wait on; try again.
-    #[error("cannot put pages {pages:?} into store {store:?}")]
-    Fill {
-        /// The store.
-        store: StoreId,
-        /// The pages.
-        pages: GfnRange,
-        /// Why.
-        source: io::Error,
-    },
-    /// Pages of a store, of which a copy is to be made, could not be read. They wait on; try again.
-    #[error("cannot read store {store:?} for pages {pages:?}")]
-    Read {
-        /// The store.
-        store: StoreId,
-        /// The pages that are to get the copy.
-        pages: GfnRange,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file's pages could not be read. They wait on; try again.
-    #[error("cannot read pages {pages:?} of a file")]
-    File {
-        /// The pages.
-        pages: GfnRange,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-impl Error {
-    /// Somebody put a page where the books say that there is none: nothing that sees the store can be trusted.
-    pub fn is_planted(&self) -> bool {
-        matches!(self, Self::Fill { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
-    }
-}
-
 /// What was copied for a freeze, by the time all of it has settled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Copied {
@@ -75,6 +37,16 @@ pub struct Copied {
     pub pages: u64,
     /// Clean pages among them.
     pub gaps: u64,
+}
+
+/// Where a job's bytes are now.
+enum Read {
+    /// In the staging buffer.
+    Here,
+    /// On their way from swap.
+    Coming,
+    /// Nowhere.
+    Lost(Loss),
 }
 
 /// One family's memory. Single owner, no locks, and no method waits.
@@ -91,6 +63,11 @@ pub struct Manager<S: StoreFactory, W> {
     copied: HashMap<StoreId, Copied>,
     /// Guests that wait for the end of a freeze of theirs, and the pages they wait for.
     waiting: Vec<(VmId, Gfn)>,
+    /// Guests that wait for reads from swap, and the pages they wait for.
+    swapping_in: Vec<(VmId, Gfn)>,
+    /// Stores of freezes whose pages go to swap.
+    to_swap: HashSet<StoreId>,
+    swap_counts: SwapCounts,
     staging: Vec<u8>,
     /// A stretch of zero pages takes no storage from this length on.
     zero_run: u64,
@@ -110,6 +87,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             windows: HashMap::new(),
             copied: HashMap::new(),
             waiting: Vec::new(),
+            swapping_in: Vec::new(),
+            to_swap: HashSet::new(),
+            swap_counts: SwapCounts::default(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
             max_runs: MAX_RUNS,
@@ -172,15 +152,19 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         vm
     }
 
-    /// First half of a freeze: a store for the window to put in the place of what it moves out.
+    /// First half of a freeze: a store for the window to put in the place of what it moves out. The moved pages settle
+    /// into it, or, with [`Destination::Swap`], into swap.
     ///
     /// # Errors
     /// [`Error::CreateStore`]; nothing has changed.
-    pub fn begin_freeze(&mut self, vm: VmId) -> Result<StoreId, Error> {
+    pub fn begin_freeze(&mut self, vm: VmId, to: Destination) -> Result<StoreId, Error> {
         let pages = self.span;
         let store = self.factory.create(pages).map_err(|source| Error::CreateStore { pages, source })?;
         let id = self.family.begin_freeze(vm);
         self.stores.insert(id, store);
+        if to == Destination::Swap && self.may_evict() {
+            self.to_swap.insert(id);
+        }
         Ok(id)
     }
 
@@ -232,6 +216,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.balloon(vm, pages, &mut effects);
         self.carry_out(effects);
+        // Who waited for one of them to come back from swap finds it zero.
+        let given = |gfn: Gfn| pages.iter().any(|pages| pages.contains(gfn));
+        for (_, gfn) in self.swapping_in.extract_if(.., |(waiter, gfn)| *waiter == vm && given(*gfn)) {
+            if let Some(window) = self.windows.get_mut(&vm) {
+                window.wake(GfnRange::new(gfn, PageCount(1)));
+            }
+        }
     }
 
     /// Takes a VM out.
@@ -239,10 +230,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.exit(vm, &mut effects);
         self.waiting.retain(|(waiter, _)| *waiter != vm);
+        self.swapping_in.retain(|(waiter, _)| *waiter != vm);
         self.carry_out(effects);
     }
 
-    /// A guest waits for the page at `gfn`: gets it there and wakes the guest.
+    /// A guest waits for the page at `gfn`: gets it there and wakes the guest, now or when its page has been read from
+    /// swap.
     ///
     /// # Errors
     /// The page could not be filled in. The guest waits on.
@@ -256,6 +249,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 self.waiting.push((vm, gfn));
                 return Ok(());
             }
+            Trap::SwapIn(_) | Trap::Settle(_) => {
+                self.swapping_in.push((vm, gfn));
+                return Ok(());
+            }
             answer => answer,
         };
         self.window_do(vm, |window| match answer {
@@ -263,36 +260,49 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 window.zero(pages);
                 window.wake(pages);
             }
-            Trap::Lost => window.fail(&lost(gfn)),
+            Trap::Lost(loss) => window.fail(&lost(gfn, loss)),
             Trap::Outside => window.fail("a trap outside of its memory"),
             Trap::Wake(wake) | Trap::File { wake, .. } => window.wake(wake),
-            Trap::Settle(_) | Trap::Wait => unreachable!("dealt with above"),
+            Trap::Settle(_) | Trap::SwapIn(_) | Trap::Wait => unreachable!("dealt with above"),
         });
         Ok(())
     }
 
-    /// Settles what `vm` sees around `gfn`, if it has not settled: somebody is about to need it. What is left to do for
-    /// who waits there.
+    /// Settles what `vm` sees around `gfn`, if it has not settled, and has it read if it is in swap: somebody is about to
+    /// need it. What is left to do for who waits there; [`Trap::Settle`] and [`Trap::SwapIn`] where a read is under way.
     ///
     /// # Errors
     /// A page could not be filled in.
     pub fn settle_at(&mut self, vm: VmId, gfn: Gfn) -> Result<Trap, Error> {
         loop {
             match self.family.trap(vm, gfn) {
-                Trap::Settle(job) => self.run_job(&job)?,
+                Trap::Settle(job) => match self.run_job(&job, Destination::Store)? {
+                    Fetch::Here => {}
+                    Fetch::Coming => return Ok(Trap::Settle(job)),
+                },
+                Trap::SwapIn(read) => match self.swap_in(&read)? {
+                    Fetch::Here => {}
+                    Fetch::Coming => return Ok(Trap::SwapIn(read)),
+                },
                 answer => return Ok(answer),
             }
         }
     }
 
-    /// Settles one batch of pages. Whether more are left.
+    /// Settles one batch of pages. Whether more are left, those apart that wait for swap: they are done after
+    /// [`swap_ready`](Self::swap_ready).
     ///
     /// # Errors
     /// [`Error::Fill`]: the batch waits on.
     pub fn settle(&mut self) -> Result<bool, Error> {
-        let Some(job) = self.family.next_job(SETTLE_BATCH) else { return Ok(false) };
-        self.run_job(&job)?;
-        Ok(true)
+        while let Some(job) = self.family.next_job(SETTLE_BATCH) {
+            let to = if self.to_swap.contains(&job.store) { Destination::Swap } else { Destination::Store };
+            match self.run_job(&job, to)? {
+                Fetch::Here => return Ok(true),
+                Fetch::Coming => self.family.put_off(&job),
+            }
+        }
+        Ok(false)
     }
 
     /// Whether all pages of a freeze are where they belong.
@@ -327,40 +337,59 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Brings a job's pages where they belong.
-    fn run_job(&mut self, job: &Job) -> Result<(), Error> {
+    /// Brings a job's pages where they belong: `to` is where those go that are not zero. Nothing is done where they are
+    /// coming.
+    fn run_job(&mut self, job: &Job, to: Destination) -> Result<Fetch, Error> {
         let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(SETTLE_BATCH.0)));
         let job = Job { pages, ..*job };
         let (placed, done) = match self.read(&job)? {
-            true => self.place(&job),
-            false => (vec![(pages, Placed::Lost)], Ok(())),
+            Read::Here => self.place(&job, to),
+            Read::Coming => return Ok(Fetch::Coming),
+            Read::Lost(loss) => (vec![(pages, Placed::Lost(loss))], Ok(())),
         };
         let mut effects = Effects::default();
         self.family.settled(&job, &placed, &mut effects);
         self.carry_out(effects);
-        if self.has_settled(job.store)
-            && let Some(store) = self.stores.get_mut(&job.store)
+        self.rest(job.store);
+        done.map(|()| Fetch::Here)
+    }
+
+    /// Lets go of what only filling needs, unless the store is filled on.
+    fn rest(&mut self, id: StoreId) {
+        if self.has_settled(id)
+            && let Some(store) = self.stores.get_mut(&id)
         {
             store.rest();
         }
-        done
     }
 
-    /// Reads a job's bytes into the staging buffer. Whether they are still to be had.
-    fn read(&mut self, job: &Job) -> Result<bool, Error> {
+    /// Reads a job's bytes into the staging buffer.
+    fn read(&mut self, job: &Job) -> Result<Read, Error> {
         let pages = job.pages;
         let buf = &mut self.staging[..pages.len_bytes()];
         match job.from {
-            CopyFrom::Lost => return Ok(false),
+            CopyFrom::Lost(loss) => return Ok(Read::Lost(loss)),
             CopyFrom::Zero => buf.fill(0),
             CopyFrom::Scratch(holder) => {
                 let gone = || Err(io::ErrorKind::NotFound.into());
                 let window = self.windows.get(&holder);
                 if let Err(error) = window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
                     log::error!("pages {pages:?} for store {:?} are lost: {error}", job.store);
-                    return Ok(false);
+                    return Ok(Read::Lost(Loss::Process));
                 }
             }
+            CopyFrom::Swap { object, first } => match self.factory.swap().get(first, buf) {
+                Ok(Fetch::Here) => {
+                    self.swap_counts.swap_in_pages += pages.count().0;
+                    // What has arrived is brought once: whoever needs it too asks again.
+                    self.family.retry_put_off();
+                }
+                Ok(Fetch::Coming) => return Ok(Read::Coming),
+                Err(error) => {
+                    self.lose(object, pages, &error);
+                    return Ok(Read::Lost(Loss::Swap));
+                }
+            },
             CopyFrom::Store { store: from, origin } => {
                 let first = PageIndex(pages.start().0 - origin.0);
                 match self.stores.get(&from) {
@@ -369,36 +398,58 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }?;
             }
         }
-        Ok(true)
+        Ok(Read::Here)
     }
 
-    /// Puts the staged pages of a job into its store, but for long stretches of zeros. What was placed, from the start,
+    /// Puts the staged pages of a job where they go, but for long stretches of zeros. What was placed, from the start,
     /// and why not all of it.
-    fn place(&mut self, job: &Job) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
-        let store = self.stores.get_mut(&job.store).expect("a pending page is bound for a store");
-        let buf = &self.staging[..job.pages.len_bytes()];
-        let mut placed = split_zeros(job.pages, buf, self.zero_run);
-        for at in 0..placed.len() {
-            let (pages, outcome) = placed[at];
-            if outcome == Placed::Stored {
-                let from = (pages.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
-                let first = PageIndex(pages.start().0);
-                if let Err(source) = store.fill(first, &buf[from..from + pages.len_bytes()]) {
-                    if source.kind() != io::ErrorKind::AlreadyExists {
-                        // What did get in would be in the way of the next try.
-                        store.punch(first, pages.count());
-                    }
-                    placed.truncate(at);
-                    return (placed, Err(Error::Fill { store: job.store, pages, source }));
+    fn place(&mut self, job: &Job, to: Destination) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
+        let bytes = |part: GfnRange| {
+            let from = (part.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
+            from..from + part.len_bytes()
+        };
+        let mut placed = Vec::new();
+        for (pages, outcome) in split_zeros(job.pages, &self.staging[..job.pages.len_bytes()], self.zero_run) {
+            if outcome == Placed::Zero {
+                placed.push((pages, outcome));
+                continue;
+            }
+            let parts: Vec<GfnRange> = match to {
+                Destination::Store => vec![pages],
+                Destination::Swap => by_clusters(pages).collect(),
+            };
+            for part in parts {
+                let outcome = match to {
+                    Destination::Store => None,
+                    Destination::Swap => self.put_staged(part, bytes(part)),
+                };
+                if outcome.is_none()
+                    && let Err(error) = self.fill(job.store, part, bytes(part))
+                {
+                    return (placed, Err(error));
                 }
+                placed.push((part, outcome.unwrap_or(Placed::Stored)));
                 let copied = self.copied.entry(job.store).or_default();
-                copied.pages += pages.count().0;
+                copied.pages += part.count().0;
                 if !matches!(job.from, CopyFrom::Scratch(_)) {
-                    copied.gaps += pages.count().0;
+                    copied.gaps += part.count().0;
                 }
             }
         }
         (placed, Ok(()))
+    }
+
+    /// Puts staged pages into their store.
+    fn fill(&mut self, id: StoreId, pages: GfnRange, staged: Range<usize>) -> Result<(), Error> {
+        let store = self.stores.get_mut(&id).expect("a slot names a store that is there");
+        let first = PageIndex(pages.start().0);
+        store.fill(first, &self.staging[staged]).map_err(|source| {
+            if source.kind() != io::ErrorKind::AlreadyExists {
+                // What did get in would be in the way of the next try.
+                store.punch(first, pages.count());
+            }
+            Error::Fill { store: id, pages, source }
+        })
     }
 
     fn carry_out(&mut self, effects: Effects) {
@@ -409,7 +460,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                         store.punch(PageIndex(pages.start().0), pages.count());
                     }
                 }
+                Effect::FreeSwap(first, count) => self.factory.swap().free(first, count),
                 Effect::DropStore(store) => {
+                    self.to_swap.remove(&store);
                     self.stores.remove(&store);
                     self.copied.remove(&store);
                     self.files.remove(&store);
@@ -424,14 +477,19 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 Effect::DropWindow(vm) => {
                     self.windows.remove(&vm);
                 }
-                Effect::Fail(vm, pages) => self.window_do(vm, |window| window.fail(&lost(pages.start()))),
+                Effect::Fail(vm, pages) => {
+                    self.window_do(vm, |window| window.fail(&lost(pages.start(), Loss::Process)))
+                }
             }
         }
     }
 }
 
-fn lost(gfn: Gfn) -> String {
-    format!("memory at {gfn} was lost with the process of the VM that wrote it")
+fn lost(gfn: Gfn, loss: Loss) -> String {
+    match loss {
+        Loss::Process => format!("memory at {gfn} was lost with the process of the VM that wrote it"),
+        Loss::Swap => format!("memory at {gfn} could not be read back from swap"),
+    }
 }
 
 /// Cuts a batch into what is to be stored and long stretches of zeros.

@@ -1,5 +1,6 @@
 //! Figures: who has what to itself, and what is shared.
 
+use crate::addr::PageCount;
 use crate::family::{Family, VmId};
 use crate::object::{Kind, Slot};
 use crate::stage2::{View, entries};
@@ -23,6 +24,8 @@ pub struct PageCounts {
     pub zero: u64,
     /// Frozen pages that have not settled; counted above as well.
     pub unsettled: u64,
+    /// Frozen pages that are in swap only; counted above as well.
+    pub swapped: u64,
 }
 
 /// Figures of a family.
@@ -34,6 +37,8 @@ pub struct Totals {
     pub stores: u64,
     /// Pages in stores, files' left out.
     pub resident: u64,
+    /// Pages in swap only.
+    pub swapped: u64,
     /// Pages that have not settled.
     pub unsettled: u64,
     /// Stage-2 tables.
@@ -66,8 +71,10 @@ impl Family {
             memory += pages.count().0;
             for segment in self.objects.resolve(entry.object, entry.origin, pages) {
                 let Some(found) = segment.found else { continue };
-                if found.slot.is_pending() {
-                    counts.unsettled += segment.pages.count().0;
+                match found.slot {
+                    Slot::Unsettled(_) | Slot::Gap(_) => counts.unsettled += segment.pages.count().0,
+                    Slot::Swapped(..) => counts.swapped += segment.pages.count().0,
+                    _ => {}
                 }
                 let Some(viewers) = found.slot.store().and_then(|store| census.0.get(&store)) else { continue };
                 if found.slot == Slot::Zero {
@@ -91,6 +98,23 @@ impl Family {
         chains.max().unwrap_or(0)
     }
 
+    /// Pages in stores, files' left out.
+    pub fn resident(&self) -> PageCount {
+        let anonymous = self.objects.stores.values().filter(|account| account.kind == Kind::Anonymous);
+        PageCount(anonymous.map(|account| account.resident).sum())
+    }
+
+    /// Pages in one store.
+    pub fn resident_in(&self, store: StoreId) -> PageCount {
+        PageCount(self.objects.stores.get(&store).map_or(0, |account| account.resident))
+    }
+
+    /// Pages that have not settled.
+    pub fn unsettled(&self) -> PageCount {
+        let accounts = self.objects.stores.values();
+        PageCount(accounts.map(|a| a.gaps + a.scratch.map_or(0, |scratch| scratch.left)).sum())
+    }
+
     /// Figures of the family.
     pub fn totals(&self) -> Totals {
         let accounts = &self.objects.stores;
@@ -98,8 +122,9 @@ impl Family {
         Totals {
             objects: self.objects.len() as u64,
             stores: accounts.len() as u64,
-            resident: anonymous.map(|account| account.resident).sum(),
-            unsettled: accounts.values().map(|a| a.gaps + a.scratch.map_or(0, |scratch| scratch.left)).sum(),
+            resident: self.resident().0,
+            swapped: anonymous.map(|account| account.swapped).sum(),
+            unsettled: self.unsettled().0,
             tables: self.stage2.tables() as u64,
             unshared_tables: self.vms.values().map(|vm| self.stage2.tables_below(vm.root) as u64).sum(),
         }

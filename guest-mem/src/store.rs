@@ -5,8 +5,10 @@
 
 pub mod file;
 pub mod memfd;
+pub mod swap;
 
 use crate::addr::{GfnRange, PageCount, PageIndex};
+use crate::swap::Swap;
 use std::io;
 
 /// The pages of one store. Absent pages are holes.
@@ -42,12 +44,17 @@ pub trait StoreFactory {
     type Store: Store;
     /// Stores of files that go with them.
     type File: FileStore;
+    /// Where pages of its stores are evicted to.
+    type Swap: Swap;
 
     /// An empty store of `pages` pages.
     ///
     /// # Errors
     /// The host has no memory or no descriptors left.
     fn create(&mut self, pages: PageCount) -> io::Result<Self::Store>;
+
+    /// The swap.
+    fn swap(&mut self) -> &mut Self::Swap;
 }
 
 /// A file's store: filled from the file on first touch, shared by families.

@@ -111,10 +111,32 @@ pub enum Request {
         /// The VM.
         name: String,
     },
+    /// Take that much out of memory. Answered by `Reclaimed` when it is done, or no more can be done.
+    Reclaim {
+        /// Of this VM's family; null for all.
+        name: Option<String>,
+        /// How much.
+        bytes: u64,
+    },
+    /// The budget, set to something else first where that is asked for. Answered by `Budget`.
+    Budget {
+        /// What to set it to.
+        set: Option<BudgetSetting>,
+    },
     /// Run the invariants on the live server. Answered by `Checked`.
     Check,
     /// End all VMs and the server. Answered by `Done`.
     Shutdown,
+}
+
+/// A new budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BudgetSetting {
+    /// None.
+    None,
+    /// This many bytes.
+    Bytes(u64),
 }
 
 /// A launch.
@@ -240,6 +262,10 @@ pub enum Answer {
     Ballooned(Balloon),
     /// One VM.
     Inspected(Box<Inspection>),
+    /// What was taken out of memory.
+    Reclaimed(Reclaimed),
+    /// The budget in bytes, if there is one.
+    Budget(Option<u64>),
     /// The invariants that do not hold: none, if all is well.
     Checked(CheckReport),
     /// It is done.
@@ -265,6 +291,15 @@ pub struct Child {
     pub gap_pages: Option<u64>,
     /// Mappings of the child's window.
     pub runs: u64,
+}
+
+/// `reclaim`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reclaimed {
+    /// What was asked for.
+    pub requested_bytes: u64,
+    /// What left stores and live layers, as the books count it. Less than was asked for where there was no more.
+    pub reclaimed_bytes: u64,
 }
 
 /// What a VM is doing.
@@ -379,6 +414,36 @@ pub struct Totals {
     pub pooled: u64,
     /// Everything the server, its VM processes, keepers and pool use.
     pub host_bytes: u64,
+    /// What `accounted_bytes` is kept below; null for no budget.
+    pub budget_bytes: Option<u64>,
+    /// What counts against the budget: stores, the compressed tier, and anonymous memory of VM processes.
+    pub accounted_bytes: u64,
+    /// Memory that compressed pages take.
+    pub compressed_bytes: u64,
+    /// Taken on the swap disk.
+    pub disk_bytes: u64,
+    /// Slots of swap in use, those of pages that are in memory as well included.
+    pub swap_slots: u64,
+    /// Pages put into swap.
+    pub swap_out_pages: u64,
+    /// Pages written to the swap disk.
+    pub swap_write_pages: u64,
+    /// Pages that came back from swap; once for all who see them.
+    pub swap_in_pages: u64,
+    /// Pages evicted without putting them into swap, which had them still.
+    pub clean_evictions: u64,
+    /// Pages freed in swap, since nobody saw them any more.
+    pub discarded_pages: u64,
+    /// Pages that came back soon after they were evicted.
+    pub refaults: u64,
+    /// Pages that could not be read back.
+    pub lost_pages: u64,
+    /// Pages read from the disk before anybody asked.
+    pub readahead_pages: u64,
+    /// Of those, pages that somebody asked for afterwards.
+    pub readahead_hits: u64,
+    /// Pages written to the disk before memory was short.
+    pub writeahead_pages: u64,
 }
 
 /// `stats`.

@@ -44,6 +44,31 @@ pub fn usage(pid: i32) -> io::Result<Usage> {
     })
 }
 
+/// The anonymous memory of a process, in bytes.
+///
+/// # Errors
+/// It is gone.
+pub fn anonymous(pid: i32) -> io::Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    Ok(kib_field(&status, "RssAnon:").unwrap_or(0) << 10)
+}
+
+/// The time that a process has run, its guest included, in ticks of a hundredth of a second.
+///
+/// # Errors
+/// It is gone.
+pub fn run_ticks(pid: i32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_ticks(&stat).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a line of stat without times"))
+}
+
+/// User and system time; the name, which may hold anything, is in brackets before them.
+fn parse_ticks(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some(next()? + next()?)
+}
+
 /// The mappings of a process that lie within `bounds`, in order.
 ///
 /// # Errors
@@ -91,7 +116,16 @@ mod tests {
     }
 
     #[test]
+    fn times_of_a_process() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 100 0 0 0 12 30 0 0 20 0 1 0 100 0 0";
+        assert_eq!(parse_ticks(stat), Some(42));
+        assert_eq!(parse_ticks("7 (a"), None);
+        assert!(run_ticks(std::process::id() as i32).is_ok());
+    }
+
+    #[test]
     fn this_process_uses_memory() {
+        assert!(anonymous(std::process::id() as i32).unwrap() > 0);
         let usage = usage(std::process::id() as i32).unwrap();
         assert!(usage.pss > usage.pss_shared && usage.page_tables > 0);
     }

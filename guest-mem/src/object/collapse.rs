@@ -46,6 +46,7 @@ impl Objects {
         let gone = self.objects.remove(id.0 as usize);
         self.owners.remove(gone.slots_id.0 as usize);
         self.pending.remove(&id);
+        self.put_off.remove(&id);
         below
     }
 

@@ -12,11 +12,13 @@ mod slot;
 
 pub(crate) use resolve::shift_down;
 pub use resolve::{Found, Segment};
-pub use slot::Slot;
+pub(crate) use slot::Batch;
+pub use slot::{Loss, Slot, SwapBase};
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::VmId;
+use crate::reclaim::Ages;
 use crate::window::StoreId;
 use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, BTreeSet};
@@ -71,8 +73,10 @@ pub(crate) struct StoreAccount {
     pub(crate) kind: Kind,
     /// Slots that name it, by object: as many objects as the freeze found map entries, at most.
     slots: BTreeMap<SlotsId, u64>,
-    /// Slots of them that are resident.
+    /// Slots of them whose page is in the store.
     pub(crate) resident: u64,
+    /// Slots of them whose page is in swap only.
+    pub(crate) swapped: u64,
     /// Slots of them that have still to be copied from below.
     pub(crate) gaps: u64,
     /// Slots of them whose page is still in a scratch range, and whose.
@@ -98,15 +102,21 @@ pub struct Objects {
     next_store: u32,
     /// Objects with pending slots.
     pub(crate) pending: BTreeSet<ObjectId>,
+    /// Those among them whose next page to settle is being read from swap.
+    pub(crate) put_off: BTreeSet<ObjectId>,
     /// Scratch ranges that are in use, by the VMs that hold them.
     scratches: BTreeMap<VmId, u32>,
     /// Pages that gaps were to be copied from and are not any more: perhaps nobody needs them.
     unneeded: Vec<(StoreId, GfnRange)>,
+    /// Which stored pages are evicted next.
+    pub(crate) ages: Ages,
+    /// Pages that were freed in swap since nobody saw them.
+    pub(crate) discarded: u64,
 }
 
 impl StoreAccount {
     fn new(kind: Kind, scratch: Option<Scratch>) -> Self {
-        Self { kind, slots: BTreeMap::new(), resident: 0, gaps: 0, scratch, zeros: false }
+        Self { kind, slots: BTreeMap::new(), resident: 0, swapped: 0, gaps: 0, scratch, zeros: false }
     }
 }
 
@@ -204,8 +214,11 @@ impl Objects {
         assert_eq!(held, pages.count().0, "only pages that have a slot move on");
         self.charge(id, to, held);
         self.get_mut(id).slots.insert(pages.raw(), to);
+        if let Slot::Resident(store) = to {
+            self.ages.settled(store, pages);
+        }
         for (part, slot) in old {
-            assert!(slot.is_pending(), "{slot:?} is a page's last state");
+            assert!(slot.may_become(to), "a page that is {slot:?} does not become {to:?}");
             if let (Slot::Zero, Some(store)) = (to, slot.store()) {
                 self.stores.get_mut(&store).expect("a slot names a store with an account").zeros = true;
             }
@@ -218,10 +231,14 @@ impl Objects {
         let old: Vec<(GfnRange, Slot)> = self.slots_in(id, pages).collect();
         self.get_mut(id).slots.remove(pages.raw());
         for (part, slot) in old {
-            if let Slot::Resident(store) = slot
+            if let Some(store) = slot.resident()
                 && self.stores[&store].kind == Kind::Anonymous
             {
                 effects.push(Effect::Punch(store, part));
+            }
+            if let Some(base) = slot.swap() {
+                self.discarded += part.count().0;
+                effects.push(Effect::FreeSwap(base.slot(part.start()), part.count()));
             }
             self.leave(id, part, slot, effects);
         }
@@ -233,6 +250,8 @@ impl Objects {
             let sources = self.gap_sources(id, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
             let sources: Vec<_> = sources.collect();
             self.unneeded.extend(sources);
+            // It may be this page's read that was waited for.
+            self.put_off.remove(&id);
         }
         self.discharge(id, slot, pages.count().0, effects);
     }
@@ -291,6 +310,7 @@ impl Objects {
             None => {
                 object.settle_from = u64::MAX;
                 self.pending.remove(&id);
+                self.put_off.remove(&id);
                 None
             }
         }
@@ -303,12 +323,13 @@ impl Objects {
         *account.slots.entry(slots_id).or_default() += count;
         match slot {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
-            Slot::Resident(_) => account.resident += count,
+            Slot::Resident(_) | Slot::Clean(..) => account.resident += count,
+            Slot::Swapped(..) => account.swapped += count,
             Slot::Gap(_) => {
                 account.gaps += count;
                 self.get_mut(id).gaps += count;
             }
-            _ => {}
+            Slot::Zero | Slot::Lost(..) => {}
         }
     }
 
@@ -323,12 +344,13 @@ impl Objects {
         }
         match slot {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left -= count,
-            Slot::Resident(_) => account.resident -= count,
+            Slot::Resident(_) | Slot::Clean(..) => account.resident -= count,
+            Slot::Swapped(..) => account.swapped -= count,
             Slot::Gap(_) => {
                 account.gaps -= count;
                 self.get_mut(id).gaps -= count;
             }
-            _ => {}
+            Slot::Zero | Slot::Lost(..) => {}
         }
         self.settle_accounts(store, effects);
     }
@@ -347,6 +369,7 @@ impl Objects {
         }
         if account.slots.is_empty() {
             self.stores.remove(&store);
+            self.ages.forget(store);
             effects.push(Effect::DropStore(store));
         }
     }
@@ -356,10 +379,15 @@ impl Objects {
         self.stores.get(&store).is_none_or(|account| account.gaps == 0 && account.scratch.is_none())
     }
 
+    /// Whether pages cannot settle before others have been read from swap.
+    pub fn waits_for_swap(&self) -> bool {
+        !self.put_off.is_empty()
+    }
+
     /// The pages that are in a store.
     pub(crate) fn resident(&self, store: StoreId) -> RangeSet<u64> {
         let slots = self.iter().flat_map(|(_, object)| object.slots.iter());
-        slots.filter(|(_, slot)| **slot == Slot::Resident(store)).map(|(pages, _)| pages.clone()).collect()
+        slots.filter(|(_, slot)| slot.resident() == Some(store)).map(|(pages, _)| pages.clone()).collect()
     }
 
     /// Whether pages of a window of `holder` are waited for.

@@ -1,5 +1,7 @@
 //! Where a page of an object is: a closed set of states, and the only place that knows.
 
+use crate::addr::Gfn;
+use crate::swap::SwapSlot;
 use crate::window::StoreId;
 
 /// State of one page of an object. A page without a slot is *absent*: look further down the chain.
@@ -15,8 +17,55 @@ pub enum Slot {
     Gap(StoreId),
     /// In the store.
     Resident(StoreId),
-    /// It was in a scratch range whose memory is gone.
-    Lost(StoreId),
+    /// In the store, and in swap as well: frozen bytes do not change, so it can be evicted without a write.
+    Clean(StoreId, SwapBase),
+    /// In swap only. Windows map this store here, which has a hole, and trap.
+    Swapped(StoreId, SwapBase),
+    /// Its bytes are gone.
+    Lost(StoreId, Loss),
+}
+
+/// How bytes were lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// They were in a scratch range whose process is gone.
+    Process,
+    /// They could not be read back from swap.
+    Swap,
+}
+
+/// Where in swap the pages are that went there together: page `i` of the object in slot `base + i`, wrapping, so that
+/// neighbours say the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwapBase {
+    base: u64,
+    batch: Batch,
+}
+
+/// Names what was evicted together: pages that say the same are of one put. Later evictions have higher numbers,
+/// wrapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Batch(pub(crate) u32);
+
+impl SwapBase {
+    /// Page `first` of an object is in `slot`, and its neighbours in the slots around.
+    pub(crate) fn new(slot: SwapSlot, first: Gfn, batch: Batch) -> Self {
+        Self { base: slot.0.wrapping_sub(first.0), batch }
+    }
+
+    /// The slot of a page.
+    pub fn slot(self, page: Gfn) -> SwapSlot {
+        SwapSlot(self.base.wrapping_add(page.0))
+    }
+
+    pub(crate) fn batch(self) -> Batch {
+        self.batch
+    }
+
+    /// The same slots, evicted once more.
+    pub(crate) fn again(self, batch: Batch) -> Self {
+        Self { batch, ..self }
+    }
 }
 
 impl Slot {
@@ -24,12 +73,45 @@ impl Slot {
     pub fn store(self) -> Option<StoreId> {
         match self {
             Self::Zero => None,
-            Self::Unsettled(s) | Self::Gap(s) | Self::Resident(s) | Self::Lost(s) => Some(s),
+            Self::Unsettled(s)
+            | Self::Gap(s)
+            | Self::Resident(s)
+            | Self::Clean(s, _)
+            | Self::Swapped(s, _)
+            | Self::Lost(s, _) => Some(s),
+        }
+    }
+
+    /// The store that has the page.
+    pub fn resident(self) -> Option<StoreId> {
+        match self {
+            Self::Resident(s) | Self::Clean(s, _) => Some(s),
+            _ => None,
+        }
+    }
+
+    /// Where the page is in swap.
+    pub fn swap(self) -> Option<SwapBase> {
+        match self {
+            Self::Clean(_, base) | Self::Swapped(_, base) => Some(base),
+            _ => None,
         }
     }
 
     /// Whether the page has still to get into its store.
     pub fn is_pending(self) -> bool {
         matches!(self, Self::Unsettled(_) | Self::Gap(_))
+    }
+
+    /// Whether a page in this state may get into that one.
+    pub(crate) fn may_become(self, to: Self) -> bool {
+        match (self, to) {
+            (Self::Unsettled(_) | Self::Gap(_), _) => !to.is_pending(),
+            (Self::Resident(a), Self::Swapped(b, _)) | (Self::Swapped(a, _), Self::Lost(b, Loss::Swap)) => a == b,
+            (Self::Clean(a, from), Self::Swapped(b, to)) | (Self::Swapped(a, from), Self::Clean(b, to)) => {
+                a == b && from.base == to.base
+            }
+            _ => false,
+        }
     }
 }

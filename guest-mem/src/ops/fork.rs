@@ -1,7 +1,7 @@
 //! Fork: one more VM that sees what its parent saw at its last freeze.
 
 use crate::addr::GfnRange;
-use crate::family::{Family, Vm, VmId};
+use crate::family::{Family, Pace, Vm, VmId};
 use crate::object::{Segment, Slot};
 use crate::window::{Run, Source};
 use rangemap::RangeMap;
@@ -23,7 +23,7 @@ impl Family {
         }
         let root = self.stage2.share(root);
         let runs = self.fresh_runs(parent, max_runs);
-        self.insert_vm(Vm { map, root, runs, freezing: None })
+        self.insert_vm(Vm { map, root, runs, freezing: None, pace: Pace::Running })
     }
 
     /// The runs of a new window on what `vm` sees: as its own, but anonymous where pages have turned out zero, the

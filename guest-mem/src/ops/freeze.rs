@@ -11,6 +11,16 @@ use crate::object::{Backing, ObjectId, Slot};
 use crate::stage2::Cursor;
 use crate::window::{Harvest, Run, Source, StoreId};
 
+/// Where the pages of a freeze go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Destination {
+    /// Into the freeze's store.
+    #[default]
+    Store,
+    /// Into swap, but for those that somebody waits for. Into the store where swap does not take them.
+    Swap,
+}
+
 impl Family {
     /// Reserves the store that is to take the place of what `vm` has written.
     ///

@@ -1,7 +1,7 @@
 //! Launch: a new VM over files and fresh memory.
 
 use crate::addr::GfnRange;
-use crate::family::{Family, FileMapping, Vm, VmId};
+use crate::family::{Family, FileMapping, Pace, Vm, VmId};
 use crate::map::{AddressMap, MapEntry};
 use crate::stage2::Cursor;
 use crate::window::{Run, Source};
@@ -24,7 +24,7 @@ impl Family {
             }
         }
         let root = self.stage2.new_root();
-        let mut vm = Vm { map, root, runs: RangeMap::new(), freezing: None };
+        let mut vm = Vm { map, root, runs: RangeMap::new(), freezing: None, pace: Pace::Running };
         for run in self.chain_runs(&vm.map) {
             Cursor::new(&mut self.stage2, &mut vm.root).set(run, &mut Vec::new());
             vm.runs.insert(run.pages.raw(), run.source);

@@ -1,14 +1,19 @@
 //! The few operations in which objects and stage-2 tables meet, one file each.
 
 mod balloon;
+pub(crate) mod evict;
 mod exit;
 mod fork;
 mod freeze;
 mod launch;
 mod settle;
+mod swap_in;
 mod trap;
 
+pub use evict::Victim;
+pub use freeze::Destination;
 pub use settle::{CopyFrom, Job, Placed};
+pub use swap_in::SwapIn;
 pub use trap::Trap;
 
 use crate::addr::GfnRange;

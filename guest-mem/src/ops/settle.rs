@@ -3,7 +3,8 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
-use crate::object::{Backing, Found, ObjectId, Slot};
+use crate::object::{Backing, Found, Loss, ObjectId, Slot, SwapBase};
+use crate::swap::SwapSlot;
 use crate::window::StoreId;
 
 /// Where the bytes of a job are.
@@ -18,10 +19,17 @@ pub enum CopyFrom {
         /// Guest frame of its page 0.
         origin: Gfn,
     },
+    /// In swap, in consecutive slots.
+    Swap {
+        /// The object they belong to, where they have the same index.
+        object: ObjectId,
+        /// The first slot.
+        first: SwapSlot,
+    },
     /// Nowhere: they are zero.
     Zero,
     /// Nowhere any more.
-    Lost,
+    Lost(Loss),
 }
 
 /// Pages to put into a store.
@@ -29,6 +37,8 @@ pub enum CopyFrom {
 pub struct Job {
     /// The object they belong to.
     pub(crate) object: ObjectId,
+    /// The object that cannot go on settling before this is done.
+    pub(crate) needed_by: ObjectId,
     /// Which.
     pub pages: GfnRange,
     /// The store they belong into.
@@ -44,15 +54,17 @@ pub enum Placed {
     Stored,
     /// They are zero, and take no storage.
     Zero,
+    /// They are in swap.
+    Swapped(SwapBase),
     /// Their bytes are gone.
-    Lost,
+    Lost(Loss),
 }
 
 impl Family {
-    /// Some pages that have not settled, at most `limit`; none if all have.
+    /// Some pages that have not settled, at most `limit`; none if all have, or wait for swap.
     pub fn next_job(&mut self, limit: PageCount) -> Option<Job> {
         loop {
-            let object = *self.objects.pending.first()?;
+            let object = *self.objects.pending.difference(&self.objects.put_off).next()?;
             if let Some((pages, slot)) = self.objects.first_pending(object) {
                 let pages = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + limit.0)));
                 return Some(self.job(object, pages, slot));
@@ -65,20 +77,28 @@ impl Family {
         let store = slot.store().expect("a pending page is bound for a store");
         if let Slot::Unsettled(_) = slot {
             let scratch = self.objects.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
-            return Job { object, pages, store, from: CopyFrom::Scratch(scratch.holder) };
+            return Job { object, needed_by: object, pages, store, from: CopyFrom::Scratch(scratch.holder) };
         }
         let (below, origin) = match self.objects.get(object).backing {
             Some(Backing { object, origin }) => (Some(object), Gfn(origin)),
             None => (None, Gfn(0)),
         };
         let segment = self.objects.resolve(below, origin, pages)[0];
-        let job = |from| Job { object, pages: segment.pages, store, from };
+        let job = |from| Job { object, needed_by: object, pages: segment.pages, store, from };
         match segment.found {
             None => job(CopyFrom::Zero),
             Some(Found { slot: Slot::Zero, .. }) => job(CopyFrom::Zero),
-            Some(Found { slot: Slot::Lost(_), .. }) => job(CopyFrom::Lost),
-            Some(Found { slot: Slot::Resident(store), origin, .. }) => job(CopyFrom::Store { store, origin }),
-            Some(found) => self.job(found.object, found.indexes(segment.pages), found.slot),
+            Some(Found { slot: Slot::Lost(_, loss), .. }) => job(CopyFrom::Lost(loss)),
+            Some(Found { slot: Slot::Resident(store) | Slot::Clean(store, _), origin, .. }) => {
+                job(CopyFrom::Store { store, origin })
+            }
+            Some(Found { object, slot: Slot::Swapped(_, base), origin }) => {
+                assert_eq!(origin, Gfn(0), "anonymous objects of a family share one index space");
+                job(CopyFrom::Swap { object, first: base.slot(segment.pages.start()) })
+            }
+            Some(found @ Found { slot: Slot::Unsettled(_) | Slot::Gap(_), .. }) => {
+                Job { needed_by: object, ..self.job(found.object, found.indexes(segment.pages), found.slot) }
+            }
         }
     }
 
@@ -88,12 +108,11 @@ impl Family {
             let to = match outcome {
                 Placed::Stored => Slot::Resident(job.store),
                 Placed::Zero => Slot::Zero,
-                Placed::Lost => Slot::Lost(job.store),
+                Placed::Swapped(base) => Slot::Swapped(job.store, base),
+                Placed::Lost(loss) => Slot::Lost(job.store, loss),
             };
             self.objects.advance(job.object, pages, to, effects);
-            if outcome != Placed::Stored {
-                self.tell_windows(pages, job.store, outcome, effects);
-            }
+            self.tell_windows(pages, job.store, outcome, effects);
         }
         if !matches!(job.from, CopyFrom::Scratch(_)) {
             // Pages below, and the chain to them, may have been kept for these gaps alone.
@@ -102,16 +121,30 @@ impl Family {
         }
     }
 
+    /// The page that this job needs is being read from swap: it is done again when [pages have
+    /// arrived](Self::retry_put_off).
+    pub(crate) fn put_off(&mut self, job: &Job) {
+        self.objects.put_off.insert(job.needed_by);
+    }
+
+    /// Pages that were read from swap may be here.
+    pub(crate) fn retry_put_off(&mut self) {
+        self.objects.put_off.clear();
+    }
+
     /// Windows that map a hole here get zeros before they trap, unless a freeze may have moved a later write of theirs
-    /// out; those that see a lost page fail.
+    /// out; those that see a page that is lost with its process fail. What swap has lost fails who touches it.
     fn tell_windows(&self, pages: GfnRange, store: StoreId, outcome: Placed, effects: &mut Effects) {
+        if !matches!(outcome, Placed::Zero | Placed::Lost(Loss::Process)) {
+            return;
+        }
         for (&id, vm) in &self.vms {
             for (part, _) in vm.runs.overlapping(pages.raw()).filter(|(_, source)| source.is_store(store)) {
                 let part = GfnRange::from(part.clone()).intersect(pages);
-                match outcome {
-                    Placed::Lost => effects.push(Effect::Fail(id, part)),
-                    _ if vm.freezing.is_none() => effects.push(Effect::Zero(id, part)),
-                    _ => {}
+                if outcome != Placed::Zero {
+                    effects.push(Effect::Fail(id, part));
+                } else if vm.freezing.is_none() {
+                    effects.push(Effect::Zero(id, part));
                 }
             }
         }

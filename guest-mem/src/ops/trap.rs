@@ -1,13 +1,13 @@
 //! Trap: a guest waits for a page that is not there.
 
 use super::settle::Job;
+use super::swap_in::SwapIn;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Freezing, VmId};
-use crate::object::{Kind, Slot};
+use crate::object::{Kind, Loss, Slot};
+use crate::swap::CLUSTER;
 use crate::window::StoreId;
 
-/// Pages served together: 64 KiB.
-pub(crate) const CLUSTER: PageCount = PageCount(16);
 /// Zero pages supplied together: 2 MiB.
 const ZERO_CLUSTER: PageCount = PageCount(512);
 
@@ -23,6 +23,8 @@ pub enum Trap {
     Wait,
     /// First this job, then ask again.
     Settle(Job),
+    /// First these pages must be read from swap, then ask again.
+    SwapIn(SwapIn),
     /// These pages of a file's store must be filled from the file; then the window is woken.
     File {
         /// The file's store.
@@ -33,7 +35,7 @@ pub enum Trap {
         wake: GfnRange,
     },
     /// The page is lost.
-    Lost,
+    Lost(Loss),
     /// The VM has no memory here.
     Outside,
 }
@@ -48,11 +50,15 @@ impl Family {
         let Some(found) = segment.found else { return self.zeros(vm, gfn) };
         match found.slot {
             Slot::Zero => self.zeros(vm, gfn),
-            Slot::Lost(_) => Trap::Lost,
+            Slot::Lost(_, loss) => Trap::Lost(loss),
             Slot::Unsettled(_) | Slot::Gap(_) => {
                 Trap::Settle(self.job(found.object, found.indexes(segment.pages), found.slot))
             }
-            Slot::Resident(store) => match self.objects.get(found.object).kind {
+            Slot::Swapped(_, base) => {
+                let page = found.indexes(GfnRange::new(gfn, PageCount(1))).start();
+                Trap::SwapIn(self.swap_in(found.object, page, base))
+            }
+            Slot::Resident(store) | Slot::Clean(store, _) => match self.objects.get(found.object).kind {
                 Kind::Anonymous => Trap::Wake(segment.pages),
                 Kind::File => Trap::File { store, pages: found.indexes(segment.pages), wake: segment.pages },
             },

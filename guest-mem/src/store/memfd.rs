@@ -1,6 +1,7 @@
 //! Stores that are memfds: what windows of other processes map.
 
 use super::file::MemfdFile;
+use super::swap::SharedSwap;
 use super::{Store, StoreFactory};
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::sys::{Alias, FillError, Memfd, Userfaultfd};
@@ -17,6 +18,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct MemfdStores {
     userfaultfd: Option<Arc<Userfaultfd>>,
+    swap: SharedSwap,
 }
 
 /// A store that is a memfd.
@@ -33,19 +35,30 @@ pub struct MemfdStore {
 impl MemfdStores {
     /// Stores filled through `userfaultfd`, or plainly.
     pub fn new(userfaultfd: Option<Arc<Userfaultfd>>) -> Self {
-        Self { userfaultfd }
+        Self { userfaultfd, swap: SharedSwap::default() }
+    }
+
+    /// The same, whose pages can be evicted to `swap`.
+    #[must_use]
+    pub fn with_swap(self, swap: SharedSwap) -> Self {
+        Self { swap, ..self }
     }
 }
 
 impl StoreFactory for MemfdStores {
     type Store = MemfdStore;
     type File = MemfdFile;
+    type Swap = SharedSwap;
 
     fn create(&mut self, pages: PageCount) -> io::Result<MemfdStore> {
         let file = Memfd::new("offshoot-store", pages)?;
         let read_only = file.read_only()?;
         let inode = fstat(&file)?.st_ino;
         Ok(MemfdStore { file, read_only, inode, userfaultfd: self.userfaultfd.clone(), alias: None })
+    }
+
+    fn swap(&mut self) -> &mut SharedSwap {
+        &mut self.swap
     }
 }
 

@@ -1,6 +1,6 @@
 //! Small scope, all of it.
 
-use crate::fakes::Gaps;
+use crate::fakes::{Gaps, Reads};
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange};
 
@@ -14,13 +14,27 @@ enum Op {
     Balloon(usize),
     Exit(usize),
     Settle,
+    /// All there is.
+    Evict,
+    /// What a VM has written goes straight to swap, and nobody waits for it.
+    FreezeToSwap(usize),
+    /// A VM touches a page, and is left waiting if that is in swap.
+    Touch(usize, u64),
+    EndReads,
+}
+
+/// Whether memory is short.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pressure {
+    None,
+    Some,
 }
 
 const PAGES: u64 = 2;
 const MAX_VMS: usize = 3;
 
 /// All that can be done with so many VMs.
-fn choices(vms: usize) -> impl Iterator<Item = Op> {
+fn choices(vms: usize, pressure: Pressure) -> impl Iterator<Item = Op> {
     let of_one = move |vm| {
         let fork = (vms < MAX_VMS).then_some(Op::Fork(vm));
         (0..PAGES)
@@ -28,7 +42,10 @@ fn choices(vms: usize) -> impl Iterator<Item = Op> {
             .chain([Op::Freeze(vm), Op::Balloon(vm), Op::Exit(vm)])
             .chain(fork)
     };
-    (0..vms).flat_map(of_one).chain([Op::Settle])
+    let pressed = move |vm| (0..PAGES).map(move |page| Op::Touch(vm, page)).chain([Op::FreezeToSwap(vm)]);
+    let pressed = (0..vms).flat_map(pressed).chain([Op::Evict, Op::EndReads]);
+    let pressed = pressed.filter(move |_| pressure == Pressure::Some);
+    (0..vms).flat_map(of_one).chain([Op::Settle]).chain(pressed)
 }
 
 fn run(world: &mut World, op: Op, gaps: Gaps) {
@@ -46,12 +63,31 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         Op::Settle => {
             world.settle();
         }
+        Op::Evict => world.evict_all(),
+        Op::FreezeToSwap(vm) => {
+            world.freeze_to_swap(ids[vm], gaps);
+        }
+        Op::Touch(vm, page) => world.prefetch(ids[vm], Gfn(page)),
+        Op::EndReads => {
+            world.io_done();
+        }
     }
 }
 
+/// Where sequences play.
+struct Scope {
+    layout: Layout,
+    gaps: Gaps,
+    pressure: Pressure,
+}
+
 /// Every sequence of `depth` more operations after `ops`; what is on the way to them was checked when it was the end.
-fn explore(layout: &Layout, gaps: Gaps, ops: &mut Vec<Op>, depth: usize, ends: &mut u64) {
+fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize, ends: &mut u64) {
+    let &Scope { ref layout, gaps, pressure } = scope;
     let mut world = World::new(layout);
+    if pressure == Pressure::Some {
+        world.swap.borrow_mut().reads = Reads::Later;
+    }
     for &op in ops.iter() {
         run(&mut world, op, gaps);
     }
@@ -62,9 +98,9 @@ fn explore(layout: &Layout, gaps: Gaps, ops: &mut Vec<Op>, depth: usize, ends: &
     world.end();
     *ends += 1;
     if depth > 0 {
-        for op in choices(vms) {
+        for op in choices(vms, pressure) {
             ops.push(op);
-            explore(layout, gaps, ops, depth - 1, ends);
+            explore(scope, ops, depth - 1, ends);
             ops.pop();
         }
     }
@@ -73,8 +109,10 @@ fn explore(layout: &Layout, gaps: Gaps, ops: &mut Vec<Op>, depth: usize, ends: &
 #[test]
 fn every_sequence_of_five_operations_on_two_pages() {
     let mut ends = 0;
-    explore(&Layout::flat(PAGES), Gaps::None, &mut Vec::new(), 5, &mut ends);
-    explore(&Layout::flat(PAGES), Gaps::All, &mut Vec::new(), 5, &mut ends);
+    for gaps in [Gaps::None, Gaps::All] {
+        let scope = Scope { layout: Layout::flat(PAGES), gaps, pressure: Pressure::None };
+        explore(&scope, &mut Vec::new(), 5, &mut ends);
+    }
     assert!(ends > 10_000, "{ends}");
 }
 
@@ -82,7 +120,18 @@ fn every_sequence_of_five_operations_on_two_pages() {
 fn every_sequence_of_four_operations_over_a_file() {
     let layout = Layout::flat(PAGES).with_files(&[(1, 2)]);
     for gaps in [Gaps::None, Gaps::All] {
-        explore(&layout, gaps, &mut Vec::new(), 4, &mut 0);
+        let scope = Scope { layout: layout.clone(), gaps, pressure: Pressure::None };
+        explore(&scope, &mut Vec::new(), 4, &mut 0);
+    }
+}
+
+/// The first two are given, without which nothing can be evicted.
+#[test]
+fn every_sequence_of_five_operations_under_pressure() {
+    for gaps in [Gaps::None, Gaps::All] {
+        let scope = Scope { layout: Layout::flat(PAGES), gaps, pressure: Pressure::Some };
+        explore(&scope, &mut vec![Op::Write(0, 0), Op::FreezeToSwap(0)], 3, &mut 0);
+        explore(&scope, &mut vec![Op::Write(0, 1), Op::Fork(0), Op::Settle, Op::Evict], 3, &mut 0);
     }
 }
 

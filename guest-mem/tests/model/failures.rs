@@ -2,9 +2,9 @@
 
 use crate::fakes::{Call, Gaps};
 use crate::world::{Layout, World};
-use guest_mem::VmId;
 use guest_mem::addr::Gfn;
 use guest_mem::manager::Error;
+use guest_mem::{Destination, VmId};
 use std::ops::Range;
 
 /// Tries again what failed, which must leave everything in order, and succeed.
@@ -15,7 +15,7 @@ fn insist<R>(world: &mut World, mut action: impl FnMut(&mut World) -> Result<R, 
         Err(error) => {
             world.check();
             world.check_counts();
-            if !matches!(error, Error::Fill { .. }) {
+            if !matches!(error, Error::Fill { .. } | Error::PutSwap { .. }) {
                 assert_eq!(world.manager.family().totals(), before, "{error} changes nothing");
             }
             action(world).expect("it fails once")
@@ -44,12 +44,33 @@ fn play(world: &mut World) {
     if world.vms.contains_key(&second) {
         world.exit(second);
     }
+    evict(world);
     read(world, third, 0..128);
     read(world, first, 0..128);
+    evict(world);
     if world.vms.contains_key(&first) {
-        (30..35).for_each(|page| world.write(first, Gfn(page)));
-        insist(world, |world| world.try_fork(first, Gaps::None));
+        for page in 30..35 {
+            insist(world, |world| world.try_write(first, Gfn(page)));
+        }
+        insist(world, |world| world.try_fork(first, Gaps::All));
+        if world.vms.contains_key(&first) {
+            insist(world, |world| world.try_write(first, Gfn(32)));
+        }
     }
+    world.reap();
+    if world.vms.contains_key(&third) {
+        insist(world, |world| world.try_write(third, Gfn(90)));
+        insist(world, |world| world.try_freeze_to(third, Gaps::All, Destination::Swap));
+        while insist(world, World::try_settle) {}
+    }
+}
+
+/// All memory, of which some is in swap already.
+fn evict(world: &mut World) {
+    insist(world, |world| match world.evict_some(u64::MAX).stopped {
+        Some(error) => Err(error),
+        None => Ok(()),
+    });
 }
 
 /// A VM reads, as far as it gets.
@@ -67,7 +88,7 @@ fn fail_every(call: Call) -> u64 {
     for nth in 0.. {
         let mut world = World::new(&Layout::flat(128).with_files(&[(40, 50)]));
         world.ledger.fail(call, nth);
-        if call == Call::ReadScratch {
+        if matches!(call, Call::ReadScratch | Call::GetSwap) {
             world.expect_losses();
         }
         play(&mut world);
@@ -87,7 +108,7 @@ fn fail_every(call: Call) -> u64 {
 
 #[test]
 fn a_store_that_cannot_be_made_changes_nothing() {
-    assert_eq!(fail_every(Call::Create), 3);
+    assert_eq!(fail_every(Call::Create), 4);
 }
 
 #[test]
@@ -98,6 +119,16 @@ fn a_fill_that_fails_half_way_is_done_again() {
 #[test]
 fn a_file_that_cannot_be_read_is_read_again() {
     assert!(fail_every(Call::ReadFile) >= 3);
+}
+
+#[test]
+fn what_swap_does_not_take_stays_where_it_is() {
+    assert!(fail_every(Call::PutSwap) > 10);
+}
+
+#[test]
+fn what_swap_has_lost_stops_who_needs_it_and_nobody_else() {
+    assert!(fail_every(Call::GetSwap) > 10);
 }
 
 #[test]

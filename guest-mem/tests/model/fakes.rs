@@ -3,7 +3,9 @@
 //! A page's content is a [`Stamp`]; it is spelled out in bytes only where the manager looks at it.
 
 use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use guest_mem::store::swap::SharedSwap;
 use guest_mem::store::{FileStore, Store, StoreFactory};
+use guest_mem::swap::{Fetch, Swap, SwapSlot};
 use guest_mem::{Harvest, Run, Source, StoreId, Window};
 use rangemap::{RangeMap, RangeSet};
 use std::cell::{Cell, RefCell};
@@ -32,6 +34,8 @@ pub enum Call {
     Fill,
     ReadScratch,
     ReadFile,
+    PutSwap,
+    GetSwap,
 }
 
 /// What all fakes of a world share: how much they hold, and which call is to fail.
@@ -81,8 +85,143 @@ impl Ledger {
 /// The pages of a store; whoever maps it holds on to them, as with a memfd.
 type Pages = Rc<RefCell<BTreeMap<u64, Stamp>>>;
 
+/// How soon a page is read from swap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reads {
+    AtOnce,
+    /// When the test says so.
+    Later,
+}
+
+/// A page in swap.
+#[derive(Debug)]
+struct Swapped {
+    stamp: Stamp,
+    /// Number of its put.
+    put: u64,
+    read: Read,
+}
+
+/// How far a read has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Read {
+    None,
+    UnderWay,
+    Done,
+}
+
+/// Swap in memory. Panics where the manager reads or frees what is not there, or reads pages of two puts at once.
+pub struct FakeSwap {
+    slots: BTreeMap<u64, Swapped>,
+    puts: u64,
+    gets: u64,
+    /// Slots for so many pages, all in all.
+    pub size: u64,
+    pub reads: Reads,
+    ledger: Rc<Ledger>,
+}
+
+impl FakeSwap {
+    fn new(ledger: &Rc<Ledger>) -> Self {
+        let ledger = Rc::clone(ledger);
+        Self { slots: BTreeMap::new(), puts: 0, gets: 0, size: u64::MAX, reads: Reads::AtOnce, ledger }
+    }
+
+    /// Pages there are.
+    pub fn pages(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Puts, and gets that brought pages.
+    pub fn calls(&self) -> (u64, u64) {
+        (self.puts, self.gets)
+    }
+
+    /// Ends all reads that are under way. Whether there were any.
+    pub fn end_reads(&mut self) -> bool {
+        let under_way = self.slots.values_mut().filter(|page| page.read == Read::UnderWay);
+        under_way.map(|page| page.read = Read::Done).count() > 0
+    }
+
+    /// Whether reads have begun of which nobody has had the pages.
+    pub fn is_reading(&self) -> bool {
+        self.slots.values().any(|page| page.read != Read::None)
+    }
+
+    /// The lowest slots that are free in a row: slots are used again soon, and puts become neighbours.
+    fn allocate(&self, count: u64) -> io::Result<u64> {
+        if self.pages() as u64 + count > self.size {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let mut first = 0;
+        for &slot in self.slots.keys() {
+            if slot - first >= count {
+                break;
+            }
+            first = slot + 1;
+        }
+        Ok(first)
+    }
+}
+
+impl Swap for FakeSwap {
+    fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot> {
+        let count = (pages.len() / PAGE_SIZE) as u64;
+        assert!((1..=16).contains(&count) && pages.len().is_multiple_of(PAGE_SIZE), "{} bytes are put", pages.len());
+        self.ledger.check(Call::PutSwap)?;
+        let first = self.allocate(count)?;
+        for (slot, page) in (first..).zip(pages.chunks_exact(PAGE_SIZE)) {
+            let page = Swapped { stamp: decode(page), put: self.puts, read: Read::None };
+            assert!(self.slots.insert(slot, page).is_none(), "slot {slot} is free");
+        }
+        self.puts += 1;
+        Ok(SwapSlot(first))
+    }
+
+    /// What a read has brought is brought once.
+    fn get(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        let count = (buf.len() / PAGE_SIZE) as u64;
+        assert!((1..=16).contains(&count) && buf.len().is_multiple_of(PAGE_SIZE), "{} bytes are read", buf.len());
+        let mut pages: Vec<_> = self.slots.range_mut(first.0..first.0 + count).map(|(_, page)| page).collect();
+        assert_eq!(pages.len() as u64, count, "{count} slots from {first:?} on are in use");
+        assert!(pages.windows(2).all(|two| two[0].put == two[1].put), "pages of one put are read together");
+        self.ledger.check(Call::GetSwap)?;
+        if self.reads == Reads::Later && pages.iter().any(|page| page.read != Read::Done) {
+            pages.iter_mut().filter(|page| page.read == Read::None).for_each(|page| page.read = Read::UnderWay);
+            return Ok(Fetch::Coming);
+        }
+        for (page, bytes) in pages.into_iter().zip(buf.chunks_exact_mut(PAGE_SIZE)) {
+            encode(page.stamp, bytes);
+            page.read = Read::None;
+        }
+        self.gets += 1;
+        Ok(Fetch::Here)
+    }
+
+    fn free(&mut self, first: SwapSlot, count: PageCount) {
+        for slot in first.0..first.0 + count.0 {
+            assert!(self.slots.remove(&slot).is_some(), "slot {slot} is freed once");
+        }
+    }
+
+    fn used(&self) -> Option<Vec<(SwapSlot, PageCount)>> {
+        Some(self.slots.keys().map(|&slot| (SwapSlot(slot), PageCount(1))).collect())
+    }
+}
+
 /// Makes [`VecStore`]s.
-pub struct VecStores(pub Rc<Ledger>);
+pub struct VecStores {
+    ledger: Rc<Ledger>,
+    swap: SharedSwap,
+}
+
+impl VecStores {
+    /// Stores on `ledger`, and their swap.
+    pub fn new(ledger: &Rc<Ledger>) -> (Self, Rc<RefCell<FakeSwap>>) {
+        let swap = Rc::new(RefCell::new(FakeSwap::new(ledger)));
+        (Self { ledger: Rc::clone(ledger), swap: SharedSwap::new(Rc::clone(&swap)) }, swap)
+    }
+}
 
 /// A store in memory. Panics where the manager frees what is not there, or drops what is.
 pub struct VecStore {
@@ -96,11 +235,17 @@ pub struct VecStore {
 impl StoreFactory for VecStores {
     type Store = VecStore;
     type File = FakeFile;
+    type Swap = SharedSwap;
 
     fn create(&mut self, pages: PageCount) -> io::Result<VecStore> {
-        self.0.check(Call::Create)?;
-        self.0.stores.set(self.0.stores.get() + 1);
-        Ok(VecStore { pages: Pages::default(), size: pages, torn: None, ledger: Rc::clone(&self.0) })
+        let ledger = Rc::clone(&self.ledger);
+        ledger.check(Call::Create)?;
+        ledger.stores.set(ledger.stores.get() + 1);
+        Ok(VecStore { pages: Pages::default(), size: pages, torn: None, ledger })
+    }
+
+    fn swap(&mut self) -> &mut SharedSwap {
+        &mut self.swap
     }
 }
 
@@ -244,7 +389,8 @@ pub struct FakeWindow {
     mapped: BTreeMap<StoreId, Mapped>,
     present: BTreeMap<u64, Private>,
     scratch: BTreeMap<StoreId, BTreeMap<u64, Stamp>>,
-    woken: RangeSet<u64>,
+    /// Pages that guests wait for.
+    waiting: BTreeSet<u64>,
     /// The process is gone, and its memory.
     pub killed: bool,
     /// Why the VM must not run on.
@@ -315,9 +461,19 @@ impl FakeWindow {
         Ok(())
     }
 
-    /// The guest's half of a trap's end.
-    pub fn take_woken(&mut self, gfn: Gfn) -> bool {
-        std::mem::take(&mut self.woken).contains(&gfn.0)
+    /// A guest has trapped.
+    pub fn wait(&mut self, gfn: Gfn) {
+        self.waiting.insert(gfn.0);
+    }
+
+    /// Whether it waits on.
+    pub fn is_waiting(&self, gfn: Gfn) -> bool {
+        self.waiting.contains(&gfn.0)
+    }
+
+    /// All pages that guests wait for.
+    pub fn waiting(&self) -> &BTreeSet<u64> {
+        &self.waiting
     }
 
     /// Drops what is there, and maps anonymous memory in its place.
@@ -406,9 +562,7 @@ impl Window for FakeWindow {
     }
 
     fn wake(&mut self, pages: GfnRange) {
-        if !pages.is_empty() {
-            self.woken.insert(pages.raw());
-        }
+        self.waiting.retain(|page| !pages.contains(Gfn(*page)));
     }
 
     fn fail(&mut self, why: &str) {

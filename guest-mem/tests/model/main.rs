@@ -5,6 +5,7 @@ mod balloon;
 mod exhaustive;
 mod failures;
 mod fakes;
+mod pressure;
 mod random;
 mod rng;
 mod stories;

@@ -2,11 +2,11 @@
 //!
 //! `OFFSHOOT_SEED` runs one seed again, `OFFSHOOT_STEPS` makes every run longer.
 
-use crate::fakes::Gaps;
+use crate::fakes::{Call, Gaps, Reads};
 use crate::rng::Rng;
 use crate::world::{Layout, World};
-use guest_mem::VmId;
 use guest_mem::addr::{Gfn, GfnRange};
+use guest_mem::{Pace, VmId};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// More VMs than this make no new ones.
@@ -18,6 +18,8 @@ struct Player {
     frames: Vec<Gfn>,
     /// Whether processes get killed.
     deadly: bool,
+    /// How often something is evicted, of 100 steps.
+    pressure: u64,
 }
 
 impl Player {
@@ -36,7 +38,14 @@ impl Player {
         let world = World::new(layout);
         let frames = world.frames().collect();
         let deadly = rng.below(3) == 0;
-        Self { rng, world, frames, deadly }
+        let pressure = [0, 5, 20, 40][rng.below(4) as usize];
+        if rng.below(2) == 0 {
+            world.swap.borrow_mut().reads = Reads::Later;
+        }
+        if rng.below(4) == 0 {
+            world.swap.borrow_mut().size = 30;
+        }
+        Self { rng, world, frames, deadly, pressure }
     }
 
     fn vm(&mut self) -> VmId {
@@ -63,6 +72,60 @@ impl Player {
     }
 
     fn step(&mut self) {
+        if self.rng.below(100) < self.pressure {
+            self.press();
+        } else {
+            self.operate();
+        }
+        self.world.reap();
+        if self.world.vms.is_empty() {
+            self.world.settle_all();
+        }
+        self.world.check();
+    }
+
+    /// What memory pressure, and the end of it, brings.
+    fn press(&mut self) {
+        let vm = self.vm();
+        match self.rng.below(13) {
+            0 => self.world.evict_all(),
+            1..=3 => {
+                let limit = 1 + self.rng.below(40);
+                self.world.evict_some(limit);
+            }
+            4 => {
+                let nth = self.rng.below(3);
+                self.world.ledger.fail(Call::PutSwap, nth);
+                self.world.evict_some(40);
+                self.world.ledger.take_unfailed();
+            }
+            5 => {
+                let gaps = self.gaps();
+                self.world.freeze_to_swap(vm, gaps);
+            }
+            6 => {
+                let pace = self.rng.pick(&[Pace::Running, Pace::Idle]);
+                self.world.manager.set_pace(vm, pace);
+            }
+            7 | 8 => {
+                let gfn = self.frame();
+                self.world.prefetch(vm, gfn);
+            }
+            9 => drop(self.world.end_reads()),
+            10 => drop(self.world.io_done()),
+            11 if self.deadly => {
+                let nth = self.rng.below(4);
+                self.world.ledger.fail(Call::GetSwap, nth);
+                self.world.expect_losses();
+            }
+            _ => {
+                let frames = self.stretch();
+                frames.into_iter().for_each(|gfn| self.world.read(vm, gfn));
+            }
+        }
+    }
+
+    fn operate(&mut self) {
         let vm = self.vm();
         match self.rng.below(100) {
             0..15 => {
@@ -116,11 +179,6 @@ impl Player {
             }
             _ => self.kill(vm),
         }
-        self.world.reap();
-        if self.world.vms.is_empty() {
-            self.world.settle_all();
-        }
-        self.world.check();
     }
 
     fn fork(&mut self, parent: VmId) {

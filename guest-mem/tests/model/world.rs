@@ -1,12 +1,14 @@
 //! A family of VMs on fakes, and beside it what each of them must see.
 
-use crate::fakes::{FakeFile, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStores};
+use crate::fakes::{FakeFile, FakeSwap, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStores};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
-use guest_mem::manager::{Copied, Error};
-use guest_mem::object::{Found, Slot};
+use guest_mem::check::check_swap;
+use guest_mem::manager::{Copied, Error, Evicted};
+use guest_mem::object::{Found, ObjectId, Slot};
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
-use guest_mem::{Manager, Source, StoreId, VmId};
+use guest_mem::{Destination, Manager, Source, StoreId, VmId, Window};
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
@@ -43,12 +45,15 @@ type Memory = BTreeMap<u64, Stamp>;
 pub struct World {
     pub manager: Manager<VecStores, FakeWindow>,
     pub ledger: Rc<Ledger>,
+    pub swap: Rc<RefCell<FakeSwap>>,
     ram: Vec<GfnRange>,
     pub vms: BTreeMap<VmId, Memory>,
     /// VMs that are gone; their windows may be needed.
     gone: BTreeSet<VmId>,
     writes: u64,
     killed: bool,
+    /// Whether reads from swap have ended of which the manager has not been told.
+    untold: bool,
 }
 
 fn range((start, end): (u64, u64)) -> GfnRange {
@@ -61,7 +66,8 @@ impl World {
         let ledger = Rc::new(Ledger::default());
         let ram: Vec<GfnRange> = layout.ram.iter().copied().map(range).collect();
         let span = layout.shape.table_span(layout.shape.levels);
-        let mut manager = Manager::new(layout.shape, span, VecStores(Rc::clone(&ledger)));
+        let (stores, swap) = VecStores::new(&ledger);
+        let mut manager = Manager::new(layout.shape, span, stores);
         let files: Vec<_> = layout.files.iter().map(|&at| (range(at), file(range(at).count(), &ledger))).collect();
         let vm = manager.launch(&ram, &files, FakeWindow::new(&ram, &ledger));
         let mut memory = Memory::new();
@@ -71,7 +77,8 @@ impl World {
             }
         }
         let vms = BTreeMap::from([(vm, memory)]);
-        let mut world = Self { manager, ledger, ram, vms, gone: BTreeSet::new(), writes: 0, killed: false };
+        let mut world =
+            Self { manager, ledger, swap, ram, vms, gone: BTreeSet::new(), writes: 0, killed: false, untold: false };
         world.map_runs(vm);
         world
     }
@@ -119,13 +126,78 @@ impl World {
             if let Ok(done) = action(self.window_mut(vm)) {
                 return Ok(Some(done));
             }
-            self.manager.trap(vm, gfn)?;
+            self.window_mut(vm).wait(gfn);
+            if let Err(error) = self.manager.trap(vm, gfn) {
+                // The server knows that it has to try again.
+                self.window_mut(vm).wake(GfnRange::new(gfn, PageCount(1)));
+                return Err(error);
+            }
+            self.finish_reads(vm, gfn)?;
             if self.window(vm).failed.is_some() {
                 return Ok(None);
             }
-            assert!(self.window_mut(vm).take_woken(gfn), "a trap of {vm:?} at {gfn} is answered by a wake");
+            assert!(!self.window(vm).is_waiting(gfn), "a trap of {vm:?} at {gfn} is answered by a wake");
         }
         Ok(Some(action(self.window_mut(vm)).expect("two traps bring a page")))
+    }
+
+    /// A guest that waits for swap is waited for: a page may be read for a gap, and once more for what is below.
+    fn finish_reads(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        while self.window(vm).is_waiting(gfn) && self.window(vm).failed.is_none() && (self.end_reads() || self.untold) {
+            self.untold = false;
+            self.manager.swap_ready()?;
+        }
+        Ok(())
+    }
+
+    /// All reads from swap that are under way end, and nobody has been told. Whether there were any.
+    pub fn end_reads(&mut self) -> bool {
+        let ended = self.swap.borrow_mut().end_reads();
+        self.untold |= ended;
+        ended
+    }
+
+    /// All reads from swap end. Whether there were any.
+    pub fn io_done(&mut self) -> bool {
+        let ended = self.end_reads() || self.untold;
+        self.untold = false;
+        self.manager.swap_ready().expect("nothing is to fail");
+        ended
+    }
+
+    /// A guest touches a page, and is left waiting if that is in swap.
+    pub fn prefetch(&mut self, vm: VmId, gfn: Gfn) {
+        if self.window(vm).read(gfn).is_err() {
+            self.window_mut(vm).wait(gfn);
+            self.manager.trap(vm, gfn).expect("nothing is to fail");
+        }
+    }
+
+    /// All anonymous memory there is.
+    pub fn evict_all(&mut self) {
+        for object in self.objects() {
+            let evicted = self.manager.evict(object, self.span());
+            assert!(evicted.stopped.is_none_or(|error| error.is_full()), "nothing is to fail");
+        }
+    }
+
+    /// The family's objects.
+    pub fn objects(&self) -> Vec<ObjectId> {
+        self.manager.family().objects().iter().map(|(id, _)| id).collect()
+    }
+
+    fn span(&self) -> GfnRange {
+        GfnRange::between(Gfn(0), self.ram.last().expect("a VM has RAM").end())
+    }
+
+    /// Some memory. A put that fails changes nothing.
+    pub fn evict_some(&mut self, limit: u64) -> Evicted {
+        let before = self.manager.family().totals();
+        let evicted = self.manager.evict_some(PageCount(limit));
+        let after = self.manager.family().totals();
+        assert_eq!(before.resident - after.resident, evicted.pages.0, "{evicted:?}");
+        assert_eq!(after.swapped - before.swapped, evicted.pages.0, "{evicted:?}");
+        evicted
     }
 
     /// A guest reads, and must see what the model says.
@@ -187,7 +259,7 @@ impl World {
 
     /// A freeze of a VM that gives pages back before it is stopped: the manager hears of that in the middle.
     pub fn balloon_and_freeze(&mut self, vm: VmId, pages: GfnRange, gaps: Gaps) {
-        let store = self.manager.begin_freeze(vm).expect("nothing is to fail");
+        let store = self.manager.begin_freeze(vm, Destination::Store).expect("nothing is to fail");
         let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
         self.balloon(vm, pages);
         self.manager.stands(vm);
@@ -197,7 +269,12 @@ impl World {
 
     /// What a VM has written becomes an object.
     pub fn try_freeze(&mut self, vm: VmId, gaps: Gaps) -> Result<StoreId, Error> {
-        let store = self.manager.begin_freeze(vm)?;
+        self.try_freeze_to(vm, gaps, Destination::Store)
+    }
+
+    /// What a VM has written becomes an object, in memory or in swap.
+    pub fn try_freeze_to(&mut self, vm: VmId, gaps: Gaps, to: Destination) -> Result<StoreId, Error> {
+        let store = self.manager.begin_freeze(vm, to)?;
         let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
         self.manager.stands(vm);
         let harvest = self.window_mut(vm).freeze(store, mapped, gaps);
@@ -209,21 +286,26 @@ impl World {
         self.try_freeze(vm, gaps).expect("nothing is to fail")
     }
 
+    pub fn freeze_to_swap(&mut self, vm: VmId, gaps: Gaps) -> StoreId {
+        self.try_freeze_to(vm, gaps, Destination::Swap).expect("nothing is to fail")
+    }
+
     /// A freeze whose VM runs on, and touches a page, before the manager hears how it went.
     pub fn freeze_and_touch(&mut self, vm: VmId, gfn: Gfn) {
-        let store = self.manager.begin_freeze(vm).expect("nothing is to fail");
+        let store = self.manager.begin_freeze(vm, Destination::Store).expect("nothing is to fail");
         let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
         self.manager.stands(vm);
         let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None);
+        self.window_mut(vm).wait(gfn);
         self.manager.trap(vm, gfn).expect("nothing is to fail");
-        assert!(!self.window_mut(vm).take_woken(gfn), "nobody can know yet what is there");
+        assert!(self.window(vm).is_waiting(gfn), "nobody can know yet what is there");
         self.manager.finish_freeze(vm, &harvest);
-        assert!(self.window_mut(vm).take_woken(gfn), "it looks again");
+        assert!(!self.window(vm).is_waiting(gfn), "it looks again");
     }
 
     /// A freeze whose window could not do its part.
     pub fn freeze_in_vain(&mut self, vm: VmId) {
-        self.manager.begin_freeze(vm).expect("nothing is to fail");
+        self.manager.begin_freeze(vm, Destination::Swap).expect("nothing is to fail");
         self.manager.abort_freeze(vm);
     }
 
@@ -280,7 +362,7 @@ impl World {
     }
 
     pub fn settle_all(&mut self) {
-        while self.settle() {}
+        while self.settle() || self.io_done() {}
         assert_eq!(self.manager.family().totals().unsettled, 0);
         assert_eq!(self.manager.windows(), self.vms.len(), "nobody waits any more");
         assert!(self.ids().iter().all(|&vm| !self.window(vm).has_scratch()));
@@ -317,6 +399,7 @@ impl World {
         let family = self.manager.family();
         let mut broken = family.check_invariants().err().unwrap_or_default();
         self.manager.check_stores(&mut broken);
+        check_swap([family], Some(&*self.swap.borrow()), &mut broken);
         assert!(broken.is_empty(), "{}", broken.join("\n"));
         for &vm in self.vms.keys() {
             let told: Vec<_> = family.vm(vm).runs().collect();
@@ -329,6 +412,20 @@ impl World {
             assert!(self.window(vm).has_scratch(), "the window of {vm:?}, which is gone, is kept for nothing");
         }
         assert_eq!(self.ledger.pages(), family.totals().resident, "stores hold the pages the books say");
+        self.check_waiting();
+    }
+
+    /// Whoever waits is known to the manager. (A VM that fails waits for ever.)
+    fn check_waiting(&self) {
+        let known: BTreeSet<(VmId, Gfn)> = self.manager.swapping_in().collect();
+        let reading = self.untold || self.swap.borrow().is_reading();
+        assert!(known.is_empty() || reading, "nobody waits for nothing: {known:?}");
+        assert!(!self.manager.family().objects().waits_for_swap() || reading, "nothing is put off for nothing");
+        for &vm in self.vms.keys().filter(|vm| self.window(**vm).failed.is_none()) {
+            for &page in self.window(vm).waiting() {
+                assert!(known.contains(&(vm, Gfn(page))), "{vm:?} waits at page {page}, and nobody knows");
+            }
+        }
     }
 
     /// Page counts add up, and are what looking at every page of every VM finds.
@@ -348,6 +445,7 @@ impl World {
             let mut want = PageCounts::default();
             for gfn in self.frames() {
                 let found = self.find(vm, gfn);
+                want.swapped += u64::from(found.is_some_and(|found| matches!(found.slot, Slot::Swapped(..))));
                 want.unsettled += u64::from(found.is_some_and(|found| found.slot.is_pending()));
                 match self.stored(vm, gfn) {
                     _ if live.contains(&gfn.0) => want.private += 1,
@@ -382,6 +480,7 @@ impl World {
         let family = self.manager.family();
         let totals = family.totals();
         assert_eq!((totals.objects, totals.stores, totals.tables, totals.resident), (0, 0, 0, 0));
+        assert_eq!((totals.swapped, self.swap.borrow().pages()), (0, 0), "no slot is left over");
         assert_eq!((self.ledger.pages(), self.ledger.stores(), self.manager.windows()), (0, 0, 0));
     }
 }

@@ -3,7 +3,7 @@
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::time::Duration;
-use vmm::api::DEFAULT_MEMORY;
+use vmm::api::{DEFAULT_MEMORY, MIN_MEMORY};
 use vmm::name::{NameError, check_name};
 use vmm::units::{ByteSize, SizeError};
 
@@ -137,8 +137,47 @@ pub enum Verb {
         #[command(flatten)]
         output: Output,
     },
+    /// Take memory of VMs out to swap, cold pages first, and print how much it came to
+    ///
+    /// Frozen pages, which clones share, go first, the oldest before others; then what VMs have written themselves: they
+    /// stand still for it as for a fork. Pages come back when they are touched. It is no error if it came to less.
+    #[command(allow_missing_positional = true)]
+    Reclaim {
+        /// The VM; its whole family counts
+        #[arg(value_parser = vm_name, required_unless_present = "all", conflicts_with = "all")]
+        name: Option<String>,
+        /// How much
+        #[arg(required = true)]
+        size: ByteSize,
+        /// Of all VMs
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print the memory budget of the server, or set it: a size, or `none`
+    ///
+    /// What counts is what VMs have in memory, compressed or not. When it comes near the budget, memory is reclaimed, that
+    /// of paused and idle VMs first; VMs that write faster than that are stopped for moments.
+    Budget {
+        #[arg(value_name = "SIZE", value_parser = budget)]
+        set: Option<Budget>,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Run the server in the foreground; the first command starts one in the background otherwise
     Serve {
+        /// Where evicted pages go once they do not fit into memory: a file, which is emptied, or a block device; SIZE is how
+        /// much of it to use [default: a file in the home, while the server runs; as large as the host's memory twice, if
+        /// the disk has room]
+        #[arg(long, value_name = "PATH[:SIZE]", value_parser = swap_place)]
+        swap: Option<SwapPlace>,
+        /// How much memory compressed pages may take before they go to the disk [default: a quarter of the host's memory]
+        #[arg(long, value_name = "SIZE")]
+        compressed: Option<ByteSize>,
+        /// The memory budget, as of `offshoot budget` [default: none]
+        #[arg(long, value_name = "SIZE", value_parser = budget_size)]
+        memory: Option<ByteSize>,
         /// Leave the terminal, and leave quietly where there is a server already
         #[arg(long, hide = true)]
         background: bool,
@@ -225,6 +264,50 @@ pub struct Fork {
     pub output: Output,
 }
 
+/// A budget as it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget(pub Option<ByteSize>);
+
+/// A file or a block device, and how much of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwapPlace {
+    pub path: PathBuf,
+    pub size: Option<ByteSize>,
+}
+
+fn budget(text: &str) -> Result<Budget, String> {
+    match text {
+        "none" => Ok(Budget(None)),
+        size => budget_size(size).map(|size| Budget(Some(size))),
+    }
+}
+
+fn budget_size(text: &str) -> Result<ByteSize, String> {
+    let size = text.parse::<ByteSize>().map_err(|e| e.to_string())?;
+    at_least(size, MIN_MEMORY, "a budget")
+}
+
+fn swap_place(text: &str) -> Result<SwapPlace, String> {
+    let (path, size) = match text.rsplit_once(':') {
+        None => (text, None),
+        Some((path, size)) => {
+            let size = size.parse::<ByteSize>().map_err(|e| format!("{size:?}: {e}"))?;
+            (path, Some(at_least(size, MIN_SWAP, "a swap file")?))
+        }
+    };
+    if path.is_empty() {
+        return Err("no path".into());
+    }
+    Ok(SwapPlace { path: path.into(), size })
+}
+
+/// The smallest swap file.
+const MIN_SWAP: u64 = 1 << 20;
+
+fn at_least(size: ByteSize, least: u64, what: &str) -> Result<ByteSize, String> {
+    if size.0 >= least { Ok(size) } else { Err(format!("{what} has at least {}, and this is {size}", ByteSize(least))) }
+}
+
 fn vm_name(text: &str) -> Result<String, NameError> {
     check_name(text).map(|()| text.to_owned())
 }
@@ -266,6 +349,15 @@ mod tests {
             "offshoot rm a b",
             "offshoot rm --all",
             "offshoot stats base --json",
+            "offshoot reclaim base 64M",
+            "offshoot reclaim --all 64M --json",
+            "offshoot reclaim 64M --all",
+            "offshoot budget",
+            "offshoot budget none",
+            "offshoot budget 1G --json",
+            "offshoot serve --swap /x/swap:1G --compressed 64M --memory 1G",
+            "offshoot serve --swap /x/a:b:1G --compressed 0",
+            "offshoot serve --swap /x/swap",
             "offshoot vm-process",
         ] {
             parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -294,6 +386,20 @@ mod tests {
             "offshoot send base hello --timeout 1e99",
             "offshoot rm",
             "offshoot rm a --all",
+            "offshoot reclaim",
+            "offshoot reclaim 64M",
+            "offshoot reclaim base",
+            "offshoot reclaim --all",
+            "offshoot reclaim base 64Q",
+            "offshoot reclaim base 64M --all",
+            "offshoot budget x",
+            "offshoot budget 3",
+            "offshoot serve --swap /x/swap:y",
+            "offshoot serve --swap /x/swap:",
+            "offshoot serve --swap /x/swap:4K",
+            "offshoot serve --swap :1G",
+            "offshoot serve --compressed much",
+            "offshoot serve --memory 1",
             "offshoot fly",
         ] {
             assert!(parse(line).is_err(), "{line}");

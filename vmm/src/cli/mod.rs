@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use vmm::api::{Child, VmState};
 use vmm::client::{Client, ClientBuilder, ForkOptions, LaunchOptions, Stream};
 use vmm::host::HostReport;
+use vmm::server::SwapConfig;
 
 /// How a command ends that did not fail.
 type Done = Result<ExitCode, CliError>;
@@ -133,7 +134,29 @@ fn run(cli: Cli) -> Done {
             let inspection = client.vm(name).inspect()?;
             shown(output, out, &inspection, |out| show::inspection(out, &inspection))
         }),
-        Verb::Serve { background } => serve::run(cli.home.as_deref(), background),
+        Verb::Reclaim { name, size, all: _, output } => with_client(server, |client| {
+            let done = match name {
+                Some(name) => client.vm(name).reclaim(size)?,
+                None => client.reclaim_all(size)?,
+            };
+            shown(output, out, &done, |out| writeln!(out, "reclaimed {}", done.reclaimed_bytes))
+        }),
+        Verb::Budget { set, output } => with_client(server, |client| {
+            let budget = match set {
+                Some(args::Budget(budget)) => client.set_budget(budget)?,
+                None => client.budget()?,
+            };
+            let json = json!({ "budget_bytes": budget });
+            shown(output, out, &json, |out| match budget {
+                Some(size) => writeln!(out, "{size}"),
+                None => writeln!(out, "none"),
+            })
+        }),
+        Verb::Serve { swap, compressed, memory, background } => {
+            let (path, size) = swap.map_or((None, None), |place| (Some(place.path), place.size));
+            let swap = SwapConfig { path, size: size.map(|s| s.0), compressed: compressed.map(|s| s.0) };
+            serve::run(cli.home.as_deref(), background, swap, memory.map(|s| s.0))
+        }
         Verb::Shutdown => match server.start_server(false).connect() {
             // What is asked for is so.
             Err(vmm::client::Error::NoServer(_)) => Ok(SUCCESS),

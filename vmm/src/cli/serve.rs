@@ -9,17 +9,18 @@ use std::{fs, io};
 use vmm::client::{Home, HomeError};
 use vmm::server;
 
-pub fn run(home: Option<&Path>, background: bool) -> Done {
+pub fn run(home: Option<&Path>, background: bool, swap: server::SwapConfig, budget: Option<u64>) -> Done {
     let home = home.map_or_else(Home::of_user, Home::at)?;
     if background {
         detach()?;
     }
     raise_open_files();
-    match server::run(server::Config { home }) {
+    match server::run(server::Config { home, swap, budget }) {
         Ok(()) => Ok(SUCCESS),
         // Another one was faster: the client that started this one finds it.
         Err(server::Error::Home(HomeError::Locked { .. })) if background => Ok(SUCCESS),
         Err(server::Error::Home(e)) => Err(vmm::client::Error::Home(e).into()),
+        Err(e @ server::Error::Swap(_)) => Err(CliError::bad_input(format!("serve: {e}"))),
         Err(e) => Err(CliError::failed(format!("serve: {e}"))),
     }
 }

@@ -103,6 +103,19 @@ pub fn stats(out: &mut impl Write, stats: &Stats) -> io::Result<()> {
                 ),
             ),
             ("stage-2 tables", &tables),
+            (
+                "swap",
+                &format_args!(
+                    "{} compressed, {} on disk; {} pages out, {} in, {} dropped clean",
+                    ByteSize(total.compressed_bytes).approx(),
+                    ByteSize(total.disk_bytes).approx(),
+                    total.swap_out_pages,
+                    total.swap_in_pages,
+                    total.clean_evictions
+                ),
+            ),
+            ("budget", &total.budget_bytes.map_or("none".into(), |bytes| ByteSize(bytes).to_string())),
+            ("accounted", &ByteSize(total.accounted_bytes).approx()),
             ("host memory", &ByteSize(total.host_bytes).approx()),
         ],
     )

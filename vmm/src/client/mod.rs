@@ -60,8 +60,9 @@ pub use home::{Home, HomeError, HomeLock, SocketPath};
 pub use options::{ForkOptions, LaunchOptions};
 pub use vm::{Forked, Scoped, Vm};
 
-use crate::api::{Answer, CheckReport, Request, Stats, TreeRow, VmSummary};
+use crate::api::{Answer, BudgetSetting, CheckReport, Reclaimed, Request, Stats, TreeRow, VmSummary};
 use crate::name::check_name;
+use crate::units::ByteSize;
 use connection::Connection;
 use start::{Launcher, Starter};
 use std::path::{Path, PathBuf};
@@ -222,6 +223,26 @@ impl Client {
     /// Ends all VMs and forgets them.
     pub fn remove_all(&self) -> Result<(), Error> {
         answer!(self.call(&Request::Remove { names: Vec::new(), all: true }), "rm")
+    }
+
+    /// Takes that much out of memory, of all VMs: to swap, cold pages first. It may be less.
+    pub fn reclaim_all(&self, size: ByteSize) -> Result<Reclaimed, Error> {
+        answer!(self.call(&Request::Reclaim { name: None, bytes: size.0 }), "reclaim", Reclaimed)
+    }
+
+    /// The memory budget of the server.
+    pub fn budget(&self) -> Result<Option<ByteSize>, Error> {
+        self.ask_budget(None)
+    }
+
+    /// Sets it, or does away with it. Returns it.
+    pub fn set_budget(&self, budget: Option<ByteSize>) -> Result<Option<ByteSize>, Error> {
+        self.ask_budget(Some(budget.map_or(BudgetSetting::None, |size| BudgetSetting::Bytes(size.0))))
+    }
+
+    fn ask_budget(&self, set: Option<BudgetSetting>) -> Result<Option<ByteSize>, Error> {
+        let budget = answer!(self.call(&Request::Budget { set }), "budget", Budget)?;
+        Ok(budget.map(ByteSize))
     }
 
     /// Runs the invariants on the live server, which compares what it knows with what the kernel says.

@@ -2,7 +2,7 @@
 
 use super::expect::Expectation;
 use super::{Client, Error, ForkOptions, Stream, answer, check_vm_name};
-use crate::api::{Answer, Balloon, Child, Inspection, Request, Stats, VmStats, VmSummary};
+use crate::api::{Answer, Balloon, Child, Inspection, Reclaimed, Request, Stats, VmStats, VmSummary};
 use crate::units::ByteSize;
 use regex::Regex;
 use std::ops::Deref;
@@ -45,6 +45,13 @@ impl Vm {
         let children = answer!(self.client.call(&request), "fork", Forked)?;
         let forked = |figures: Child| Forked { vm: self.client.vm(&figures.name), figures };
         Ok(children.into_iter().map(forked).collect())
+    }
+
+    /// Takes that much out of memory, of this VM and its family: to swap, cold pages first. It may be less.
+    pub fn reclaim(&self, size: ByteSize) -> Result<Reclaimed, Error> {
+        check_vm_name("reclaim", &self.name)?;
+        let request = Request::Reclaim { name: Some(self.name.clone()), bytes: size.0 };
+        answer!(self.client.call(&request), "reclaim", Reclaimed)
     }
 
     /// Sends the guest a line. Returns what followed its `ok`; an `err` is [`Error::Guest`].

@@ -31,6 +31,18 @@ pub fn available_memory() -> io::Result<u64> {
     available_in(Path::new("/"))
 }
 
+/// Bytes that there are: the least of MemTotal and the limits of our control group and its ancestors.
+pub fn total_memory() -> io::Result<u64> {
+    total_in(Path::new("/"))
+}
+
+/// For which part of the last ten seconds something stood still for want of memory, in percent: the most of what the
+/// kernel says of the host and of our control group (`some avg10` of pressure stall information). `None` where it does
+/// not say.
+pub fn memory_pressure() -> Option<f64> {
+    pressure_in(Path::new("/"))
+}
+
 pub(super) fn cgroups() -> Cgroups {
     let mounts = read(&Path::new("/").join(MOUNTS)).map(|text| mounts(&text)).unwrap_or_default();
     let any = |version| mounts.iter().any(|mount| mount.version == version);
@@ -46,11 +58,37 @@ const MOUNTS: &str = "proc/self/mountinfo";
 
 /// The same, in a file system that starts at `root`.
 fn available_in(root: &Path) -> io::Result<u64> {
-    let mut available = mem_available(&read(&root.join("proc/meminfo"))?)
+    let mut available = meminfo_field(&read(&root.join("proc/meminfo"))?, "MemAvailable:")
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo tells no MemAvailable"))?;
+    for (group, version) in own_groups(root) {
+        available = available.min(headroom(&group, version).unwrap_or(u64::MAX));
+    }
+    Ok(available)
+}
+
+fn total_in(root: &Path) -> io::Result<u64> {
+    let total = meminfo_field(&read(&root.join("proc/meminfo"))?, "MemTotal:")
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo tells no MemTotal"))?;
+    Ok(own_groups(root).iter().filter_map(|(group, version)| limit(group, *version)).fold(total, u64::min))
+}
+
+fn pressure_in(root: &Path) -> Option<f64> {
+    let own = own_groups(root).into_iter().next().map(|(group, _)| group.join("memory.pressure"));
+    let files = own.into_iter().chain([root.join("proc/pressure/memory")]);
+    files.filter_map(|file| stalled(&read(&file).ok()?)).reduce(f64::max)
+}
+
+/// From `some avg10=0.12 avg60=0.00 avg300=0.00 total=1234`.
+fn stalled(text: &str) -> Option<f64> {
+    text.lines().find_map(|line| line.strip_prefix("some avg10=")?.split(' ').next()?.parse().ok())
+}
+
+/// Our control group and its ancestors that are to be seen, in every hierarchy that bounds memory.
+fn own_groups(root: &Path) -> Vec<(PathBuf, Version)> {
+    let mut found = Vec::new();
     // A kernel without control groups has neither file.
     let (Ok(groups), Ok(text)) = (read(&root.join("proc/self/cgroup")), read(&root.join(MOUNTS))) else {
-        return Ok(available);
+        return found;
     };
     for mount in mounts(&text) {
         let Some(group) = group_of(&groups, mount.version) else { continue };
@@ -59,10 +97,10 @@ fn available_in(root: &Path) -> io::Result<u64> {
         // from what is mounted.
         let relative = Path::new(group).strip_prefix(&mount.root).unwrap_or(Path::new(group.trim_start_matches('/')));
         for directory in top.join(relative).ancestors().take_while(|directory| directory.starts_with(&top)) {
-            available = available.min(headroom(directory, mount.version).unwrap_or(u64::MAX));
+            found.push((directory.to_owned(), mount.version));
         }
     }
-    Ok(available)
+    found
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,20 +151,31 @@ fn group_of(groups: &str, version: Version) -> Option<&str> {
 
 /// What a group's limit leaves; `None` where it has none.
 fn headroom(group: &Path, version: Version) -> Option<u64> {
-    let (limit, usage, inactive) = match version {
-        Version::V1 => ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        Version::V2 => ("memory.max", "memory.current", "inactive_file"),
+    let (usage, inactive) = match version {
+        Version::V1 => ("memory.usage_in_bytes", "total_inactive_file"),
+        Version::V2 => ("memory.current", "inactive_file"),
     };
-    let number = |file| read(&group.join(file)).ok()?.trim().parse::<u64>().ok();
-    // "max" is no number, and no limit.
-    let (limit, usage) = (number(limit)?, number(usage)?);
+    let (limit, usage) = (limit(group, version)?, number(&group.join(usage))?);
     let stat = read(&group.join("memory.stat")).unwrap_or_default();
     let reclaimable = stat.lines().find_map(|line| line.strip_prefix(inactive)?.trim().parse().ok()).unwrap_or(0);
     Some(limit.saturating_sub(usage.saturating_sub(reclaimable)))
 }
 
-fn mem_available(meminfo: &str) -> Option<u64> {
-    let kib = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB"))?;
+/// A group's limit.
+fn limit(group: &Path, version: Version) -> Option<u64> {
+    number(&group.join(match version {
+        Version::V1 => "memory.limit_in_bytes",
+        Version::V2 => "memory.max",
+    }))
+}
+
+/// A file that holds one number. "max" is none.
+fn number(file: &Path) -> Option<u64> {
+    read(file).ok()?.trim().parse().ok()
+}
+
+fn meminfo_field(meminfo: &str, field: &str) -> Option<u64> {
+    let kib = meminfo.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix("kB"))?;
     kib.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -214,7 +263,26 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_is_all_there_is() {
+        let files = [("proc/self/cgroup", "0::/a\n"), (MOUNTS, V2_MOUNT), ("sys/fs/cgroup/a/memory.max", "1048576\n")];
+        assert_eq!(total_in(host(&files).path()).unwrap(), MIB);
+        assert_eq!(total_in(host(&[]).path()).unwrap(), 16_384_000 * 1024);
+    }
+
+    #[test]
+    fn the_worse_pressure_counts() {
+        let psi =
+            |avg10| format!("some avg10={avg10} avg60=0.10 avg300=0.00 total=9\nfull avg10=99.0 avg60=0 total=1\n");
+        let (all, own) = (psi("1.50"), psi("20.25"));
+        let files = [("proc/pressure/memory", all.as_str()), ("proc/self/cgroup", "0::/a\n"), (MOUNTS, V2_MOUNT)];
+        assert_eq!(pressure_in(host(&files).path()), Some(1.5));
+        let with_own = [files.as_slice(), &[("sys/fs/cgroup/a/memory.pressure", own.as_str())]].concat();
+        assert_eq!(pressure_in(host(&with_own).path()), Some(20.25));
+        assert_eq!(pressure_in(host(&[]).path()), None);
+    }
+
+    #[test]
     fn this_host_has_some() {
-        assert!(available_memory().unwrap() > 0);
+        assert!(available_memory().unwrap() > 0 && total_memory().unwrap() >= available_memory().unwrap() / 2);
     }
 }

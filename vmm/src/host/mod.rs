@@ -7,7 +7,7 @@ mod memory;
 mod probe;
 mod report;
 
-pub use memory::available_memory;
+pub use memory::{available_memory, memory_pressure, total_memory};
 pub use report::{HostReport, Item, Verdict};
 
 use crate::wire::{HostFeatures, Isolation};

@@ -10,6 +10,8 @@ use super::vm::{Generation, Vm};
 use crate::api::{Answer, CheckReport};
 use crate::procfs::{self, Mapping};
 use crate::wire::ToVm;
+use guest_mem::check::check_swap;
+use guest_mem::family::Family;
 use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, Run, Source};
 use std::collections::BTreeSet;
 
@@ -33,12 +35,24 @@ impl Server {
             }
             manager.check_stores(&mut report.broken);
         }
-        for vm in self.vms.iter().filter(|vm| vm.is_alive() && vm.forks.is_empty()) {
+        self.check_swap(&mut report);
+        for vm in self.vms.iter().filter(|vm| vm.is_alive() && vm.forks.is_empty() && vm.reclaiming.is_none()) {
             report.vms += 1;
             self.check_window(vm, &mut report);
         }
         let awaited = self.probe_isolation();
         self.checks.0.push(Check { client, report, awaited });
+    }
+
+    /// 4: no slot of swap is owned twice, and those in use are those that are owned.
+    fn check_swap(&self, report: &mut CheckReport) {
+        let families: Vec<&Family> = self.families.values().map(|manager| manager.family()).collect();
+        check_swap(families.iter().copied(), Some(&*self.swap.borrow()), &mut report.broken);
+        let owned: u64 = families.iter().flat_map(|family| family.swap_slots()).map(|(_, count)| count.0).sum();
+        let used = self.swap.borrow().stats().slots_used;
+        if owned != used {
+            report.broken.push(format!("4: {used} slots of swap are in use, the books own {owned}"));
+        }
     }
 
     /// 8, 9 and 10: what a VM process really maps.

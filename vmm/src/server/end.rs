@@ -4,7 +4,7 @@ use super::Server;
 use super::clients::{ClientId, Mode};
 use super::process::{ProcessId, Role};
 use super::talk::Deadline;
-use super::vm::{Generation, Phase};
+use super::vm::{Generation, Hold, Phase};
 use crate::api::{Answer, Failure};
 use crate::wire::ToVm;
 
@@ -88,7 +88,11 @@ impl Server {
         let (memory, process) = (vm.memory.take(), vm.process.take());
         let (forks, viewers) = (std::mem::take(&mut vm.forks), std::mem::take(&mut vm.viewers));
         let waiters = std::mem::take(&mut vm.waiters);
-        let mut asked: Vec<ClientId> = vm.sends.drain().map(|(_, client)| client).chain(vm.pausers.drain(..)).collect();
+        vm.reclaiming = None;
+        vm.hold = Hold::Free;
+        let late = std::mem::take(&mut vm.late_pausers);
+        let mut asked: Vec<ClientId> =
+            vm.sends.drain().map(|(_, client)| client).chain(vm.pausers.drain(..)).chain(late).collect();
         let remove = vm.remove_when_off;
 
         let why = match (&end, &before) {

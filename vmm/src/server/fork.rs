@@ -8,7 +8,7 @@ use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
-use guest_mem::{Gfn, StoreId, VmId};
+use guest_mem::{Destination, Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Names a fork under way.
@@ -155,7 +155,7 @@ impl Server {
         let parent = self.vms.get_mut(op.parent).expect("found above");
         let (generation, shape, parent_name) = (parent.generation, parent.shape, parent.name.clone());
         parent.forks.push_back(id);
-        let alone = parent.forks.len() == 1;
+        let alone = parent.forks.len() == 1 && parent.reclaiming.is_none();
         self.forks.insert(id, op);
         if alone {
             self.freeze(generation);
@@ -180,13 +180,17 @@ impl Server {
     }
 
     /// Freezes a VM for the fork at the head of its queue.
-    fn freeze(&mut self, parent: Generation) {
+    pub(super) fn freeze(&mut self, parent: Generation) {
+        if self.vms.get(parent).is_some_and(|vm| vm.forks.is_empty()) {
+            return;
+        }
+        self.release(parent);
         let Some(vm) = self.vms.get(parent) else { return };
         let (Some(&fork), Some((family, member)), Some(process)) = (vm.forks.front(), vm.memory, vm.process) else {
             return;
         };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        match manager.begin_freeze(member) {
+        match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
                 let message = ToVm::Freeze { store, max_runs: self.max_runs };
@@ -203,11 +207,14 @@ impl Server {
 
     /// The parent has been frozen, and most likely runs on.
     pub(super) fn frozen(&mut self, parent: Generation, frozen: Frozen) {
+        if self.frozen_to_swap(parent, &frozen) {
+            return;
+        }
         let Some(vm) = self.vms.get_mut(parent) else { return };
         let (Some(fork), Some((family, member)), Some(process)) = (vm.forks.pop_front(), vm.memory, vm.process) else {
             return;
         };
-        let was_paused = vm.paused;
+        let was_paused = vm.stands();
         let memory = &self.processes[&process].memory;
         if !frozen.harvest.moved.is_empty() {
             memory.scratch.borrow_mut().insert(frozen.store, frozen.scratch_base);
@@ -290,6 +297,9 @@ impl Server {
 
     /// The window could not freeze, and has changed nothing.
     pub(super) fn freeze_failed(&mut self, parent: Generation, why: &str) {
+        if self.freeze_to_swap_failed(parent, why) {
+            return;
+        }
         let Some(vm) = self.vms.get_mut(parent) else { return };
         let name = vm.name.clone();
         let (Some(fork), memory) = (vm.forks.pop_front(), vm.memory) else { return };

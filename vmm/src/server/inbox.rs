@@ -2,7 +2,7 @@
 
 use super::clients::ClientId;
 use super::process::{ProcessId, Role};
-use super::vm::{Generation, Phase};
+use super::vm::{Generation, Hold, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
 use crate::wire::{Ending, FromVm, Line, Machine};
@@ -98,6 +98,8 @@ impl Server {
         let Some(vm) = self.vms.get_mut(generation) else { return };
         match message {
             FromVm::Ready { .. } | FromVm::PrepareFailed(_) => {}
+            FromVm::Running { .. } if vm.hold == Hold::Releasing => self.released(generation),
+            FromVm::Paused if vm.hold == Hold::Stopping => vm.hold = Hold::Held,
             FromVm::Running { at_ns } => {
                 vm.paused = false;
                 self.changed_activity(generation, Some(at_ns));

@@ -3,7 +3,7 @@
 use super::Server;
 use super::clients::ClientId;
 use super::process::{ProcessId, Role};
-use super::vm::{FamilyId, Generation, Log, Phase, Vm};
+use super::vm::{FamilyId, Generation, Hold, Log, Phase, Vm};
 use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
 use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
@@ -173,6 +173,9 @@ impl Server {
             memory: memory.into(),
             process: Some(process),
             forks: VecDeque::new(),
+            reclaiming: None,
+            hold: Hold::Free,
+            late_pausers: Vec::new(),
             log: Log::default(),
             sends: HashMap::new(),
             waiters: Vec::new(),

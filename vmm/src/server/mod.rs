@@ -11,10 +11,13 @@
 //! | `files` | what is mapped into guests from files |
 //! | `vm` | the list of VMs |
 //! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
+//! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
 //! | `report`, `check` | the verbs that look |
 //! | `inbox` | what VM processes say |
+//! | `pace` | when pages settle that nobody waits for |
 
 mod balloon;
+mod budget;
 mod check;
 mod clients;
 mod end;
@@ -25,7 +28,9 @@ mod launch;
 mod pace;
 mod pool;
 mod process;
+mod reclaim;
 mod report;
+mod swap;
 mod talk;
 mod vm;
 mod watch;
@@ -35,18 +40,22 @@ use crate::api::{Answer, Failure, Greeting, Reply, Request};
 use crate::client::{Home, HomeError};
 use crate::clock::monotonic_ns;
 use crate::wire::{HostFeatures, Isolation};
+use budget::Budget;
 use check::Checks;
 use clients::{Client, ClientId, Heard};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use files::Files;
 use fork::{ForkId, ForkOp};
 use guest_mem::Manager;
+use guest_mem::manager::SwapCounts;
 use guest_mem::store::memfd::MemfdStores;
+use guest_mem::store::swap::SharedSwap;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pool::Pool;
 use process::{ProcessId, VmProcess};
+use reclaim::Reclaims;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -55,15 +64,22 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use swap::HostSwap;
 use vm::{FamilyId, Generation, Vms};
 use watch::Watches;
 use window::{RemoteWindow, Want, Wants};
+
+pub use swap::SwapConfig;
 
 /// What a server needs to know.
 #[derive(Debug)]
 pub struct Config {
     /// Its home.
     pub home: Home,
+    /// Where it evicts pages to.
+    pub swap: SwapConfig,
+    /// Its memory budget in bytes.
+    pub budget: Option<u64>,
 }
 
 /// Why a server could not start.
@@ -80,6 +96,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The swap that was asked for cannot be had.
+    #[error("{0}")]
+    Swap(io::Error),
     /// The event loop failed.
     #[error("event loop: {0:?}")]
     Loop(event_manager::Error),
@@ -93,6 +112,7 @@ enum Origin {
     Client(ClientId),
     Process(ProcessId),
     Traps(ProcessId),
+    Swap,
 }
 
 type FamilyManager = Manager<MemfdStores, RemoteWindow>;
@@ -116,6 +136,13 @@ struct Server {
     pool: Pool,
     families: BTreeMap<FamilyId, FamilyManager>,
     stores: MemfdStores,
+    swap: Rc<RefCell<HostSwap>>,
+    /// Pages from swap could not be put in their place: the retry sees to them as well.
+    swap_in_again: bool,
+    reclaims: Reclaims,
+    budget: Budget,
+    /// What families that are gone have counted.
+    past: SwapCounts,
     files: Files,
     vms: Vms,
     forks: BTreeMap<ForkId, ForkOp>,
@@ -141,7 +168,7 @@ struct Server {
 pub fn run(config: Config) -> Result<(), Error> {
     config.home.create()?;
     let lock = config.home.lock()?;
-    let server = Rc::new(RefCell::new(Server::new(config.home)?));
+    let server = Rc::new(RefCell::new(Server::new(config)?));
     let mut events = EventManager::new().map_err(Error::Loop)?;
     let id = events.add_subscriber(Rc::clone(&server) as Rc<RefCell<dyn MutEventSubscriber>>);
     while !server.borrow().has_stopped() {
@@ -163,6 +190,7 @@ impl MutEventSubscriber for Server {
             Origin::Client(client) => self.serve_client(client),
             Origin::Process(process) => self.serve_process(process),
             Origin::Traps(process) => self.serve_traps(process),
+            Origin::Swap => self.swap_moved(),
         }
         self.grant_wants();
     }
@@ -174,7 +202,9 @@ impl MutEventSubscriber for Server {
 }
 
 impl Server {
-    fn new(home: Home) -> Result<Self, Error> {
+    fn new(config: Config) -> Result<Self, Error> {
+        let Config { home, swap, budget } = config;
+        let swap = Rc::new(RefCell::new(HostSwap::new(&home, swap)?));
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
         let cage = home.path().join("cage");
@@ -205,7 +235,12 @@ impl Server {
             wants: Wants::default(),
             pool: Pool::default(),
             families: BTreeMap::new(),
-            stores: MemfdStores::new(userfaultfd),
+            stores: MemfdStores::new(userfaultfd).with_swap(SharedSwap::new(Rc::clone(&swap))),
+            swap,
+            swap_in_again: false,
+            reclaims: Reclaims::default(),
+            budget: Budget::new(budget),
+            past: SwapCounts::default(),
             files: Files::default(),
             vms: Vms::default(),
             forks: BTreeMap::new(),
@@ -242,17 +277,28 @@ impl Server {
         let settling = self.settle(now);
         self.grant_wants();
         self.answer_settled_forks();
+        let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
+        self.watch_swap();
+        self.grant_wants();
         let filling = self.tend_pool(now, settling);
         self.finish_removals();
         self.finish_checks();
-        self.families.retain(|_, manager| manager.windows() > 0);
+        let past = &mut self.past;
+        self.families.retain(|_, manager| {
+            let lives = manager.windows() > 0;
+            if !lives {
+                *past = report::sum(*past, manager.counts());
+            }
+            lives
+        });
         self.early.retain(&self.families);
-        if settling || filling || !self.replied.is_empty() {
-            let busy = filling || !self.replied.is_empty();
+        if settling || reclaiming || filling || !self.replied.is_empty() {
+            let busy = reclaiming || filling || !self.replied.is_empty();
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
         let pool = self.pool.next_look();
-        let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool).min();
+        let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
+        let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms)).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
 
@@ -262,6 +308,9 @@ impl Server {
             return false;
         }
         self.retry_at = None;
+        if std::mem::take(&mut self.swap_in_again) {
+            self.serve_swapped_in();
+        }
         for (generation, gfn) in std::mem::take(&mut self.retries) {
             self.serve_trap(generation, gfn);
         }
@@ -459,6 +508,11 @@ impl Server {
             Request::Wait { name, timeout_ms } => self.wait(client, &name, timeout_ms),
             Request::Balloon { name, size_bytes, timeout_ms } => self.balloon(client, &name, size_bytes, timeout_ms),
             Request::Remove { names, all } => self.remove(client, &names, all),
+            Request::Reclaim { name, bytes } => self.reclaim(client, name.as_deref(), bytes),
+            Request::Budget { set } => {
+                let answer = self.set_budget(set).map(Answer::Budget);
+                self.reply(client, answer);
+            }
             Request::Check => self.check(client),
             Request::Shutdown => self.shut_down(client),
         }
@@ -513,6 +567,7 @@ impl Server {
                 _ => {}
             }
         }
+        HostSwap::clean_up(&self.home);
         std::fs::remove_dir(&self.cage).map_err(|source| Error::Io { operation: "remove the empty directory", source })
     }
 }

@@ -4,6 +4,7 @@ use super::Server;
 use super::vm::{FamilyId, Generation, Vm};
 use crate::api::{EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
 use crate::procfs;
+use guest_mem::manager::SwapCounts;
 use guest_mem::stats::{Census, PageCounts};
 use guest_mem::sys::{Pagemap, ScanMethod};
 use guest_mem::{GfnRange, PAGE_SHIFT, PAGE_SIZE, Source};
@@ -63,7 +64,7 @@ impl Server {
             private_pages: counts.private,
             shared_pages: counts.shared,
             zero_pages: counts.zero,
-            swapped_pages: 0,
+            swapped_pages: counts.swapped,
             ballooned_pages: vm.balloon_pages,
             unsettled_pages: counts.unsettled,
             chain_depth: books.map_or(0, |(family, member)| family.chain_depth(member)),
@@ -112,22 +113,40 @@ impl Server {
             sum.objects += family.objects;
             sum.stores += family.stores;
             sum.resident += family.resident;
+            sum.swapped += family.swapped;
             sum.unsettled += family.unsettled;
             sum.tables += family.tables;
             sum.unshared_tables += family.unshared_tables;
         }
+        let swap = self.swap.borrow().stats();
+        let counts = self.families.values().map(|manager| manager.counts()).fold(self.past, self::sum);
         Totals {
             server_pid: std::process::id() as i32,
             vms: self.vms.iter().count() as u64,
             objects: sum.objects,
             stores: sum.stores,
             resident_pages: sum.resident,
-            swapped_pages: 0,
+            swapped_pages: sum.swapped,
             unsettled_pages: sum.unsettled,
             stage2_tables: sum.tables,
             stage2_tables_unshared_equivalent: sum.unshared_tables,
             pooled: self.pooled(),
             host_bytes: self.host_bytes(sum.resident),
+            budget_bytes: self.budget.limit(),
+            accounted_bytes: self.accounted_bytes(),
+            compressed_bytes: swap.compressed_bytes,
+            disk_bytes: swap.disk_bytes,
+            swap_slots: swap.slots_used,
+            swap_out_pages: counts.swap_out_pages,
+            swap_write_pages: swap.swap_write_pages,
+            swap_in_pages: counts.swap_in_pages,
+            clean_evictions: counts.clean_evictions,
+            discarded_pages: counts.discarded_pages,
+            refaults: counts.refaults,
+            lost_pages: counts.lost_pages,
+            readahead_pages: swap.readahead_pages,
+            readahead_hits: swap.readahead_hits,
+            writeahead_pages: swap.writeahead_pages,
         }
     }
 
@@ -182,6 +201,18 @@ impl Server {
             RunInfo { start, end, source }
         });
         (entries.collect(), runs.collect())
+    }
+}
+
+/// Both together.
+pub(super) fn sum(a: SwapCounts, b: SwapCounts) -> SwapCounts {
+    SwapCounts {
+        swap_out_pages: a.swap_out_pages + b.swap_out_pages,
+        swap_in_pages: a.swap_in_pages + b.swap_in_pages,
+        clean_evictions: a.clean_evictions + b.clean_evictions,
+        discarded_pages: a.discarded_pages + b.discarded_pages,
+        refaults: a.refaults + b.refaults,
+        lost_pages: a.lost_pages + b.lost_pages,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::Server;
 use super::clients::{ClientId, Mode};
-use super::vm::Generation;
+use super::vm::{Generation, Hold};
 use crate::api::{Answer, Failure};
 use crate::wire::{Line, Machine, ToVm};
 use std::time::{Duration, Instant};
@@ -102,14 +102,28 @@ impl Server {
     }
 
     pub(super) fn pause(&mut self, client: ClientId, name: &str, pause: bool) {
-        let (generation, paused) = match self.find_alive(name) {
-            Ok(vm) => (vm.generation, vm.paused),
+        let (generation, paused, hold) = match self.find_alive(name) {
+            Ok(vm) => (vm.generation, vm.paused, vm.hold),
             Err(failure) => return self.reply(client, Err(failure)),
         };
         if pause == paused {
             return self.reply(client, Ok(Answer::Done));
         }
-        self.vms.get_mut(generation).expect("found above").pausers.push_back(client);
+        let vm = self.vms.get_mut(generation).expect("found above");
+        match hold {
+            Hold::Free => {}
+            // It stands, or is about to, and now somebody knows.
+            Hold::Held => {
+                (vm.hold, vm.paused) = (Hold::Free, true);
+                return self.reply(client, Ok(Answer::Done));
+            }
+            Hold::Stopping => {
+                vm.hold = Hold::Free;
+                return vm.pausers.push_back(client);
+            }
+            Hold::Releasing => return vm.late_pausers.push(client),
+        }
+        vm.pausers.push_back(client);
         self.tell(generation, if pause { &ToVm::Pause } else { &ToVm::Resume });
     }
 

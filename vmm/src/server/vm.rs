@@ -5,7 +5,7 @@ use super::fork::ForkId;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
 use crate::wire::Shape;
-use guest_mem::{PAGE_SIZE, VmId};
+use guest_mem::{PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// Names a VM of this server, and is the guest's generation id; never used twice.
@@ -52,6 +52,20 @@ pub enum Phase {
     Dead(String),
 }
 
+/// How far a VM is kept from growing, unknown to its user.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hold {
+    /// It is not.
+    #[default]
+    Free,
+    /// Its vCPUs are to stand.
+    Stopping,
+    /// They stand.
+    Held,
+    /// They are to run again.
+    Releasing,
+}
+
 /// One VM.
 #[derive(Debug)]
 pub struct Vm {
@@ -73,6 +87,12 @@ pub struct Vm {
     pub process: Option<ProcessId>,
     /// The fork that freezes it now, and those that wait for their turn.
     pub forks: VecDeque<ForkId>,
+    /// The store of a freeze for swap, which it has not answered.
+    pub reclaiming: Option<StoreId>,
+    /// Whether it stands still to keep the budget.
+    pub hold: Hold,
+    /// Clients that asked for a pause while it was let go.
+    pub late_pausers: Vec<ClientId>,
     /// What it printed.
     pub log: Log,
     /// Clients that wait for answers to their lines.
@@ -100,6 +120,11 @@ impl Vm {
             _ if self.paused => VmState::Paused,
             _ => VmState::Running,
         }
+    }
+
+    /// Whether its vCPUs stand, or are about to, whoever wanted it.
+    pub fn stands(&self) -> bool {
+        self.paused || matches!(self.hold, Hold::Stopping | Hold::Held)
     }
 
     /// Whether it has not ended.

@@ -1,0 +1,226 @@
+//! The manager's dealings with swap: what is evicted, and how it comes back.
+
+use super::{Error, Manager};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::effect::Effects;
+use crate::family::{Pace, VmId};
+use crate::object::ObjectId;
+use crate::ops::evict::{by_clusters, count};
+use crate::ops::{Placed, SwapIn, Victim};
+use crate::reclaim::Return;
+use crate::store::{Store, StoreFactory};
+use crate::swap::{Fetch, Swap, SwapSlot};
+use crate::window::{StoreId, Window};
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+
+/// What went to swap and came back, in pages, since the family began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SwapCounts {
+    /// Written to swap.
+    pub swap_out_pages: u64,
+    /// Read from swap.
+    pub swap_in_pages: u64,
+    /// Evicted without a write, since swap had them still.
+    pub clean_evictions: u64,
+    /// Freed in swap, since nobody saw them any more.
+    pub discarded_pages: u64,
+    /// Read from swap, and evicted not long before.
+    pub refaults: u64,
+    /// Could not be read back.
+    pub lost_pages: u64,
+}
+
+/// What was evicted.
+#[derive(Debug, Default)]
+pub struct Evicted {
+    /// Pages freed in stores.
+    pub pages: PageCount,
+    /// Why it ended before the limit, if not for want of pages. The cluster at which it ended is as it was.
+    pub stopped: Option<Error>,
+}
+
+impl<S: StoreFactory, W: Window> Manager<S, W> {
+    /// What went to swap and came back.
+    pub fn counts(&self) -> SwapCounts {
+        SwapCounts { discarded_pages: self.family.objects.discarded, ..self.swap_counts }
+    }
+
+    /// Says whether a VM needs its memory soon.
+    pub fn set_pace(&mut self, vm: VmId, pace: Pace) {
+        self.family.set_pace(vm, pace);
+    }
+
+    /// Evicts about `limit` pages: those that only idle VMs see, then the oldest. A call looks at no page twice.
+    pub fn evict_some(&mut self, limit: PageCount) -> Evicted {
+        let mut all = Evicted::default();
+        if !self.may_evict() {
+            return all;
+        }
+        let mut search = self.family.search_victims();
+        while all.pages < limit
+            && all.stopped.is_none()
+            && let Some((store, pages, objects)) = self.family.next_victim(&mut search)
+        {
+            for object in objects {
+                match self.evict_cluster(object, pages) {
+                    Ok(freed) => all.pages.0 += freed.0,
+                    Err(error) => {
+                        self.family.keep_victim(store, pages);
+                        all.stopped = Some(error);
+                        break;
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Evicts what is in stores of these pages of an object, cluster by cluster.
+    pub fn evict(&mut self, object: ObjectId, pages: GfnRange) -> Evicted {
+        let mut all = Evicted::default();
+        let pages = if self.may_evict() { pages } else { GfnRange::default() };
+        for part in by_clusters(pages) {
+            match self.evict_cluster(object, part) {
+                Ok(freed) => all.pages.0 += freed.0,
+                Err(error) => return Evicted { stopped: Some(error), ..all },
+            }
+        }
+        all
+    }
+
+    /// Without traps, nobody would bring a page back.
+    pub(super) fn may_evict(&self) -> bool {
+        self.zero_run != u64::MAX
+    }
+
+    /// Evicts pages of one cluster, all or none.
+    fn evict_cluster(&mut self, object: ObjectId, pages: GfnRange) -> Result<PageCount, Error> {
+        let victims = self.family.victims(object, pages);
+        let put = self.put_victims(pages, &victims)?;
+        let freed = count(&victims);
+        let mut effects = Effects::default();
+        self.family.evicted(&victims, put, &mut effects);
+        self.carry_out(effects);
+        Ok(freed)
+    }
+
+    /// Writes those of the victims to swap that are not there, and counts all.
+    fn put_victims(&mut self, pages: GfnRange, victims: &[Victim]) -> Result<Option<SwapSlot>, Error> {
+        let mut end = 0;
+        for victim in victims.iter().filter(|victim| !victim.is_clean()) {
+            let buf = &mut self.staging[end..end + victim.pages.len_bytes()];
+            let (store, pages) = (victim.store, victim.pages);
+            let read = self.stores[&store].read(PageIndex(pages.start().0), buf);
+            read.map_err(|source| Error::Read { store, pages, source })?;
+            end += victim.pages.len_bytes();
+        }
+        let written = PageCount::covering(end as u64);
+        let put = match end {
+            0 => None,
+            _ => {
+                let put = self.factory.swap().put(&self.staging[..end]);
+                Some(put.map_err(|source| Error::PutSwap { pages, source })?)
+            }
+        };
+        self.swap_counts.swap_out_pages += written.0;
+        self.swap_counts.clean_evictions += count(victims).0 - written.0;
+        Ok(put)
+    }
+
+    /// Reads pages from swap into their stores, and wakes who is known to wait for them. Nothing is there yet where they
+    /// are coming; what cannot be read is lost in the books afterwards.
+    pub(super) fn swap_in(&mut self, read: &SwapIn) -> Result<Fetch, Error> {
+        let buf = &mut self.staging[..read.count.bytes() as usize];
+        match self.factory.swap().get(read.first, buf) {
+            Ok(Fetch::Coming) => return Ok(Fetch::Coming),
+            Ok(Fetch::Here) => {}
+            Err(error) => {
+                for (pages, _) in self.family.swapping_in(read) {
+                    self.lose(read.object, pages, &error);
+                }
+                return Ok(Fetch::Here);
+            }
+        }
+        let how = self.family.count_return(read);
+        let mut from = 0;
+        for (pages, store) in self.family.swapping_in(read) {
+            let bytes = from..from + pages.len_bytes();
+            from = bytes.end;
+            self.fill(store, pages, bytes)?;
+            self.swap_counts.swap_in_pages += pages.count().0;
+            self.swap_counts.refaults += if how == Return::Refault { pages.count().0 } else { 0 };
+            let mut effects = Effects::default();
+            self.family.swapped_in(read, pages, how, &mut effects);
+            self.carry_out(effects);
+            self.rest(store);
+            self.wake_swapping_in(store, pages);
+        }
+        Ok(Fetch::Here)
+    }
+
+    /// Guests that wait for these pages look again.
+    fn wake_swapping_in(&mut self, store: StoreId, pages: GfnRange) {
+        let family = &self.family;
+        for (vm, gfn) in self.swapping_in.extract_if(.., |(vm, gfn)| family.maps(*vm, *gfn, store, pages)) {
+            wake(&mut self.windows, vm, gfn);
+        }
+    }
+
+    /// Reads from swap have ended: serves the guests that wait for them, and [`settle`](Self::settle) goes on with what
+    /// they held up.
+    ///
+    /// # Errors
+    /// The first page that could not be filled in. Its guest waits on, and is served when this is called again.
+    pub fn swap_ready(&mut self) -> Result<(), Error> {
+        self.family.retry_put_off();
+        let mut first = Ok(());
+        for (vm, gfn) in std::mem::take(&mut self.swapping_in) {
+            if let Err(error) = self.trap(vm, gfn) {
+                self.swapping_in.push((vm, gfn));
+                first = first.and(Err(error));
+            }
+        }
+        first
+    }
+
+    /// Guests that wait for reads from swap.
+    pub fn swapping_in(&self) -> impl Iterator<Item = (VmId, Gfn)> {
+        self.swapping_in.iter().copied()
+    }
+
+    /// Pages that are in swap only cannot be read from there.
+    pub(super) fn lose(&mut self, object: ObjectId, pages: GfnRange, why: &io::Error) {
+        log::error!("pages {pages:?} of {object:?} are lost in swap: {why}");
+        self.swap_counts.lost_pages += pages.count().0;
+        let mut effects = Effects::default();
+        self.family.lose(object, pages, &mut effects);
+        self.carry_out(effects);
+        // Nobody will tell of a read that was for these pages.
+        for (vm, gfn) in self.swapping_in.drain(..) {
+            wake(&mut self.windows, vm, gfn);
+        }
+    }
+
+    /// Puts staged pages of one cluster that have not settled into swap, if swap takes them.
+    pub(super) fn put_staged(&mut self, pages: GfnRange, staged: Range<usize>) -> Option<Placed> {
+        match self.factory.swap().put(&self.staging[staged]) {
+            Ok(slot) => {
+                self.swap_counts.swap_out_pages += pages.count().0;
+                Some(Placed::Swapped(self.family.new_base(slot, pages.start())))
+            }
+            Err(error) => {
+                log::debug!("pages {pages:?} settle into memory: {error}");
+                None
+            }
+        }
+    }
+}
+
+/// A guest touches its page again.
+fn wake<W: Window>(windows: &mut HashMap<VmId, W>, vm: VmId, gfn: Gfn) {
+    if let Some(window) = windows.get_mut(&vm) {
+        window.wake(GfnRange::new(gfn, PageCount(1)));
+    }
+}

@@ -1,0 +1,101 @@
+//! Swap-in: evicted pages get back into their stores, once for all who see them.
+//!
+//! ```text
+//!   Resident ──evict, put──► Swapped ──read, fill──► Clean ──evict, nothing written──► Swapped
+//!                               └──the read fails──► Lost
+//! ```
+
+use super::evict::cluster_of;
+use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::effect::{Effect, Effects};
+use crate::family::{Family, VmId};
+use crate::object::{Batch, Loss, ObjectId, Slot, SwapBase};
+use crate::reclaim::Return;
+use crate::swap::SwapSlot;
+use crate::window::StoreId;
+
+/// Pages of one cluster and one put, in consecutive slots, to be read together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwapIn {
+    pub(crate) object: ObjectId,
+    /// From the first of them to the last.
+    span: GfnRange,
+    batch: Batch,
+    /// Their first slot.
+    pub first: SwapSlot,
+    /// How many there are.
+    pub count: PageCount,
+}
+
+impl Family {
+    /// What is read together with a page that is in swap only.
+    pub(crate) fn swap_in(&self, object: ObjectId, page: Gfn, base: SwapBase) -> SwapIn {
+        let mut found: Option<SwapIn> = None;
+        for (pages, slot) in self.objects.slots_in(object, cluster_of(page)) {
+            let Slot::Swapped(_, other) = slot else { continue };
+            if other.batch() != base.batch() {
+                continue;
+            }
+            let first = other.slot(pages.start());
+            match &mut found {
+                Some(all) if first.0 == all.first.0 + all.count.0 => {
+                    all.span = GfnRange::between(all.span.start(), pages.end());
+                    all.count.0 += pages.count().0;
+                }
+                Some(all) if all.span.contains(page) => break,
+                _ => found = Some(SwapIn { object, span: pages, batch: base.batch(), first, count: pages.count() }),
+            }
+        }
+        found.expect("the page itself is in swap")
+    }
+
+    /// The stretches of pages that are read together, in the order of their slots, and their stores.
+    pub(crate) fn swapping_in(&self, read: &SwapIn) -> Vec<(GfnRange, StoreId)> {
+        let slots = self.objects.slots_in(read.object, read.span);
+        slots
+            .filter_map(|(pages, slot)| match slot {
+                Slot::Swapped(store, base) if base.batch() == read.batch => Some((pages, store)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Some of these pages are in their store again.
+    pub(crate) fn swapped_in(&mut self, read: &SwapIn, pages: GfnRange, how: Return, effects: &mut Effects) {
+        for (pages, slot) in self.in_swap_only(read.object, pages) {
+            if let Slot::Swapped(store, base) = slot {
+                self.objects.advance(read.object, pages, Slot::Clean(store, base), effects);
+                self.objects.ages.came_back(store, pages, how);
+            }
+        }
+        self.objects.put_off.clear();
+    }
+
+    /// These pages have been read. Whether they were evicted too early.
+    pub(crate) fn count_return(&mut self, read: &SwapIn) -> Return {
+        let how = self.objects.ages.returned(read.batch);
+        self.objects.ages.count_return(how);
+        how
+    }
+
+    /// Pages that are in swap only cannot be read back. Who touches one fails.
+    pub(crate) fn lose(&mut self, object: ObjectId, pages: GfnRange, effects: &mut Effects) {
+        for (pages, slot) in self.in_swap_only(object, pages) {
+            if let Slot::Swapped(store, base) = slot {
+                self.objects.advance(object, pages, Slot::Lost(store, Loss::Swap), effects);
+                effects.push(Effect::FreeSwap(base.slot(pages.start()), pages.count()));
+            }
+        }
+        self.objects.put_off.clear();
+    }
+
+    fn in_swap_only(&self, object: ObjectId, pages: GfnRange) -> Vec<(GfnRange, Slot)> {
+        self.objects.slots_in(object, pages).filter(|(_, slot)| matches!(slot, Slot::Swapped(..))).collect()
+    }
+
+    /// Whether `vm` takes the page at `gfn` from this page of `store`.
+    pub(crate) fn maps(&self, vm: VmId, gfn: Gfn, store: StoreId, pages: GfnRange) -> bool {
+        let source = self.vms.get(&vm).and_then(|vm| vm.runs.get(&gfn.0));
+        source.and_then(|source| source.page(gfn)).is_some_and(|(s, page)| s == store && pages.contains(Gfn(page.0)))
+    }
+}

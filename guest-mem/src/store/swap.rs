@@ -1,0 +1,67 @@
+//! The swap that the families of a host have in common.
+
+use crate::addr::PageCount;
+use crate::swap::{Fetch, Swap, SwapSlot};
+use std::cell::RefCell;
+use std::fmt;
+use std::io;
+use std::rc::Rc;
+
+/// For users without swap: nothing is ever evicted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoSwap;
+
+impl Swap for NoSwap {
+    fn put(&mut self, _: &[u8]) -> io::Result<SwapSlot> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "there is no swap"))
+    }
+
+    fn get(&mut self, first: SwapSlot, _: &mut [u8]) -> io::Result<Fetch> {
+        unreachable!("{first:?} was never given out")
+    }
+
+    fn free(&mut self, first: SwapSlot, _: PageCount) {
+        unreachable!("{first:?} was never given out")
+    }
+}
+
+/// One swap for all who hold this. [`NoSwap`] by default.
+#[derive(Clone)]
+pub struct SharedSwap(Rc<RefCell<dyn Swap>>);
+
+impl SharedSwap {
+    /// A share in `swap`.
+    pub fn new<S: Swap + 'static>(swap: Rc<RefCell<S>>) -> Self {
+        Self(swap)
+    }
+}
+
+impl Default for SharedSwap {
+    fn default() -> Self {
+        Self::new(Rc::new(RefCell::new(NoSwap)))
+    }
+}
+
+impl fmt::Debug for SharedSwap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SharedSwap")
+    }
+}
+
+impl Swap for SharedSwap {
+    fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot> {
+        self.0.borrow_mut().put(pages)
+    }
+
+    fn get(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        self.0.borrow_mut().get(first, buf)
+    }
+
+    fn free(&mut self, first: SwapSlot, count: PageCount) {
+        self.0.borrow_mut().free(first, count);
+    }
+
+    fn used(&self) -> Option<Vec<(SwapSlot, PageCount)>> {
+        self.0.borrow().used()
+    }
+}

@@ -1,0 +1,149 @@
+//! The disk: a file or a block device, read and written in whole blocks.
+
+use super::extents::BLOCK;
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+/// What frames are written to, by several threads at a time. Buffers are whole blocks, and [aligned](Aligned).
+pub trait Device: Send + Sync {
+    /// Reads from block `first` on.
+    ///
+    /// # Errors
+    /// The device's, or it ends before the buffer does.
+    fn read(&self, first: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Writes from block `first` on.
+    ///
+    /// # Errors
+    /// The device's; what the blocks hold now is unknown.
+    fn write(&self, first: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// A regular file or a block device that nobody else swaps to. Dropping it empties a regular file: what guests had in
+/// memory does not stay behind.
+#[derive(Debug)]
+pub struct FileDevice {
+    file: Flock<File>,
+    kind: Kind,
+    blocks: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Regular,
+    Block,
+}
+
+impl FileDevice {
+    /// Opens the file at `path` for use as [`new`](Self::new) says; makes it if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be opened; as of [`new`](Self::new).
+    pub fn open(path: &Path, size: Option<u64>) -> io::Result<Self> {
+        let context = |error: io::Error| io::Error::new(error.kind(), format!("swap on {}: {error}", path.display()));
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        match fs::metadata(path) {
+            // Not one that is mounted, or somebody's swap.
+            Ok(found) if found.file_type().is_block_device() => options.custom_flags(libc::O_EXCL),
+            // What it holds goes once it is ours, not before.
+            _ => options.create(true).truncate(false).mode(0o600),
+        };
+        Self::new(options.open(path).map_err(context)?, size).map_err(context)
+    }
+
+    /// Takes a regular file, whose contents go and which gets `size` bytes or keeps its length, or a block device, of
+    /// which `size` bytes or all are used.
+    ///
+    /// # Errors
+    /// `InvalidInput`: it is neither, or the size does not fit. `WouldBlock`: another server has it. Otherwise of the
+    /// system calls.
+    pub fn new(file: File, size: Option<u64>) -> io::Result<Self> {
+        let invalid = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let metadata = file.metadata()?;
+        let kind = match metadata.file_type() {
+            kind if kind.is_file() => Kind::Regular,
+            kind if kind.is_block_device() => Kind::Block,
+            _ => return invalid("neither a regular file nor a block device".into()),
+        };
+        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            io::Error::new(io::Error::from(errno).kind(), format!("it cannot be locked: {errno}"))
+        })?;
+        let there = file.seek(SeekFrom::End(0))?;
+        let blocks = size.unwrap_or(there) / BLOCK as u64;
+        if blocks == 0 {
+            return invalid("it has no size".into());
+        }
+        match kind {
+            Kind::Regular => {
+                file.set_permissions(Permissions::from_mode(0o600))?;
+                file.set_len(0)?;
+                file.set_len(blocks * BLOCK as u64)?;
+            }
+            Kind::Block if blocks > there / BLOCK as u64 => {
+                return invalid(format!("the device has {there} bytes only"));
+            }
+            Kind::Block => {}
+        }
+        let device = Self { file, kind, blocks };
+        device.go_direct()?;
+        Ok(device)
+    }
+
+    /// Its length.
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// Goes round the page cache where the filesystem lets us: what is evicted must not fill memory again.
+    fn go_direct(&self) -> io::Result<()> {
+        let flags = OFlag::from_bits_retain(fcntl(&*self.file, FcntlArg::F_GETFL)?);
+        let set = |flags| fcntl(&*self.file, FcntlArg::F_SETFL(flags));
+        let mut buffer = Aligned::default();
+        if set(flags | OFlag::O_DIRECT).is_err() || self.read(0, buffer.slice(BLOCK)).is_err() {
+            log::info!("swap: no direct I/O, the page cache is used");
+            set(flags)?;
+        }
+        Ok(())
+    }
+}
+
+impl Device for FileDevice {
+    fn read(&self, first: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, first * BLOCK as u64)
+    }
+
+    fn write(&self, first: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, first * BLOCK as u64)
+    }
+}
+
+impl Drop for FileDevice {
+    fn drop(&mut self) {
+        if self.kind == Kind::Regular
+            && let Err(error) = self.file.set_len(0)
+        {
+            log::warn!("swap: the file keeps its contents: {error}");
+        }
+    }
+}
+
+/// A buffer that starts where a block may: direct I/O wants that.
+#[derive(Debug, Default)]
+pub struct Aligned {
+    bytes: Vec<u8>,
+}
+
+impl Aligned {
+    /// `len` bytes of it, which hold anything.
+    pub fn slice(&mut self, len: usize) -> &mut [u8] {
+        if self.bytes.len() < len + BLOCK {
+            self.bytes = vec![0; len + BLOCK];
+        }
+        let skip = self.bytes.as_ptr().align_offset(BLOCK);
+        &mut self.bytes[skip..skip + len]
+    }
+}

@@ -1,0 +1,261 @@
+//! The threads that read and write.
+
+use super::device::{Aligned, Device};
+use super::extents::Place;
+use super::frame::{self, Tag};
+use super::packed::Packed;
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use vmm_sys_util::eventfd::EventFd;
+
+/// A frame to be read or written.
+#[derive(Debug)]
+pub struct Job {
+    /// The cluster.
+    pub key: usize,
+    /// The frame's place, which stays taken until the job is done.
+    pub place: Place,
+    /// Whose frame it is.
+    pub tag: Tag,
+    /// What is to be done.
+    pub work: Work,
+}
+
+/// What is to be done with a frame.
+#[derive(Debug)]
+pub enum Work {
+    /// Read it: somebody waits.
+    Demand,
+    /// Read it, nobody waits yet.
+    Ahead,
+    /// Write it, unless the cluster is gone by then.
+    Write(Weak<Packed>),
+}
+
+/// A job that is done.
+#[derive(Debug)]
+pub struct Done {
+    /// The cluster.
+    pub key: usize,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// What came of a job.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The frame was read, or its bytes are lost: they were asked for twice.
+    Read(io::Result<Packed>),
+    /// The frame is on the disk, or was not needed any more.
+    Written(io::Result<()>),
+}
+
+/// The threads, ended and joined when it is dropped; jobs that have not begun are forgotten then.
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    device: Box<dyn Device>,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    done: Mutex<Vec<Done>>,
+    event: Arc<EventFd>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    /// One for each kind of [`Work`], the most urgent first.
+    jobs: [VecDeque<Job>; 3],
+    closed: bool,
+}
+
+/// So many frames that lie in a row are one read or write.
+const MERGED: usize = 8;
+
+impl Pool {
+    /// Starts `threads` threads, which write to `event` when something is done.
+    ///
+    /// # Errors
+    /// The system has no threads left.
+    pub fn start(device: Box<dyn Device>, event: Arc<EventFd>, threads: usize) -> io::Result<Self> {
+        let queue = Mutex::default();
+        let shared = Arc::new(Shared { device, queue, wake: Condvar::new(), done: Mutex::default(), event });
+        let mut pool = Self { shared, threads: Vec::new() };
+        for _ in 0..threads {
+            let shared = Arc::clone(&pool.shared);
+            pool.threads.push(thread::Builder::new().name("swap-io".into()).spawn(move || shared.work())?);
+        }
+        Ok(pool)
+    }
+
+    /// Hands a job in.
+    pub fn submit(&self, job: Job) {
+        lock(&self.shared.queue).jobs[job.work.urgency()].push_back(job);
+        self.shared.wake.notify_one();
+    }
+
+    /// Takes what is done.
+    pub fn collect(&self) -> Vec<Done> {
+        mem::take(&mut *lock(&self.shared.done))
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        lock(&self.shared.queue).closed = true;
+        self.shared.wake.notify_all();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("swap: a thread has panicked");
+            }
+        }
+    }
+}
+
+impl Work {
+    fn urgency(&self) -> usize {
+        match self {
+            Self::Demand => 0,
+            Self::Ahead => 1,
+            Self::Write(_) => 2,
+        }
+    }
+}
+
+impl Queue {
+    /// The most urgent job, and those of its kind behind it whose frames follow its on the disk.
+    fn next_run(&mut self) -> Option<Vec<Job>> {
+        let jobs = self.jobs.iter_mut().find(|jobs| !jobs.is_empty())?;
+        let mut run = vec![jobs.pop_front()?];
+        while run.len() < MERGED {
+            let end = run[run.len() - 1].place.end();
+            if jobs.front().is_none_or(|next| next.place.start != end) {
+                break;
+            }
+            run.extend(jobs.pop_front());
+        }
+        Some(run)
+    }
+}
+
+impl Shared {
+    fn work(&self) {
+        let mut buffer = Aligned::default();
+        while let Some(run) = self.wait() {
+            let done = match run[0].work {
+                Work::Demand | Work::Ahead => self.read(&run, &mut buffer),
+                Work::Write(_) => self.write(&run, &mut buffer),
+            };
+            lock(&self.done).extend(done);
+            if let Err(error) = self.event.write(1) {
+                log::error!("swap: nobody is told of what is done: {error}");
+            }
+        }
+    }
+
+    /// Jobs, or nothing at the end.
+    fn wait(&self) -> Option<Vec<Job>> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if queue.closed {
+                return None;
+            }
+            if let Some(run) = queue.next_run() {
+                return Some(run);
+            }
+            queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Reads all frames at once, and once more by itself each that did not come well.
+    fn read(&self, run: &[Job], buffer: &mut Aligned) -> Vec<Done> {
+        let whole = buffer.slice(length(run));
+        let mut got: Vec<Option<Packed>> = Vec::new();
+        if self.device.read(run[0].place.start, whole).is_ok() {
+            let frames = split(run, whole);
+            got.extend(run.iter().zip(frames).map(|(job, frame)| frame::decode(frame, job.tag).ok()));
+        }
+        got.resize_with(run.len(), || None);
+        let done = |(job, got): (&Job, Option<Packed>)| {
+            let packed = got.map_or_else(|| self.read_one(job, buffer), Ok);
+            Done { key: job.key, outcome: Outcome::Read(packed) }
+        };
+        run.iter().zip(got).map(done).collect()
+    }
+
+    fn read_one(&self, job: &Job, buffer: &mut Aligned) -> io::Result<Packed> {
+        let frame = buffer.slice(job.place.bytes());
+        self.device.read(job.place.start, frame).map_err(|error| context("read", job.place, &error))?;
+        frame::decode(frame, job.tag)
+    }
+
+    /// Writes all frames at once; if that fails, each by itself.
+    fn write(&self, run: &[Job], buffer: &mut Aligned) -> Vec<Done> {
+        // A cluster that is gone still has its place: anything may be written there.
+        let packed: Vec<Option<Arc<Packed>>> = run.iter().map(Job::packed).collect();
+        let whole = buffer.slice(length(run));
+        for ((job, packed), frame) in run.iter().zip(&packed).zip(split_mut(run, whole)) {
+            match packed {
+                Some(packed) => frame::encode(packed, job.tag, frame),
+                None => frame.fill(0),
+            }
+        }
+        let wanted = packed.iter().any(Option::is_some);
+        let written = if wanted { self.device.write(run[0].place.start, whole) } else { Ok(()) };
+        let done = |(job, frame): (&Job, &[u8])| {
+            let result = match &written {
+                Ok(()) => Ok(()),
+                Err(error) if run.len() == 1 => Err(context("write", job.place, error)),
+                Err(_) => {
+                    let alone = self.device.write(job.place.start, frame);
+                    alone.map_err(|error| context("write", job.place, &error))
+                }
+            };
+            Done { key: job.key, outcome: Outcome::Written(result) }
+        };
+        run.iter().zip(split(run, whole)).map(done).collect()
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("queue", &self.queue).field("done", &self.done).finish_non_exhaustive()
+    }
+}
+
+impl Job {
+    fn packed(&self) -> Option<Arc<Packed>> {
+        match &self.work {
+            Work::Write(packed) => packed.upgrade(),
+            Work::Demand | Work::Ahead => None,
+        }
+    }
+}
+
+fn length(run: &[Job]) -> usize {
+    run.iter().map(|job| job.place.bytes()).sum()
+}
+
+fn split<'a>(run: &[Job], mut whole: &'a [u8]) -> Vec<&'a [u8]> {
+    run.iter().map(|job| whole.split_off(..job.place.bytes()).expect("the run's length")).collect()
+}
+
+fn split_mut<'a>(run: &[Job], mut whole: &'a mut [u8]) -> Vec<&'a mut [u8]> {
+    run.iter().map(|job| whole.split_off_mut(..job.place.bytes()).expect("the run's length")).collect()
+}
+
+fn context(what: &str, place: Place, error: &io::Error) -> io::Error {
+    let message = format!("swap: {what} of blocks {:#x}+{}: {error}", place.start, place.blocks);
+    io::Error::new(error.kind(), message)
+}
+
+/// Nothing is left half done under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

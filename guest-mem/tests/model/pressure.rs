@@ -1,0 +1,218 @@
+//! Stories of memory pressure: what goes to swap, how often, and who hears of it.
+
+use crate::fakes::{Call, Gaps, Reads};
+use crate::world::{Layout, World};
+use guest_mem::addr::Gfn;
+use guest_mem::{Pace, VmId};
+
+/// A VM that has written the first `pages` pages of its RAM, frozen and settled.
+fn with_pages(ram: u64, pages: u64) -> (World, VmId) {
+    let mut world = World::new(&Layout::flat(ram));
+    let vm = world.ids()[0];
+    (0..pages).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.settle_all();
+    (world, vm)
+}
+
+#[test]
+fn a_page_that_two_hundred_see_is_written_once_read_once_and_shared_again() {
+    let (mut world, parent) = with_pages(16, 16);
+    while world.vms.len() < 200 {
+        world.fork_frozen(parent);
+    }
+    let tables = world.manager.family().totals().tables;
+    world.swap.borrow_mut().reads = Reads::Later;
+    world.evict_all();
+    assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (0, 16));
+    world.check();
+    for vm in world.ids() {
+        world.prefetch(vm, Gfn(7));
+    }
+    assert_eq!(world.manager.swapping_in().count(), 200);
+    world.io_done();
+    assert!(world.ids().iter().all(|&vm| !world.window(vm).is_waiting(Gfn(7))), "one read wakes all");
+    world.verify();
+    assert_eq!((world.swap.borrow().calls(), world.ledger.pages()), ((1, 1), 16));
+    assert_eq!(world.manager.family().totals().tables, tables, "tables say nothing of where pages are");
+    world.check();
+    world.end();
+}
+
+#[test]
+fn a_page_that_has_been_to_swap_is_not_written_again() {
+    let (mut world, vm) = with_pages(32, 32);
+    world.evict_all();
+    world.verify();
+    world.evict_all();
+    assert_eq!(world.ledger.pages(), 0);
+    let counts = world.manager.counts();
+    assert_eq!((counts.swap_out_pages, counts.swap_in_pages, counts.clean_evictions), (32, 32, 32));
+    world.check();
+    // Half of a cluster is in swap already, and comes back with the rest.
+    (0..8).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.settle_all();
+    world.evict_all();
+    assert_eq!(world.manager.counts().swap_out_pages, 40);
+    world.verify();
+    world.check();
+    world.end();
+}
+
+#[test]
+fn what_everybody_hides_is_discarded_from_swap() {
+    let (mut world, parent) = with_pages(16, 16);
+    let child = world.fork_frozen(parent);
+    world.evict_all();
+    for vm in [parent, child] {
+        assert_eq!(world.swap.borrow().pages(), 16);
+        (4..8).for_each(|page| world.write(vm, Gfn(page)));
+        world.freeze(vm, Gaps::None);
+    }
+    assert_eq!((world.swap.borrow().pages(), world.manager.counts().discarded_pages), (12, 4));
+    world.settle_all();
+    world.check();
+    world.verify();
+    world.end();
+}
+
+#[test]
+fn a_failed_read_stops_only_who_touches_it() {
+    let (mut world, parent) = with_pages(32, 32);
+    let (child, other) = (world.fork_frozen(parent), world.fork_frozen(parent));
+    world.evict_all();
+    world.expect_losses();
+    world.ledger.fail(Call::GetSwap, 0);
+    world.read(child, Gfn(3));
+    let why = world.window(child).failed.clone().unwrap();
+    assert!(why.contains("could not be read back from swap"), "{why}");
+    (16..32).for_each(|page| world.read(parent, Gfn(page)));
+    world.read(other, Gfn(15));
+    assert!(world.window(parent).failed.is_none() && world.window(other).failed.is_some());
+    assert_eq!((world.swap.borrow().pages(), world.manager.counts().lost_pages), (16, 16));
+    world.check();
+    world.reap();
+    assert_eq!(world.ids(), [parent]);
+    world.end();
+}
+
+/// Pages of a frozen machine go to swap without being in a store first, but for the one it waits for, and zeros.
+#[test]
+fn a_freeze_to_swap_fills_nothing_in() {
+    let mut world = World::new(&Layout::flat(128));
+    let vm = world.ids()[0];
+    (0..100).for_each(|page| world.write(vm, Gfn(page)));
+    (40..70).for_each(|page| world.clear(vm, Gfn(page)));
+    world.freeze_to_swap(vm, Gaps::None);
+    world.read(vm, Gfn(0));
+    assert_eq!(world.ledger.pages(), 16);
+    world.settle_all();
+    assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (16, 54));
+    world.check();
+    world.verify();
+    world.end();
+}
+
+#[test]
+fn what_swap_has_no_room_for_settles_into_memory() {
+    let mut world = World::new(&Layout::flat(64));
+    let vm = world.ids()[0];
+    world.swap.borrow_mut().size = 20;
+    (0..64).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze_to_swap(vm, Gaps::None);
+    world.settle_all();
+    assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (48, 16));
+    assert!(world.evict_some(16).stopped.is_some_and(|error| error.is_full()));
+    world.check();
+    world.verify();
+    world.end();
+}
+
+/// A gap over a page in swap is not asked for again and again while that is being read, and keeps nothing else waiting.
+#[test]
+fn a_copy_that_waits_for_swap_is_put_off() {
+    let (mut world, parent) = with_pages(64, 64);
+    let child = world.fork_frozen(parent);
+    world.evict_all();
+    world.swap.borrow_mut().reads = Reads::Later;
+    for vm in [parent, child] {
+        world.swap.borrow_mut().reads = Reads::AtOnce;
+        [0, 20].into_iter().for_each(|page| world.write(vm, Gfn(page)));
+        world.swap.borrow_mut().reads = Reads::Later;
+    }
+    world.evict_all();
+    world.freeze(parent, Gaps::All);
+    world.freeze(child, Gaps::None);
+    let mut batches = 0;
+    while world.settle() {
+        batches += 1;
+    }
+    assert!(batches < 8 && world.manager.family().totals().unsettled > 0);
+    assert!(!world.settle(), "it waits");
+    world.check();
+    world.settle_all();
+    assert!(world.manager.family().totals().swapped > 0, "what is copied need not come back itself");
+    world.check();
+    world.verify();
+    world.end();
+}
+
+/// An object is absorbed while a copy of its waits for swap: whoever gets its number next must not wait for that.
+#[test]
+fn what_is_absorbed_while_it_waits_for_swap_is_not_remembered() {
+    let (mut world, parent) = with_pages(16, 16);
+    world.fork_frozen(parent);
+    [0, 3].into_iter().for_each(|page| world.write(parent, Gfn(page)));
+    world.evict_all();
+    world.freeze(parent, Gaps::All);
+    let child = world.fork_frozen(parent);
+    world.write(child, Gfn(0));
+    world.freeze(child, Gaps::None);
+    world.swap.borrow_mut().reads = Reads::Later;
+    while world.settle() {}
+    assert!(world.manager.family().objects().waits_for_swap());
+    world.exit(parent);
+    world.check();
+    while world.settle() {}
+    world.check();
+    world.settle_all();
+    world.verify();
+    world.end();
+}
+
+/// Who is paused gives first, however old the pages of others are; what both see is not taken for it.
+#[test]
+fn the_memory_of_idle_machines_goes_first() {
+    let (mut world, busy) = with_pages(128, 64);
+    let idle = world.fork_frozen(busy);
+    (64..128).for_each(|page| world.write(busy, Gfn(page)));
+    world.freeze(busy, Gaps::None);
+    world.settle_all();
+    (64..96).for_each(|page| world.write(idle, Gfn(page)));
+    world.freeze(idle, Gaps::None);
+    world.settle_all();
+    world.manager.set_pace(idle, Pace::Idle);
+    assert_eq!(world.evict_some(32).pages.0, 32);
+    let resident = |world: &World, vm, page| world.window(vm).read(Gfn(page)).is_ok();
+    assert!((64..96).all(|page| !resident(&world, idle, page)));
+    assert!((0..128).all(|page| resident(&world, busy, page)));
+    assert_eq!(world.evict_some(16).pages.0, 16);
+    assert!((0..128).all(|page| resident(&world, busy, page) == (page >= 16)), "then the oldest");
+    world.check();
+    world.verify();
+    world.end();
+}
+
+/// A working set that does not fit is seen to be one.
+#[test]
+fn what_comes_back_soon_is_a_refault() {
+    let (mut world, vm) = with_pages(128, 128);
+    for round in 1..8 {
+        world.evict_some(64);
+        (0..128).for_each(|page| world.read(vm, Gfn(page)));
+        assert_eq!(world.manager.counts().refaults, 64 * round);
+    }
+    world.check();
+    world.end();
+}
