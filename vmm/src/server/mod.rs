@@ -199,19 +199,20 @@ impl MutEventSubscriber for Server {
 impl Server {
     fn new(config: Config) -> Result<Self, Error> {
         let Config { home, swap, budget } = config;
-        let swap = Rc::new(RefCell::new(HostSwap::new(&home, swap)?));
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
-        let cage = home.path().join("cage");
-        match std::fs::create_dir(&cage) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io("make an empty directory")(e)),
-            _ => {}
-        }
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGCHLD);
         mask.thread_block().map_err(|e| io("block SIGCHLD")(e.into()))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|e| io("make a signalfd")(e.into()))?;
+        // It has threads, which must not take our signals.
+        let swap = Rc::new(RefCell::new(HostSwap::new(&home, swap)?));
+        let cage = home.path().join("cage");
+        match std::fs::create_dir(&cage) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io("make an empty directory")(e)),
+            _ => {}
+        }
         let userfaultfd = match features.userfaultfd {
             true => Some(Arc::new(Userfaultfd::new().map_err(io("make a userfaultfd"))?)),
             false => None,
@@ -272,6 +273,7 @@ impl Server {
         self.answer_settled_forks();
         let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
         self.watch_swap();
+        self.swap.borrow_mut().trim();
         self.grant_wants();
         let filling = self.tend_pool(now);
         self.finish_removals();
@@ -336,6 +338,7 @@ impl Server {
         // and stand for a freeze that has moved it out.
         traps.sort_unstable_by_key(|trap| trap.address);
         traps.dedup_by_key(|trap| trap.address);
+        self.budget.stir();
         for trap in traps {
             if let Some(vm) = self.vms.get_mut(generation) {
                 vm.traps += 1;
@@ -460,6 +463,7 @@ impl Server {
 
     fn carry_out(&mut self, client: ClientId, request: Request) {
         log::debug!("{client:?}: {request:?}");
+        self.budget.stir();
         match request {
             Request::Launch(launch) => self.launch(client, launch),
             Request::Fork(fork) => self.fork(client, fork),
