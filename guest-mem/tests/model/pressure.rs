@@ -158,6 +158,48 @@ fn a_copy_that_waits_for_swap_is_put_off() {
     world.end();
 }
 
+/// A read that fails for one VM was waited for by another: its slots are freed, and nobody would tell of it.
+#[test]
+fn who_waits_for_a_read_hears_of_its_failure() {
+    let (mut world, parent) = with_pages(16, 16);
+    let child = world.fork_frozen(parent);
+    world.evict_all();
+    world.swap.borrow_mut().reads = Reads::Later;
+    world.prefetch(parent, Gfn(1));
+    assert!(world.window(parent).is_waiting(Gfn(1)));
+    world.expect_losses();
+    world.ledger.fail(Call::GetSwap, 0);
+    world.read(child, Gfn(2));
+    assert!(!world.window(parent).is_waiting(Gfn(1)), "it touches its page again");
+    assert!(world.window(parent).failed.is_none() && world.window(child).failed.is_some());
+    world.check();
+    world.read(parent, Gfn(1));
+    assert!(world.window(parent).failed.is_some());
+    world.reap();
+    world.end();
+}
+
+/// A gap over a gap over a page in swap: both objects wait.
+#[test]
+fn a_copy_of_a_copy_that_waits_for_swap_is_put_off() {
+    let (mut world, parent) = with_pages(16, 16);
+    world.fork_frozen(parent);
+    for _ in 0..2 {
+        [0, 8].into_iter().for_each(|page| world.write(parent, Gfn(page)));
+        world.evict_all();
+        world.swap.borrow_mut().reads = Reads::Later;
+        world.freeze(parent, Gaps::All);
+        world.fork_frozen(parent);
+        world.check();
+    }
+    while world.settle() {}
+    assert!(world.manager.family().objects().waits_for_swap());
+    world.check();
+    world.settle_all();
+    world.verify();
+    world.end();
+}
+
 /// An object is absorbed while a copy of its waits for swap: whoever gets its number next must not wait for that.
 #[test]
 fn what_is_absorbed_while_it_waits_for_swap_is_not_remembered() {
