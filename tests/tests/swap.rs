@@ -255,7 +255,7 @@ fn a_broken_disk_stops_who_needs_it() {
         let reason = vm.reason.as_deref().unwrap_or_default();
         assert!(reason.contains("could not be read back from swap"), "{reason}");
     }
-    assert!(refused.iter().flatten().count() + 1 <= refused.len(), "somebody read what is not there: {refused:?}");
+    assert!(refused.iter().any(Result::is_err), "somebody read what is not there: {refused:?}");
     other.fill(1000..2000, 3);
     other.verify(1000..2000, 3);
     check(&home);

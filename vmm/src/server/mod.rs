@@ -383,7 +383,11 @@ impl Server {
             let Some((id, want)) = self.wants.borrow_mut().pop_front() else { return };
             let Some(process) = self.processes.get_mut(&id) else { continue };
             match want {
-                Want::DropScratch(store) => process.send(&crate::wire::ToVm::DropScratch(store), &[]),
+                Want::DropScratch(store) => {
+                    // Its memory is less from now on.
+                    self.budget.stir();
+                    process.send(&crate::wire::ToVm::DropScratch(store), &[]);
+                }
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {
                     if let process::Role::Vm(generation) = process.role {
