@@ -39,6 +39,21 @@ const TOTALS: &[&str] = &[
     "stage2_tables",
     "stage2_tables_unshared_equivalent",
     "host_bytes",
+    "budget_bytes",
+    "accounted_bytes",
+    "compressed_bytes",
+    "disk_bytes",
+    "swap_slots",
+    "swap_out_pages",
+    "swap_write_pages",
+    "swap_in_pages",
+    "clean_evictions",
+    "discarded_pages",
+    "refaults",
+    "lost_pages",
+    "readahead_pages",
+    "readahead_hits",
+    "writeahead_pages",
 ];
 
 #[track_caller]

@@ -5,6 +5,7 @@
 //!   lock           locked by the server for life (an open-file-description lock); its text is the server's pid
 //!   socket         where the server listens
 //!   server.log     what a server in the background has to say
+//!   swap           evicted pages, while the server runs
 //! ```
 
 use nix::errno::Errno;

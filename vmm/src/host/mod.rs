@@ -3,6 +3,7 @@
 //! Everything is probed, nothing concluded from a version. `OFFSHOOT_DISABLE=userfaultfd,pagemap-scan` turns off what
 //! has a fallback, to test that.
 
+pub(crate) mod heap;
 mod memory;
 mod probe;
 mod report;

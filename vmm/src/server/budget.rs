@@ -27,6 +27,8 @@ const BUSY_LOOK: Duration = Duration::from_millis(10);
 const GROWING_LOOK: Duration = Duration::from_millis(100);
 /// How often to look while nothing does.
 const QUIET_LOOK: Duration = Duration::from_secs(1);
+/// What has grown is taken to have grown within this time, if we have not looked for longer.
+const BURST: Duration = Duration::from_millis(20);
 /// A look may take this part of the time between looks.
 const LOOK_SHARE: u32 = 20;
 /// A VM that has not run for this long is idle…
@@ -138,12 +140,34 @@ fn decide(limit: u64, figures: &Figures) -> Decision {
     decision
 }
 
+/// What is left of the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    /// A quarter, or more, or there is no budget.
+    Plenty,
+    /// So many bytes.
+    Bytes(u64),
+}
+
+impl Room {
+    fn of(limit: Option<u64>, accounted: u64) -> Self {
+        match limit {
+            Some(limit) if accounted > limit / 4 * 3 => Self::Bytes(limit.saturating_sub(accounted)),
+            _ => Self::Plenty,
+        }
+    }
+}
+
 /// When to look again, if a VM grows by `growth` bytes in a second and there is room for `room` more.
-fn interval(growth: u64, room: u64, took: Duration) -> Duration {
-    let next = match growth {
-        0 => QUIET_LOOK,
+fn interval(growth: u64, room: Room, took: Duration) -> Duration {
+    let next = match (growth, room) {
+        (0, Room::Plenty) => QUIET_LOOK,
+        (0, Room::Bytes(_)) => GROWING_LOOK,
+        (_, Room::Plenty) => GROWING_LOOK,
         // When half of the room may be gone.
-        growth => Duration::from_secs_f64(room as f64 / 2.0 / growth as f64).clamp(BUSY_LOOK, GROWING_LOOK),
+        (growth, Room::Bytes(room)) => {
+            Duration::from_secs_f64(room as f64 / 2.0 / growth as f64).clamp(BUSY_LOOK, GROWING_LOOK)
+        }
     };
     next.max(took * LOOK_SHARE)
 }
@@ -192,7 +216,8 @@ impl Seen {
     }
 
     fn saw(&mut self, now: Instant, bytes: u64) {
-        let since = now.saturating_duration_since(self.at).max(Duration::from_millis(1));
+        // After a quiet time we cannot know that it has not grown in the last moments only.
+        let since = now.saturating_duration_since(self.at).clamp(Duration::from_millis(1), BURST);
         let growth = (bytes.saturating_sub(self.bytes) as f64 / since.as_secs_f64()) as u64;
         // What stood still for a moment goes on as before.
         self.growth = growth.max(if self.held.is_some() { self.growth } else { self.growth / 2 });
@@ -257,12 +282,17 @@ impl Budget {
         vms.iter().any(|vm| vm.is_alive()).then_some(self.next)
     }
 
+    /// Something may begin to grow.
+    pub fn stir(&mut self) {
+        self.next = self.next.min(Instant::now() + BUSY_LOOK);
+    }
+
     /// A live layer was taken.
     pub fn layer_taken(&mut self, vm: Generation) {
         if let Some(seen) = self.seen.get_mut(&vm) {
             seen.taken = true;
         }
-        self.next = self.next.min(Instant::now() + BUSY_LOOK);
+        self.stir();
     }
 }
 
@@ -354,7 +384,7 @@ impl Server {
         let bound = self.budget.effective().map_or(u64::MAX, |limit| limit / 4);
         self.swap.borrow_mut().bound(bound);
         let growth = self.budget.seen.values().map(|seen| seen.growth).filter(|growth| *growth >= SLOW).sum();
-        let room = self.budget.effective().map_or(u64::MAX, |limit| limit.saturating_sub(self.accounted()));
+        let room = Room::of(self.budget.effective(), self.accounted());
         self.budget.next = now + interval(growth, room, begun.elapsed());
     }
 
@@ -542,9 +572,11 @@ mod tests {
 
     #[test]
     fn the_faster_it_grows_the_sooner_the_next_look() {
-        let at = |growth, room| interval(growth * MIB, room * MIB, Duration::ZERO).as_millis();
-        assert_eq!((at(0, 1), at(100, 0), at(100, 10), at(100, 1000)), (1000, 10, 50, 100));
-        assert_eq!(interval(100 * MIB, 0, Duration::from_millis(2)).as_millis(), 40);
+        let at =
+            |growth, used| interval(growth * MIB, Room::of(Some(400 * MIB), used * MIB), Duration::ZERO).as_millis();
+        assert_eq!((at(0, 100), at(0, 390), at(100, 400), at(100, 390), at(1, 390)), (1000, 100, 10, 50, 100));
+        assert_eq!(interval(100 * MIB, Room::Bytes(0), Duration::from_millis(2)).as_millis(), 40);
+        assert_eq!(interval(0, Room::of(None, MIB), Duration::ZERO), QUIET_LOOK);
     }
 
     #[test]
@@ -561,10 +593,12 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut seen = Seen::new(start, 3 * MIB);
-        seen.saw(at(100), 13 * MIB);
-        assert_eq!((seen.growth / MIB, seen.bytes - seen.least), (100, 12 * MIB));
+        seen.saw(at(20), 4 * MIB);
+        assert_eq!(seen.growth / MIB, 50);
+        seen.saw(at(100), 6 * MIB);
+        assert_eq!((seen.growth / MIB, seen.bytes - seen.least), (100, 5 * MIB));
         seen.held = Some(at(100));
-        seen.saw(at(200), 13 * MIB);
+        seen.saw(at(200), 6 * MIB);
         assert_eq!(seen.growth / MIB, 100);
         seen.held = None;
         seen.taken = true;

@@ -204,19 +204,20 @@ impl MutEventSubscriber for Server {
 impl Server {
     fn new(config: Config) -> Result<Self, Error> {
         let Config { home, swap, budget } = config;
-        let swap = Rc::new(RefCell::new(HostSwap::new(&home, swap)?));
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
-        let cage = home.path().join("cage");
-        match std::fs::create_dir(&cage) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io("make an empty directory")(e)),
-            _ => {}
-        }
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGCHLD);
         mask.thread_block().map_err(|e| io("block SIGCHLD")(e.into()))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|e| io("make a signalfd")(e.into()))?;
+        // It has threads, which must not take our signals.
+        let swap = Rc::new(RefCell::new(HostSwap::new(&home, swap)?));
+        let cage = home.path().join("cage");
+        match std::fs::create_dir(&cage) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io("make an empty directory")(e)),
+            _ => {}
+        }
         let userfaultfd = match features.userfaultfd {
             true => Some(Arc::new(Userfaultfd::new().map_err(io("make a userfaultfd"))?)),
             false => None,
@@ -279,6 +280,7 @@ impl Server {
         self.answer_settled_forks();
         let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
         self.watch_swap();
+        self.swap.borrow_mut().trim();
         self.grant_wants();
         let filling = self.tend_pool(now, settling);
         self.finish_removals();
@@ -351,6 +353,7 @@ impl Server {
         // and stand for a freeze that has moved it out.
         traps.sort_unstable_by_key(|trap| trap.address);
         traps.dedup_by_key(|trap| trap.address);
+        self.budget.stir();
         for trap in traps {
             if let Some(vm) = self.vms.get_mut(generation) {
                 vm.traps += 1;
@@ -397,7 +400,11 @@ impl Server {
             let Some((id, want)) = self.wants.borrow_mut().pop_front() else { return };
             let Some(process) = self.processes.get_mut(&id) else { continue };
             match want {
-                Want::DropScratch(store) => process.send(&crate::wire::ToVm::DropScratch(store), &[]),
+                Want::DropScratch(store) => {
+                    // Its memory is less from now on.
+                    self.budget.stir();
+                    process.send(&crate::wire::ToVm::DropScratch(store), &[]);
+                }
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {
                     if let process::Role::Vm(generation) = process.role {
@@ -477,6 +484,7 @@ impl Server {
 
     fn carry_out(&mut self, client: ClientId, request: Request) {
         log::debug!("{client:?}: {request:?}");
+        self.budget.stir();
         match request {
             Request::Launch(launch) => self.launch(client, launch),
             Request::Fork(fork) => self.fork(client, fork),

@@ -148,6 +148,8 @@ impl Server {
             match end {
                 Evicted::Some => return Going::On,
                 Evicted::Behind => return Going::Waits,
+                // What has not settled yet can be evicted when it has.
+                Evicted::All if self.is_settling(family) => return Going::Waits,
                 Evicted::All => {}
                 Evicted::Full => asked.full = true,
             }
@@ -167,6 +169,10 @@ impl Server {
             return Going::Waits;
         }
         Going::On
+    }
+
+    fn is_settling(&self, family: FamilyId) -> bool {
+        self.families.get(&family).is_some_and(|manager| manager.family().unsettled().0 > 0)
     }
 
     /// The VM with the largest live layer that has not been taken; those that stand still before others.

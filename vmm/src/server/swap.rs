@@ -36,9 +36,14 @@ pub struct HostSwap {
     bound: u64,
     /// The store was opened, and nobody watches its event yet.
     unwatched: bool,
+    /// The most memory that compressed pages have taken since the heap was last trimmed.
+    peak: u64,
     /// Why the store could not be opened.
     failure: Option<(io::ErrorKind, String)>,
 }
+
+/// Memory that is worth a walk over the heap.
+const TRIM: u64 = 16 << 20;
 
 impl HostSwap {
     /// The swap of a server.
@@ -54,7 +59,8 @@ impl HostSwap {
         }
         let compressed = config.compressed.unwrap_or_else(|| host_memory() / 4);
         let home = home.path().to_owned();
-        let mut swap = Self { store: None, home, compressed, bound: u64::MAX, unwatched: false, failure: None };
+        let mut swap =
+            Self { store: None, home, compressed, bound: u64::MAX, unwatched: false, peak: 0, failure: None };
         if let Some(path) = config.path {
             let store = open_named(&path, config.size, compressed);
             swap.adopt(store.map_err(Error::Swap)?);
@@ -108,6 +114,16 @@ impl HostSwap {
     /// Takes in what the disk has done. Whether somebody may have waited for it.
     pub fn complete(&mut self) -> bool {
         self.store.as_mut().is_some_and(SwapStore::complete)
+    }
+
+    /// Where compressed pages took much more memory than they do now, gives that back to the host.
+    pub fn trim(&mut self) {
+        let now = self.stats().compressed_bytes;
+        self.peak = self.peak.max(now);
+        if self.peak - now >= TRIM.max(self.peak / 2) {
+            crate::host::heap::trim();
+            self.peak = now;
+        }
     }
 
     /// Leaves no file behind that nobody asked for.

@@ -86,6 +86,7 @@ impl Server {
     }
 
     pub(super) fn type_on_console(&mut self, vm: Generation, bytes: Vec<u8>) {
+        self.budget.stir();
         self.tell(vm, &ToVm::Console(bytes));
     }
 
