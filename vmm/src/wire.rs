@@ -131,6 +131,8 @@ pub enum ToVm {
         features: HostFeatures,
         /// An empty directory.
         cage: std::path::PathBuf,
+        /// Process id of the server: a process that has another parent by then has lost it.
+        server: i32,
     },
     /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`.
     Start(Box<Start>),

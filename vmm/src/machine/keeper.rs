@@ -4,24 +4,25 @@
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-use nix::unistd::{Pid, getppid};
+use nix::unistd::Pid;
 use std::arch::asm;
 
 const STACK: usize = 16 << 10;
 
-/// Starts the keeper: a child of the server, which ends it. It has no descriptors, takes no signal but `SIGKILL`, and
+/// Starts the keeper: a child of `server`, which ends it. It has no descriptors, takes no signal but `SIGKILL`, and
 /// dies with the server.
 ///
 /// # Errors
 /// Of `clone`.
-pub(super) fn start() -> Result<Pid, Errno> {
+pub(super) fn start(server: Pid) -> Result<Pid, Errno> {
     // Its stack is never given back: it is in use for as long as these addresses are.
     let stack: &'static mut [u128] = Box::leak(vec![0_u128; STACK / size_of::<u128>()].into_boxed_slice());
     let top = stack.as_mut_ptr_range().end;
     let mut before = SigSet::empty();
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
     let flags = libc::CLONE_VM | libc::CLONE_PARENT | libc::SIGCHLD;
-    let server = getppid().as_raw() as usize as *mut libc::c_void;
+    // Not whoever the parent is by now: where the server has just died, that is somebody who lives on.
+    let server = server.as_raw() as usize as *mut libc::c_void;
     // SAFETY: The stack is the keeper's alone and is never freed. `keep` shares this thread's thread-local storage and
     // touches none of it: it makes raw system calls only.
     let pid = Errno::result(unsafe { libc::clone(keep, top.cast(), flags, server) });

@@ -24,7 +24,7 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
     let link = Link::new(socket);
     link.never_wait().map_err(|error| error.to_string())?;
     let mut events = EventManager::new().map_err(|error| error.to_string())?;
-    let process = events.add_subscriber(Process { link, vm: None, server, done: None, backed_up: false });
+    let process = events.add_subscriber(Process { link, vm: None, done: None, backed_up: false });
     loop {
         events.run().map_err(|error| error.to_string())?;
         let process = events.subscriber_mut(process).map_err(|error| error.to_string())?;
@@ -38,7 +38,6 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
 struct Process {
     link: Link,
     vm: Option<Vm>,
-    server: Pid,
     /// How the process has ended.
     done: Option<Result<(), String>>,
     /// The socket did not take everything: wait until it does.
@@ -152,10 +151,10 @@ impl Process {
 
     /// The first message makes the VM.
     fn prepare(&mut self, message: ToVm, ops: &mut EventOps<'_>) -> io::Result<()> {
-        let ToVm::Prepare { shape, isolation, features, cage } = message else {
+        let ToVm::Prepare { shape, isolation, features, cage, server } = message else {
             return Err(nonsense("a message before Prepare"));
         };
-        let server = self.server;
+        let server = Pid::from_raw(server);
         match Vm::prepare(&Preparation { shape, isolation, features, cage: &cage, server }) {
             Ok(vm) => {
                 ops.add(Events::with_data(vm.floor().bell(), BELL, EventSet::IN)).map_err(io::Error::other)?;

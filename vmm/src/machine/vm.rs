@@ -164,7 +164,7 @@ impl Vm {
         install_handler().map_err(VmError::Handler)?;
         isolate::isolate(isolation, cage)?;
         isolate::die_with(server)?;
-        let keeper = keeper::start().map_err(VmError::Keeper)?;
+        let keeper = keeper::start(server).map_err(VmError::Keeper)?;
 
         let ports = Ports::new(Arc::clone(&floor), window.memory().clone(), shape.machine);
         let mmio = Mmio::new(linux.as_ref().map(LinuxMachine::virtio).unwrap_or_default());

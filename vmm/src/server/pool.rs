@@ -74,8 +74,13 @@ impl Server {
 
     fn spawn_process(&mut self, shape: Shape) -> io::Result<ProcessId> {
         let id = ProcessId(self.fresh_id());
-        let prepare =
-            ToVm::Prepare { shape, isolation: self.isolation, features: self.features, cage: self.cage.clone() };
+        let prepare = ToVm::Prepare {
+            shape,
+            isolation: self.isolation,
+            features: self.features,
+            cage: self.cage.clone(),
+            server: std::process::id() as i32,
+        };
         let mut process = VmProcess::spawn(id, shape, &prepare, Rc::clone(&self.wants))?;
         process.link_token =
             Some(self.watches.add(&process.link, event_manager::EventSet::IN, super::Origin::Process(id)));

@@ -61,7 +61,11 @@ impl Worker {
         let cage = std::env::temp_dir().join(format!("offshoot-cage-{}", child.id()));
         std::fs::create_dir(&cage).unwrap();
         let shape = Shape { ram, vcpus: 1, machine: vmm::wire::Machine::Monitor };
-        link.send(&ToVm::Prepare { shape, isolation, features, cage: cage.clone() }, &[]).unwrap();
+        link.send(
+            &ToVm::Prepare { shape, isolation, features, cage: cage.clone(), server: std::process::id() as i32 },
+            &[],
+        )
+        .unwrap();
         let mut worker = Self {
             link,
             child,
