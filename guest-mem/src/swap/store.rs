@@ -76,7 +76,8 @@ pub struct SwapStore {
     pub(super) ahead: ReadAhead,
     /// When the last write failed, unless one has succeeded since.
     pub(super) failing: Option<Instant>,
-    pub(super) counters: Counters,
+    /// What was done so far; what is there is added when it is asked for.
+    pub(super) counters: SwapStats,
     /// This store's number in its frames.
     pub(super) run: u64,
     sequence: u64,
@@ -99,17 +100,6 @@ pub(super) struct Limits {
     pub rest: Duration,
     /// Threads that read and write.
     pub threads: usize,
-}
-
-/// What was done so far, in pages.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Counters {
-    pub swap_out_pages: u64,
-    pub swap_write_pages: u64,
-    pub swap_in_pages: u64,
-    pub readahead_pages: u64,
-    pub readahead_hits: u64,
-    pub writeahead_pages: u64,
 }
 
 impl Limits {
@@ -167,7 +157,7 @@ impl SwapStore {
             limits,
             ahead: ReadAhead::default(),
             failing: None,
-            counters: Counters::default(),
+            counters: SwapStats::default(),
             run: RandomState::new().hash_one(blocks),
             sequence: 0,
             packer: Packer::default(),
@@ -200,25 +190,12 @@ impl SwapStore {
 
     /// What it holds and has done.
     pub fn stats(&self) -> SwapStats {
-        let Counters {
-            swap_out_pages,
-            swap_write_pages,
-            swap_in_pages,
-            readahead_pages,
-            readahead_hits,
-            writeahead_pages,
-        } = self.counters;
         let capacity = self.capacity();
         SwapStats {
             compressed_bytes: self.books.sums.memory(),
             disk_bytes: capacity.disk - capacity.disk_free,
             slots_used: self.books.sums.slots,
-            swap_out_pages,
-            swap_write_pages,
-            swap_in_pages,
-            readahead_pages,
-            readahead_hits,
-            writeahead_pages,
+            ..self.counters
         }
     }
 

@@ -14,7 +14,7 @@
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
 //! | `report`, `check` | the verbs that look |
 //! | `inbox` | what VM processes say |
-//! | `pace` | when pages settle that nobody waits for |
+//! | `settle`, `pace` | traps, and pages that settle behind the guests' backs |
 
 mod balloon;
 mod budget;
@@ -30,6 +30,7 @@ mod pool;
 mod process;
 mod reclaim;
 mod report;
+mod settle;
 mod swap;
 mod talk;
 mod vm;
@@ -63,7 +64,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use swap::HostSwap;
 use vm::{FamilyId, Generation, Vms};
 use watch::Watches;
@@ -116,9 +117,6 @@ enum Origin {
 }
 
 type FamilyManager = Manager<MemfdStores, RemoteWindow>;
-
-/// How long a page that could not be filled in waits for the next try.
-const RETRY: Duration = Duration::from_millis(50);
 
 struct Server {
     home: Home,
@@ -302,92 +300,6 @@ impl Server {
         let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms)).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
-    }
-
-    /// Settles a batch of every family. Whether there is more.
-    fn settle(&mut self, now: Instant) -> bool {
-        if self.retry_at.is_some_and(|at| at > now) {
-            return false;
-        }
-        self.retry_at = None;
-        if std::mem::take(&mut self.swap_in_again) {
-            self.serve_swapped_in();
-        }
-        for (generation, gfn) in std::mem::take(&mut self.retries) {
-            self.serve_trap(generation, gfn);
-        }
-        if self.pace.wait(now).is_some() {
-            // Something may be left; the next round tells.
-            return true;
-        }
-        let mut more = false;
-        let mut failed = Vec::new();
-        for (&id, manager) in &mut self.families {
-            match manager.settle() {
-                Ok(left) => more |= left,
-                Err(error) => failed.push((id, error)),
-            }
-        }
-        if more {
-            self.pace.settled(now, Instant::now());
-        }
-        for (family, error) in failed {
-            self.memory_error(family, &error);
-        }
-        more && self.retry_at.is_none()
-    }
-
-    fn serve_traps(&mut self, id: ProcessId) {
-        let Some(process) = self.processes.get(&id) else { return };
-        let process::Role::Vm(generation) = process.role else { return };
-        let mut traps = Vec::new();
-        let memory = Rc::clone(&process.memory);
-        if let Some(source) = memory.traps.get()
-            && let Err(error) = source.read(&mut traps, 64)
-        {
-            log::debug!("traps of {id:?}: {error}");
-        }
-        // A freeze that stands was announced before the traps that it causes.
-        self.serve_process(id);
-        // Several vCPUs may wait for one page, which one answer supplies: by a second one, a guest may have written to it,
-        // and stand for a freeze that has moved it out.
-        traps.sort_unstable_by_key(|trap| trap.address);
-        traps.dedup_by_key(|trap| trap.address);
-        self.budget.stir();
-        for trap in traps {
-            if let Some(vm) = self.vms.get_mut(generation) {
-                vm.traps += 1;
-            }
-            self.serve_trap(generation, memory.gfn(trap.address));
-        }
-    }
-
-    fn serve_trap(&mut self, generation: Generation, gfn: guest_mem::Gfn) {
-        let Some(record) = self.vms.get(generation) else { return };
-        let Some((family, vm)) = record.memory else { return };
-        if matches!(record.phase, vm::Phase::Forking(_)) {
-            self.early.note(family, gfn);
-        }
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
-        let answered = manager.trap(vm, gfn);
-        self.pace.trapped(Instant::now());
-        if let Err(error) = answered {
-            self.retries.push_back((generation, gfn));
-            self.memory_error(family, &error);
-        }
-    }
-
-    /// A page could not be filled in. A planted page ends the family; everything else is tried again.
-    fn memory_error(&mut self, family: FamilyId, error: &guest_mem::manager::Error) {
-        log::error!("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default());
-        if error.is_planted() {
-            let members: Vec<Generation> = self.members(family);
-            for generation in members {
-                self.end_vm(generation, vm::Phase::Dead("memory of its family was tampered with".into()));
-            }
-        } else {
-            self.retry_at = Some(Instant::now() + RETRY);
-        }
     }
 
     fn members(&self, family: FamilyId) -> Vec<Generation> {

@@ -1,0 +1,105 @@
+//! Pages that guests wait for, and pages that settle behind their backs.
+
+use super::Server;
+use super::process::{ProcessId, Role};
+use super::vm::{FamilyId, Generation, Phase};
+use guest_mem::Gfn;
+use guest_mem::manager::Error as MemoryError;
+use std::error::Error as _;
+use std::mem;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// How long a page that could not be filled in waits for the next try.
+const RETRY: Duration = Duration::from_millis(50);
+
+impl Server {
+    /// Settles a batch of every family. Whether there is more.
+    pub(super) fn settle(&mut self, now: Instant) -> bool {
+        if self.retry_at.is_some_and(|at| at > now) {
+            return false;
+        }
+        self.retry_at = None;
+        if mem::take(&mut self.swap_in_again) {
+            self.serve_swapped_in();
+        }
+        for (generation, gfn) in mem::take(&mut self.retries) {
+            self.serve_trap(generation, gfn);
+        }
+        if self.pace.wait(now).is_some() {
+            // Something may be left; the next round tells.
+            return true;
+        }
+        let started = Instant::now();
+        let mut more = false;
+        let mut failed = Vec::new();
+        for (&id, manager) in &mut self.families {
+            match manager.settle() {
+                Ok(left) => more |= left,
+                Err(error) => failed.push((id, error)),
+            }
+        }
+        if more {
+            self.pace.settled(started, Instant::now());
+        }
+        for (family, error) in failed {
+            self.memory_error(family, &error);
+        }
+        more && self.retry_at.is_none()
+    }
+
+    /// A VM's guests wait for pages.
+    pub(super) fn serve_traps(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get(&id) else { return };
+        let Role::Vm(generation) = process.role else { return };
+        let mut traps = Vec::new();
+        let memory = Rc::clone(&process.memory);
+        if let Some(source) = memory.traps.get()
+            && let Err(error) = source.read(&mut traps, 64)
+        {
+            log::debug!("traps of {id:?}: {error}");
+        }
+        // A freeze that stands was announced before the traps that it causes.
+        self.serve_process(id);
+        // Several vCPUs may wait for one page, which one answer supplies: by a second one, a guest may have written to it,
+        // and stand for a freeze that has moved it out.
+        traps.sort_unstable_by_key(|trap| trap.address);
+        traps.dedup_by_key(|trap| trap.address);
+        self.budget.stir();
+        for trap in traps {
+            if let Some(vm) = self.vms.get_mut(generation) {
+                vm.traps += 1;
+            }
+            self.serve_trap(generation, memory.gfn(trap.address));
+        }
+    }
+
+    /// A guest waits for a page.
+    pub(super) fn serve_trap(&mut self, generation: Generation, gfn: Gfn) {
+        let Some(record) = self.vms.get(generation) else { return };
+        let Some((family, vm)) = record.memory else { return };
+        if matches!(record.phase, Phase::Forking(_)) {
+            self.early.note(family, gfn);
+        }
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let answered = manager.trap(vm, gfn);
+        self.pace.trapped(Instant::now());
+        if let Err(error) = answered {
+            self.retries.push_back((generation, gfn));
+            self.memory_error(family, &error);
+        }
+    }
+
+    /// A page could not be filled in. A planted page ends the family; everything else is tried again.
+    pub(super) fn memory_error(&mut self, family: FamilyId, error: &MemoryError) {
+        log::error!("{error}: {}", error.source().map(ToString::to_string).unwrap_or_default());
+        if error.is_planted() {
+            let members: Vec<Generation> = self.members(family);
+            for generation in members {
+                self.end_vm(generation, Phase::Dead("memory of its family was tampered with".into()));
+            }
+        } else {
+            self.retry_at = Some(Instant::now() + RETRY);
+        }
+    }
+}
