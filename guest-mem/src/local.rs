@@ -6,7 +6,7 @@
 
 use crate::addr::{GfnRange, PageCount};
 use crate::family::VmId;
-use crate::manager::{self, Evicted, MAX_RUNS, Manager};
+use crate::manager::{self, Evicted, MAX_RUNS, Manager, SETTLE_BATCH};
 use crate::ops::Destination;
 use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
@@ -166,7 +166,7 @@ impl Local {
     /// # Errors
     /// The host has no memory for them; they wait on.
     pub fn settle(&mut self) -> Result<(), Error> {
-        while self.manager.settle()? {}
+        while self.manager.settle(SETTLE_BATCH)? {}
         Ok(())
     }
 

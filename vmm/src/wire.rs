@@ -134,6 +134,8 @@ pub enum ToVm {
         cage: std::path::PathBuf,
         /// Process id of the server: a process that has another parent by then has lost it.
         server: i32,
+        /// The niceness to run with; the server may have a lower one.
+        niceness: i32,
     },
     /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`.
     Start(Box<Start>),

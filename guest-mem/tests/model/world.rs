@@ -3,7 +3,7 @@
 use crate::fakes::{FakeFile, FakeSwap, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStores};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::check::check_swap;
-use guest_mem::manager::{Copied, Error, Evicted};
+use guest_mem::manager::{Copied, Error, Evicted, SETTLE_BATCH};
 use guest_mem::object::{Found, ObjectId, Slot};
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
@@ -358,7 +358,7 @@ impl World {
     }
 
     pub fn try_settle(&mut self) -> Result<bool, Error> {
-        self.manager.settle()
+        self.manager.settle(SETTLE_BATCH)
     }
 
     pub fn settle(&mut self) -> bool {

@@ -39,7 +39,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return errors::usage(&e),
     };
-    env_logger::Builder::new().filter_level(cli.log_level).init();
+    env_logger::Builder::new().filter_level(cli.log_level).format_timestamp_micros().init();
     let done = run(cli).and_then(|code| {
         io::stdout().flush()?;
         Ok(code)

@@ -4,6 +4,7 @@ use super::isolate;
 use super::probe::ways_to_write;
 use super::vm::{Preparation, Vm};
 use crate::link::Link;
+use crate::nice;
 use crate::wire::{Activity, FromVm, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::unistd::{Pid, getppid};
@@ -151,10 +152,13 @@ impl Process {
 
     /// The first message makes the VM.
     fn prepare(&mut self, message: ToVm, ops: &mut EventOps<'_>) -> io::Result<()> {
-        let ToVm::Prepare { shape, isolation, features, cage, server } = message else {
+        let ToVm::Prepare { shape, isolation, features, cage, server, niceness } = message else {
             return Err(nonsense("a message before Prepare"));
         };
         let server = Pid::from_raw(server);
+        if let Err(error) = nice::set(niceness) {
+            log::warn!("niceness {niceness}: {error}");
+        }
         match Vm::prepare(&Preparation { shape, isolation, features, cage: &cage, server }) {
             Ok(vm) => {
                 ops.add(Events::with_data(vm.floor().bell(), BELL, EventSet::IN)).map_err(io::Error::other)?;

@@ -8,6 +8,7 @@ use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
+use guest_mem::manager::SETTLE_BATCH;
 use guest_mem::window::host::Short;
 use guest_mem::{Destination, Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -269,7 +270,7 @@ impl Server {
         let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return true };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         while !manager.has_settled(store) {
-            if let Err(error) = manager.settle() {
+            if let Err(error) = manager.settle(SETTLE_BATCH) {
                 self.memory_error(family, &error);
                 let why = "its memory could not be settled";
                 if let Some(op) = self.forks.get_mut(&fork) {

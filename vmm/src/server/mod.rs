@@ -40,6 +40,7 @@ mod window;
 use crate::api::{Answer, Failure, Greeting, Reply, Request};
 use crate::client::{Home, HomeError};
 use crate::clock::monotonic_ns;
+use crate::nice;
 use crate::wire::{HostFeatures, Isolation};
 use budget::Budget;
 use check::Checks;
@@ -121,6 +122,8 @@ type FamilyManager = Manager<MemfdStores, RemoteWindow>;
 struct Server {
     home: Home,
     features: HostFeatures,
+    /// What VM processes run with.
+    niceness: i32,
     isolation: Isolation,
     cage: PathBuf,
     /// Mappings a window may have: a quarter of what the kernel allows a process.
@@ -221,8 +224,11 @@ impl Server {
             false => None,
         };
         let lost = read_names(&home);
+        // After the swap's threads were made: they may wait.
+        let niceness = nice::go_ahead();
         Ok(Self {
             features,
+            niceness,
             isolation: crate::host::isolation(),
             cage,
             max_runs: crate::host::max_map_count() / 4,

@@ -1,12 +1,19 @@
 //! When pages settle that nobody waits for: behind the guests' backs, and not in their way.
 //!
 //! A guest that goes on after a fork touches one page after the other. A batch of pages that settle meanwhile makes it wait
-//! for as long as the batch takes, each time; so after a trap the next batch waits for as long, in case another trap comes.
+//! for as long as the batch takes, each time; so after a trap the next batch waits for as long, in case another trap comes,
+//! and batches are small while traps come.
 
+use guest_mem::PageCount;
+use guest_mem::manager::SETTLE_BATCH;
 use std::time::{Duration, Instant};
 
 /// A batch in so many may wait no longer: traps settle pages too, but not those that nobody touches.
 const LONGEST: u32 = 8;
+/// Traps come as long as the last one is no longer ago.
+const RECENT: Duration = Duration::from_millis(50);
+/// Pages of a batch meanwhile: what a trap settles.
+const SMALL: PageCount = PageCount(16);
 
 /// What is known of the pace.
 #[derive(Debug, Default)]
@@ -26,6 +33,14 @@ impl Pace {
     /// A trap was served.
     pub fn trapped(&mut self, at: Instant) {
         self.last_trap = Some(at);
+    }
+
+    /// How many pages the next batch is to settle.
+    pub fn batch(&self, now: Instant) -> PageCount {
+        match self.last_trap {
+            Some(trap) if now < trap + RECENT => SMALL,
+            _ => SETTLE_BATCH,
+        }
     }
 
     /// How long the next batch is to wait.
@@ -54,5 +69,6 @@ mod tests {
         pace.trapped(at(17));
         assert_eq!(pace.wait(at(17)), Some(Duration::from_millis(1)), "8 batches' time after the last one");
         assert_eq!(pace.wait(at(18)), None);
+        assert_eq!([pace.batch(at(18)), pace.batch(at(67))], [SMALL, SETTLE_BATCH]);
     }
 }

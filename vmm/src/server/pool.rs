@@ -80,6 +80,7 @@ impl Server {
             features: self.features,
             cage: self.cage.clone(),
             server: std::process::id() as i32,
+            niceness: self.niceness,
         };
         let mut process = VmProcess::spawn(id, shape, &prepare, Rc::clone(&self.wants))?;
         process.link_token =

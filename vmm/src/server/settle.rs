@@ -30,17 +30,20 @@ impl Server {
             // Something may be left; the next round tells.
             return true;
         }
+        let limit = self.pace.batch(now);
         let started = Instant::now();
         let mut more = false;
         let mut failed = Vec::new();
         for (&id, manager) in &mut self.families {
-            match manager.settle() {
+            match manager.settle(limit) {
                 Ok(left) => more |= left,
                 Err(error) => failed.push((id, error)),
             }
         }
         if more {
-            self.pace.settled(started, Instant::now());
+            let ended = Instant::now();
+            log::trace!("a batch has settled in {:?}", ended - started);
+            self.pace.settled(started, ended);
         }
         for (family, error) in failed {
             self.memory_error(family, &error);
@@ -82,8 +85,11 @@ impl Server {
             self.early.note(family, gfn);
         }
         let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let started = Instant::now();
         let answered = manager.trap(vm, gfn);
-        self.pace.trapped(Instant::now());
+        let answered_at = Instant::now();
+        log::trace!("{:?} waited at {gfn}: answered in {:?}", record.name, answered_at - started);
+        self.pace.trapped(answered_at);
         if let Err(error) = answered {
             self.retries.push_back((generation, gfn));
             self.memory_error(family, &error);

@@ -63,7 +63,14 @@ impl Worker {
         std::fs::create_dir(&cage).unwrap();
         let shape = Shape { ram, vcpus: 1, machine: vmm::wire::Machine::Monitor };
         link.send(
-            &ToVm::Prepare { shape, isolation, features, cage: cage.clone(), server: std::process::id() as i32 },
+            &ToVm::Prepare {
+                shape,
+                isolation,
+                features,
+                cage: cage.clone(),
+                server: std::process::id() as i32,
+                niceness: 0,
+            },
             &[],
         )
         .unwrap();
