@@ -116,6 +116,8 @@ pub struct Start {
     pub origin: Origin,
     /// Whether it runs at once.
     pub activity: Activity,
+    /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs.
+    pub ahead: Vec<GfnRange>,
 }
 
 /// Server to VM process.
@@ -237,6 +239,13 @@ pub enum FromVm {
     BalloonSize {
         /// How many.
         pages: u64,
+    },
+    /// What a clone's guest has written in its first moments.
+    Wrote {
+        /// The pages.
+        pages: Vec<GfnRange>,
+        /// Whether they are over.
+        last: bool,
     },
     /// A freeze, done.
     Frozen(Box<Frozen>),

@@ -69,6 +69,24 @@ impl Family {
         }
     }
 
+    /// Those of `pages` that are in stores of the family: a touch by `vm` finds them, and does not trap.
+    pub fn at_hand(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
+        let mut there = Vec::new();
+        for (bounds, entry) in self.vm(vm).map.iter() {
+            let part = pages.intersect(bounds);
+            if part.is_empty() {
+                continue;
+            }
+            let segments = self.objects.resolve(entry.object, entry.origin, part).into_iter();
+            let stored = segments.filter(|segment| {
+                let found = segment.found.filter(|found| found.slot.resident().is_some());
+                found.is_some_and(|found| self.objects.get(found.object).kind == Kind::Anonymous)
+            });
+            there.extend(stored.map(|segment| segment.pages));
+        }
+        there
+    }
+
     /// The zero pages around `gfn`.
     fn zeros(&self, vm: VmId, gfn: Gfn) -> Trap {
         match self.vm(vm).freezing {

@@ -13,7 +13,7 @@ for vm in a $children; do answer "$vm" random bytes; done >/tmp/random
 cat /tmp/random | sed 's/^/        /'
 same "six answers" 6 "$(grep -cE '^[0-9a-f]{32}$' /tmp/random)"
 same "all of them different" 6 "$(sort -u /tmp/random | wc -l)"
-for vm in a $children; do offshoot send "$vm" quit --expect '(?m)^lab# ' >/dev/null; done
+for vm in a $children; do offshoot send "$vm" quit --expect '(?m)^lab#' >/dev/null; done
 for vm in a $children; do ask "$vm" 'cat /proc/sys/kernel/random/uuid' '(?m)^[0-9a-f-]{36}'; done | grep -oE '[0-9a-f-]{36}' >/tmp/uuid
 same "six UUIDs" 6 "$(wc -l </tmp/uuid)"
 same "all of them different" 6 "$(sort -u /tmp/uuid | wc -l)"

@@ -5,7 +5,7 @@
 . /lab/lib.sh
 
 boot a -m 256M
-run='stress-ng --vm 1 --vm-bytes 48M --vm-method all --verify --timeout 25s; echo stress=$?'
+run='(stress-ng --vm 1 --vm-bytes 48M --vm-method all --verify --timeout 25s; s=$?; echo; echo stress=$s)'
 offshoot send a "$run &" --expect 'dispatching|lab#' --timeout 30 >/dev/null
 sleep 4
 children=

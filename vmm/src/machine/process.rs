@@ -5,12 +5,13 @@ use super::probe::ways_to_write;
 use super::vm::{Preparation, Vm};
 use crate::link::Link;
 use crate::nice;
-use crate::wire::{Activity, FromVm, ToVm};
+use crate::wire::{Activity, FromVm, Origin, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::unistd::{Pid, getppid};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Serves `socket` until it ends.
 pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
@@ -25,13 +26,16 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
     let link = Link::new(socket);
     link.never_wait().map_err(|error| error.to_string())?;
     let mut events = EventManager::new().map_err(|error| error.to_string())?;
-    let process = events.add_subscriber(Process { link, vm: None, done: None, backed_up: false });
+    let process = events.add_subscriber(Process { link, vm: None, moments: None, done: None, backed_up: false });
+    let mut wait = -1;
     loop {
-        events.run().map_err(|error| error.to_string())?;
+        events.run_with_timeout(wait).map_err(|error| error.to_string())?;
         let process = events.subscriber_mut(process).map_err(|error| error.to_string())?;
         if let Some(done) = process.done.take() {
             return done;
         }
+        process.end_moments().map_err(|error| format!("the server's socket: {error}"))?;
+        wait = process.wait();
     }
 }
 
@@ -39,11 +43,25 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
 struct Process {
     link: Link,
     vm: Option<Vm>,
+    /// The first moments of a clone.
+    moments: Option<Moments>,
     /// How the process has ended.
     done: Option<Result<(), String>>,
     /// The socket did not take everything: wait until it does.
     backed_up: bool,
 }
+
+/// A clone's first moments: what it writes in them, its siblings are likely to write.
+struct Moments {
+    began: Instant,
+    /// Answers of its guest until which it was looked at.
+    answers: u32,
+}
+
+/// How long the first moments are.
+const FIRST_MOMENTS: Duration = Duration::from_millis(100);
+/// A clone is looked at after so many answers, and at the end of its first moments.
+const FIRST_ANSWERS: u32 = 2;
 
 const SOCKET: u32 = 0;
 const BELL: u32 = 1;
@@ -87,7 +105,39 @@ impl Process {
         }
         let link = &mut self.link;
         messages.iter().try_for_each(|message| link.send(message, &[]))?;
-        vm.accept_gift(|message| link.send(message, &[]))
+        vm.accept_gift(|message| link.send(message, &[]))?;
+        let answers = messages.iter().filter(|message| matches!(message, FromVm::Answer(_))).count() as u32;
+        match &mut self.moments {
+            Some(moments) if answers > 0 && moments.answers < FIRST_ANSWERS => {
+                moments.answers += answers;
+                self.tell_writes(false)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells what a clone has written in its first moments.
+    fn tell_writes(&mut self, last: bool) -> io::Result<()> {
+        let Some(vm) = &self.vm else { return Ok(()) };
+        match vm.wrote() {
+            Ok(pages) => self.link.send(&FromVm::Wrote { pages, last }, &[])?,
+            Err(error) => log::debug!("what a clone wrote: {error}"),
+        }
+        Ok(())
+    }
+
+    /// How long nothing has to be done if nothing happens, in milliseconds; -1 for ever.
+    fn wait(&self) -> i32 {
+        let left = |moments: &Moments| FIRST_MOMENTS.saturating_sub(moments.began.elapsed()).as_millis() as i32 + 1;
+        self.moments.as_ref().map_or(-1, left)
+    }
+
+    /// Ends a clone's first moments when they are over.
+    fn end_moments(&mut self) -> io::Result<()> {
+        match self.moments.take_if(|moments| moments.began.elapsed() >= FIRST_MOMENTS) {
+            Some(_) => self.tell_writes(true),
+            None => Ok(()),
+        }
     }
 
     /// Sends what is queued, and waits for the socket to take more only where it must.
@@ -107,8 +157,11 @@ impl Process {
         match message {
             ToVm::Prepare { .. } => return Err(nonsense("a second Prepare")),
             ToVm::Start(start) => {
-                if let Err(error) = vm.start(*start, &fds) {
-                    self.link.send(&FromVm::StartFailed(error.to_string()), &[])?;
+                let is_clone = matches!(start.origin, Origin::Fork { .. });
+                match vm.start(*start, &fds) {
+                    Ok(()) if is_clone => self.moments = Some(Moments { began: Instant::now(), answers: 0 }),
+                    Ok(()) => {}
+                    Err(error) => self.link.send(&FromVm::StartFailed(error.to_string()), &[])?,
                 }
             }
             ToVm::Freeze { store, max_runs, short } => {

@@ -21,7 +21,7 @@ use crate::devices::serial::Console;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
 use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
-use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, Short, WindowError};
+use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, Short, SlotLog, WindowError};
 use guest_mem::{GfnRange, StoreId, Window};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
@@ -205,7 +205,7 @@ impl Vm {
         if self.started {
             return Err(VmError::StartedTwice);
         }
-        let Start { identity, runs, stores, origin, activity } = start;
+        let Start { identity, runs, stores, origin, activity, ahead } = start;
         let (stores_fds, kernel) = match (&origin, fds) {
             (Origin::Linux(_), [stores @ .., kernel]) => (stores, Some(kernel)),
             _ => (fds, None),
@@ -220,6 +220,7 @@ impl Vm {
             Origin::Fork { .. } => HugePages::Never,
         };
         self.window.map(&runs, &stores, huge)?;
+        ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
         self.log_tells_all = matches!(origin, Origin::Fork { .. });
         if !self.log_tells_all {
             // The first freeze turns the log on, and takes every private page: until then huge pages are worth more.
@@ -412,6 +413,14 @@ impl Vm {
         let saved = self.floor.await_saved().map_err(|error| error.to_string());
         let vcpus = saved.and_then(|all| all.into_iter().collect()).map_err(VmError::Save)?;
         Ok((moved, MachineState { vcpus, serial, mailbox, linux }))
+    }
+
+    /// What the guest has written since it was started or frozen; none where no log is kept.
+    pub fn wrote(&self) -> Result<Vec<GfnRange>, VmError> {
+        if self.kvm.log() == DirtyLog::Off {
+            return Ok(Vec::new());
+        }
+        Ok(self.kvm.log_of_slots()?.iter().flat_map(SlotLog::pages).collect())
     }
 
     /// Takes the pages that a vCPU gives back, if one does.

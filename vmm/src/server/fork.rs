@@ -10,7 +10,7 @@ use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::manager::SETTLE_BATCH;
 use guest_mem::window::host::Short;
-use guest_mem::{Destination, Gfn, StoreId, VmId};
+use guest_mem::{Destination, Gfn, GfnRange, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Names a fork under way.
@@ -245,6 +245,10 @@ impl Server {
         if op.failure.is_some() {
             return;
         }
+        let parent_generation = op.parent;
+        let likely: Vec<GfnRange> = self.learned.of(parent_generation).collect();
+        let family_books = self.families[&family].family();
+        let ahead: Vec<GfnRange> = likely.iter().flat_map(|pages| family_books.at_hand(parent, *pages)).collect();
         let balloon_pages = self.vms.get(op.parent).map_or(0, |vm| vm.balloon_pages);
         let activity = if op.paused { Activity::Paused } else { Activity::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
@@ -258,9 +262,10 @@ impl Server {
             vm.memory = Some((family, child));
             vm.paused = activity == Activity::Paused;
             vm.balloon_pages = balloon_pages;
+            vm.born = Some((parent_generation, ahead.clone()));
             self.child_mut(fork, generation, |child| child.runs = runs);
             let origin = wire::Origin::Fork { state: frozen.state.clone(), index };
-            self.start(generation, Beginning { origin, kernel: None, activity });
+            self.start(generation, Beginning { origin, kernel: None, activity, ahead: ahead.clone() });
         }
     }
 

@@ -121,6 +121,14 @@ impl Server {
             }
             FromVm::Ballooned(pages) => self.ballooned(generation, &pages),
             FromVm::BalloonSize { pages } => self.balloon_resized(generation, pages),
+            FromVm::Wrote { pages, last } => {
+                if let Some((parent, ahead)) = &vm.born {
+                    match last {
+                        true => self.learned.settled_in(*parent, generation, ahead, &pages),
+                        false => self.learned.wrote(*parent, generation, &pages),
+                    }
+                }
+            }
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),

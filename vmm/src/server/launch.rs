@@ -25,16 +25,18 @@ pub(super) struct Beginning {
     /// The file of a Linux guest's kernel.
     pub kernel: Option<OwnedFd>,
     pub activity: Activity,
+    /// Pages to copy ahead.
+    pub ahead: Vec<GfnRange>,
 }
 
 impl Beginning {
     fn monitor() -> Self {
-        Self { origin: wire::Origin::Monitor, kernel: None, activity: Activity::Running }
+        Self { origin: wire::Origin::Monitor, kernel: None, activity: Activity::Running, ahead: Vec::new() }
     }
 
     fn linux(plan: Plan, kernel: File) -> Self {
         let origin = wire::Origin::Linux(Box::new(plan));
-        Self { origin, kernel: Some(kernel.into()), activity: Activity::Running }
+        Self { origin, kernel: Some(kernel.into()), activity: Activity::Running, ahead: Vec::new() }
     }
 }
 
@@ -184,6 +186,7 @@ impl Server {
             remove_when_off: false,
             balloon_pages: 0,
             traps: 0,
+            born: None,
         });
         generation
     }
@@ -204,8 +207,8 @@ impl Server {
             })
             .collect();
         let stores: Vec<StoreId> = stores.into_iter().collect();
-        let Beginning { origin, kernel, activity } = beginning;
-        let start = Start { identity, runs, stores, origin, activity };
+        let Beginning { origin, kernel, activity, ahead } = beginning;
+        let start = Start { identity, runs, stores, origin, activity, ahead };
         // Duplicates: a store may be gone by the time the process is prepared, and its descriptor with it.
         let descriptors: io::Result<Vec<OwnedFd>> = start.stores.iter().map(|&id| descriptor(manager, id)).collect();
         match descriptors {

@@ -25,6 +25,7 @@ mod files;
 mod fork;
 mod inbox;
 mod launch;
+mod learned;
 mod pace;
 mod pool;
 mod process;
@@ -152,6 +153,7 @@ struct Server {
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
     early: fork::EarlyTouches,
+    learned: learned::Learned,
     retries: VecDeque<(Generation, guest_mem::Gfn)>,
     retry_at: Option<Instant>,
     pace: pace::Pace,
@@ -254,6 +256,7 @@ impl Server {
             removals: Vec::new(),
             deadlines: Vec::new(),
             early: fork::EarlyTouches::default(),
+            learned: learned::Learned::default(),
             retries: VecDeque::new(),
             retry_at: None,
             pace: pace::Pace::default(),
@@ -298,6 +301,7 @@ impl Server {
             lives
         });
         self.early.retain(&self.families);
+        self.learned.retain(|parent| self.vms.get(parent).is_some());
         if settling || reclaiming || filling || !self.replied.is_empty() {
             let busy = reclaiming || filling || !self.replied.is_empty();
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);

@@ -5,7 +5,7 @@ use super::fork::ForkId;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
 use crate::wire::Shape;
-use guest_mem::{PAGE_SIZE, StoreId, VmId};
+use guest_mem::{GfnRange, PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// Names a VM of this server, and is the guest's generation id; never used twice.
@@ -109,6 +109,8 @@ pub struct Vm {
     pub balloon_pages: u64,
     /// Traps served.
     pub traps: u64,
+    /// The VM that it was forked from, and the pages of which it had copies when it began.
+    pub born: Option<(Generation, Vec<GfnRange>)>,
 }
 
 impl Vm {

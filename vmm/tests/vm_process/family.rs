@@ -87,7 +87,7 @@ impl Family {
         stores.dedup();
         let identity = Identity { name: name.into(), generation: self.generation };
         let fds = stores.iter().map(|store| self.file(*store)).collect();
-        (Start { identity, runs: runs.to_vec(), stores, origin, activity }, fds)
+        (Start { identity, runs: runs.to_vec(), stores, origin, activity, ahead: Vec::new() }, fds)
     }
 
     pub fn launch_runs(&self) -> Vec<Run> {

@@ -22,6 +22,28 @@ pub struct SlotLog {
     pub words: Vec<u64>,
 }
 
+impl SlotLog {
+    /// The pages that it names, sorted, not adjacent.
+    pub fn pages(&self) -> Vec<GfnRange> {
+        let mut pages: Vec<GfnRange> = Vec::new();
+        for (index, &word) in self.words.iter().enumerate().filter(|(_, word)| **word != 0) {
+            let mut bit = word.trailing_zeros();
+            while bit < WORD as u32 && word >> bit != 0 {
+                bit += (word >> bit).trailing_zeros();
+                let run = (word >> bit).trailing_ones();
+                let start = Gfn(self.first.0 + index as u64 * WORD + u64::from(bit));
+                let end = Gfn(start.0 + u64::from(run));
+                match pages.last_mut() {
+                    Some(last) if last.end() == start => *last = GfnRange::between(last.start(), end),
+                    _ => pages.push(GfnRange::between(start, end)),
+                }
+                bit += run;
+            }
+        }
+        pages
+    }
+}
+
 const WORD: u64 = u64::BITS as u64;
 
 /// One bit per page of RAM.
@@ -179,6 +201,13 @@ mod tests {
         map.mark_log(&SlotLog { first: Gfn(0), words: vec![0, u64::MAX, 0, 0] });
         let all = Candidate { pages: (64..128).into(), density: Density::All };
         assert_eq!(map.candidates(), [some(0..64), all, some(128..192)]);
+    }
+
+    #[test]
+    fn a_log_tells_its_pages() {
+        let pages = |words: &[u64]| SlotLog { first: Gfn(1000), words: words.to_vec() }.pages();
+        assert_eq!(pages(&[0, 0]), []);
+        assert_eq!(pages(&[0b1011 | 1 << 63, u64::MAX, 1]), [1000..1002, 1003..1004, 1063..1129].map(GfnRange::from));
     }
 
     #[test]
