@@ -201,8 +201,6 @@ pub struct Frozen {
     pub activity: Activity,
     /// `CLOCK_MONOTONIC` of the first vCPU kick, in nanoseconds.
     pub kicked_ns: u64,
-    /// From the first vCPU kick to the last vCPU able to run again; null where they do not run again.
-    pub pause_ns: Option<u64>,
 }
 
 /// VM process to server. Times are `CLOCK_MONOTONIC` nanoseconds.
@@ -249,6 +247,13 @@ pub enum FromVm {
     },
     /// A freeze, done.
     Frozen(Box<Frozen>),
+    /// After a `Frozen` that said that the vCPUs run again: they do.
+    WentOn {
+        /// The freeze's store.
+        store: StoreId,
+        /// From the first vCPU kick to the last vCPU able to run again.
+        pause_ns: u64,
+    },
     /// A freeze that changed nothing, and why.
     FreezeFailed(String),
     /// The vCPUs stand still.

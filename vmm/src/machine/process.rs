@@ -169,7 +169,17 @@ impl Process {
                 let link = &mut self.link;
                 let tell = |message: &FromVm| link.send(message, &[]);
                 match vm.freeze(store, file.as_fd(), max_runs, short, tell) {
-                    Ok(frozen) => self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?,
+                    Ok(frozen) => {
+                        let (activity, kicked_ns) = (frozen.activity, frozen.kicked_ns);
+                        // The children need not wait until the parent runs.
+                        self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?;
+                        if activity == Activity::Running {
+                            match vm.await_pause(kicked_ns) {
+                                Ok(pause_ns) => self.link.send(&FromVm::WentOn { store, pause_ns }, &[])?,
+                                Err(error) => floor.die(error.to_string()),
+                            }
+                        }
+                    }
                     Err(error) => {
                         self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;
                         if error.is_fatal() {

@@ -360,10 +360,6 @@ impl Vm {
             Some(moved) => self.window.harvest(moved).map_err(VmError::Harvest)?,
             None => guest_mem::window::host::Frozen::default(),
         };
-        let pause_ns = match activity {
-            Activity::Running => Some(self.floor.await_running()?.saturating_sub(kicked_ns)),
-            Activity::Paused => None,
-        };
         Ok(Frozen {
             store,
             harvest: frozen.harvest,
@@ -372,8 +368,13 @@ impl Vm {
             state: Box::new(state),
             activity,
             kicked_ns,
-            pause_ns,
         })
+    }
+
+    /// Waits until the vCPUs run again after a freeze that kicked them at `kicked_ns`. How long they were kept from it,
+    /// in nanoseconds.
+    pub fn await_pause(&self, kicked_ns: u64) -> Result<u64, VmError> {
+        Ok(self.floor.await_running()?.saturating_sub(kicked_ns))
     }
 
     fn freeze_standing(

@@ -50,6 +50,8 @@ pub struct ForkOp {
     /// The freeze's store, and the family it is of.
     store: Option<(FamilyId, StoreId)>,
     pause_ns: Option<u64>,
+    /// The parent is about to say how long it stood still.
+    pause_due: bool,
     moved: u64,
     children: Vec<Progress>,
     failure: Option<String>,
@@ -92,6 +94,7 @@ impl ForkOp {
             wait_settled: false,
             store: None,
             pause_ns: None,
+            pause_due: false,
             moved: 0,
             children: Vec::new(),
             failure: None,
@@ -221,7 +224,7 @@ impl Server {
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         manager.finish_freeze(member, &frozen.harvest);
         let op = self.forks.get_mut(&fork).expect("a queued fork");
-        op.pause_ns = frozen.pause_ns;
+        op.pause_due = frozen.activity == Activity::Running;
         op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
         if !self.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
@@ -299,6 +302,24 @@ impl Server {
         }
     }
 
+    /// The parent runs again.
+    pub(super) fn parent_went_on(&mut self, parent: Generation, store: StoreId, pause_ns: u64) {
+        let of_freeze = |op: &ForkOp| op.parent == parent && op.store.is_some_and(|(_, of)| of == store);
+        let Some((&fork, op)) = self.forks.iter_mut().find(|(_, op)| of_freeze(op)) else { return };
+        op.pause_ns = Some(pause_ns);
+        op.pause_due = false;
+        self.finish_fork_if_there(fork);
+    }
+
+    /// The parent has ended: how long it stood still does not matter any more.
+    pub(super) fn parent_is_gone(&mut self, parent: Generation) {
+        let forks: Vec<ForkId> = self.forks.iter().filter(|(_, op)| op.parent == parent).map(|(&id, _)| id).collect();
+        for fork in forks {
+            self.forks.get_mut(&fork).expect("listed above").pause_due = false;
+            self.finish_fork_if_there(fork);
+        }
+    }
+
     /// The window could not freeze, and has changed nothing.
     pub(super) fn freeze_failed(&mut self, parent: Generation, why: &str) {
         if self.freeze_to_swap_failed(parent, why) {
@@ -365,7 +386,7 @@ impl Server {
         let Some(op) = self.forks.get(&fork) else { return };
         let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
         let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
-        if frozen && settled && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
+        if frozen && settled && !op.pause_due && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
             self.finish_fork(fork);
         }
     }

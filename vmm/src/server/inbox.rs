@@ -130,6 +130,7 @@ impl Server {
                 }
             }
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
+            FromVm::WentOn { store, pause_ns } => self.parent_went_on(generation, store, pause_ns),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),
             FromVm::Console(bytes) => self.guest_printed(generation, &bytes),

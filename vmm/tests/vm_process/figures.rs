@@ -41,7 +41,7 @@ pub fn figures() {
                 parent.worker.ok(&format!("fill 1024 {pages} {round}"));
             }
             let frozen = family.freeze(&mut parent);
-            pauses.push(frozen.pause_ns.unwrap() / 1000);
+            pauses.push(parent.worker.pause() / 1000);
             moved = frozen.harvest.private.iter().map(|range| range.count().0).sum();
             if moved > 0 {
                 family.settle(&mut parent, &frozen);

@@ -195,12 +195,19 @@ impl Worker {
                 state: frozen.state.clone(),
                 activity: frozen.activity,
                 kicked_ns: frozen.kicked_ns,
-                pause_ns: frozen.pause_ns,
             }),
             FromVm::FreezeFailed(why) => panic!("{why}"),
             _ => None,
         };
         self.expect(copy)
+    }
+
+    /// How long a freeze whose guest runs again kept it from that, in nanoseconds.
+    pub fn pause(&mut self) -> u64 {
+        self.expect(|message| match message {
+            FromVm::WentOn { pause_ns, .. } => Some(*pause_ns),
+            _ => None,
+        })
     }
 
     /// Reads moved pages through the keeper.
