@@ -83,7 +83,7 @@ mod tests {
         assert_eq!(plus.is_met(299.0, Some(0.0)), Some(true));
         assert_eq!(plus.is_met(1301.0, Some(500.0)), Some(false));
         let floor = Aim::AtMostOrFloor { times: 0.2, floor: 100.0 };
-        assert_eq!(floor.is_met(115.0, Some(200.0)), Some(true));
+        assert_eq!(floor.is_met(114.0, Some(200.0)), Some(true));
         assert_eq!(floor.is_met(190.0, Some(1000.0)), Some(true));
         assert_eq!(floor.is_met(201.0, Some(1000.0)), Some(false));
         assert_eq!(Aim::Below(0.5).is_met(0.4, None), Some(true));

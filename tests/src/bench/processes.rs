@@ -1,6 +1,6 @@
 //! What the kernel says of processes: who is whose, what they run, what they take.
 
-use crate::Result;
+use crate::{Result, home};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -106,7 +106,9 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir(&self.path) {
+        // Processes that have ended are in it until the kernel has done with them.
+        let gone = home::wait("a control group is empty", || fs::remove_dir(&self.path).ok());
+        if let Err(error) = gone {
             eprintln!("bench: remove {}: {error}", self.path.display());
         }
     }

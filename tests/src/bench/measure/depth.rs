@@ -4,6 +4,7 @@ use super::{Points, curve, sample};
 use crate::Result;
 use crate::bench::Bench;
 use crate::home::{fork_settled, say};
+use vmm::client::ForkOptions;
 
 /// 32 MiB written by the first.
 const PRIVATE: u64 = 8192;
@@ -17,7 +18,9 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let deepest = depths.last().copied().unwrap_or(1);
     for depth in 1..=deepest {
         let parent = &family[depth as usize - 1];
-        let (child, _) = fork_settled(parent)?;
+        // Names that tell all generations would become too long.
+        let options = ForkOptions::new().wait_settled(true).prefix(format!("d{depth}"));
+        let child = parent.fork(options)?.remove(0).vm;
         say(&child, &format!("touch {} {OWN} {depth}", 64 + depth * OWN))?;
         family.push(child);
     }

@@ -2,7 +2,9 @@
 
 use super::{Points, curve, sample};
 use crate::Result;
+use crate::aim::Aim;
 use crate::bench::Bench;
+use crate::entry::Figure;
 use crate::reference::Reference;
 
 /// 32 MiB, whatever the size.
@@ -33,6 +35,12 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         }
     }
     ours.tell_flat(bench, " MiB");
+    for (name, references) in [("floor", &floors), ("in-process, no other VM live", &others)] {
+        for ((mib, subject), (_, reference)) in ours.points.iter().zip(&references.points) {
+            let (of, reference) = (format!("first-instruction/{mib} MiB"), Some((name, reference)));
+            bench.figure(&Figure { of, unit: "us", subject, reference, aim: Aim::Report });
+        }
+    }
     let series = vec![ours.series("Offshoot"), floors.series("floor"), others.series("in-process, no other VM live")];
     let title = "Fork to the child's first instruction over RAM size";
     bench.curve(curve("ram", title, "RAM (MiB), 32 MiB of it written", "µs, median", series));
