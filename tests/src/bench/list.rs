@@ -27,6 +27,11 @@ pub const MEASURES: &[Measure] = &[
         about: "a fork of a running clone, step by step; 256 MiB, 64 MiB of it written long ago, 10 live clones",
         run: measure::fork::run,
     },
+    Measure {
+        name: "qemu",
+        about: "a fork beside a guest that QEMU has saved, and restores for each clone",
+        run: measure::qemu::run,
+    },
     Measure { name: "ram", about: "first instruction over RAM size, private size fixed", run: measure::ram::run },
     Measure {
         name: "live-clones",

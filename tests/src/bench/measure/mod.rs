@@ -12,6 +12,7 @@ pub mod live_clones;
 pub mod memory;
 pub mod overcommit;
 pub mod pause;
+pub mod qemu;
 pub mod ram;
 pub mod scattered;
 pub mod settling;

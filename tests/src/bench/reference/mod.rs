@@ -10,7 +10,10 @@ mod floor;
 mod in_process;
 mod move_out;
 mod plain_copy;
+mod qemu;
 mod remapped;
+
+pub use qemu::Qemu;
 
 use crate::{Result, fail};
 use nix::sys::prctl::set_pdeathsig;
