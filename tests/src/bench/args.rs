@@ -21,7 +21,7 @@ struct Line {
     /// Draw the curves into DIR
     #[arg(long, value_name = "DIR")]
     svg: Option<PathBuf>,
-    /// Put the figures into the README's block
+    /// Put the figures that have an aim into the README's block; of all measures only
     #[arg(long)]
     readme: bool,
     /// List the measures
@@ -95,6 +95,9 @@ pub fn parse(arguments: &[String]) -> Result<Asked, String> {
     {
         return Err(format!("--svg {}: not a directory", directory.display()));
     }
+    if line.readme && !line.only.is_empty() {
+        return Err("--readme: the README has all figures, not those of --only".into());
+    }
     let scale = if line.quick { Scale::Quick } else { Scale::Full };
     Ok(Asked::Run(Options { measures, scale, json: line.json, svg: line.svg, readme: line.readme }))
 }
@@ -126,6 +129,7 @@ mod tests {
             &["more"],
             &["--json", "/no/such/directory/x.json"],
             &["--svg", "/dev/null"],
+            &["--readme", "--only", "fork"],
         ] {
             let line = parsed(words).expect_err("bad input");
             assert!(!line.is_empty() && !line.contains('\n'), "{line:?}");

@@ -6,12 +6,14 @@ use super::home::Home;
 use super::host::Host;
 use super::janitor::Janitor;
 use super::list::Measure;
+use super::rounds::Rounds;
 use super::stats::timed;
 use super::svg::Curve;
 use super::{Result, readme, table};
 use std::cell::RefCell;
 use std::fs;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// A run under way.
 pub struct Bench {
@@ -34,7 +36,6 @@ impl Bench {
 
     /// Measures all that is asked for, and tells. Whether all could be measured.
     pub fn run(mut self) -> Result<bool> {
-        println!("{}", self.host.line());
         let mut whole = true;
         for measure in self.options.measures.clone() {
             whole &= self.measure(measure);
@@ -47,7 +48,7 @@ impl Bench {
     }
 
     fn measure(&mut self, measure: &'static Measure) -> bool {
-        println!("\n== {}: {}", measure.name, measure.about);
+        println!("\n== {}: {}\n   {}", measure.name, measure.about, self.host.line());
         self.measure = measure.name;
         let before = self.entries.len();
         let (done, us) = timed(|| (measure.run)(self));
@@ -75,7 +76,7 @@ impl Bench {
             }
         }
         if self.options.readme {
-            readme::put(&self.entries, &self.host)?;
+            readme::put(&self.entries, &self.host, self.pick("", "; a quick run, of few samples"))?;
         }
         Ok(())
     }
@@ -86,6 +87,11 @@ impl Bench {
             Scale::Full => full,
             Scale::Quick => quick,
         }
+    }
+
+    /// Rounds of sampling: so many of a full run, and so many of a quick one.
+    pub fn rounds(&self, full: usize, quick: usize) -> Rounds {
+        Rounds::new(self.pick(full, quick), Duration::from_secs(self.pick(30, 3)))
     }
 
     /// A home of its own for a server.

@@ -25,6 +25,7 @@ mod measure;
 mod processes;
 mod readme;
 mod reference;
+mod rounds;
 mod stats;
 mod svg;
 mod table;

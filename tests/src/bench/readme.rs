@@ -10,10 +10,10 @@ const BEGIN: &str = "<!-- figures: written by tests/bench --readme -->";
 const END: &str = "<!-- end of figures -->";
 
 /// Replaces the block.
-pub fn put(entries: &[Entry], host: &Host) -> Result<()> {
+pub fn put(entries: &[Entry], host: &Host, how: &str) -> Result<()> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
     let before = fs::read_to_string(&path).map_err(|e| format!("read {}: {e}", path.display()))?;
-    let after = with_block(&before, &block(entries, host)).ok_or("the README has no place for figures")?;
+    let after = with_block(&before, &block(entries, host, how)).ok_or("the README has no place for figures")?;
     Ok(fs::write(&path, after).map_err(|e| format!("write {}: {e}", path.display()))?)
 }
 
@@ -23,17 +23,17 @@ fn with_block(text: &str, block: &str) -> Option<String> {
     Some(format!("{before}{BEGIN}\n{block}{END}{after}"))
 }
 
-fn block(entries: &[Entry], host: &Host) -> String {
-    let mut text = format!("Measured on: {}. Medians of one interleaved run.\n\n", host.line());
-    text += "| measure | median | p99 | unit | reference | its median | ratio | aim | met |\n";
-    text += "| --- | ---: | ---: | --- | --- | ---: | ---: | --- | --- |\n";
+/// What has an aim, met or not.
+fn block(entries: &[Entry], host: &Host, how: &str) -> String {
+    let mut text = format!("Measured on: {}. Medians of one interleaved run{how}.\n\n", host.line());
+    text += "| measure | median | unit | reference | its median | ratio | aim | met |\n";
+    text += "| --- | ---: | --- | --- | ---: | ---: | --- | --- |\n";
     for entry in entries {
-        let [measure, median, p99, unit, _, reference, of_reference, ratio, _] = table::cells(entry);
-        let aim = entry.aim.as_deref().unwrap_or_default();
-        let met = entry.met.map_or("", |met| if met { "yes" } else { "**no**" });
-        text += &format!(
-            "| {measure} | {median} | {p99} | {unit} | {reference} | {of_reference} | {ratio} | {aim} | {met} |\n"
-        );
+        let (Some(aim), Some(met)) = (&entry.aim, entry.met) else { continue };
+        let [measure, median, _, unit, _, reference, of_reference, ratio, _] = table::cells(entry);
+        let met = if met { "yes" } else { "**no**" };
+        text +=
+            &format!("| {measure} | {median} | {unit} | {reference} | {of_reference} | {ratio} | {aim} | {met} |\n");
     }
     text
 }

@@ -14,7 +14,7 @@ const MIB: u64 = 256;
 pub fn run(bench: &mut Bench) -> Result<()> {
     let count = bench.pick(500, 60);
     let [mut forks, mut end, mut others, mut others_end] = [(); 4].map(|()| Samples::default());
-    for _ in 0..bench.pick(3, 1) {
+    for _ in bench.rounds(3, 1) {
         let home = bench.home()?;
         let parent = home.launch_settled("p", MIB, PRIVATE)?;
         home.rest(1)?;

@@ -31,7 +31,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         }
     }
     let mut ours = Points::at(depths.iter().copied());
-    for _ in 0..bench.pick(60, 15) {
+    for _ in bench.rounds(60, 15) {
         for (index, &depth) in depths.iter().enumerate() {
             ours.push(index, sample(&home, &family[depth as usize], family.len())?.first);
         }

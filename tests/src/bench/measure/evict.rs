@@ -25,7 +25,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         for vm in &all {
             say(vm, &format!("verify {FIRST_PAGE} {PAGES} 1"))?;
         }
-        for _ in 0..bench.pick(60, 20) {
+        for _ in bench.rounds(60, 20) {
             let (done, us) = timed(|| parent.reclaim(CLUSTER));
             let bytes = done?.reclaimed_bytes;
             if bytes == 0 {

@@ -11,7 +11,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let mib: u64 = bench.pick(1024, 256);
     let line = format!("touch {FIRST_PAGE} {} 2", mib << 8);
     let [mut pause, mut first, mut before, mut after] = [(); 4].map(|()| Samples::default());
-    for _ in 0..bench.pick(3, 1) {
+    for _ in bench.rounds(3, 1) {
         let home = bench.home()?;
         let vm = home.launch("p", mib + 256)?;
         say(&vm, &line)?;

@@ -7,6 +7,7 @@ use crate::bench::Bench;
 use crate::entry::Figure;
 use crate::home::{FIRST_PAGE, Home, fork, say};
 use crate::reference::Reference;
+use crate::rounds::Rounds;
 use crate::stats::{Samples, timed};
 use vmm::client::{LaunchOptions, Vm};
 use vmm::units::ByteSize;
@@ -44,11 +45,10 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         floor: Reference::start("floor", &[MIB, PRIVATE])?,
         in_process: Reference::start("in-process", &[MIB, PRIVATE, LIVE as u64])?,
     };
-    let count = bench.pick(200, 25);
-    let idle = sample(&home, &parent, &mut references, count)?;
+    let idle = sample(&home, &parent, &mut references, bench.rounds(200, 25))?;
     tell(bench, "", &idle);
     let busy = Reference::start("busy", &[0])?;
-    let beside = sample(&home, &parent, &mut references, count)?;
+    let beside = sample(&home, &parent, &mut references, bench.rounds(200, 25))?;
     drop(busy);
     tell(bench, "busy/", &beside);
     bench.note("pause, ready, first-instruction: the server's clock, from its receipt of the request; answered, first-writes: the client's");
@@ -57,9 +57,9 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-fn sample(home: &Home, parent: &Vm, references: &mut References, count: usize) -> Result<Taken> {
+fn sample(home: &Home, parent: &Vm, references: &mut References, rounds: Rounds) -> Result<Taken> {
     let mut taken = Taken::default();
-    for _ in 0..count {
+    for _ in rounds {
         home.rest(1 + LIVE)?;
         let (child, times) = fork(parent)?;
         child.remove()?;

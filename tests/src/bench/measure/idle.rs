@@ -20,7 +20,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let everybody: Vec<i32> = home.processes().into_iter().filter(|&pid| pid != home.server()).collect();
     let of_all = || everybody.iter().map(|&pid| run_seconds(pid)).sum::<f64>();
     let [mut server, mut vms] = [(); 2].map(|()| Samples::default());
-    for _ in 0..bench.pick(10, 3) {
+    for _ in bench.rounds(10, 3) {
         let (start, ran, all_ran) = (Instant::now(), run_seconds(home.server()), of_all());
         thread::sleep(Duration::from_secs(2));
         let passed = start.elapsed().as_secs_f64();

@@ -14,7 +14,7 @@ const MIB: u64 = 256;
 pub fn run(bench: &mut Bench) -> Result<()> {
     let home = bench.home()?;
     let [mut ours, mut theirs] = [(); 2].map(|()| Samples::default());
-    for _ in 0..bench.pick(100, 20) {
+    for _ in bench.rounds(100, 20) {
         let (vm, us) = timed(|| home.launch("p", MIB));
         ours.push(us);
         drop(vm?);

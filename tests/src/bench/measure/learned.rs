@@ -20,7 +20,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         time_of_writes(&home, &known)?;
     }
     let [mut with, mut without] = [(); 2].map(|()| Samples::default());
-    for _ in 0..bench.pick(40, 8) {
+    for _ in bench.rounds(40, 8) {
         with.push(time_of_writes(&home, &known)?);
         // A page of its own makes it a new frozen parent, of whose clones nobody knows anything.
         say(&fresh, &format!("touch {} 1 2", FIRST_PAGE + PRIVATE))?;

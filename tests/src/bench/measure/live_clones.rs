@@ -24,7 +24,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         live = count as usize;
         let mut in_process = Reference::start("in-process", &[MIB, PRIVATE, count])?;
         let mut floors = Samples::default();
-        for _ in 0..bench.pick(60, 15) {
+        for _ in bench.rounds(60, 15) {
             ours.push(index, sample(&crowded, &parent, 1 + live)?.first);
             lone.push(index, sample(&alone, &lone_parent, 2)?.first);
             others.push(index, in_process.figure("fork")?);

@@ -45,7 +45,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let count = bench.pick(50, 20);
     let mut ours = [(); 4].map(|()| Samples::default());
     let mut theirs = ours.clone();
-    for round in 0..bench.pick(3, 1) {
+    for round in bench.rounds(3, 1) {
         let group = Group::new(&format!("ours-{round}"));
         if group.is_none() {
             bench.note("SKIPPED: kernel memory beside page tables: no control group can be made here");

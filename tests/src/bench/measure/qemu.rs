@@ -19,7 +19,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let home = bench.home()?;
     let parent = home.launch_settled("p", MIB, PRIVATE)?;
     let [mut ours, mut restored, mut booted] = [(); 3].map(|()| Samples::default());
-    for _ in 0..bench.pick(20, 6) {
+    for _ in bench.rounds(20, 6) {
         home.rest(1)?;
         let (child, us) = timed(|| {
             let (child, _) = fork(&parent)?;
@@ -35,6 +35,8 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let (of, reference) = ("fork and first answer".into(), Some((name, theirs)));
         bench.figure(&Figure { of, unit: "ms", subject: &ours, reference, aim: Aim::Report });
     }
-    bench.note("the client's clock, to the guest's first answer (QEMU's on its serial console, where it is asked every millisecond)");
+    bench.note(
+        "the client's clock, to the guest's first answer (QEMU's on its serial console, asked once its machine runs)",
+    );
     Ok(())
 }

@@ -27,7 +27,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         homes.push((home, parent, floor, in_process));
     }
     let [mut ours, mut floors, mut others] = [(); 3].map(|()| Points::at(sizes.iter().copied()));
-    for _ in 0..bench.pick(60, 12) {
+    for _ in bench.rounds(60, 12) {
         for (index, (home, parent, floor, in_process)) in homes.iter_mut().enumerate() {
             ours.push(index, sample(home, parent, 1)?.first);
             floors.push(index, floor.figure("fork")?);

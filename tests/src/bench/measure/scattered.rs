@@ -20,7 +20,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let parent = home.launch_settled("p", RAM, 0)?;
     let mut reference = Reference::start("move-out", &[RAM])?;
     let [mut pause, mut first, mut together, mut moved, mut protected] = [(); 5].map(|()| Samples::default());
-    for _ in 0..bench.pick(8, 2) {
+    for _ in bench.rounds(8, 2) {
         for page in (FIRST..).step_by(STEP as usize).take(COUNT as usize) {
             say(&parent, &format!("touch {page} 1 2"))?;
         }

@@ -17,7 +17,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let mut remapped = Reference::start("remapped", &[MIB, PRIVATE])?;
     let [mut ours, mut theirs] = [(); 2].map(|()| Samples::default());
     let line = format!("touch {FIRST_PAGE} {PRIVATE} 2");
-    for _ in 0..bench.pick(10, 3) {
+    for _ in bench.rounds(10, 3) {
         // All of it is private again, then moves.
         say(&parent, &line)?;
         home.rest(1)?;

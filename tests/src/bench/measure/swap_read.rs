@@ -32,7 +32,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let pid = process_of(&parent)?;
     let [mut ours, mut direct] = [(); 2].map(|()| Samples::default());
     let mut back = Vec::new();
-    for _ in 0..bench.pick(7, 3) {
+    for _ in bench.rounds(7, 3) {
         parent.reclaim(ByteSize::mib(64))?;
         let total = || Some(home.client().stats().ok()?.total);
         let before = wait("all is on the disk", || total().filter(|total| total.compressed_bytes < 4 << 20))?;

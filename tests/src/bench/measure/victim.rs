@@ -22,7 +22,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     for (what, pace) in [("all run", Pace::Running), ("half are idle", Pace::Idle)] {
         let [mut few, mut many] = [(); 2].map(|()| Samples::default());
         let (mut small, mut large) = (family(10, pace)?, family(1000, pace)?);
-        for _ in 0..bench.pick(1000, 300) {
+        for _ in bench.rounds(1000, 300) {
             few.push(evict(&mut small)?);
             many.push(evict(&mut large)?);
         }

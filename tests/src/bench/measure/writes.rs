@@ -25,7 +25,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         clones(&parent, count - 1 - live)?;
         live = count - 1;
         let [mut read, mut unread, mut plain_read, mut plain_unread] = [(); 4].map(|()| Samples::default());
-        for _ in 0..bench.pick(20, 6) {
+        for _ in bench.rounds(20, 6) {
             home.rest(1 + live)?;
             let (child, _) = fork(&parent)?;
             home.rest(2 + live)?;

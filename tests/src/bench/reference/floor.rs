@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 
 /// RAM in MiB, and pages that the parent has written. Answers `fork` (µs: all, from the prepared process's receipt on, of
 /// that `mmap`, registers, `KVM_RUN`), `writes FIRST COUNT` (µs: all, and until the child has written those pages), and
-/// `hold N` (makes N children that live on, and N processes more are prepared; their process ids).
+/// `hold N` (makes N children that live on; their process ids).
 pub fn run(arguments: &[u64]) -> Result<()> {
     let [mib, pages] = numbers(arguments)?;
     let platform = Platform::open()?;

@@ -1,6 +1,7 @@
 //! **QEMU**: Debian's `qemu-system-x86`, machine `microvm`, with the same guest: booted by its PVH note, saved to a file,
 //! restored with `-incoming`.
 
+use crate::home::wait;
 use crate::stats::us;
 use crate::{Result, fail};
 use nix::unistd::mkdtemp;
@@ -10,14 +11,14 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = "qemu-system-x86_64";
-const PATIENCE: Duration = Duration::from_secs(60);
-/// How often a restored guest is asked: what is typed before it is there, is lost.
-const KNOCK: Duration = Duration::from_millis(1);
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often QEMU is asked whether it has restored its guest.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// A guest of QEMU's, saved.
 pub struct Qemu {
@@ -36,13 +37,11 @@ impl Qemu {
         let directory = mkdtemp("/var/tmp/offshoot-bench-XXXXXX")?;
         let this = Self { directory, mib };
         fs::write(this.path("guest.elf"), firmware::ELF)?;
-        let socket = this.path("qmp");
-        let mut machine = this.start(&["-qmp", &format!("unix:{socket},server=on,wait=off")])?;
-        machine.hear("> ", None)?;
+        let mut machine = this.start(&[])?;
+        machine.hear("> ")?;
         machine.input.write_all(format!("fill 64 {pages} 1\r").as_bytes())?;
-        machine.hear("ok filled", None)?;
-        machine.hear("> ", None)?;
-        Control::connect(&socket)?.save(&this.path("saved"))?;
+        machine.hear(&format!("ok filled={pages}\r\n> ")).map_err(|e| format!("save: {e}"))?;
+        this.control()?.save(&this.path("saved"))?;
         Ok(Some(this))
     }
 
@@ -50,23 +49,28 @@ impl Qemu {
     pub fn boot(&self) -> Result<f64> {
         let start = Instant::now();
         let mut machine = self.start(&[])?;
-        machine.hear("> ", None)?;
+        machine.hear("> ").map_err(|e| format!("boot: {e}"))?;
         Ok(us(start.elapsed()))
     }
 
-    /// Restores the saved guest: µs to its first answer.
+    /// Restores the saved guest: µs to its first answer. What is typed before it runs would be lost.
     pub fn restore(&self) -> Result<f64> {
         let start = Instant::now();
         let mut machine = self.start(&["-incoming", &format!("exec:cat {}", self.path("saved"))])?;
-        machine.hear("> ", Some("\r"))?;
+        self.control()?.await_running()?;
+        machine.input.write_all(b"\r")?;
+        machine.hear("> ").map_err(|e| format!("restore: {e}"))?;
         Ok(us(start.elapsed()))
     }
 
     fn start(&self, more: &[&str]) -> Result<Machine> {
+        // The socket of the one before, which may not have been there.
+        let _ = fs::remove_file(self.path("qmp"));
         let mut child = Command::new(PROGRAM)
             .args(["-M", "microvm,x-option-roms=off,isa-serial=on", "-accel", "kvm", "-nodefaults", "-no-user-config"])
             // A feature that some hosts' KVM tells of and does not take.
             .args(["-cpu", "host,-arch-capabilities", "-display", "none", "-monitor", "none", "-serial", "stdio"])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", self.path("qmp"))])
             .args(["-m", &self.mib.to_string(), "-kernel", &self.path("guest.elf")])
             .args(more)
             .stdin(Stdio::piped())
@@ -85,6 +89,14 @@ impl Qemu {
             }
         });
         Ok(Machine { child, input, screen })
+    }
+
+    /// The machine protocol of the QEMU that was started last.
+    fn control(&self) -> Result<Control> {
+        let stream = wait("QEMU listens", || UnixStream::connect(self.path("qmp")).ok())?;
+        let mut control = Control(BufReader::new(stream));
+        control.ask("qmp_capabilities", json!({}))?;
+        Ok(control)
     }
 
     fn path(&self, name: &str) -> String {
@@ -107,17 +119,12 @@ struct Machine {
 }
 
 impl Machine {
-    /// Waits until the guest has printed that; types something again and again meanwhile.
-    fn hear(&mut self, what: &str, knock: Option<&str>) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+    /// Waits until the guest has printed that.
+    fn hear(&mut self, what: &str) -> Result<()> {
         let mut text = String::new();
         while !text.contains(what) {
-            if let Some(knock) = knock {
-                self.input.write_all(knock.as_bytes())?;
-            }
-            match self.screen.recv_timeout(if knock.is_some() { KNOCK } else { PATIENCE }) {
+            match self.screen.recv_timeout(PATIENCE) {
                 Ok(bytes) => text += &String::from_utf8_lossy(&bytes),
-                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {}
                 Err(_) => return fail(format!("QEMU's guest does not say {what:?}, but {text:?}")),
             }
         }
@@ -137,10 +144,15 @@ impl Drop for Machine {
 struct Control(BufReader<UnixStream>);
 
 impl Control {
-    fn connect(socket: &str) -> Result<Self> {
-        let mut this = Self(BufReader::new(UnixStream::connect(socket)?));
-        this.ask("qmp_capabilities", json!({}))?;
-        Ok(this)
+    fn await_running(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.ask("query-status", json!({}))?["running"] != true {
+            if Instant::now() > deadline {
+                return fail("QEMU does not restore its guest");
+            }
+            thread::sleep(LOOK);
+        }
+        Ok(())
     }
 
     fn save(&mut self, file: &str) -> Result<()> {
