@@ -91,7 +91,7 @@ impl Bench {
 
     /// Rounds of sampling: so many of a full run, and so many of a quick one.
     pub fn rounds(&self, full: usize, quick: usize) -> Rounds {
-        Rounds::new(self.pick(full, quick), Duration::from_secs(self.pick(30, 3)))
+        Rounds::new(self.pick(full, quick), Duration::from_secs(self.pick(20, 3)))
     }
 
     /// A home of its own for a server.

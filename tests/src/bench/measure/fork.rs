@@ -63,6 +63,7 @@ fn sample(home: &Home, parent: &Vm, references: &mut References, rounds: Rounds)
         home.rest(1 + LIVE)?;
         let (child, times) = fork(parent)?;
         child.remove()?;
+        home.rest(1 + LIVE)?;
         taken.pause.push(times.pause);
         taken.ready.push(times.ready);
         taken.first.push(times.first);
@@ -72,13 +73,13 @@ fn sample(home: &Home, parent: &Vm, references: &mut References, rounds: Rounds)
         taken.floor_receipt.push(floor[1]);
         taken.in_process.push(references.in_process.figure("fork")?);
 
-        home.rest(1 + LIVE)?;
         let (child, us) = timed(|| {
             let (child, _) = fork(parent)?;
             say(&child, &format!("touch {FIRST_PAGE} {FIRST_WRITES} 2"))?;
             Ok::<_, crate::Error>(child)
         });
         child?.remove()?;
+        home.rest(1 + LIVE)?;
         taken.writes.push(us);
         taken.floor_writes.push(references.floor.ask(format!("writes {FIRST_PAGE} {FIRST_WRITES}"))?[1]);
 

@@ -33,11 +33,13 @@ use vmm::client::Vm;
 /// Pages that a parent has written long ago, where nothing else is said: 64 MiB.
 const PRIVATE: u64 = 16384;
 
-/// Forks a parent and removes the child. `vms` is how many VMs live beside the child.
+/// Forks a parent and removes the child. `vms` is how many VMs live beside the child. Whoever is sampled next has the
+/// machine to himself: the pool is full again when this returns.
 fn sample(home: &Home, parent: &Vm, vms: usize) -> Result<Times> {
     home.rest(vms)?;
     let (child, times) = fork(parent)?;
     child.remove()?;
+    home.rest(vms)?;
     Ok(times)
 }
 

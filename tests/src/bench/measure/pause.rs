@@ -30,6 +30,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
                 home.rest(1)?;
                 let (child, times) = fork_settled(&parent)?;
                 child.remove()?;
+                home.rest(1)?;
                 ours.push(index, times.pause);
                 firsts.push(index, times.first);
                 theirs.push(index, move_out.figure(format!("contiguous {pages}"))?);

@@ -27,6 +27,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
             Ok::<_, crate::Error>(child)
         });
         child?.remove()?;
+        home.rest(1)?;
         ours.push(us / 1e3);
         restored.push(qemu.restore()? / 1e3);
         booted.push(qemu.boot()? / 1e3);

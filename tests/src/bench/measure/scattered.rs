@@ -27,6 +27,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         home.rest(1)?;
         let (child, times) = fork_settled(&parent)?;
         child.remove()?;
+        home.rest(1)?;
         pause.push(times.pause);
         first.push(times.first);
         let figures = reference.ask(format!("scattered {COUNT} {STEP}"))?;
@@ -36,6 +37,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         home.rest(1)?;
         let (child, times) = fork_settled(&parent)?;
         child.remove()?;
+        home.rest(1)?;
         together.push(times.first);
     }
     let cheaper = match moved.median() < protected.median() {

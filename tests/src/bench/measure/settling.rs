@@ -25,6 +25,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         ours.push(say(&parent, &line)? / PRIVATE as f64);
         wait("all has settled", || (home.client().stats().ok()?.total.unsettled_pages == 0).then_some(()))?;
         child.remove()?;
+        home.rest(1)?;
         theirs.push(remapped.figure("again")? / PRIVATE as f64);
     }
     let reference = Some(("in-process VM, just remapped", &theirs));

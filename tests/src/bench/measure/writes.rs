@@ -35,6 +35,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
             unread.push(say(&child, &format!("touch {UNREAD} {COUNT} 2"))?);
             plain_unread.push(plain.figure(format!("unread {UNREAD} {COUNT}"))?);
             child.remove()?;
+            home.rest(1 + live)?;
         }
         for (what, ours, theirs) in [("read", &read, &plain_read), ("not read", &unread, &plain_unread)] {
             let [ours, theirs] = [ours, theirs].map(|samples| samples.scaled(1.0 / COUNT as f64));
