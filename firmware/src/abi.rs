@@ -54,12 +54,13 @@ pub const ENTRY: u64 = IMAGE_BASE + 0x2_3000;
 /// The stack pointer at [`ENTRY`]: as after a call.
 pub const ENTRY_STACK: u64 = STACK_TOP - 8;
 
-/// 32-bit OUT port of the guest's notices: a [`Doorbell`].
-pub const DOORBELL: u16 = 0x510;
+/// 32-bit OUT port of the guest's notices: a [`Doorbell`]. Behind the ports of QEMU's `fw_cfg` (0x510 to 0x51b): there, as
+/// under any other VMM, nothing must be at ours.
+pub const DOORBELL: u16 = 0x520;
 /// 32-bit IN port that the VMM completes when there is something to do: bits of [`wake`].
 ///
 /// The read may be completed with 0 at any time (a fork does so); the monitor waits again and writes no memory.
-pub const WAIT: u16 = 0x514;
+pub const WAIT: u16 = 0x524;
 /// First port of the serial console, a 16550.
 pub const COM1: u16 = 0x3f8;
 

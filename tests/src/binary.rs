@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 /// `OFFSHOOT_BIN`, else the one that cargo puts near this test, which is built first where it is missing or older than
 /// its source.
-pub(crate) fn binary() -> &'static Path {
+pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| match env::var_os("OFFSHOOT_BIN").filter(|path| !path.is_empty()) {
         Some(path) => path.into(),

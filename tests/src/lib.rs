@@ -12,6 +12,8 @@
 //! | `process` | what `/proc` says of the server's processes |
 //! | `figures` | medians, random numbers |
 //!
+//! The benchmarks (`bench/`, a program of their own) share none of it.
+//!
 //! A test that cannot run here says so on stderr, in a line that begins with `SKIPPED`, and passes.
 
 mod binary;
@@ -23,6 +25,7 @@ pub mod process;
 mod traced;
 mod turn;
 
+pub use binary::binary as offshoot_binary;
 pub use command::Outcome;
 pub use figures::{Random, TEN_SECONDS, median, wait_until};
 pub use guest::{Guest, PATIENCE};
