@@ -260,6 +260,11 @@ pub struct Fork {
     /// Leave the children paused
     #[arg(long)]
     pub paused: bool,
+    /// Have a Linux guest tell of its free pages first, which are neither copied nor shared then; the fork waits for that for
+    /// MS milliseconds at most
+    #[arg(long, value_name = "MS", num_args = 0..=1, require_equals = true, default_missing_value = "100",
+          value_parser = clap::value_parser!(u64).range(1..=HINT_MS_MAX))]
+    pub hint_free: Option<u64>,
     #[command(flatten)]
     pub output: Output,
 }
@@ -300,6 +305,9 @@ fn swap_place(text: &str) -> Result<SwapPlace, String> {
     }
     Ok(SwapPlace { path: path.into(), size })
 }
+
+/// A fork waits no longer than this for free pages.
+const HINT_MS_MAX: u64 = 10_000;
 
 /// The smallest swap file.
 const MIN_SWAP: u64 = 1 << 20;
@@ -342,6 +350,9 @@ mod tests {
             "offshoot launch base -m 1G --vcpus 1 --attach --rm",
             "offshoot launch --mem 64M --home /tmp/x",
             "offshoot --home /tmp/x --log-level debug fork base --count 3 --name w --wait-settled --paused --json",
+            "offshoot fork base --hint-free",
+            "offshoot fork --hint-free base",
+            "offshoot fork base --hint-free=20 --json",
             "offshoot send base verify 64 10 1 --timeout 0.5",
             "offshoot logs base --follow",
             "offshoot ls --json",
@@ -380,6 +391,9 @@ mod tests {
             "offshoot fork base --count -1",
             "offshoot fork base --name x/y",
             "offshoot fork",
+            "offshoot fork base --hint-free=0",
+            "offshoot fork base --hint-free=10001",
+            "offshoot fork base --hint-free=soon",
             "offshoot send base",
             "offshoot send base hello --timeout 0",
             "offshoot send base hello --timeout nan",

@@ -17,6 +17,7 @@ use serde_json::json;
 use signals::Signals;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 use vmm::api::{Child, VmState};
 use vmm::client::{Client, ClientBuilder, ForkOptions, LaunchOptions, Stream};
 use vmm::host::HostReport;
@@ -59,6 +60,9 @@ fn run(cli: Cli) -> Done {
             let mut options = ForkOptions::new().count(fork.count).wait_settled(fork.wait_settled).paused(fork.paused);
             if let Some(prefix) = fork.prefix {
                 options = options.prefix(prefix);
+            }
+            if let Some(ms) = fork.hint_free {
+                options = options.hint_free(Duration::from_millis(ms));
             }
             with_client(server, |client| {
                 let children = client.vm(fork.name).fork(options)?;

@@ -38,6 +38,8 @@ pub(super) struct Shared {
     /// When console output was last taken.
     console_taken: Option<Instant>,
     gift: Gift,
+    /// The devices are asked for something, which a vCPU sees to.
+    errand: bool,
     /// What a Linux guest says of its own end.
     pub panic: PanicWatch,
     out: Vec<FromVm>,
@@ -63,7 +65,7 @@ enum Wish {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Station {
-    /// Its thread has not come to the floor yet, or sets its registers.
+    /// Its thread has not come to the floor yet, sets its registers, or has an errand.
     Arriving,
     Standing,
     /// In or about to enter `KVM_RUN`.
@@ -102,6 +104,8 @@ pub(super) enum Task {
     Load(Load),
     /// Read them.
     Save,
+    /// Have the devices do what they are asked for.
+    Attend,
     /// Run until it is stopped.
     Run,
 }
@@ -135,6 +139,7 @@ impl Floor {
             console_bell: TimerFd::new().map_err(io::Error::from)?,
             console_taken: None,
             gift: Gift::default(),
+            errand: false,
             panic: PanicWatch::default(),
             out: Vec::new(),
         };
@@ -224,6 +229,17 @@ impl Floor {
         shared.desks.iter_mut().for_each(|desk| desk.saved = None);
         self.changed.notify_all();
         if running { Activity::Running } else { Activity::Paused }
+    }
+
+    /// Main thread: has a vCPU see to what the devices are asked for, when it runs. The caller interrupts its thread, the
+    /// first.
+    pub fn send_errand(&self) {
+        let mut shared = self.lock();
+        shared.errand = true;
+        if let Some(desk) = shared.desks.first() {
+            // It is cleared before the vCPU runs again.
+            desk.stop.set();
+        }
     }
 
     /// Main thread: has the vCPUs do what they did before [`stop_and_save`](Self::stop_and_save).
@@ -350,6 +366,11 @@ impl Floor {
                     return Task::Load(load);
                 }
                 if desk.wish == Wish::Run {
+                    if std::mem::take(&mut shared.errand) {
+                        // It touches guest memory: it does not stand.
+                        shared.desks[number].at = Station::Arriving;
+                        return Task::Attend;
+                    }
                     return self.set_running(shared, number);
                 }
                 if desk.at != Station::Standing {

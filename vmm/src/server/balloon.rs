@@ -138,6 +138,7 @@ impl Server {
                 .end_vm(generation, Phase::Dead("its process gave pages back while it stood for a fork".into()));
         }
         manager.balloon(member, pages);
+        self.count_hinted(generation, pages.iter().map(|pages| pages.count().0).sum());
     }
 
     /// A guest's balloon has another size now.

@@ -121,6 +121,8 @@ impl Server {
             }
             FromVm::Ballooned(pages) => self.ballooned(generation, &pages),
             FromVm::BalloonSize { pages } => self.balloon_resized(generation, pages),
+            FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
+            FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),

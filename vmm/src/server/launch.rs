@@ -184,6 +184,7 @@ impl Server {
             remove_when_off: false,
             balloon_pages: 0,
             traps: 0,
+            guest_memory: None,
         });
         generation
     }

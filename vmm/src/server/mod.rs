@@ -12,7 +12,7 @@
 //! | `vm` | the list of VMs |
 //! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
-//! | `report`, `check` | the verbs that look |
+//! | `report`, `guest_stats`, `check` | the verbs that look |
 //! | `inbox` | what VM processes say |
 //! | `settle`, `pace` | traps, and pages that settle behind the guests' backs |
 
@@ -23,6 +23,7 @@ mod clients;
 mod end;
 mod files;
 mod fork;
+mod guest_stats;
 mod inbox;
 mod launch;
 mod pace;
@@ -145,6 +146,8 @@ struct Server {
     vms: Vms,
     forks: BTreeMap<ForkId, ForkOp>,
     balloons: Vec<balloon::BalloonOp>,
+    /// Clients that wait for what a guest says of its memory.
+    stats_waiters: Vec<(ClientId, Generation)>,
     checks: Checks,
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
@@ -244,6 +247,7 @@ impl Server {
             vms: Vms::default(),
             forks: BTreeMap::new(),
             balloons: Vec::new(),
+            stats_waiters: Vec::new(),
             checks: Checks::default(),
             removals: Vec::new(),
             deadlines: Vec::new(),
@@ -411,8 +415,9 @@ impl Server {
                 let answer = Answer::Tree(self.tree());
                 self.reply(client, Ok(answer));
             }
-            Request::Stats { name } => {
-                let answer = self.stats(name.as_deref()).map(Answer::Stats);
+            Request::Stats { name: Some(name) } => self.stats_of(client, &name),
+            Request::Stats { name: None } => {
+                let answer = self.stats(None).map(Answer::Stats);
                 self.reply(client, answer);
             }
             Request::Inspect { name } => {

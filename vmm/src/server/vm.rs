@@ -2,6 +2,7 @@
 
 use super::clients::ClientId;
 use super::fork::ForkId;
+use super::guest_stats::GuestMemory;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
 use crate::wire::Shape;
@@ -109,6 +110,8 @@ pub struct Vm {
     pub balloon_pages: u64,
     /// Traps served.
     pub traps: u64,
+    /// What the guest said of its memory.
+    pub guest_memory: Option<GuestMemory>,
 }
 
 impl Vm {
