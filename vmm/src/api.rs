@@ -315,7 +315,7 @@ pub enum VmState {
     Running,
     /// They stand still.
     Paused,
-    /// The guest powered off.
+    /// The guest powered off, or rebooted: then `reason` says so.
     Off,
     /// It ended otherwise; `reason` says how.
     Dead,
@@ -330,7 +330,7 @@ pub struct VmSummary {
     pub parent: Option<String>,
     /// What it is doing.
     pub state: VmState,
-    /// Why it is dead.
+    /// Why it is dead, or that it is off since it rebooted.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<String>,
     /// RAM in pages of 4 KiB.

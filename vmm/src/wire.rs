@@ -177,6 +177,8 @@ pub enum ToVm {
 pub enum Ending {
     /// The guest powered off.
     Off,
+    /// The guest reset its machine.
+    Reboot,
     /// It cannot go on, and why.
     Dead(String),
 }

@@ -1,10 +1,11 @@
 //! What can be written on the command line.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
 use vmm::api::{DEFAULT_MEMORY, MIN_MEMORY};
 use vmm::name::{NameError, check_name};
+use vmm::server::AutoBalloon;
 use vmm::units::{ByteSize, SizeError};
 
 /// Launch a microVM and fork it while it runs.
@@ -166,22 +167,7 @@ pub enum Verb {
         output: Output,
     },
     /// Run the server in the foreground; the first command starts one in the background otherwise
-    Serve {
-        /// Where evicted pages go once they do not fit into memory: a file, which is emptied, or a block device; SIZE is how
-        /// much of it to use [default: a file in the home, while the server runs; as large as the host's memory twice, if
-        /// the disk has room]
-        #[arg(long, value_name = "PATH[:SIZE]", value_parser = swap_place)]
-        swap: Option<SwapPlace>,
-        /// How much memory compressed pages may take before they go to the disk [default: a quarter of the host's memory]
-        #[arg(long, value_name = "SIZE")]
-        compressed: Option<ByteSize>,
-        /// The memory budget, as of `offshoot budget` [default: none]
-        #[arg(long, value_name = "SIZE", value_parser = budget_size)]
-        memory: Option<ByteSize>,
-        /// Leave the terminal, and leave quietly where there is a server already
-        #[arg(long, hide = true)]
-        background: bool,
-    },
+    Serve(Serve),
     /// End all VMs and the server
     Shutdown,
     /// Print the version
@@ -267,6 +253,51 @@ pub struct Fork {
     pub hint_free: Option<u64>,
     #[command(flatten)]
     pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Where evicted pages go once they do not fit into memory: a file, which is emptied, or a block device; SIZE is how
+    /// much of it to use [default: a file in the home, while the server runs; as large as the host's memory twice, if
+    /// the disk has room]
+    #[arg(long, value_name = "PATH[:SIZE]", value_parser = swap_place)]
+    pub swap: Option<SwapPlace>,
+    /// How much memory compressed pages may take before they go to the disk [default: a quarter of the host's memory]
+    #[arg(long, value_name = "SIZE")]
+    pub compressed: Option<ByteSize>,
+    /// The memory budget, as of `offshoot budget` [default: none]
+    #[arg(long, value_name = "SIZE", value_parser = budget_size)]
+    pub memory: Option<ByteSize>,
+    /// When idle Linux guests give what they can spare to their balloons, until they run again
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = WhenIdle::Pressure)]
+    pub auto_balloon: WhenIdle,
+    /// A VM that has used no processor time for so long is idle
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub balloon_idle: Duration,
+    /// Leave the terminal, and leave quietly where there is a server already
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
+
+/// When balloons of idle VMs are inflated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WhenIdle {
+    /// Never
+    Off,
+    /// When memory comes near the budget, or the host is short of it
+    Pressure,
+    /// Always
+    Idle,
+}
+
+impl From<WhenIdle> for AutoBalloon {
+    fn from(when: WhenIdle) -> Self {
+        match when {
+            WhenIdle::Off => Self::Off,
+            WhenIdle::Pressure => Self::Pressure,
+            WhenIdle::Idle => Self::Idle,
+        }
+    }
 }
 
 /// A budget as it is written.
@@ -369,6 +400,8 @@ mod tests {
             "offshoot serve --swap /x/swap:1G --compressed 64M --memory 1G",
             "offshoot serve --swap /x/a:b:1G --compressed 0",
             "offshoot serve --swap /x/swap",
+            "offshoot serve --auto-balloon off",
+            "offshoot serve --auto-balloon idle --balloon-idle 2.5",
             "offshoot vm-process",
         ] {
             parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -414,6 +447,8 @@ mod tests {
             "offshoot serve --swap :1G",
             "offshoot serve --compressed much",
             "offshoot serve --memory 1",
+            "offshoot serve --auto-balloon maybe",
+            "offshoot serve --balloon-idle 0",
             "offshoot fly",
         ] {
             assert!(parse(line).is_err(), "{line}");

@@ -21,7 +21,6 @@ use std::time::Duration;
 use vmm::api::{Child, VmState};
 use vmm::client::{Client, ClientBuilder, ForkOptions, LaunchOptions, Stream};
 use vmm::host::HostReport;
-use vmm::server::SwapConfig;
 
 /// How a command ends that did not fail.
 type Done = Result<ExitCode, CliError>;
@@ -156,11 +155,7 @@ fn run(cli: Cli) -> Done {
                 None => writeln!(out, "none"),
             })
         }),
-        Verb::Serve { swap, compressed, memory, background } => {
-            let (path, size) = swap.map_or((None, None), |place| (Some(place.path), place.size));
-            let swap = SwapConfig { path, size: size.map(|s| s.0), compressed: compressed.map(|s| s.0) };
-            serve::run(cli.home.as_deref(), background, swap, memory.map(|s| s.0))
-        }
+        Verb::Serve(serve) => serve::run(cli.home.as_deref(), serve),
         Verb::Shutdown => match server.start_server(false).connect() {
             // What is asked for is so.
             Err(vmm::client::Error::NoServer(_)) => Ok(SUCCESS),

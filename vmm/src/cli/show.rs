@@ -221,7 +221,8 @@ fn state(vm: &VmSummary) -> String {
     match (vm.state, &vm.reason) {
         (VmState::Running, _) => "running".into(),
         (VmState::Paused, _) => "paused".into(),
-        (VmState::Off, _) => "off".into(),
+        (VmState::Off, None) => "off".into(),
+        (VmState::Off, Some(reason)) => format!("off: {reason}"),
         (VmState::Dead, None) => "dead".into(),
         (VmState::Dead, Some(reason)) => format!("dead: {reason}"),
     }

@@ -287,6 +287,11 @@ impl Budget {
         self.next = self.next.min(Instant::now() + BUSY_LOOK);
     }
 
+    /// When a VM last ran, as far as we have looked.
+    pub fn ran_at(&self, vm: Generation) -> Option<Instant> {
+        self.seen.get(&vm).map(|seen| seen.ran_at)
+    }
+
     /// A live layer was taken.
     pub fn layer_taken(&mut self, vm: Generation) {
         if let Some(seen) = self.seen.get_mut(&vm) {
@@ -407,6 +412,11 @@ impl Server {
             log::info!("the host is short of memory: {accounted} bytes are to become {limit}");
             self.budget.shortage = Some((limit, now + SHORTAGE));
         }
+    }
+
+    /// Whether little is left of the budget, or the host is short of memory.
+    pub(super) fn is_memory_tight(&self) -> bool {
+        Room::of(self.budget.effective(), self.accounted()) != Room::Plenty
     }
 
     /// What counts, with what was last seen of VM processes.

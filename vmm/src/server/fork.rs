@@ -3,6 +3,7 @@
 use super::Server;
 use super::clients::ClientId;
 use super::guest_stats::can_tell;
+use super::idle::IdleBalloon;
 use super::launch::Beginning;
 use super::talk::Deadline;
 use super::vm::{FamilyId, Generation, Phase};
@@ -12,6 +13,7 @@ use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::{Destination, Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 /// Names a fork under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +61,9 @@ pub struct ForkOp {
     paused: bool,
     wait_settled: bool,
     hint: Hint,
+    /// What the guest was asked to have in its balloon when it was frozen: by its user, and besides.
+    asked_balloon: u64,
+    idle: IdleBalloon,
     /// The freeze's store, and the family it is of.
     store: Option<(FamilyId, StoreId)>,
     pause_ns: Option<u64>,
@@ -103,6 +108,8 @@ impl ForkOp {
             paused: false,
             wait_settled: false,
             hint: Hint::Unasked,
+            asked_balloon: 0,
+            idle: IdleBalloon::default(),
             store: None,
             pause_ns: None,
             moved: 0,
@@ -208,6 +215,7 @@ impl Server {
         if self.asks_for_hints(parent, fork) {
             return;
         }
+        let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
@@ -215,7 +223,10 @@ impl Server {
                 let message = ToVm::Freeze { store, max_runs: self.max_runs };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 process.send(&message, &[file.read_only()]);
-                self.forks.get_mut(&fork).expect("a queued fork").store = Some((family, store));
+                let op = self.forks.get_mut(&fork).expect("a queued fork");
+                op.store = Some((family, store));
+                // It hears of later ones when it is frozen.
+                (op.asked_balloon, op.idle) = asked;
             }
             Err(e) => {
                 let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
@@ -314,6 +325,7 @@ impl Server {
         }
         let Some(parent_vm) = self.vms.get(op.parent) else { return };
         let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
+        let (asked_balloon, idle) = (op.asked_balloon, op.idle.of_child(Instant::now()));
         let activity = if op.paused { Activity::Paused } else { Activity::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for (index, generation) in (1..).zip(children) {
@@ -326,6 +338,7 @@ impl Server {
             vm.memory = Some((family, child));
             vm.paused = activity == Activity::Paused;
             (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);
+            (vm.asked_balloon, vm.idle) = (asked_balloon, idle);
             self.child_mut(fork, generation, |child| child.runs = runs);
             let origin = wire::Origin::Fork { state: frozen.state.clone(), index };
             self.start(generation, Beginning { origin, kernel: None, activity });

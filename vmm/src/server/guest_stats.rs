@@ -51,9 +51,9 @@ impl GuestMemory {
         Self { said, at }
     }
 
-    /// When it was said.
-    pub fn at(&self) -> Instant {
-        self.at
+    /// Memory that the guest could do without, and when it said so. Drivers before Linux 4.6 tell of free memory only.
+    pub fn available(&self) -> Option<(u64, Instant)> {
+        self.said.available_memory.or(self.said.free_memory).map(|bytes| (bytes, self.at))
     }
 
     /// What was said, and how long ago.

@@ -129,6 +129,7 @@ impl Server {
             FromVm::Console(bytes) => self.guest_printed(generation, &bytes),
             FromVm::Fork { count } => self.fork_from_inside(generation, count),
             FromVm::Ended(Ending::Off) => self.end_vm(generation, Phase::Off),
+            FromVm::Ended(Ending::Reboot) => self.end_vm(generation, Phase::Rebooted),
             FromVm::Ended(Ending::Dead(why)) => self.end_vm(generation, Phase::Dead(why)),
             FromVm::Probed(ways) => self.probed(generation, ways),
         }

@@ -12,6 +12,7 @@
 //! | `vm` | the list of VMs |
 //! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
+//! | `idle` | balloons of VMs that do nothing |
 //! | `report`, `guest_stats`, `check` | the verbs that look |
 //! | `inbox` | what VM processes say |
 //! | `settle`, `pace` | traps, and pages that settle behind the guests' backs |
@@ -24,6 +25,7 @@ mod end;
 mod files;
 mod fork;
 mod guest_stats;
+mod idle;
 mod inbox;
 mod launch;
 mod pace;
@@ -71,6 +73,7 @@ use vm::{FamilyId, Generation, Vms};
 use watch::Watches;
 use window::{RemoteWindow, Want, Wants};
 
+pub use idle::{AutoBalloon, IdleConfig};
 pub use swap::SwapConfig;
 
 /// What a server needs to know.
@@ -82,6 +85,8 @@ pub struct Config {
     pub swap: SwapConfig,
     /// Its memory budget in bytes.
     pub budget: Option<u64>,
+    /// What becomes of balloons of idle VMs.
+    pub idle: IdleConfig,
 }
 
 /// Why a server could not start.
@@ -140,6 +145,7 @@ struct Server {
     swap_in_again: bool,
     reclaims: Reclaims,
     budget: Budget,
+    idle: idle::IdlePolicy,
     /// What families that are gone have counted.
     past: SwapCounts,
     files: Files,
@@ -204,7 +210,7 @@ impl MutEventSubscriber for Server {
 
 impl Server {
     fn new(config: Config) -> Result<Self, Error> {
-        let Config { home, swap, budget } = config;
+        let Config { home, swap, budget, idle } = config;
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
         let mut mask = SigSet::empty();
@@ -242,6 +248,7 @@ impl Server {
             swap_in_again: false,
             reclaims: Reclaims::default(),
             budget: Budget::new(budget),
+            idle: idle::IdlePolicy::new(idle),
             past: SwapCounts::default(),
             files: Files::default(),
             vms: Vms::default(),
@@ -281,6 +288,7 @@ impl Server {
         self.grant_wants();
         self.answer_settled_forks();
         let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
+        self.tend_idle(now);
         self.watch_swap();
         self.swap.borrow_mut().trim();
         self.grant_wants();
@@ -302,7 +310,8 @@ impl Server {
         }
         let pool = self.pool.next_look();
         let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
-        let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms)).min();
+        let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
+        let next = next.chain(self.next_idle_look()).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
 
@@ -452,7 +461,7 @@ impl Server {
     fn find_alive(&self, name: &str) -> Result<&vm::Vm, Failure> {
         let vm = self.find(name)?;
         match &vm.phase {
-            vm::Phase::Off => Err(Failure::bad_input(format!("VM {name:?} is off"))),
+            vm::Phase::Off | vm::Phase::Rebooted => Err(Failure::bad_input(format!("VM {name:?} is off"))),
             vm::Phase::Dead(reason) => Err(Failure::bad_input(format!("VM {name:?} is dead: {reason}"))),
             _ => Ok(vm),
         }

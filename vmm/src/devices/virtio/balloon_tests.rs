@@ -285,7 +285,7 @@ fn queues_that_are_not_wanted_have_no_number() {
     describe(&rig.memory, 0, (0x4_0000, 0x1_0000), WRITE, 0);
     offer(&rig.memory, 0, 0);
     rig.notify(2);
-    assert_eq!(rig.given(), [0x40..0x50].map(GfnRange::from));
+    assert_eq!(rig.given(), [GfnRange::from(0x40..0x50)]);
 }
 
 #[test]

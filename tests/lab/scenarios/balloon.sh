@@ -1,0 +1,76 @@
+# about: a Linux guest's balloon: down to half and back, statistics, stress in a ballooned guest, forks meanwhile
+# needs: linux
+# runs: 6.12/6.12
+# timeout: 900
+. /lab/lib.sh
+
+# figure NAME KEY: of one VM; of the server in total.
+figure() { offshoot stats "$1" --json | json "$2"; }
+total() { offshoot stats --json | json "$1"; }
+# anonymous NAME: the host's own count, in KiB.
+anonymous() { awk '/^RssAnon:/ { print $2 }' "/proc/$(figure "$1" pid)/status"; }
+
+boot a -m 256M
+memory=$(figure a total_memory)
+at_most "it tells how much memory it has" $((256 << 20)) "$memory"
+at_most "and how much of that is free" "$memory" "$(figure a free_memory)"
+at_most "just now (ms)" 2000 "$(figure a age_ms)"
+expect "and the rest" '"(major|minor)_faults": [0-9]+' offshoot stats a --json
+before=$(figure a free_memory)
+told "it takes 64 MiB" a 'head -c 67108864 /dev/urandom >/tmp/x; echo taken' '(?m)^taken' 60
+at_most "which are not free any more" $((before - (60 << 20))) "$(figure a free_memory)"
+told "and gives them back" a 'rm /tmp/x; echo gone' '(?m)^gone'
+
+check "down to half" offshoot balloon a 128M --timeout 120
+same "the balloon holds the other half" $((128 << 20)) "$(figure a balloon_bytes)"
+at_most "the host sees no more than half in use (KiB)" $((128 * 1024 + 8192)) "$(anonymous a)"
+at_most "the guest has less free" $((memory - (128 << 20))) "$(figure a free_memory)"
+run='stress-ng --vm 1 --vm-bytes 40M --vm-method all --verify --timeout 12s; echo stress=$?'
+offshoot send a "$run &" --expect 'dispatching|lab#' --timeout 30 >/dev/null
+sleep 3
+children=$(fork a 2) && pass "forks under stress, ballooned" || fail "forks under stress, ballooned"
+first=${children%%
+*}
+grandchild=$(fork "$first" 1 --name g) && pass "a fork of a clone" || fail "a fork of a clone"
+for vm in $children $grandchild; do same "$vm has its parent's balloon" $((128 << 20)) "$(figure $vm balloon_bytes)"; done
+for vm in a $children $grandchild; do
+  check "$vm ends its run" wait_log "$vm" '^stress=' 180
+  expect "$vm found no wrong byte" '^stress=0' console "$vm"
+  at_most "$vm tells of itself (ms)" 3000 "$(figure "$vm" age_ms)"
+done
+expect "check finds nothing broken" ' 0 broken' offshoot check
+
+# Back and down again, on both sides of a fork taken in between.
+offshoot balloon a 256M --timeout 0.05 >/dev/null 2>&1
+late=$(fork a 1 --name l)
+check "all of it again" offshoot balloon a 256M --timeout 120
+check "so for the fork taken meanwhile" offshoot balloon "$late" 256M --timeout 120
+same "nothing is left in the balloon" 0 "$(figure a balloon_bytes)"
+check "a clone of a clone as well" offshoot balloon "$grandchild" 200M --timeout 120
+told "it can use what it has again" a 'head -c 150000000 /dev/zero >/tmp/y && wc -c </tmp/y; rm /tmp/y' '(?m)^150000000' 60
+refuse "more than it has" 2 offshoot balloon a 300M
+for vm in a $children $grandchild $late; do
+  same "$vm saw no kernel trouble" 0 "$(console "$vm" | grep -cE 'BUG|Oops|lockup|fail:|error:')"
+done
+expect "check finds nothing broken" ' 0 broken' offshoot check
+offshoot rm $children $grandchild $late
+
+# Free pages at a fork. What has just been freed has not been reported yet.
+run='head -c 100000000 /dev/urandom >/tmp/x; rm /tmp/x; echo freed'
+told "it uses and frees 95 MiB" a "$run" '(?m)^freed' 60
+plain=$(offshoot fork a --name plain --json | json moved_pages)
+told "and once more" a "$run" '(?m)^freed' 60
+hinted=$(offshoot fork a --name hinted --hint-free=3000 --json)
+note "moved: $plain pages without hints; $(echo "$hinted" | json moved_pages) with, of $(echo "$hinted" | json hinted_pages) free ones"
+at_most "what is free is not moved (pages)" $((plain / 2)) "$(echo "$hinted" | json moved_pages)"
+told "the parent can use it again" a "$run" '(?m)^freed' 60
+told "so can the child" hinted-1 "$run" '(?m)^freed' 60
+at_most "a fork waits no longer than it is told to (ms)" 3000 "$(($(offshoot fork a --name short --hint-free=1 --json | json ready_us) / 1000))"
+told "the parent goes on" a 'echo $((6 * 7))' '(?m)^42'
+told "and the child" short-1 'echo $((6 * 7))' '(?m)^42'
+check "pause" offshoot pause a
+at_most "one that stands still is not asked (ms)" 3000 "$(($(offshoot fork a --name still --hint-free=9000 --paused --json | json ready_us 2>/dev/null || echo 0) / 1000))"
+check "and is told the same" offshoot resume a
+at_most "a paused VM has its last figures" 100000 "$(figure still-1 age_ms)"
+expect "check finds nothing broken" ' 0 broken' offshoot check
+gone
