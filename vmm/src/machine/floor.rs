@@ -65,10 +65,10 @@ enum Wish {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Station {
-    /// Its thread has not come to the floor yet, sets its registers, or has an errand.
+    /// Its thread has not come to the floor yet, or sets its registers.
     Arriving,
     Standing,
-    /// In or about to enter `KVM_RUN`.
+    /// In or about to enter `KVM_RUN`, or on an errand.
     Running {
         since_ns: u64,
     },
@@ -237,7 +237,6 @@ impl Floor {
         let mut shared = self.lock();
         shared.errand = true;
         if let Some(desk) = shared.desks.first() {
-            // It is cleared before the vCPU runs again.
             desk.stop.set();
         }
     }
@@ -366,9 +365,9 @@ impl Floor {
                     return Task::Load(load);
                 }
                 if desk.wish == Wish::Run {
-                    if std::mem::take(&mut shared.errand) {
-                        // It touches guest memory: it does not stand.
-                        shared.desks[number].at = Station::Arriving;
+                    // Not on its way from a freeze: the errand may wait for pages, and a pause is not to.
+                    let runs = matches!(desk.at, Station::Running { .. });
+                    if runs && std::mem::take(&mut shared.errand) {
                         return Task::Attend;
                     }
                     return self.set_running(shared, number);
@@ -388,8 +387,12 @@ impl Floor {
     }
 
     fn set_running(&self, mut shared: MutexGuard<'_, Shared>, number: usize) -> Task {
+        let errand = shared.errand;
         let desk = &mut shared.desks[number];
-        desk.stop.clear();
+        if !errand {
+            // Otherwise `KVM_RUN` is to return at once.
+            desk.stop.clear();
+        }
         let since_ns = now_ns();
         desk.at = Station::Running { since_ns };
         if shared.announce.take_if(|activity| *activity == Activity::Running).is_some() {
@@ -528,6 +531,23 @@ mod tests {
             assert_eq!(offered, [pages(5..9)]);
             floor.await_saved().unwrap();
             assert_eq!(vcpu.join().unwrap(), pages(5..7));
+        });
+    }
+
+    /// A vCPU that goes on after a freeze counts as running before it runs an errand.
+    #[test]
+    fn an_errand_is_run_between_two_runs() {
+        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        floor.send_errand();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                assert!(matches!(floor.next_task(0), Task::Run));
+                assert!(matches!(floor.next_task(0), Task::Attend));
+                assert!(matches!(floor.next_task(0), Task::Run));
+            });
+            drop(floor.await_standing().unwrap());
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
         });
     }
 

@@ -132,8 +132,7 @@ impl LinuxMachine {
         }
         chips::restore(&self.vm, &state.chips)?;
         self.generation.pulse();
-        // The parent has told its guest, if that was hinting.
-        self.announce_balloon();
+        self.announce_ended_hinting();
         Ok(())
     }
 
@@ -155,14 +154,19 @@ impl LinuxMachine {
         self.announce_balloon();
     }
 
-    /// What the guest tells of from now on is too late. Whether it was asked to tell: then it waits to
-    /// [hear of it](Self::announce_balloon).
-    pub fn end_hinting(&self) -> bool {
-        self.balloon.end_hinting()
+    /// What the guest tells of from now on is too late. It does not know yet: a fork of it has to be told as well.
+    pub fn end_hinting(&self) {
+        self.balloon.end_hinting();
     }
 
-    /// Has the guest look what the balloon wants of it.
-    pub fn announce_balloon(&self) {
+    /// Has the guest look, if a hinting is over: it uses its free pages again.
+    pub fn announce_ended_hinting(&self) {
+        if self.balloon.take_ended_hinting() {
+            self.announce_balloon();
+        }
+    }
+
+    fn announce_balloon(&self) {
         self.balloon_changes.iter().for_each(ConfigChange::announce);
     }
 

@@ -361,7 +361,7 @@ impl Vm {
         let kicked_ns = now_ns();
         let before = self.floor.stop_and_save();
         self.interrupt();
-        let hinting = self.linux.as_ref().is_some_and(LinuxMachine::end_hinting);
+        self.linux.iter().for_each(LinuxMachine::end_hinting);
         let frozen = self.freeze_standing(store, file, max_runs, tell);
         let activity = match (&frozen, self.traps) {
             (Ok(_), false) => Activity::Paused,
@@ -370,9 +370,7 @@ impl Vm {
         if !frozen.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(activity);
         }
-        if let Some(machine) = self.linux.as_ref().filter(|_| hinting) {
-            machine.announce_balloon();
-        }
+        self.linux.iter().for_each(LinuxMachine::announce_ended_hinting);
         let (moved, state) = frozen?;
         let frozen = match moved {
             Some(moved) => self.window.harvest(moved).map_err(VmError::Harvest)?,

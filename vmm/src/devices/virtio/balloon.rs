@@ -107,9 +107,14 @@ impl Requests {
         self.command.begin();
     }
 
-    /// The guest may use again what it has told of. Whether it was asked to tell.
-    pub fn end_hinting(&self) -> bool {
-        self.command.end()
+    /// The guest may use again what it has told of.
+    pub fn end_hinting(&self) {
+        self.command.end();
+    }
+
+    /// Whether a hinting has ended, here or in the machine that this is a fork of, and the guest is to be told to look.
+    pub fn take_ended_hinting(&self) -> bool {
+        self.command.take_untold()
     }
 }
 
@@ -131,8 +136,7 @@ pub struct Balloon {
 struct Saved {
     target: u32,
     actual: u32,
-    command: u32,
-    last_hinting: u32,
+    command: hint::Saved,
     hinting: Option<u32>,
     buffer: Option<u16>,
 }
@@ -346,8 +350,7 @@ impl Device for Balloon {
         let saved = Saved {
             target: self.requests.target(),
             actual: self.actual,
-            command: self.requests.command.shown(),
-            last_hinting: self.requests.command.last(),
+            command: self.requests.command.save(),
             hinting: self.hinting,
             buffer: self.buffer,
         };
@@ -358,7 +361,7 @@ impl Device for Balloon {
         let saved: Saved =
             postcard::from_bytes(saved).map_err(|e| format!("{} bytes are no balloon: {e}", saved.len()))?;
         self.requests.set_target(saved.target.into());
-        self.requests.command.load(saved.command, saved.last_hinting);
+        self.requests.command.load(saved.command);
         (self.actual, self.hinting, self.buffer) = (saved.actual, saved.hinting, saved.buffer);
         Ok(())
     }

@@ -312,7 +312,10 @@ fn free_pages_are_given_back_while_they_are_asked_for() {
         assert_eq!(rig.told().hinted, usize::from(round));
         rig.offer_bytes(HINTING, (index + 4, 0), &0_u32.to_le_bytes());
         assert_eq!((rig.told().hinted, rig.used()), (usize::from(round) + 1, index + 5));
-        assert!(rig.requests.end_hinting() && !rig.requests.end_hinting());
+        rig.requests.end_hinting();
+        assert!(rig.requests.take_ended_hinting() && !rig.requests.take_ended_hinting());
+        rig.requests.end_hinting();
+        assert!(!rig.requests.take_ended_hinting());
         assert_eq!(command(&rig), 1);
     }
     rig.offer_pages(11, 0x4_0000, 0x1_0000);
@@ -326,10 +329,11 @@ fn a_fork_ends_hinting() {
     rig.requests.begin_hinting();
     let number = read(&rig.transport, 0x108);
     rig.offer_bytes(HINTING, (0, 0), &number.to_le_bytes());
-    assert!(rig.requests.end_hinting());
+    rig.requests.end_hinting();
     let mut copy = Rig::new(HINTING);
     copy.transport.load(&rig.transport.save()).unwrap();
     for side in [&mut rig, &mut copy] {
+        assert!(side.requests.take_ended_hinting(), "both guests are to look");
         assert_eq!(read(&side.transport, 0x108), 1);
         side.offer_pages(1, 0x4_0000, 0x1_0000);
         side.offer_bytes(HINTING, (2, 0), &0_u32.to_le_bytes());
@@ -377,7 +381,7 @@ fn any_bytes_in_the_rings_and_any_registers_hurt_nobody() {
                 4 => {
                     match noise.next() % 3 {
                         0 => rig.requests.begin_hinting(),
-                        1 => drop(rig.requests.end_hinting()),
+                        1 => rig.requests.end_hinting(),
                         _ => rig.requests.ask_statistics(),
                     }
                     rig.transport.attend();
