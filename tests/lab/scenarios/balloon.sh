@@ -51,13 +51,13 @@ check "a clone of a clone as well" offshoot balloon "$grandchild" 200M --timeout
 told "it can use what it has again" a 'head -c 100000000 /dev/zero >/tmp/y && wc -c </tmp/y; rm /tmp/y' '(?m)^100000000' 60
 refuse "more than it has" 2 offshoot balloon a 300M
 for vm in a $children $grandchild $late; do
-  same "$vm saw no kernel trouble" 0 "$(console "$vm" | grep -cE 'BUG|Oops|lockup|fail:|error:')"
+  untroubled "$vm"
 done
 expect "check finds nothing broken" ' 0 broken' offshoot check
 offshoot rm $children $grandchild $late
 
 # Free pages at a fork. What has just been freed has not been reported yet.
-run='head -c 100000000 /dev/urandom >/tmp/x; rm /tmp/x; echo freed'
+run='head -c 100000000 /dev/zero >/tmp/x; rm /tmp/x; echo freed'
 told "it uses and frees 95 MiB" a "$run" '(?m)^freed' 60
 plain=$(offshoot fork a --name plain --json | json moved_pages)
 told "and once more" a "$run" '(?m)^freed' 60

@@ -18,6 +18,8 @@ watch_accounted() {
   done
 }
 
+# A disk of memory: this machine has no other, and what is on it counts for nobody.
+serve --swap /swap:1G
 boot a -m 256M
 before=$(total accounted_bytes)
 note "one guest at its prompt: $((before >> 20)) MiB accounted"
@@ -45,7 +47,7 @@ grandchild=$(fork "$child" 1) && pass "fork of a clone" || fail "fork of a clone
 for vm in a $children $grandchild; do
   check "$vm ends its run" wait_log "$vm" '^stress=' 240
   expect "$vm found no wrong byte" '^stress=0' console "$vm"
-  same "$vm saw no kernel trouble" 0 "$(console "$vm" | grep -cE 'BUG|Oops|lockup|fail:|error:')"
+  untroubled "$vm"
 done
 rm /tmp/watching
 wait $watcher
