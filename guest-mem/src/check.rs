@@ -42,7 +42,7 @@ impl Family {
         let mut broken = Vec::new();
         for (&id, vm) in &self.vms {
             self.check_sources(id, "1: stage-2", vm, self.stage2_runs(vm), &mut broken);
-            self.check_sources(id, "8: window", vm, vm.runs().collect(), &mut broken);
+            self.check_sources(id, "8: window", vm, self.window_runs(vm), &mut broken);
         }
         self.check_links(&mut broken);
         self.check_uses(&mut broken);
@@ -60,6 +60,11 @@ impl Family {
         let slots = self.objects.iter().flat_map(|(_, object)| object.slots.iter());
         slots
             .filter_map(|(pages, slot)| Some((slot.swap()?.slot(Gfn(pages.start)), PageCount(pages.end - pages.start))))
+    }
+
+    fn window_runs(&self, vm: &Vm) -> Vec<Run> {
+        let runs = self.runs_beneath(vm).into_iter();
+        runs.map(|(pages, source)| Run { pages: pages.into(), source }).collect()
     }
 
     fn stage2_runs(&self, vm: &Vm) -> Vec<Run> {

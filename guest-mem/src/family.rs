@@ -11,7 +11,7 @@ use crate::map::AddressMap;
 use crate::object::{ObjectId, Objects};
 use crate::stage2::{Shape, Stage2, TableId};
 use crate::window::{Run, Source, StoreId};
-use rangemap::RangeMap;
+use rangemap::{RangeMap, RangeSet};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -26,6 +26,8 @@ pub struct Vm {
     pub(crate) root: TableId,
     /// What its window maps, run by run.
     pub(crate) runs: RangeMap<u64, Source>,
+    /// Frozen pages of which its window has a copy of its own. It maps something older there, and never traps.
+    pub(crate) kept: RangeSet<u64>,
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,
     pub(crate) pace: Pace,
@@ -138,6 +140,11 @@ impl Vm {
     /// What its window maps.
     pub fn runs(&self) -> impl Iterator<Item = Run> {
         self.runs.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source })
+    }
+
+    /// Frozen pages of which its window has a copy of its own, over what it maps there.
+    pub fn kept(&self) -> impl Iterator<Item = GfnRange> {
+        self.kept.iter().cloned().map(GfnRange::from)
     }
 
     /// Whether it stands still for a freeze whose outcome is not known yet.

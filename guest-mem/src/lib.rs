@@ -58,4 +58,4 @@ pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
 pub use family::{Pace, VmId};
 pub use manager::Manager;
 pub use ops::Destination;
-pub use window::{Harvest, Run, Source, StoreId, Window};
+pub use window::{Harvest, Run, ScratchRange, Source, StoreId, Window};

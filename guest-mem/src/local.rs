@@ -12,7 +12,7 @@ use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
 use crate::store::swap::SharedSwap;
 use crate::sys::Userfaultfd;
-use crate::window::host::{Dirty, Features, HostWindow, HugePages, Place, WindowError};
+use crate::window::host::{Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
 use crate::window::{Run, Source, StoreId};
 use std::collections::BTreeMap;
 use std::io;
@@ -121,7 +121,7 @@ impl Local {
         let file = self.manager.store(store).expect("just made").read_only();
         let file = file.try_clone_to_owned().map_err(WindowError::NoScratch)?;
         let window = self.manager.window_mut(vm).expect("a VM has a window");
-        Ok(window.freeze(Dirty::Every, store, file.as_fd(), MAX_RUNS as u32)?.harvest)
+        Ok(window.freeze(Dirty::Every, store, file.as_fd(), MAX_RUNS as u32, Short::Copied)?.harvest)
     }
 
     /// Maps a new VM's window.

@@ -5,8 +5,9 @@
 
 use crate::boot::linux::Plan;
 use crate::machine::state::MachineState;
+use guest_mem::window::host::Short;
 use guest_mem::window::{Harvest, Run};
-use guest_mem::{GfnRange, PageCount, StoreId};
+use guest_mem::{Gfn, GfnRange, PageCount, StoreId};
 use serde::{Deserialize, Serialize};
 
 /// The parts of a VM that are fixed when its KVM VM is made: a prepared VM process fits any VM of its shape.
@@ -136,13 +137,15 @@ pub enum ToVm {
     },
     /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`.
     Start(Box<Start>),
-    /// Stop the vCPUs, move all dirty private pages out, put this store (its descriptor travels along) in their place,
-    /// run on as before. Answered by `Frozen` or `FreezeFailed`.
+    /// Stop the vCPUs, take all dirty private pages: move them out and put this store (its descriptor travels along) in
+    /// their place, or copy them; run on as before. Answered by `Frozen` or `FreezeFailed`.
     Freeze {
         /// The store that takes the pages' place, and names the scratch range.
         store: StoreId,
         /// The window may have this many mappings afterwards.
         max_runs: u32,
+        /// What becomes of short stretches.
+        short: Short,
     },
     /// The pages of this freeze have settled: unmap its scratch range.
     DropScratch(StoreId),
@@ -192,6 +195,8 @@ pub struct Frozen {
     pub harvest: Harvest,
     /// Host address, in the VM process, where guest frame 0 would stand in the scratch range.
     pub scratch_base: u64,
+    /// Frame of the scratch range where copies begin.
+    pub copies: Gfn,
     /// The machine as it stood.
     pub state: Box<MachineState>,
     /// Whether the vCPUs run again. They do not if they stood still before, or if the host has no userfaultfd: then the

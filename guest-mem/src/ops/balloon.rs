@@ -76,5 +76,6 @@ impl Family {
             }
         }
         books.runs.insert(pages.raw(), Source::Anonymous);
+        books.kept.remove(pages.raw());
     }
 }

@@ -3,8 +3,8 @@
 use crate::addr::GfnRange;
 use crate::family::{Family, Pace, Vm, VmId};
 use crate::object::{Segment, Slot};
-use crate::window::{Run, Source};
-use rangemap::RangeMap;
+use crate::window::Source;
+use rangemap::{RangeMap, RangeSet};
 
 impl Family {
     /// A child of `parent`. It shares the parent's stage-2 tables, root and all, and its objects: parent and child are
@@ -23,19 +23,30 @@ impl Family {
         }
         let root = self.stage2.share(root);
         let runs = self.fresh_runs(parent, max_runs);
-        self.insert_vm(Vm { map, root, runs, freezing: None, pace: Pace::Running })
+        self.insert_vm(Vm { map, root, runs, kept: RangeSet::new(), freezing: None, pace: Pace::Running })
     }
 
-    /// The runs of a new window on what `vm` sees: as its own, but anonymous where pages have turned out zero, the
-    /// longest stretches first. What there are no runs left for traps once, and is zero then.
+    /// What the window of a VM maps, or would if it kept no copies.
+    pub(crate) fn runs_beneath(&self, vm: &Vm) -> RangeMap<u64, Source> {
+        let mut runs = vm.runs.clone();
+        for run in vm.kept().flat_map(|pages| self.stage2.runs(vm.root, pages)) {
+            runs.insert(run.pages.raw(), run.source);
+        }
+        runs
+    }
+
+    /// The runs of a new window on what `vm` sees: as its own, but with the stores where it keeps copies, and anonymous
+    /// where pages have turned out zero, the longest stretches first. What there are no runs left for traps once, and is zero then.
     fn fresh_runs(&self, vm: VmId, max_runs: usize) -> RangeMap<u64, Source> {
         let vm = self.vm(vm);
-        let mut runs = vm.runs.clone();
+        let mut runs = self.runs_beneath(vm);
         let mut zeros: Vec<GfnRange> = Vec::new();
-        let has_zeros = |run: &Run| matches!(run.source, Source::Store { store, .. } if self.objects.has_zeros(store));
-        for run in vm.runs().filter(has_zeros) {
+        let has_zeros =
+            |source: &Source| matches!(source, Source::Store { store, .. } if self.objects.has_zeros(*store));
+        for (run, _) in runs.iter().filter(|(_, source)| has_zeros(source)) {
             for (pages, entry) in vm.map.iter() {
-                let segments = self.objects.resolve(entry.object, entry.origin, run.pages.intersect(pages));
+                let run = GfnRange::from(run.clone()).intersect(pages);
+                let segments = self.objects.resolve(entry.object, entry.origin, run);
                 let zero = |segment: &Segment| segment.found.is_some_and(|found| found.slot == Slot::Zero);
                 zeros.extend(segments.iter().filter(|segment| zero(segment)).map(|segment| segment.pages));
             }
@@ -70,7 +81,11 @@ mod tests {
         let mut effects = Effects::default();
         let parent = family.launch(&[ram], &[]);
         family.begin_freeze(parent);
-        family.finish_freeze(parent, &Harvest { moved: vec![ram], private: vec![ram] }, &mut effects);
+        family.finish_freeze(
+            parent,
+            &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+            &mut effects,
+        );
         while let Some(job) = family.next_job(PageCount(32)) {
             let middle = Gfn(job.pages.start().0 + 16);
             let zero = GfnRange::between(job.pages.start(), middle);

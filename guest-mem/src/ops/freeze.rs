@@ -49,11 +49,11 @@ impl Family {
         effects.push(Effect::DropStore(store));
     }
 
-    /// The window has moved `harvest` out: makes it the top of the VM's chains. Where nothing was private, no object is
+    /// The window has taken `harvest`: makes it the top of the VM's chains. Where nothing was private, no object is
     /// made.
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, effects: &mut Effects) {
         let store = self.end_freeze(vm);
-        if harvest.moved.is_empty() {
+        if harvest.is_empty() {
             effects.push(Effect::DropStore(store));
             return;
         }
@@ -61,26 +61,31 @@ impl Family {
         let source = Source::Store { store, origin: Gfn(0) };
         let before = self.vm(vm).map.clone();
         let mut replaced = Vec::new();
+        let all_taken = harvest.taken();
         for (pages, entry) in before.iter() {
-            let moved: Vec<GfnRange> = within(&harvest.moved, pages).collect();
-            if moved.is_empty() {
+            let taken: Vec<GfnRange> = within(&all_taken, pages).collect();
+            if taken.is_empty() {
                 continue;
             }
             let private: Vec<GfnRange> = within(&harvest.private, pages).collect();
             let top = match entry.object {
-                Some(top) if !entry.needs_copy && moved == private => top,
+                Some(top) if !entry.needs_copy && taken == private => top,
                 below => self.stack_top(vm, pages, below, entry.origin),
             };
-            self.fill_top(top, &moved, &private, store, effects);
+            self.fill_top(top, &taken, &private, store, effects);
             if let Some(below) = entry.object.filter(|&below| below != top) {
                 self.objects.unmap(below, effects);
             }
         }
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
-        for &pages in &harvest.moved {
+        for &pages in &all_taken {
             Cursor::new(&mut self.stage2, &mut books.root).set(Run { pages, source }, &mut replaced);
-            books.runs.insert(pages.raw(), source);
         }
+        for pages in &harvest.moved {
+            books.runs.insert(pages.raw(), source);
+            books.kept.remove(pages.raw());
+        }
+        harvest.copied.iter().for_each(|pages| books.kept.insert(pages.raw()));
         for (_, entry) in books.map.iter() {
             if let Some(top) = entry.object {
                 self.objects.shorten(top, effects);
@@ -100,12 +105,12 @@ impl Family {
     fn fill_top(
         &mut self,
         top: ObjectId,
-        moved: &[GfnRange],
+        taken: &[GfnRange],
         private: &[GfnRange],
         store: StoreId,
         effects: &mut Effects,
     ) {
-        for &pages in moved {
+        for &pages in taken {
             // Only an object that is this VM's alone has slots here: what they held is hidden from everybody now.
             self.objects.vacate(top, pages, effects);
             let mut at = pages.start();

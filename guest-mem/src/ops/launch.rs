@@ -5,7 +5,7 @@ use crate::family::{Family, FileMapping, Pace, Vm, VmId};
 use crate::map::{AddressMap, MapEntry};
 use crate::stage2::Cursor;
 use crate::window::{Run, Source};
-use rangemap::RangeMap;
+use rangemap::{RangeMap, RangeSet};
 
 impl Family {
     /// A VM whose memory is `ram`, with `files` in it.
@@ -24,7 +24,8 @@ impl Family {
             }
         }
         let root = self.stage2.new_root();
-        let mut vm = Vm { map, root, runs: RangeMap::new(), freezing: None, pace: Pace::Running };
+        let mut vm =
+            Vm { map, root, runs: RangeMap::new(), kept: RangeSet::new(), freezing: None, pace: Pace::Running };
         for run in self.chain_runs(&vm.map) {
             Cursor::new(&mut self.stage2, &mut vm.root).set(run, &mut Vec::new());
             vm.runs.insert(run.pages.raw(), run.source);

@@ -44,6 +44,10 @@ impl Family {
     /// What a trap of `vm` at `gfn` needs.
     pub fn trap(&self, vm: VmId, gfn: Gfn) -> Trap {
         let Some((entry_pages, entry)) = self.vm(vm).map.get(gfn) else { return Trap::Outside };
+        if self.vm(vm).kept.contains(&gfn.0) {
+            // A late one: the page is there.
+            return Trap::Wake(GfnRange::new(gfn, PageCount(1)));
+        }
         let cluster = aligned(gfn, CLUSTER).intersect(entry_pages);
         let segments = self.objects.resolve(entry.object, entry.origin, cluster);
         let segment = segments.iter().find(|segment| segment.pages.contains(gfn)).expect("the cluster holds the page");
@@ -114,7 +118,7 @@ mod tests {
         assert_eq!(family.trap(vm, Gfn(5)), Trap::Zero(page), "a guest that waits cannot be stopped");
         family.stands(vm);
         assert_eq!(family.trap(vm, Gfn(5)), Trap::Wait);
-        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram] }, &mut effects);
+        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() }, &mut effects);
         assert!(matches!(family.trap(vm, Gfn(5)), Trap::Settle(_)));
     }
 
@@ -128,7 +132,7 @@ mod tests {
         let vm = family.launch(&[ram], &[]);
         let other = family.fork(vm, 1000);
         family.begin_freeze(vm);
-        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram] }, &mut effects);
+        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() }, &mut effects);
         let child = family.fork(vm, 1000);
         family.begin_freeze(vm);
         let job = family.next_job(PageCount(64)).unwrap();

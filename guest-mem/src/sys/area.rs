@@ -37,6 +37,8 @@ pub enum Advice {
     Small,
     /// Private copies are not needed any more: what lies beneath shows again.
     DropPrivate,
+    /// All of them will be written: supply them now.
+    Populate,
 }
 
 /// Addresses that mirror guest-physical space from frame 0: frame `g` stands at `base + g * 4096`.
@@ -243,6 +245,22 @@ impl Area {
     }
 }
 
+impl Area {
+    /// Copies pages of `range`, which are mapped and which nobody writes, to the frame `at` on of `to`, where writable
+    /// ones are mapped.
+    ///
+    /// # Errors
+    /// `ERANGE`: one of both is not within its area. Nothing was copied.
+    pub fn copy_to(&self, range: GfnRange, to: &Self, at: Gfn) -> io::Result<()> {
+        let (from, len) = self.host(range)?;
+        let (there, _) = to.host(GfnRange::new(at, range.count()))?;
+        // SAFETY: Both ranges lie within areas, into which nobody has a reference. An unmapped page means a signal, not a
+        // wrong access.
+        unsafe { ptr::copy(from as *const u8, there as *mut u8, len) };
+        Ok(())
+    }
+}
+
 impl Drop for Area {
     fn drop(&mut self) {
         if let Err(error) = unmap_raw(self.base, self.frames.len_bytes()) {
@@ -266,6 +284,7 @@ impl Advice {
             Self::Huge => libc::MADV_HUGEPAGE,
             Self::Small => libc::MADV_NOHUGEPAGE,
             Self::DropPrivate => libc::MADV_DONTNEED,
+            Self::Populate => libc::MADV_POPULATE_WRITE,
         }
     }
 }

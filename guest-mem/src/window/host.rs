@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   area (window)    |· run ·|··· run ···|  anonymous run  |      frame g at base + g·4096
-//!   scratch 0              |moved|   |m|                          the same frames, moved out by a freeze
-//!   scratch 1                                                     the next freeze, while 0 still settles
+//!   scratch 0              |moved|   |m|            ··· |copies|  the same frames, moved out by a freeze, and behind
+//!   scratch 1                                                     them copies; the next freeze, while 0 still settles
 //! ```
 //!
 //! One rule is behind the order of all calls here: **no touch may ever read a hole of a store untrapped**, because the
@@ -22,6 +22,7 @@ mod tests;
 pub use crate::sys::Place;
 pub use dirty::{Dirty, SlotLog};
 pub use freeze::{Frozen, MovedOut};
+pub use moves::Short;
 
 use super::{Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageIndex};
@@ -108,6 +109,8 @@ pub struct HostWindow {
     memory: GuestMemoryMmap<AtomicBitmap>,
     runs: RunMap,
     scratches: Scratches,
+    /// Frozen pages that stayed, and must: what is mapped there shows something older.
+    kept: RangeSet<u64>,
     /// Pages dirty since the last successful freeze, as far as we were told and have not used it.
     pending: DirtyMap,
     /// Pages given back since the last successful freeze: what a log says of them may be of the time before.
@@ -135,6 +138,7 @@ impl HostWindow {
             memory: area.guest_memory(ram).map_err(during("describing", all))?,
             scratches: Scratches::beside(&area, place, all.count()),
             pending: DirtyMap::clean(ram),
+            kept: RangeSet::new(),
             given_back: RangeSet::new(),
             ram: ram.to_vec(),
             runs: RunMap::default(),

@@ -52,10 +52,62 @@ pub struct Run {
 /// What a freeze took out of a window.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Harvest {
-    /// Runs that now map the freeze's store, sorted, not adjacent. They hold `private` and gaps of clean pages between.
+    /// Runs that now map the freeze's store, sorted, not adjacent. They hold private pages and gaps of clean ones between.
     pub moved: Vec<GfnRange>,
-    /// The private pages among them, now in the scratch range and nowhere else; sorted, not adjacent.
+    /// Pages that were copied, sorted, not adjacent, none of them moved: the window keeps them as private pages over
+    /// whatever it maps there, and they never trap.
+    pub copied: Vec<GfnRange>,
+    /// The private pages, copied ones included, as they are in the scratch range; sorted, not adjacent.
     pub private: Vec<GfnRange>,
+}
+
+impl Harvest {
+    /// Whether nothing was private.
+    pub fn is_empty(&self) -> bool {
+        self.moved.is_empty() && self.copied.is_empty()
+    }
+
+    /// What was moved and what was copied, sorted.
+    pub fn taken(&self) -> Vec<GfnRange> {
+        let mut taken = [self.moved.as_slice(), &self.copied].concat();
+        taken.sort_unstable_by_key(|range| range.start());
+        taken
+    }
+}
+
+/// Where the pages of a freeze are in its scratch range: what was moved at its own frame, what was copied one after the
+/// other.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScratchRange {
+    base: u64,
+    copies: Vec<(GfnRange, Gfn)>,
+}
+
+impl ScratchRange {
+    /// A scratch range whose frame 0 stands at the address `base`, with copies of `copied` (sorted) from the frame
+    /// `copies` on.
+    pub fn new(base: u64, copies: Gfn, copied: &[GfnRange]) -> Self {
+        let place = |at: &mut u64, pages: &GfnRange| {
+            let first = Gfn(*at);
+            *at += pages.count().0;
+            Some((*pages, first))
+        };
+        Self { base, copies: copied.iter().scan(copies.0, place).collect() }
+    }
+
+    /// The frame of the range where a page is, and, as long as it was moved or copied together with it, the next.
+    pub fn frame(&self, gfn: Gfn) -> Gfn {
+        let next = self.copies.partition_point(|(pages, _)| pages.end() <= gfn);
+        match self.copies.get(next) {
+            Some((pages, at)) if pages.contains(gfn) => Gfn(at.0 + gfn.0 - pages.start().0),
+            _ => gfn,
+        }
+    }
+
+    /// The host address where a page is.
+    pub fn address(&self, gfn: Gfn) -> u64 {
+        self.base + self.frame(gfn).gpa()
+    }
 }
 
 /// What the manager asks of a real address space. The in-process implementation is [`host::HostWindow`]; a VMM with a

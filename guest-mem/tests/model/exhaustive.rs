@@ -109,7 +109,7 @@ fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize, ends: &mut u64) {
 #[test]
 fn every_sequence_of_five_operations_on_two_pages() {
     let mut ends = 0;
-    for gaps in [Gaps::None, Gaps::All] {
+    for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
         let scope = Scope { layout: Layout::flat(PAGES), gaps, pressure: Pressure::None };
         explore(&scope, &mut Vec::new(), 5, &mut ends);
     }
@@ -119,7 +119,7 @@ fn every_sequence_of_five_operations_on_two_pages() {
 #[test]
 fn every_sequence_of_four_operations_over_a_file() {
     let layout = Layout::flat(PAGES).with_files(&[(1, 2)]);
-    for gaps in [Gaps::None, Gaps::All] {
+    for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
         let scope = Scope { layout: layout.clone(), gaps, pressure: Pressure::None };
         explore(&scope, &mut Vec::new(), 4, &mut 0);
     }
@@ -128,7 +128,7 @@ fn every_sequence_of_four_operations_over_a_file() {
 /// The first two are given, without which nothing can be evicted.
 #[test]
 fn every_sequence_of_five_operations_under_pressure() {
-    for gaps in [Gaps::None, Gaps::All] {
+    for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
         let scope = Scope { layout: Layout::flat(PAGES), gaps, pressure: Pressure::Some };
         explore(&scope, &mut vec![Op::Write(0, 0), Op::FreezeToSwap(0)], 3, &mut 0);
         explore(&scope, &mut vec![Op::Write(0, 1), Op::Fork(0), Op::Settle, Op::Evict], 3, &mut 0);
@@ -174,7 +174,7 @@ fn every_order_of_exits_of_a_tree_of_four() {
     for parents in [chain, star, fork] {
         for order in orders() {
             for settle in [Settle::Never, Settle::First, Settle::Between] {
-                for gaps in [Gaps::None, Gaps::All] {
+                for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
                     let mut world = tree(parents, gaps);
                     let nodes = world.ids();
                     if settle == Settle::First {

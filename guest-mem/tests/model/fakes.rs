@@ -362,6 +362,8 @@ enum Private {
     Dirty(Stamp),
     /// A copy made without a write: KVM asks for writable pages on reads.
     Clean(Stamp),
+    /// Frozen by a copy, and not written since: what is mapped there shows something older.
+    Kept(Stamp),
     /// The kernel's zero page, supplied by the manager.
     Zero,
 }
@@ -375,6 +377,19 @@ pub enum Gaps {
     Some(u64),
     /// Everything between any two pages.
     All,
+    /// Nothing is moved: pages are copied and stay.
+    Stay,
+}
+
+impl Gaps {
+    /// Whether a stretch is copied, and stays.
+    fn stays(self, range: &std::ops::Range<u64>) -> bool {
+        match self {
+            Self::None | Self::All => false,
+            Self::Some(bits) => bits >> (range.start % 61) & 1 == 1,
+            Self::Stay => true,
+        }
+    }
 }
 
 /// A touch of a page that nothing supplies: the guest waits.
@@ -416,6 +431,13 @@ impl FakeWindow {
         self.runs.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source }).collect()
     }
 
+    /// Frozen pages that stayed.
+    pub fn kept(&self) -> Vec<GfnRange> {
+        let kept = self.present.iter().filter(|(_, page)| matches!(page, Private::Kept(_)));
+        let kept: RangeSet<u64> = kept.map(|(&page, _)| page..page + 1).collect();
+        kept.into_iter().map(GfnRange::from).collect()
+    }
+
     /// The live layer.
     pub fn live(&self) -> RangeSet<u64> {
         let dirty = self.present.iter().filter(|(_, page)| matches!(page, Private::Dirty(_)));
@@ -441,7 +463,7 @@ impl FakeWindow {
     /// A guest reads.
     pub fn read(&self, gfn: Gfn) -> Result<Stamp, Trapped> {
         match self.present.get(&gfn.0) {
-            Some(Private::Dirty(stamp) | Private::Clean(stamp)) => Ok(*stamp),
+            Some(Private::Dirty(stamp) | Private::Clean(stamp) | Private::Kept(stamp)) => Ok(*stamp),
             Some(Private::Zero) => Ok(0),
             None => self.beneath(gfn),
         }
@@ -485,11 +507,23 @@ impl FakeWindow {
         }
     }
 
-    /// Moves dirty pages out and maps `file` in their place.
+    /// Frozen pages that stayed count as written.
+    pub fn forget_kept(&mut self) {
+        for page in self.present.values_mut() {
+            if let Private::Kept(stamp) = *page {
+                *page = Private::Dirty(stamp);
+            }
+        }
+    }
+
+    /// Moves dirty pages out and maps `file` in their place, or copies them.
     pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps) -> Harvest {
         self.present.retain(|_, page| !matches!(page, Private::Clean(_)));
         let private = self.live();
-        let moved = self.plan(&private, gaps);
+        let mut moved = self.plan(&private, gaps);
+        let copied = private.iter().filter(|range| moved.get(&range.start) == Some(*range) && gaps.stays(range));
+        let copied: RangeSet<u64> = copied.cloned().collect();
+        copied.iter().for_each(|range| moved.remove(range.clone()));
         let source = Source::Store { store, origin: Gfn(0) };
         let mut scratch = BTreeMap::new();
         for range in moved.iter() {
@@ -500,19 +534,25 @@ impl FakeWindow {
             }
             self.runs.insert(range.clone(), source);
         }
+        for page in copied.iter().flat_map(Clone::clone) {
+            if let Some(Private::Dirty(stamp)) = self.present.get(&page).copied() {
+                scratch.insert(page, stamp);
+                self.present.insert(page, Private::Kept(stamp));
+            }
+        }
         if !scratch.is_empty() {
             self.scratch.insert(store, scratch);
             self.mapped.insert(store, file);
         }
         let sorted = |set: &RangeSet<u64>| set.iter().map(|range| range.clone().into()).collect();
-        Harvest { moved: sorted(&moved), private: sorted(&private) }
+        Harvest { moved: sorted(&moved), copied: sorted(&copied), private: sorted(&private) }
     }
 
     /// The stretches to move: dirty pages, and by `gaps` clean ones of the same RAM.
     fn plan(&self, private: &RangeSet<u64>, gaps: Gaps) -> RangeSet<u64> {
         let mut moved = private.clone();
         let mut bits = match gaps {
-            Gaps::None => return moved,
+            Gaps::None | Gaps::Stay => return moved,
             Gaps::Some(bits) => bits,
             Gaps::All => u64::MAX,
         };

@@ -64,9 +64,10 @@ impl Player {
     }
 
     fn gaps(&mut self) -> Gaps {
-        match self.rng.below(4) {
+        match self.rng.below(5) {
             0 | 1 => Gaps::None,
             2 => Gaps::Some(self.rng.bits()),
+            3 => Gaps::Stay,
             _ => Gaps::All,
         }
     }
@@ -172,7 +173,7 @@ impl Player {
             96..99 => {
                 let (stretch, gaps) = (self.stretch(), self.gaps());
                 let pages = GfnRange::between(stretch[0], Gfn(stretch[stretch.len() - 1].0 + 1));
-                match self.rng.below(4) {
+                match self.rng.below(5) {
                     0 => self.world.balloon_and_freeze(vm, pages, gaps),
                     _ => self.world.balloon(vm, pages),
                 }

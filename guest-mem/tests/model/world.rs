@@ -8,6 +8,7 @@ use guest_mem::object::{Found, ObjectId, Slot};
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
 use guest_mem::{Destination, Manager, Source, StoreId, VmId, Window};
+use rangemap::RangeSet;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -277,6 +278,9 @@ impl World {
         let store = self.manager.begin_freeze(vm, to)?;
         let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
         self.manager.stands(vm);
+        if to == Destination::Swap {
+            self.window_mut(vm).forget_kept();
+        }
         let harvest = self.window_mut(vm).freeze(store, mapped, gaps);
         self.manager.finish_freeze(vm, &harvest);
         Ok(store)
@@ -404,6 +408,11 @@ impl World {
         for &vm in self.vms.keys() {
             let told: Vec<_> = family.vm(vm).runs().collect();
             assert_eq!(self.window(vm).runs(), told, "the window of {vm:?} maps what the books say");
+        }
+        for &vm in self.vms.keys() {
+            let books: RangeSet<u64> = family.vm(vm).kept().map(GfnRange::raw).collect();
+            let lost = self.window(vm).kept().into_iter().find(|pages| !books.gaps(&pages.raw()).eq([]));
+            assert_eq!(lost, None, "the window of {vm:?} keeps what the books do not know of");
         }
         assert_eq!(family.vms().count(), self.vms.len());
         let holders = self.holders();

@@ -110,11 +110,11 @@ impl Process {
                     self.link.send(&FromVm::StartFailed(error.to_string()), &[])?;
                 }
             }
-            ToVm::Freeze { store, max_runs } => {
+            ToVm::Freeze { store, max_runs, short } => {
                 let file = one(&fds)?;
                 let link = &mut self.link;
                 let tell = |message: &FromVm| link.send(message, &[]);
-                match vm.freeze(store, file.as_fd(), max_runs, tell) {
+                match vm.freeze(store, file.as_fd(), max_runs, short, tell) {
                     Ok(frozen) => self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?,
                     Err(error) => {
                         self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;

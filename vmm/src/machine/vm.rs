@@ -21,7 +21,7 @@ use crate::devices::serial::Console;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
 use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
-use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, WindowError};
+use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, Short, WindowError};
 use guest_mem::{GfnRange, StoreId, Window};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
@@ -338,7 +338,7 @@ impl Vm {
         self.threads.iter().for_each(interrupt_thread);
     }
 
-    /// Moves all dirty private pages out and maps `file` in their place, with the vCPUs stopped. They run again at once
+    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps `file` in their place, or copies them. They run again at once
     /// if they ran and the host has traps; otherwise once the server says so.
     ///
     /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
@@ -348,6 +348,7 @@ impl Vm {
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
+        short: Short,
         tell: impl FnMut(&FromVm) -> io::Result<()>,
     ) -> Result<Frozen, VmError> {
         if !self.started {
@@ -362,7 +363,7 @@ impl Vm {
         let before = self.floor.stop_and_save();
         self.interrupt();
         self.linux.iter().for_each(LinuxMachine::end_hinting);
-        let frozen = self.freeze_standing(store, file, max_runs, tell);
+        let frozen = self.freeze_standing(store, file, max_runs, short, tell);
         let activity = match (&frozen, self.traps) {
             (Ok(_), false) => Activity::Paused,
             _ => before,
@@ -384,6 +385,7 @@ impl Vm {
             store,
             harvest: frozen.harvest,
             scratch_base: frozen.scratch_base,
+            copies: frozen.copies,
             state: Box::new(state),
             activity,
             kicked_ns,
@@ -396,6 +398,7 @@ impl Vm {
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
+        short: Short,
         mut tell: impl FnMut(&FromVm) -> io::Result<()>,
     ) -> Result<(Option<MovedOut>, MachineState), VmError> {
         let mut told = Ok(());
@@ -415,7 +418,7 @@ impl Vm {
             DirtyLog::Off => Vec::new(),
         };
         let dirty = if self.log_tells_all { Dirty::Logged(&logs) } else { Dirty::Every };
-        let moved = self.window.move_out(dirty, store, file, max_runs)?;
+        let moved = self.window.move_out(dirty, store, file, max_runs, short)?;
         self.log_tells_all = match self.kvm.log() {
             DirtyLog::Off => false,
             DirtyLog::On => {

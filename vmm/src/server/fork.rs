@@ -11,6 +11,7 @@ use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
+use guest_mem::window::host::Short;
 use guest_mem::{Destination, Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -220,7 +221,7 @@ impl Server {
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let message = ToVm::Freeze { store, max_runs: self.max_runs };
+                let message = ToVm::Freeze { store, max_runs: self.max_runs, short: Short::Copied };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 process.send(&message, &[file.read_only()]);
                 let op = self.forks.get_mut(&fork).expect("a queued fork");
@@ -292,10 +293,7 @@ impl Server {
             return;
         };
         let was_paused = vm.stands();
-        let memory = &self.processes[&process].memory;
-        if !frozen.harvest.moved.is_empty() {
-            memory.scratch.borrow_mut().insert(frozen.store, frozen.scratch_base);
-        }
+        self.processes[&process].memory.note_scratch(&frozen);
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         manager.finish_freeze(member, &frozen.harvest);
         let op = self.forks.get_mut(&fork).expect("a queued fork");

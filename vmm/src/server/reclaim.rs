@@ -7,6 +7,7 @@ use super::vm::{FamilyId, Generation, Phase};
 use super::{FamilyManager, Server};
 use crate::api::{Answer, Failure, Reclaimed};
 use crate::wire::{Frozen, ToVm};
+use guest_mem::window::host::Short;
 use guest_mem::{Destination, PAGE_SIZE, PageCount, StoreId};
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -216,7 +217,7 @@ impl Server {
         match manager.begin_freeze(member, Destination::Swap) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let message = ToVm::Freeze { store, max_runs: self.max_runs };
+                let message = ToVm::Freeze { store, max_runs: self.max_runs, short: Short::Moved };
                 self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
                 vm.reclaiming = Some(store);
                 let moved = PageCount(0);
@@ -240,9 +241,7 @@ impl Server {
         let Some(vm) = self.vms.get_mut(generation) else { return false };
         let Some(store) = vm.reclaiming.take_if(|store| *store == frozen.store) else { return false };
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return true };
-        if !frozen.harvest.moved.is_empty() {
-            self.processes[&process].memory.scratch.borrow_mut().insert(store, frozen.scratch_base);
-        }
+        self.processes[&process].memory.note_scratch(frozen);
         self.families.get_mut(&family).expect("a VM has a family").finish_freeze(member, &frozen.harvest);
         let moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
         for settling in self.reclaims.settling.iter_mut().filter(|settling| settling.store == store) {

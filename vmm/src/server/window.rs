@@ -4,8 +4,9 @@
 //! (moved-out pages; the keeper shares it and outlives the process), and by messages, which the server's loop sends.
 
 use super::process::ProcessId;
+use crate::wire::Frozen;
 use guest_mem::sys::Userfaultfd;
-use guest_mem::{Gfn, GfnRange, StoreId, Window};
+use guest_mem::{Gfn, GfnRange, ScratchRange, StoreId, Window};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use std::cell::{Cell, OnceCell, RefCell};
@@ -39,8 +40,8 @@ pub struct Memory {
     pub main: Cell<Option<Pid>>,
     /// A process that has the same memory and outlives it.
     pub keeper: Cell<Option<Pid>>,
-    /// Host address of guest frame 0 in the scratch range of each freeze.
-    pub scratch: RefCell<HashMap<StoreId, u64>>,
+    /// The scratch range of each freeze.
+    scratch: RefCell<HashMap<StoreId, ScratchRange>>,
     wants: Wants,
 }
 
@@ -60,6 +61,15 @@ impl Memory {
 
     fn want(&self, want: Want) {
         self.wants.borrow_mut().push_back((self.process, want));
+    }
+
+    /// Where the pages of a freeze are.
+    pub fn note_scratch(&self, frozen: &Frozen) {
+        let Frozen { store, harvest, scratch_base, copies, .. } = frozen;
+        if !harvest.is_empty() {
+            let range = ScratchRange::new(*scratch_base, *copies, &harvest.copied);
+            self.scratch.borrow_mut().insert(*store, range);
+        }
     }
 
     /// A living process that has the memory.
@@ -82,9 +92,9 @@ impl Window for RemoteWindow {
         let memory = &self.0;
         let gone = || io::Error::new(io::ErrorKind::NotFound, "the process and its keeper are gone");
         let holder = memory.holder().ok_or_else(gone)?;
-        let base = *memory.scratch.borrow().get(&scratch).ok_or_else(gone)?;
+        let base = memory.scratch.borrow().get(&scratch).ok_or_else(gone)?.address(first) as usize;
         let len = buf.len();
-        let remote = RemoteIoVec { base: (base + first.gpa()) as usize, len };
+        let remote = RemoteIoVec { base, len };
         match process_vm_readv(holder, &mut [IoSliceMut::new(buf)], &[remote])? {
             n if n == len => Ok(()),
             n => Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{n} of {len} bytes of scratch memory"))),

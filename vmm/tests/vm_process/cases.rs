@@ -3,6 +3,7 @@
 use crate::family::Family;
 use crate::worker::{ALL, Worker, read_memory};
 use guest_mem::PageCount;
+use guest_mem::window::host::Short;
 use nix::sys::signal::{Signal, kill};
 use std::fs;
 use std::os::fd::AsFd;
@@ -169,7 +170,7 @@ pub fn off_is_off_and_a_crash_is_told() {
     root.worker.post("halt");
     assert_eq!(root.worker.expect(ending), Ending::Off);
     let store = family.new_store();
-    root.worker.tell(&ToVm::Freeze { store, max_runs: 100 }, &[family.file(store)]);
+    root.worker.tell(&ToVm::Freeze { store, max_runs: 100, short: Short::Moved }, &[family.file(store)]);
     let why = root.worker.expect(|message| match message {
         FromVm::FreezeFailed(why) => Some(why.clone()),
         _ => None,
@@ -272,7 +273,10 @@ pub fn nonsense_ends_the_process() {
     drop(link);
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let mut worker = Worker::prepare(PageCount(4096), Isolation::Off, ALL);
-    worker.tell(&ToVm::Freeze { store: guest_mem::StoreId(1), max_runs: 1 }, &[std::io::stdin().as_fd()]);
+    worker.tell(
+        &ToVm::Freeze { store: guest_mem::StoreId(1), max_runs: 1, short: Short::Moved },
+        &[std::io::stdin().as_fd()],
+    );
     let why = worker.expect(|message| match message {
         FromVm::FreezeFailed(why) => Some(why.clone()),
         _ => None,

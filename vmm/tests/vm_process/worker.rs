@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // puts a descriptor where the new program looks for it
 
 use guest_mem::sys::Userfaultfd;
+use guest_mem::window::host::Short;
 use guest_mem::{GfnRange, PageCount, StoreId};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -173,7 +174,7 @@ impl Worker {
     }
 
     pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>) -> Frozen {
-        self.tell(&ToVm::Freeze { store, max_runs: 10_000 }, &[file]);
+        self.tell(&ToVm::Freeze { store, max_runs: 10_000, short: Short::Moved }, &[file]);
         self.frozen()
     }
 
@@ -183,6 +184,7 @@ impl Worker {
                 store: frozen.store,
                 harvest: frozen.harvest.clone(),
                 scratch_base: frozen.scratch_base,
+                copies: frozen.copies,
                 state: frozen.state.clone(),
                 activity: frozen.activity,
                 kicked_ns: frozen.kicked_ns,

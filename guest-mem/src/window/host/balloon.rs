@@ -33,7 +33,10 @@ impl HostWindow {
                 break;
             }
         }
-        done.iter().cloned().for_each(|part| self.given_back.insert(part));
+        for part in done.iter() {
+            self.given_back.insert(part.clone());
+            self.kept.remove(part.clone());
+        }
         done.into_iter().map(GfnRange::from).collect()
     }
 

@@ -37,6 +37,16 @@ impl DirtyMap {
         Self { slots: ram.iter().map(|range| (*range, words(range))).collect() }
     }
 
+    /// Marks pages, which lie in one RAM range.
+    pub fn mark(&mut self, pages: GfnRange) {
+        let slot = self.slots.iter_mut().find(|(range, _)| range.contains(pages.start()));
+        let Some((range, words)) = slot else { return };
+        for gfn in pages.iter() {
+            let bit = gfn.0 - range.start().0;
+            words[(bit / WORD) as usize] |= 1 << (bit % WORD);
+        }
+    }
+
     /// Every page of RAM is dirty.
     pub fn mark_every(&mut self) {
         self.slots.iter_mut().for_each(|(_, words)| words.fill(u64::MAX));

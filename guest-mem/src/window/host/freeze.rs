@@ -1,8 +1,10 @@
-//! Moves a window's dirty private pages out of the guest's sight and puts an empty store in their place.
+//! Takes a window's dirty private pages: moves them out of the guest's sight and puts an empty store in their place, or
+//! copies them.
 
 use super::dirty::{Candidate, Cleanness, Density};
-use super::{Dirty, HostWindow, WindowError, during, moves};
-use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageIndex};
+use super::moves::{Plan, SHORT, Short, plan};
+use super::{Dirty, HostWindow, WindowError, during};
+use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
 use std::io;
@@ -14,8 +16,10 @@ use std::os::fd::BorrowedFd;
 pub struct Frozen {
     /// Which pages.
     pub harvest: Harvest,
-    /// Host address where guest-physical address 0 would stand in the scratch range. 0 where nothing was moved.
+    /// Host address where guest-physical address 0 would stand in the scratch range. 0 where nothing was taken.
     pub scratch_base: u64,
+    /// Frame of the scratch range where copies begin.
+    pub copies: Gfn,
 }
 
 /// A freeze half done: the pages have moved, and which of them are private is not known yet. The guest may run.
@@ -24,7 +28,7 @@ pub struct Frozen {
 pub struct MovedOut {
     store: StoreId,
     scratch: Area,
-    moved: Vec<GfnRange>,
+    plan: Plan,
     /// Private pages that were found before the move.
     found: Vec<GfnRange>,
     /// Pages that are private if the log told the truth, and nobody has dropped them since.
@@ -38,7 +42,7 @@ struct Found {
     dirty: Vec<GfnRange>,
     /// Pages that the log says are dirty, and that we did not look at.
     told: Vec<GfnRange>,
-    /// Private copies of clean pages.
+    /// Private copies of clean pages, but for those that are kept.
     clean: Vec<GfnRange>,
 }
 
@@ -63,16 +67,19 @@ impl HostWindow {
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
+        short: Short,
     ) -> Result<Frozen, WindowError> {
-        match self.move_out(dirty, store, file, max_runs)? {
+        match self.move_out(dirty, store, file, max_runs, short)? {
             Some(moved) => self.harvest(moved),
             None => Ok(Frozen::default()),
         }
     }
 
     /// Moves all dirty private pages into a scratch range and maps the still empty `file` in their place, its page `n`
-    /// at guest frame `n`; touches of what it does not hold trap. Private copies of clean pages are dropped where we
-    /// come across them. If nothing is dirty and private, nothing is touched.
+    /// at guest frame `n`; touches of what it does not hold trap. With [`Short::Copied`], short stretches are copied into
+    /// the scratch range instead, and stay. With [`Short::Moved`], those that stayed earlier are moved as well, written
+    /// or not. Private copies of other clean pages are dropped where we come across them. If nothing is dirty and
+    /// private, nothing is touched.
     ///
     /// Nobody touches the window meanwhile: vCPUs, devices, kernel threads that work for them (with a local APIC in the
     /// kernel KVM faults guest pages in from workers of its own: they are drained first). Afterwards the window has at
@@ -87,7 +94,17 @@ impl HostWindow {
         store: StoreId,
         file: BorrowedFd<'_>,
         max_runs: u32,
+        mut short: Short,
     ) -> Result<Option<MovedOut>, WindowError> {
+        // A run in the middle of a mapping makes three of one: here, or in the windows of children.
+        let mut limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
+        if self.kept.len() > limit / 2 {
+            short = Short::Moved;
+        }
+        match short {
+            Short::Copied => limit -= self.kept.len(),
+            Short::Moved => self.kept.iter().for_each(|pages| self.pending.mark(pages.clone().into())),
+        }
         let trust = match dirty {
             Dirty::Every => {
                 self.pending.mark_every();
@@ -106,16 +123,48 @@ impl HostWindow {
             return Ok(None);
         }
 
-        // A run in the middle of a mapping makes three of one.
-        let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
-        let moved = moves::plan(&found.dirty, &self.ram, limit);
+        let plan = plan(&found.dirty, &self.ram, limit, short);
         let scratch = self.scratches.make().map_err(WindowError::NoScratch)?;
-        self.exchange(&scratch, &moved, file)?;
+        self.copy(&scratch, &plan.copies)?;
+        self.exchange(&scratch, &plan.moves, file)?;
 
         let source = Source::Store { store, origin: Gfn(0) };
-        moved.iter().for_each(|pages| self.runs.mapped(*pages, source));
+        for pages in &plan.moves {
+            self.runs.mapped(*pages, source);
+            self.kept.remove(pages.raw());
+        }
+        plan.copies.iter().for_each(|pages| self.kept.insert(pages.raw()));
         self.forget_dirty();
-        Ok(Some(MovedOut { store, scratch, moved, found: found.dirty, told: found.told }))
+        Ok(Some(MovedOut { store, scratch, plan, found: found.dirty, told: found.told }))
+    }
+
+    /// Copies pages into a scratch range, one after the other. Nobody else knows of it yet: it is huge pages' best case.
+    fn copy(&self, scratch: &Area, copies: &[GfnRange]) -> Result<(), WindowError> {
+        const HUGE: u64 = 512;
+        let count: u64 = copies.iter().map(|pages| pages.count().0).sum();
+        if count == 0 {
+            return Ok(());
+        }
+        let mut room = GfnRange::new(self.scratches.copies(), PageCount(count));
+        if count >= HUGE / 2 {
+            room = GfnRange::new(room.start(), PageCount(count.next_multiple_of(HUGE)));
+        }
+        scratch.map_anonymous(room).map_err(during("mmap", room))?;
+        if count >= HUGE / 2
+            && let Err(error) = scratch.advise(room, Advice::Huge)
+        {
+            log::debug!("{:?} advice for copies: {error}", Advice::Huge);
+        }
+        // Where the kernel does not know the call, each page is supplied when it is written.
+        if let Err(error) = scratch.advise(room, Advice::Populate) {
+            log::debug!("{:?} advice for copies: {error}", Advice::Populate);
+        }
+        let mut at = room.start();
+        for pages in copies {
+            self.area.copy_to(*pages, scratch, at).map_err(during("copying", *pages))?;
+            at = Gfn(at.0 + pages.count().0);
+        }
+        Ok(())
     }
 
     fn forget_dirty(&mut self) {
@@ -128,7 +177,7 @@ impl HostWindow {
     /// # Errors
     /// The pagemap cannot be read: the moved pages are lost, and the VM must not run on.
     pub fn harvest(&mut self, out: MovedOut) -> Result<Frozen, WindowError> {
-        let MovedOut { store, scratch, moved, found, told } = out;
+        let MovedOut { store, scratch, plan, found, told } = out;
         let mut private = without(&found, &told);
         for range in &told {
             let (start, len) = scratch.host(*range).map_err(during("looking up", *range))?;
@@ -141,9 +190,10 @@ impl HostWindow {
         let mut joined = Vec::with_capacity(private.len());
         private.into_iter().for_each(|range| push(&mut joined, range));
 
-        let scratch_base = scratch.base();
-        self.scratches.keep(store, scratch, joined.clone());
-        Ok(Frozen { harvest: Harvest { moved, private: joined }, scratch_base })
+        let (scratch_base, copies) = (scratch.base(), self.scratches.copies());
+        self.scratches.keep(store, scratch, joined.clone(), &plan.copies);
+        let harvest = Harvest { moved: plan.moves, copied: plan.copies, private: joined };
+        Ok(Frozen { harvest, scratch_base, copies })
     }
 
     /// Looks for private pages wherever something may be dirty. To look costs as much as to move: where the log says
@@ -152,18 +202,18 @@ impl HostWindow {
         let base = self.area.base();
         let mut found = Found::default();
         for Candidate { pages: range, density } in self.pending.candidates() {
-            let told = density == Density::All && trust == Trust::Log;
+            let told = density == Density::All && trust == Trust::Log && range.count().0 > SHORT;
             if told && !self.given_back.overlaps(&range.raw()) {
                 push(&mut found.dirty, range);
                 push(&mut found.told, range);
                 continue;
             }
             let (start, len) = self.area.host(range).map_err(during("looking up", range))?;
-            let pending = &self.pending;
+            let (pending, kept) = (&self.pending, &self.kept);
             let scan = self.pagemap.private(start..start + len as u64, |bytes| {
                 pending.split(frames(&bytes, base), |pages, cleanness| match cleanness {
                     Cleanness::Dirty => push(&mut found.dirty, pages),
-                    Cleanness::Clean => push(&mut found.clean, pages),
+                    Cleanness::Clean => found.clean.extend(kept.gaps(&pages.raw()).map(GfnRange::from)),
                 });
             });
             scan.map_err(during("scanning the pagemap", range))?;

@@ -1,6 +1,57 @@
-//! Which stretches a freeze moves.
+//! Which stretches a freeze moves, and which it copies.
 
 use crate::addr::GfnRange;
+use serde::{Deserialize, Serialize};
+
+/// The longest stretch that is copied: a move of any length takes as long as a copy of some eight pages, then traps who
+/// touches it, and cuts the window's mappings.
+pub(super) const SHORT: u64 = 16;
+/// Pages that one freeze copies at most (64 MiB): as long as they stay in the window, they are in memory twice.
+const COPIED_MOST: u64 = 16 << 10;
+
+/// What becomes of dirty private pages while their short stretches may stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Short {
+    /// They are copied, and stay in the window.
+    Copied,
+    /// They are moved like all.
+    Moved,
+}
+
+/// What a freeze does with every private page: sorted ranges, apart from each other.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Stretches to move, clean pages between private ones included.
+    pub moves: Vec<GfnRange>,
+    /// Private pages to copy.
+    pub copies: Vec<GfnRange>,
+}
+
+/// Plans for `private` (sorted, not adjacent, each within one RAM range): short stretches are copied, the shortest
+/// first, and the others [joined](join) and moved. Where there are more than `limit` stretches, nothing is copied: copies
+/// cannot be joined, and every stretch is a mapping of the VM's children.
+pub(super) fn plan(private: &[GfnRange], ram: &[GfnRange], limit: usize, short: Short) -> Plan {
+    if short == Short::Moved || private.len() > limit {
+        return Plan { moves: join(private, ram, limit), copies: Vec::new() };
+    }
+    let mut by_length = [0; SHORT as usize + 1];
+    for range in private.iter().filter(|range| range.count().0 <= SHORT) {
+        by_length[range.count().0 as usize] += range.count().0;
+    }
+    let within_most = by_length.iter().scan(0, |sum, pages| {
+        *sum += pages;
+        Some(*sum)
+    });
+    let longest = within_most.take_while(|sum| *sum <= COPIED_MOST).count() as u64 - 1;
+    let (mut copies, long): (Vec<GfnRange>, Vec<GfnRange>) =
+        private.iter().partition(|range| range.count().0 <= longest);
+    let moves = join(&long, ram, limit);
+    copies.retain(|copy| {
+        let next = moves.partition_point(|range| range.end() <= copy.start());
+        moves.get(next).is_none_or(|range| range.start() >= copy.end())
+    });
+    Plan { moves, copies }
+}
 
 /// Clean pages that are moved along for the sake of fewer mappings, in percent of the private ones.
 const FREE_GAP_PERCENT: u64 = 25;
@@ -10,7 +61,7 @@ const FREE_GAP_PERCENT: u64 = 25;
 /// Gaps are closed smallest first: as long as their sum stays within [`FREE_GAP_PERCENT`] of the private pages, because
 /// a mapping costs more than a few pages copied along, and then on until at most `limit` stretches are left. No
 /// stretch crosses from one RAM range to another, even where that misses the limit.
-pub(super) fn plan(private: &[GfnRange], ram: &[GfnRange], limit: usize) -> Vec<GfnRange> {
+fn join(private: &[GfnRange], ram: &[GfnRange], limit: usize) -> Vec<GfnRange> {
     let same_ram =
         |a: &GfnRange, b: &GfnRange| ram.iter().any(|ram| ram.contains(a.start()) && ram.contains(b.start()));
     let mut gaps: Vec<(u64, usize)> = private
@@ -59,23 +110,43 @@ mod tests {
     #[test]
     fn small_gaps_are_closed_and_large_ones_are_not() {
         let private = ranges(&[0..50, 52..100, 1000..1010]);
-        assert_eq!(plan(&private, &everywhere(), usize::MAX), ranges(&[0..100, 1000..1010]));
+        assert_eq!(join(&private, &everywhere(), usize::MAX), ranges(&[0..100, 1000..1010]));
     }
 
     #[test]
     fn the_limit_closes_the_smallest_gaps_first() {
         let private = ranges(&[0..1, 10..11, 100..101, 105..106]);
-        assert_eq!(plan(&private, &everywhere(), 3), ranges(&[0..1, 10..11, 100..106]));
-        assert_eq!(plan(&private, &everywhere(), 2), ranges(&[0..11, 100..106]));
-        assert_eq!(plan(&private, &everywhere(), 0), [GfnRange::from(0..106)]);
-        assert_eq!(plan(&private, &everywhere(), 4), private);
+        assert_eq!(join(&private, &everywhere(), 3), ranges(&[0..1, 10..11, 100..106]));
+        assert_eq!(join(&private, &everywhere(), 2), ranges(&[0..11, 100..106]));
+        assert_eq!(join(&private, &everywhere(), 0), [GfnRange::from(0..106)]);
+        assert_eq!(join(&private, &everywhere(), 4), private);
+    }
+
+    #[test]
+    fn short_stretches_are_copied_unless_they_lie_within_a_move_or_are_too_many() {
+        let private = ranges(&[0..500, 520..521, 540..1000, 2000..2016, 3000..3017]);
+        let plan_with = |limit, short| plan(&private, &everywhere(), limit, short);
+        let want = Plan { moves: ranges(&[0..1000, 3000..3017]), copies: vec![(2000..2016).into()] };
+        assert_eq!(plan_with(5, Short::Copied), want);
+        let moved = Plan { moves: ranges(&[0..1000, 2000..2016, 3000..3017]), copies: Vec::new() };
+        assert_eq!(plan_with(4, Short::Copied), moved);
+        assert_eq!(plan_with(5, Short::Moved), moved);
+    }
+
+    #[test]
+    fn of_many_short_stretches_the_shortest_are_copied() {
+        let pairs = (0..COPIED_MOST / 2).map(|n| GfnRange::from(100 * n..100 * n + 2));
+        let end = 50 * COPIED_MOST;
+        let single = GfnRange::from(end..end + 1);
+        let plan = plan(&pairs.chain([single]).collect::<Vec<_>>(), &everywhere(), usize::MAX, Short::Copied);
+        assert_eq!(plan.copies, [single]);
     }
 
     #[test]
     fn no_stretch_crosses_the_hole_between_ram_ranges() {
         let ram = ranges(&[0..100, 100..200]);
-        assert_eq!(plan(&ranges(&[90..99, 101..110]), &ram, 1), ranges(&[90..99, 101..110]));
-        assert_eq!(plan(&[], &ram, 1), []);
+        assert_eq!(join(&ranges(&[90..99, 101..110]), &ram, 1), ranges(&[90..99, 101..110]));
+        assert_eq!(join(&[], &ram, 1), []);
     }
 
     /// For many pseudo-random inputs: all private pages are covered, nothing starts or ends in a gap, the limit or the
@@ -97,7 +168,7 @@ mod tests {
                 })
                 .collect();
             let limit = random(20) as usize;
-            let moves = plan(&private, &everywhere(), limit);
+            let moves = join(&private, &everywhere(), limit);
             let pages = |ranges: &[GfnRange]| ranges.iter().map(|range| range.count().0).sum::<u64>();
             for range in &private {
                 assert!(moves.iter().any(|to| to.intersect(*range) == *range));

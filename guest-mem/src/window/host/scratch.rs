@@ -2,7 +2,7 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::sys::{Area, Place};
-use crate::window::StoreId;
+use crate::window::{ScratchRange, StoreId};
 use std::collections::BTreeMap;
 use std::io;
 
@@ -26,6 +26,7 @@ struct Row {
 struct Scratch {
     area: Area,
     private: Vec<GfnRange>,
+    places: ScratchRange,
 }
 
 /// Fixed areas end below this, far from where the kernel places mappings of its own choice.
@@ -34,8 +35,8 @@ const FIXED_END: u64 = 0x4000_0000_0000;
 impl Scratches {
     /// Scratch ranges for the window `area` of `frames` frames, which stands at `place`.
     pub fn beside(area: &Area, place: Place, frames: PageCount) -> Self {
-        // As much room again between two areas: a stray access hits nothing.
-        let stride = 2 * Area::span(frames);
+        // An area has room for every frame twice, once moved and once copied, and as much again lies between two areas.
+        let stride = 4 * Area::span(frames);
         let row = match place {
             Place::Fixed(_) => Some(Row { first: area.base() + stride, stride }),
             Place::Anywhere => None,
@@ -45,24 +46,31 @@ impl Scratches {
 
     /// A new, empty scratch area.
     pub fn make(&self) -> io::Result<Area> {
-        let Some(row) = &self.row else { return Area::reserve(Place::Anywhere, self.frames) };
+        let room = PageCount(self.copies().0 + self.frames.0);
+        let Some(row) = &self.row else { return Area::reserve(Place::Anywhere, room) };
         let free = (row.first..)
             .step_by(row.stride as usize)
             .take_while(|base| base + row.stride <= FIXED_END)
             .find(|base| self.areas.values().all(|scratch| scratch.area.base() != *base));
         let base = free.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let area = Area::reserve(Place::Fixed(base), self.frames)?;
+        let area = Area::reserve(Place::Fixed(base), room)?;
         area.vacate()?;
         Ok(area)
     }
 
-    /// `area` now holds the pages that the freeze into `store` moved out; the `private` ones may be read.
-    pub fn keep(&mut self, store: StoreId, area: Area, private: Vec<GfnRange>) {
-        let before = self.areas.insert(store, Scratch { area, private });
+    /// The frame of every scratch area where copies begin.
+    pub fn copies(&self) -> Gfn {
+        Gfn::of_gpa(Area::span(self.frames))
+    }
+
+    /// `area` now holds the pages that the freeze into `store` took; the `private` ones may be read.
+    pub fn keep(&mut self, store: StoreId, area: Area, private: Vec<GfnRange>, copied: &[GfnRange]) {
+        let places = ScratchRange::new(area.base(), self.copies(), copied);
+        let before = self.areas.insert(store, Scratch { area, private, places });
         debug_assert!(before.is_none(), "a store takes one freeze");
     }
 
-    /// Reads moved pages.
+    /// Reads pages that were moved together, or copied.
     pub fn read(&self, store: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
         let pages = GfnRange::new(first, PageCount::covering(buf.len() as u64));
         let gone = || io::Error::new(io::ErrorKind::NotFound, format!("{store:?} has no scratch range"));
@@ -72,7 +80,7 @@ impl Scratches {
             let what = format!("guest pages {pages:?} were not harvested into {store:?}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        scratch.area.copy_out(first, buf)
+        scratch.area.copy_out(scratch.places.frame(first), buf)
     }
 
     /// Unmaps the scratch area of the freeze into `store`.
