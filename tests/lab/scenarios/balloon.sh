@@ -59,9 +59,10 @@ offshoot rm a $children $grandchild $late
 
 # Free pages at a fork. What has just been freed has not been reported yet. Debian's kernels clear what they allocate, and so
 # the pages that they tell of: that takes its time here.
-boot b -m 128M
-run='head -c 32000000 /dev/zero >/tmp/x; rm /tmp/x; echo freed'
-told "it uses and frees 30 MiB" b "$run" '(?m)^freed' 120
+boot b -m 192M
+check "a first fork, which takes all there is" offshoot fork b --name first --wait-settled
+run='head -c 64000000 /dev/zero >/tmp/x; rm /tmp/x; echo freed'
+told "it uses and frees 60 MiB" b "$run" '(?m)^freed' 120
 plain=$(offshoot fork b --name plain --wait-settled --json | json moved_pages)
 told "and once more" b "$run" '(?m)^freed' 120
 hinted=$(offshoot fork b --name hinted --hint-free=10000 --wait-settled --json)
