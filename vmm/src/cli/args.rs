@@ -271,7 +271,7 @@ pub struct Serve {
     /// When idle Linux guests give what they can spare to their balloons, until they run again
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = WhenIdle::Pressure)]
     pub auto_balloon: WhenIdle,
-    /// A VM that has used no processor time for so long is idle
+    /// A VM that has used next to no processor time for so long is idle
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub balloon_idle: Duration,
     /// Leave the terminal, and leave quietly where there is a server already

@@ -110,7 +110,7 @@ impl IdleBalloon {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Known {
     balloon: IdleBalloon,
-    /// When it last ran.
+    /// When it last had something to do.
     ran_at: Instant,
     /// Memory is wanted.
     wanted: bool,
@@ -230,7 +230,7 @@ impl Server {
         }
         Some(Known {
             balloon: vm.idle,
-            ran_at: self.budget.ran_at(vm.generation)?,
+            ran_at: self.budget.busy_at(vm.generation)?,
             wanted,
             ram: vm.shape.ram.0,
             actual: vm.balloon_pages,
