@@ -124,6 +124,13 @@ gone() {
   same "no process stays" "" "$(pidof offshoot)"
 }
 
+# serve [ARGUMENT…]: a server of the scenario's own, for the commands that follow.
+serve() {
+  offshoot serve "$@" 2>>/tmp/serve.log &
+  _tries=0
+  until offshoot ls >/dev/null 2>&1 || [ $_tries -ge 50 ]; do sleep 0.1 && _tries=$((_tries + 1)); done
+}
+
 # --- Linux guests -----------------------------------------------------------------------------------------------------
 
 kernel=/kernels/$LAB_INNER/vmlinuz
@@ -160,6 +167,12 @@ boot() {
   check "$_name reaches user space" wait_log "$_name" 'offshoot-lab: ready' 0 || exit 1
   same "$_name loads every module" "" "$(console "$_name" | grep 'offshoot-lab: no ')"
   note "$_name: $(($(hundredths) - _boot_started))0 ms to user space"
+}
+
+# untroubled NAME: its kernel has complained of nothing.
+untroubled() {
+  _said=$(console "$1" | grep -E 'BUG|Oops|lockup|fail:|error:|invoked oom')
+  same "$1 saw no kernel trouble" "" "$_said"
 }
 
 # ask NAME LINE REGEX [SECONDS]: types a line, prints the answer's lines that match.

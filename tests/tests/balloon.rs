@@ -1,7 +1,9 @@
 //! Guests that give memory back.
 
 use offshoot_tests::{Guest, PATIENCE, Setup, TestHome};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 use vmm::api::{Balloon, VmState};
 use vmm::client::{Error, ForkOptions, Vm};
@@ -29,6 +31,38 @@ fn anonymous(vm: &Vm) -> u64 {
 
 fn resident(home: &TestHome) -> u64 {
     home.cli(&["stats", "--json"]).json()["total"]["resident_pages"].as_u64().expect("a count")
+}
+
+/// What the host has for a home's VMs, in pages: the files of the server, and the anonymous memory of VM processes. No book
+/// of ours is asked.
+fn on_host(home: &TestHome) -> u64 {
+    let server = home.server().expect("a server");
+    let open = fs::read_dir(format!("/proc/{server}/fd")).expect("read the descriptors of the server");
+    let mut blocks = BTreeMap::new();
+    for path in open.filter_map(|entry| Some(entry.ok()?.path())) {
+        if fs::read_link(&path).is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:"))
+            && let Ok(file) = fs::metadata(&path)
+        {
+            blocks.insert((file.dev(), file.ino()), file.blocks());
+        }
+    }
+    let vms = home.client().list().expect("list");
+    let anonymous: u64 = vms.iter().map(|vm| anonymous(&home.client().vm(&vm.name))).sum();
+    blocks.values().sum::<u64>() * 512 / PAGE_BYTES + anonymous
+}
+
+/// The same, once all has settled and it stays the same for a second: a process frees what has settled in its own time.
+fn on_host_at_rest(home: &TestHome) -> u64 {
+    let deadline = Instant::now() + PATIENCE;
+    let (mut last, mut same) = (on_host(home), 0);
+    while same < 10 && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(100));
+        let now = on_host(home);
+        let settled = home.client().stats().expect("stats").total.unsettled_pages == 0;
+        same = if now == last && settled { same + 1 } else { 0 };
+        last = now;
+    }
+    last
 }
 
 #[track_caller]
@@ -73,6 +107,46 @@ fn what_a_clone_wrote_comes_back() {
     check(&home);
 }
 
+/// What only one clone uses, wherever it is: just written, frozen by a fork that is over, or written by an ancestor that is
+/// gone. So much comes back, by the host's count, and what others see stays.
+#[test]
+fn what_only_one_clone_used_comes_back_to_the_host() {
+    let Some(home) = TestHome::new() else { return };
+    let base = home.launch("b", MEMORY);
+    base.fill(PAGES, 1);
+    let mut clone = clone_of(&base);
+    for depth in 0..3 {
+        clone.fill(16384..20480, 2);
+        // Two see it, then one.
+        clone_of(&clone).remove().unwrap();
+        clone.fill(20480..24576, 3);
+        clone.verify(24576..PAGES.end, 1);
+        let next = clone_of(&clone);
+        next.verify(16384..20480, 2);
+        let parent = std::mem::replace(&mut clone, next);
+        if depth < 2 {
+            parent.remove().unwrap();
+            continue;
+        }
+        // Both of the last two see what was frozen: only what it writes now is the clone's own.
+        clone.fill(22528..26624, 4);
+        let before = on_host_at_rest(&home);
+        shrink(&clone, HALF);
+        let after = on_host_at_rest(&home);
+        println!("{before} pages on the host with two of them, then {after}");
+        assert!(within_one_percent(before.saturating_sub(after), 4096), "{before} pages, then {after}");
+        parent.verify(20480..24576, 3);
+        shrink(&clone, MEMORY);
+        shrink(&parent, HALF);
+        let last = on_host_at_rest(&home);
+        println!("then {last}");
+        assert!(within_one_percent(after.saturating_sub(last), 8192), "{after} pages, then {last}");
+        check(&home);
+    }
+    base.verify(PAGES, 1);
+    clone.verify_zero(PAGES);
+}
+
 /// A launched guest has huge pages, which go as well.
 #[test]
 fn what_a_launched_guest_wrote_comes_back() {
@@ -100,7 +174,7 @@ fn what_everybody_gives_back_is_freed() {
     family[1].fill(PAGES.start..PAGES.start + 1000, 2);
     family.push(clone_of(&family[1]));
     family.push(base);
-    let full = resident(&home);
+    let (full, full_on_host) = (resident(&home), on_host_at_rest(&home));
     assert!(full >= 16384 + 1000);
     for vm in &family {
         shrink(vm, HALF);
@@ -109,6 +183,9 @@ fn what_everybody_gives_back_is_freed() {
     let left = resident(&home);
     println!("{full} pages in stores, {left} when everybody has given them back");
     assert!(within_one_percent(full - left, 16384 + 1000) && left < 200);
+    let on_host = full_on_host - on_host_at_rest(&home);
+    println!("{on_host} pages come back to the host");
+    assert!(within_one_percent(on_host, 16384 + 1000), "{on_host} pages of {full_on_host}");
     for vm in &family {
         shrink(vm, MEMORY);
         vm.verify_zero(PAGES);
@@ -183,6 +260,48 @@ fn forks_while_it_inflates() {
         vm.verify_zero(8000..10900);
         check(&home);
     }
+}
+
+/// A family, three deep, gives memory back while each of them is forked: the clones have what their parents had, and when
+/// they have given it back too, all of it is the host's again.
+#[test]
+fn a_whole_family_gives_back_while_it_is_forked() {
+    let Some(home) = TestHome::new() else { return };
+    let base = home.launch("b", MEMORY);
+    let empty = on_host_at_rest(&home);
+    base.fill(PAGES, 1);
+    let mut family = vec![base];
+    for _ in 0..2 {
+        family.push(clone_of(&family[family.len() - 1]));
+    }
+    family[1].fill(16384..18384, 2);
+    let full = on_host_at_rest(&home);
+    let late = thread::scope(|scope| {
+        let shrinking = family.iter().map(|vm| scope.spawn(|| shrink(vm, HALF))).collect::<Vec<_>>();
+        let mut late = Vec::new();
+        for _ in 0..2 {
+            late.extend(family.iter().map(|vm| vm.fork(ForkOptions::new()).expect("fork").remove(0).vm));
+        }
+        shrinking.into_iter().for_each(|done| assert_eq!(done.join().unwrap().balloon_bytes, HALF.0));
+        late
+    });
+    for vm in &late {
+        // On its way, before it or behind it: what is not in the balloon is what the parent had.
+        shrink(vm, MEMORY);
+        let whole = |page: u64| [1, 2].into_iter().any(|seed| vm.try_verify(page..page + 1, seed).is_ok());
+        let good = |page: u64| whole(page) || vm.say(&format!("sum {page} 1")) == "sum=0";
+        assert!(PAGES.step_by(509).all(good), "{}", vm.name());
+        shrink(vm, HALF);
+    }
+    check(&home);
+    let left = on_host_at_rest(&home);
+    // What a VM has of its own (its process, its first pages) is some hundred pages.
+    println!(
+        "{empty} pages on the host, {full} with a family of three, {left} when these and {} clones are ballooned",
+        late.len()
+    );
+    assert!(left < empty + 300 * (family.len() + late.len()) as u64);
+    assert!(full - left > 16384 + 2000 - 300 * (family.len() + late.len()) as u64);
 }
 
 /// Every second page alone: more stretches than the balloon has room for, and a child that sees them all.

@@ -66,8 +66,10 @@ fn an_elf_kernel_runs_and_ends() {
     let boot = [0xba, 0xf8, 0x03, 0, 0, 0xb9, 4, 0, 0, 0, 0x48, 0x81, 0xc6, 0x02, 0x02, 0, 0, 0xac, 0xee, 0xe2, 0xfc];
     let vm = launch(&home, "k", &[boot.to_vec(), print(b'!'), reset()].concat());
     let ended = vm.wait(Some(TEN_SECONDS)).unwrap();
-    assert_eq!((ended.state, ended.reason), (VmState::Off, None));
+    assert_eq!((ended.state, ended.reason.as_deref()), (VmState::Off, Some("the guest rebooted")));
     assert_eq!(vm.log(), "HdrS!");
+    assert_eq!(home.cli(&["wait", "k"]).good(), "off: the guest rebooted\n");
+    assert!(home.cli(&["ls"]).good().contains("off: the guest rebooted"));
 }
 
 /// Where KVM interprets guest kernels, an instruction that it does not know ends the VM, and its owner learns what such a

@@ -194,6 +194,9 @@ pub struct Fork {
     pub wait_settled: bool,
     /// Leave the children paused.
     pub paused: bool,
+    /// Have a Linux guest tell of its free pages first, and wait for that no longer than so many milliseconds.
+    #[serde(default)]
+    pub hint_free_ms: Option<u64>,
 }
 
 /// The server's answer to a request.
@@ -291,6 +294,8 @@ pub struct Child {
     pub gap_pages: Option<u64>,
     /// Mappings of the child's window.
     pub runs: u64,
+    /// Free pages that the guest told of for this fork; null if it was not asked to.
+    pub hinted_pages: Option<u64>,
 }
 
 /// `reclaim`.
@@ -310,7 +315,7 @@ pub enum VmState {
     Running,
     /// They stand still.
     Paused,
-    /// The guest powered off.
+    /// The guest powered off, or rebooted: then `reason` says so.
     Off,
     /// It ended otherwise; `reason` says how.
     Dead,
@@ -325,7 +330,7 @@ pub struct VmSummary {
     pub parent: Option<String>,
     /// What it is doing.
     pub state: VmState,
-    /// Why it is dead.
+    /// Why it is dead, or that it is off since it rebooted.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<String>,
     /// RAM in pages of 4 KiB.
@@ -387,6 +392,48 @@ pub struct VmStats {
     pub traps: u64,
     /// Messages between the server and its process, both ways.
     pub messages: u64,
+    /// What the guest says of its memory; null for the built-in guest, and for one that has no balloon driver yet.
+    pub guest_stats: Option<GuestStats>,
+}
+
+/// What a Linux guest's balloon driver says of its memory, under the names that other VMMs have for it. Memory is in bytes;
+/// what an older driver does not tell of is null.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStats {
+    /// How long ago it said so, in milliseconds.
+    pub age_ms: u64,
+    /// Memory swapped in.
+    pub swap_in: Option<u64>,
+    /// Memory swapped out.
+    pub swap_out: Option<u64>,
+    /// Page faults that took a read from disk.
+    pub major_faults: Option<u64>,
+    /// Page faults that did not.
+    pub minor_faults: Option<u64>,
+    /// Memory that nothing uses.
+    pub free_memory: Option<u64>,
+    /// Memory there is.
+    pub total_memory: Option<u64>,
+    /// Memory that programs could have without swapping.
+    pub available_memory: Option<u64>,
+    /// Memory that could be had back quickly from what was read from disks.
+    pub disk_caches: Option<u64>,
+    /// Huge pages of hugetlb given out.
+    pub hugetlb_allocations: Option<u64>,
+    /// Huge pages of hugetlb that were not to be had.
+    pub hugetlb_failures: Option<u64>,
+    /// Processes killed for want of memory.
+    pub oom_kill: Option<u64>,
+    /// Allocations that had to wait for reclaim.
+    pub alloc_stall: Option<u64>,
+    /// Memory looked at by reclaim in the background.
+    pub async_scan: Option<u64>,
+    /// Memory looked at by reclaim of those that allocate.
+    pub direct_scan: Option<u64>,
+    /// Memory reclaimed in the background.
+    pub async_reclaim: Option<u64>,
+    /// Memory reclaimed by those that allocate.
+    pub direct_reclaim: Option<u64>,
 }
 
 /// Figures of the whole server.

@@ -168,6 +168,11 @@ pub enum ToVm {
         /// How many.
         pages: u64,
     },
+    /// Ask a Linux guest how it is off for memory. Answered by `GuestStats`, in the guest's time.
+    AskStats,
+    /// Ask a Linux guest to tell of its free pages and keep them until the next freeze is done. They come as `Ballooned`,
+    /// then `Hinted`, in the guest's time.
+    HintFree,
     /// Ask the guest to power off.
     Stop,
     /// Try to write to the store whose descriptor travels along. Answered by `Probed`.
@@ -179,6 +184,8 @@ pub enum ToVm {
 pub enum Ending {
     /// The guest powered off.
     Off,
+    /// The guest reset its machine.
+    Reboot,
     /// It cannot go on, and why.
     Dead(String),
 }
@@ -245,6 +252,10 @@ pub enum FromVm {
         /// Whether they are over.
         last: bool,
     },
+    /// What a Linux guest says of its memory: figures, each with its tag of the virtio specification.
+    GuestStats(Vec<(u16, u64)>),
+    /// The guest has told of all its free pages.
+    Hinted,
     /// A freeze, done.
     Frozen(Box<Frozen>),
     /// After a `Frozen` that said that the vCPUs run again: they do.

@@ -1,10 +1,11 @@
 //! What can be written on the command line.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
 use vmm::api::{DEFAULT_MEMORY, MIN_MEMORY};
 use vmm::name::{NameError, check_name};
+use vmm::server::AutoBalloon;
 use vmm::units::{ByteSize, SizeError};
 
 /// Launch a microVM and fork it while it runs.
@@ -166,22 +167,7 @@ pub enum Verb {
         output: Output,
     },
     /// Run the server in the foreground; the first command starts one in the background otherwise
-    Serve {
-        /// Where evicted pages go once they do not fit into memory: a file, which is emptied, or a block device; SIZE is how
-        /// much of it to use [default: a file in the home, while the server runs; as large as the host's memory twice, if
-        /// the disk has room]
-        #[arg(long, value_name = "PATH[:SIZE]", value_parser = swap_place)]
-        swap: Option<SwapPlace>,
-        /// How much memory compressed pages may take before they go to the disk [default: a quarter of the host's memory]
-        #[arg(long, value_name = "SIZE")]
-        compressed: Option<ByteSize>,
-        /// The memory budget, as of `offshoot budget` [default: none]
-        #[arg(long, value_name = "SIZE", value_parser = budget_size)]
-        memory: Option<ByteSize>,
-        /// Leave the terminal, and leave quietly where there is a server already
-        #[arg(long, hide = true)]
-        background: bool,
-    },
+    Serve(Serve),
     /// End all VMs and the server
     Shutdown,
     /// Print the version
@@ -260,8 +246,58 @@ pub struct Fork {
     /// Leave the children paused
     #[arg(long)]
     pub paused: bool,
+    /// Have a Linux guest tell of its free pages first, which are neither copied nor shared then; the fork waits for that for
+    /// MS milliseconds at most
+    #[arg(long, value_name = "MS", num_args = 0..=1, require_equals = true, default_missing_value = "100",
+          value_parser = clap::value_parser!(u64).range(1..=HINT_MS_MAX))]
+    pub hint_free: Option<u64>,
     #[command(flatten)]
     pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Where evicted pages go once they do not fit into memory: a file, which is emptied, or a block device; SIZE is how
+    /// much of it to use [default: a file in the home, while the server runs; as large as the host's memory twice, if
+    /// the disk has room]
+    #[arg(long, value_name = "PATH[:SIZE]", value_parser = swap_place)]
+    pub swap: Option<SwapPlace>,
+    /// How much memory compressed pages may take before they go to the disk [default: a quarter of the host's memory]
+    #[arg(long, value_name = "SIZE")]
+    pub compressed: Option<ByteSize>,
+    /// The memory budget, as of `offshoot budget` [default: none]
+    #[arg(long, value_name = "SIZE", value_parser = budget_size)]
+    pub memory: Option<ByteSize>,
+    /// When idle Linux guests give what they can spare to their balloons, until they run again
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = WhenIdle::Pressure)]
+    pub auto_balloon: WhenIdle,
+    /// A VM that has used next to no processor time for so long is idle
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub balloon_idle: Duration,
+    /// Leave the terminal, and leave quietly where there is a server already
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
+
+/// When balloons of idle VMs are inflated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WhenIdle {
+    /// Never
+    Off,
+    /// When memory comes near the budget, or the host is short of it
+    Pressure,
+    /// Always
+    Idle,
+}
+
+impl From<WhenIdle> for AutoBalloon {
+    fn from(when: WhenIdle) -> Self {
+        match when {
+            WhenIdle::Off => Self::Off,
+            WhenIdle::Pressure => Self::Pressure,
+            WhenIdle::Idle => Self::Idle,
+        }
+    }
 }
 
 /// A budget as it is written.
@@ -300,6 +336,9 @@ fn swap_place(text: &str) -> Result<SwapPlace, String> {
     }
     Ok(SwapPlace { path: path.into(), size })
 }
+
+/// A fork waits no longer than this for free pages.
+const HINT_MS_MAX: u64 = 10_000;
 
 /// The smallest swap file.
 const MIN_SWAP: u64 = 1 << 20;
@@ -342,6 +381,9 @@ mod tests {
             "offshoot launch base -m 1G --vcpus 1 --attach --rm",
             "offshoot launch --mem 64M --home /tmp/x",
             "offshoot --home /tmp/x --log-level debug fork base --count 3 --name w --wait-settled --paused --json",
+            "offshoot fork base --hint-free",
+            "offshoot fork --hint-free base",
+            "offshoot fork base --hint-free=20 --json",
             "offshoot send base verify 64 10 1 --timeout 0.5",
             "offshoot logs base --follow",
             "offshoot ls --json",
@@ -358,6 +400,8 @@ mod tests {
             "offshoot serve --swap /x/swap:1G --compressed 64M --memory 1G",
             "offshoot serve --swap /x/a:b:1G --compressed 0",
             "offshoot serve --swap /x/swap",
+            "offshoot serve --auto-balloon off",
+            "offshoot serve --auto-balloon idle --balloon-idle 2.5",
             "offshoot vm-process",
         ] {
             parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -380,6 +424,9 @@ mod tests {
             "offshoot fork base --count -1",
             "offshoot fork base --name x/y",
             "offshoot fork",
+            "offshoot fork base --hint-free=0",
+            "offshoot fork base --hint-free=10001",
+            "offshoot fork base --hint-free=soon",
             "offshoot send base",
             "offshoot send base hello --timeout 0",
             "offshoot send base hello --timeout nan",
@@ -400,6 +447,8 @@ mod tests {
             "offshoot serve --swap :1G",
             "offshoot serve --compressed much",
             "offshoot serve --memory 1",
+            "offshoot serve --auto-balloon maybe",
+            "offshoot serve --balloon-idle 0",
             "offshoot fly",
         ] {
             assert!(parse(line).is_err(), "{line}");

@@ -17,10 +17,10 @@ use serde_json::json;
 use signals::Signals;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 use vmm::api::{Child, VmState};
 use vmm::client::{Client, ClientBuilder, ForkOptions, LaunchOptions, Stream};
 use vmm::host::HostReport;
-use vmm::server::SwapConfig;
 
 /// How a command ends that did not fail.
 type Done = Result<ExitCode, CliError>;
@@ -59,6 +59,9 @@ fn run(cli: Cli) -> Done {
             let mut options = ForkOptions::new().count(fork.count).wait_settled(fork.wait_settled).paused(fork.paused);
             if let Some(prefix) = fork.prefix {
                 options = options.prefix(prefix);
+            }
+            if let Some(ms) = fork.hint_free {
+                options = options.hint_free(Duration::from_millis(ms));
             }
             with_client(server, |client| {
                 let children = client.vm(fork.name).fork(options)?;
@@ -152,11 +155,7 @@ fn run(cli: Cli) -> Done {
                 None => writeln!(out, "none"),
             })
         }),
-        Verb::Serve { swap, compressed, memory, background } => {
-            let (path, size) = swap.map_or((None, None), |place| (Some(place.path), place.size));
-            let swap = SwapConfig { path, size: size.map(|s| s.0), compressed: compressed.map(|s| s.0) };
-            serve::run(cli.home.as_deref(), background, swap, memory.map(|s| s.0))
-        }
+        Verb::Serve(serve) => serve::run(cli.home.as_deref(), serve),
         Verb::Shutdown => match server.start_server(false).connect() {
             // What is asked for is so.
             Err(vmm::client::Error::NoServer(_)) => Ok(SUCCESS),

@@ -1,5 +1,6 @@
 //! The server, in the foreground or left behind by the first command.
 
+use super::args::Serve;
 use super::errors::CliError;
 use super::{Done, SUCCESS};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -9,13 +10,18 @@ use std::{fs, io};
 use vmm::client::{Home, HomeError};
 use vmm::server;
 
-pub fn run(home: Option<&Path>, background: bool, swap: server::SwapConfig, budget: Option<u64>) -> Done {
+pub fn run(home: Option<&Path>, serve: Serve) -> Done {
     let home = home.map_or_else(Home::of_user, Home::at)?;
+    let Serve { swap, compressed, memory, auto_balloon, balloon_idle, background } = serve;
+    let (path, size) = swap.map_or((None, None), |place| (Some(place.path), place.size));
+    let swap = server::SwapConfig { path, size: size.map(|s| s.0), compressed: compressed.map(|s| s.0) };
+    let idle = server::IdleConfig { when: auto_balloon.into(), after: balloon_idle };
+    let budget = memory.map(|s| s.0);
     if background {
         detach()?;
     }
     raise_open_files();
-    match server::run(server::Config { home, swap, budget }) {
+    match server::run(server::Config { home, swap, budget, idle }) {
         Ok(()) => Ok(SUCCESS),
         // Another one was faster: the client that started this one finds it.
         Err(server::Error::Home(HomeError::Locked { .. })) if background => Ok(SUCCESS),

@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use std::io::{self, Write};
-use vmm::api::{CheckReport, Inspection, Stats, TreeRow, VmState, VmStats, VmSummary};
+use vmm::api::{CheckReport, GuestStats, Inspection, Stats, TreeRow, VmState, VmStats, VmSummary};
 use vmm::host::{HostReport, Verdict};
 use vmm::units::ByteSize;
 
@@ -137,6 +137,7 @@ pub fn inspection(out: &mut impl Write, inspection: &Inspection) -> io::Result<(
             ("shared", &pages(stats.shared_pages)),
             ("zero", &pages(stats.zero_pages)),
             ("unsettled", &pages(stats.unsettled_pages)),
+            ("guest's memory", &dash(&stats.guest_stats.as_ref().map(guest_memory))),
             ("pid", &dash(&vm.pid)),
             ("keeper", &dash(&inspection.keeper_pid)),
             ("isolation", &inspection.isolation),
@@ -221,7 +222,8 @@ fn state(vm: &VmSummary) -> String {
     match (vm.state, &vm.reason) {
         (VmState::Running, _) => "running".into(),
         (VmState::Paused, _) => "paused".into(),
-        (VmState::Off, _) => "off".into(),
+        (VmState::Off, None) => "off".into(),
+        (VmState::Off, Some(reason)) => format!("off: {reason}"),
         (VmState::Dead, None) => "dead".into(),
         (VmState::Dead, Some(reason)) => format!("dead: {reason}"),
     }
@@ -233,6 +235,13 @@ fn mem(vm: &VmSummary) -> String {
 
 fn pages(count: u64) -> String {
     format!("{count} ({})", ByteSize::pages(count).approx())
+}
+
+/// What a guest said of its memory, in words.
+fn guest_memory(said: &GuestStats) -> String {
+    let size = |bytes: Option<u64>| bytes.map_or("?".into(), |bytes| ByteSize(bytes).approx());
+    let [free, available, total] = [said.free_memory, said.available_memory, said.total_memory].map(size);
+    format!("{free} free, {available} available of {total}, {} s ago", said.age_ms / 1000)
 }
 
 fn dash(value: &Option<impl ToString>) -> String {

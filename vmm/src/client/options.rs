@@ -7,6 +7,7 @@ use crate::host;
 use crate::units::ByteSize;
 use guest_mem::PageCount;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A launch: the built-in guest with 256 MiB and one vCPU, where nothing else is asked for.
 #[derive(Clone, Debug)]
@@ -132,7 +133,14 @@ pub struct ForkOptions(pub(super) Fork);
 
 impl Default for ForkOptions {
     fn default() -> Self {
-        Self(Fork { name: String::new(), count: 1, prefix: None, wait_settled: false, paused: false })
+        Self(Fork {
+            name: String::new(),
+            count: 1,
+            prefix: None,
+            wait_settled: false,
+            paused: false,
+            hint_free_ms: None,
+        })
     }
 }
 
@@ -163,6 +171,13 @@ impl ForkOptions {
     /// Leaves the children paused.
     pub fn paused(mut self, paused: bool) -> Self {
         self.0.paused = paused;
+        self
+    }
+
+    /// Has a Linux guest tell of its free pages first, and waits for that no longer than `bound`: these are neither copied
+    /// nor shared. A guest without a balloon driver tells nothing, and is waited for in vain.
+    pub fn hint_free(mut self, bound: Duration) -> Self {
+        self.0.hint_free_ms = Some(bound.as_millis().try_into().unwrap_or(u64::MAX));
         self
     }
 

@@ -24,6 +24,7 @@ fn child(name: &str) -> Child {
         copied_pages: None,
         gap_pages: None,
         runs: 3,
+        hinted_pages: None,
     }
 }
 

@@ -38,6 +38,8 @@ pub(super) struct Shared {
     /// When console output was last taken.
     console_taken: Option<Instant>,
     gift: Gift,
+    /// The devices are asked for something, which a vCPU sees to.
+    errand: bool,
     /// What a Linux guest says of its own end.
     pub panic: PanicWatch,
     out: Vec<FromVm>,
@@ -66,7 +68,7 @@ enum Station {
     /// Its thread has not come to the floor yet, or sets its registers.
     Arriving,
     Standing,
-    /// In or about to enter `KVM_RUN`.
+    /// In or about to enter `KVM_RUN`, or on an errand.
     Running {
         since_ns: u64,
     },
@@ -102,6 +104,8 @@ pub(super) enum Task {
     Load(Load),
     /// Read them.
     Save,
+    /// Have the devices do what they are asked for.
+    Attend,
     /// Run until it is stopped.
     Run,
 }
@@ -135,6 +139,7 @@ impl Floor {
             console_bell: TimerFd::new().map_err(io::Error::from)?,
             console_taken: None,
             gift: Gift::default(),
+            errand: false,
             panic: PanicWatch::default(),
             out: Vec::new(),
         };
@@ -224,6 +229,16 @@ impl Floor {
         shared.desks.iter_mut().for_each(|desk| desk.saved = None);
         self.changed.notify_all();
         if running { Activity::Running } else { Activity::Paused }
+    }
+
+    /// Main thread: has a vCPU see to what the devices are asked for, when it runs. The caller interrupts its thread, the
+    /// first.
+    pub fn send_errand(&self) {
+        let mut shared = self.lock();
+        shared.errand = true;
+        if let Some(desk) = shared.desks.first() {
+            desk.stop.set();
+        }
     }
 
     /// Main thread: has the vCPUs do what they did before [`stop_and_save`](Self::stop_and_save).
@@ -350,6 +365,11 @@ impl Floor {
                     return Task::Load(load);
                 }
                 if desk.wish == Wish::Run {
+                    // Not on its way from a freeze: the errand may wait for pages, and a pause is not to.
+                    let runs = matches!(desk.at, Station::Running { .. });
+                    if runs && std::mem::take(&mut shared.errand) {
+                        return Task::Attend;
+                    }
                     return self.set_running(shared, number);
                 }
                 if desk.at != Station::Standing {
@@ -367,8 +387,12 @@ impl Floor {
     }
 
     fn set_running(&self, mut shared: MutexGuard<'_, Shared>, number: usize) -> Task {
+        let errand = shared.errand;
         let desk = &mut shared.desks[number];
-        desk.stop.clear();
+        if !errand {
+            // Otherwise `KVM_RUN` is to return at once.
+            desk.stop.clear();
+        }
         let since_ns = now_ns();
         desk.at = Station::Running { since_ns };
         if shared.announce.take_if(|activity| *activity == Activity::Running).is_some() {
@@ -507,6 +531,23 @@ mod tests {
             assert_eq!(offered, [pages(5..9)]);
             floor.await_saved().unwrap();
             assert_eq!(vcpu.join().unwrap(), pages(5..7));
+        });
+    }
+
+    /// A vCPU that goes on after a freeze counts as running before it runs an errand.
+    #[test]
+    fn an_errand_is_run_between_two_runs() {
+        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        floor.send_errand();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                assert!(matches!(floor.next_task(0), Task::Run));
+                assert!(matches!(floor.next_task(0), Task::Attend));
+                assert!(matches!(floor.next_task(0), Task::Run));
+            });
+            drop(floor.await_standing().unwrap());
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
         });
     }
 

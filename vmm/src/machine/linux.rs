@@ -6,7 +6,7 @@ use super::kvm::KvmError;
 use super::mailbox::Memory;
 use super::state::LinuxState;
 use crate::devices::interrupt::Interrupt;
-use crate::devices::virtio::{Balloon, ConfigChange, DEVICES, Device, Kind, Rng, Sink, Target, Transport};
+use crate::devices::virtio::{Balloon, ConfigChange, DEVICES, Device, Kind, Requests, Rng, Sink, Transport};
 use crate::layout::devices::{GENERATION_IRQ, POWER_IRQ, VIRTIO_IRQ};
 use crate::layout::linux::GENERATION_ID;
 use crate::wire::FromVm;
@@ -49,6 +49,14 @@ impl Sink for GiveBack {
     fn resized(&self, pages: u64) {
         self.0.tell(&mut self.0.lock(), FromVm::BalloonSize { pages });
     }
+
+    fn statistics(&self, figures: Vec<(u16, u64)>) {
+        self.0.tell(&mut self.0.lock(), FromVm::GuestStats(figures));
+    }
+
+    fn hinted(&self) {
+        self.0.tell(&mut self.0.lock(), FromVm::Hinted);
+    }
 }
 
 /// The devices beside the vCPUs.
@@ -58,7 +66,7 @@ pub(super) struct LinuxMachine {
     memory: Memory,
     random: File,
     virtio: Arc<VirtioDevices>,
-    balloon: Arc<Target>,
+    balloon: Arc<Requests>,
     balloon_changes: Vec<ConfigChange>,
     generation: Line,
     power: Line,
@@ -68,7 +76,7 @@ impl LinuxMachine {
     /// The devices of a machine that has not run. The process can still open files.
     pub fn new(vm: &Arc<VmFd>, memory: &Memory, floor: &Arc<Floor>) -> Result<Self, LinuxError> {
         let random = File::open("/dev/urandom").map_err(LinuxError::Random)?;
-        let balloon = Arc::new(Target::default());
+        let balloon = Arc::new(Requests::default());
         let mut balloon_changes = Vec::new();
         let mut virtio = Vec::new();
         for (kind, number) in DEVICES.iter().zip(VIRTIO_IRQ..) {
@@ -124,12 +132,41 @@ impl LinuxMachine {
         }
         chips::restore(&self.vm, &state.chips)?;
         self.generation.pulse();
+        self.announce_ended_hinting();
         Ok(())
     }
 
     /// Asks the guest to have so many pages in its balloon.
     pub fn set_balloon(&self, pages: u64) {
-        self.balloon.set(pages);
+        self.balloon.set_target(pages);
+        self.announce_balloon();
+    }
+
+    /// Asks the guest how it is off for memory. A vCPU passes that on, by
+    /// [`attend`](super::mmio::Mmio::attend).
+    pub fn ask_statistics(&self) {
+        self.balloon.ask_statistics();
+    }
+
+    /// Asks the guest to tell of its free pages, and to keep them.
+    pub fn begin_hinting(&self) {
+        self.balloon.begin_hinting();
+        self.announce_balloon();
+    }
+
+    /// What the guest tells of from now on is too late. It does not know yet: a fork of it has to be told as well.
+    pub fn end_hinting(&self) {
+        self.balloon.end_hinting();
+    }
+
+    /// Has the guest look, if a hinting is over: it uses its free pages again.
+    pub fn announce_ended_hinting(&self) {
+        if self.balloon.take_ended_hinting() {
+            self.announce_balloon();
+        }
+    }
+
+    fn announce_balloon(&self) {
         self.balloon_changes.iter().for_each(ConfigChange::announce);
     }
 

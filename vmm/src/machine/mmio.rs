@@ -36,6 +36,11 @@ impl Mmio {
         }
     }
 
+    /// Has the devices do what the machine asked them for.
+    pub fn attend(&self) {
+        self.virtio.0.iter().for_each(|device| device.lock().unwrap_or_else(PoisonError::into_inner).attend());
+    }
+
     /// The device at an address, for as long as the access takes: other vCPUs that want it wait.
     fn find(&self, address: u64) -> Option<(MutexGuard<'_, Transport>, u64)> {
         let offset = address.checked_sub(VIRTIO.into())?;

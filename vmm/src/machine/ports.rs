@@ -66,9 +66,8 @@ impl Ports {
                 }
             }
             (RESET, [RESET_VALUE]) if self.machine == Machine::Linux => {
-                // The machine is not started again: it ends as if it had been switched off.
                 let panic = self.floor.lock().panic.reason();
-                self.floor.end(FromVm::Ended(panic.map_or(Ending::Off, Ending::Dead)));
+                self.floor.end(FromVm::Ended(panic.map_or(Ending::Reboot, Ending::Dead)));
             }
             _ => log::debug!("{} bytes written to port {port:#x}, which is nobody's", data.len()),
         }

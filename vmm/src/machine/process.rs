@@ -204,6 +204,8 @@ impl Process {
                 floor.notify();
             }
             ToVm::Balloon { pages } => vm.set_balloon(pages),
+            ToVm::AskStats => vm.ask_statistics(),
+            ToVm::HintFree => vm.begin_hinting(),
             ToVm::Stop => vm.stop(),
             ToVm::Probe => {
                 let ways = ways_to_write(one(&fds)?.as_fd());

@@ -59,6 +59,7 @@ impl Vcpu {
                     let state = self.registers.save(self.fd);
                     floor.saved(self.number, state.map_err(|error| error.to_string()));
                 }
+                Task::Attend => buses.mmio.attend(),
                 Task::Run => {
                     let ended = self.run(buses).and_then(|()| {
                         let ended = self.registers.end_page_workers(self.fd);

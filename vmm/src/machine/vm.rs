@@ -307,6 +307,22 @@ impl Vm {
         }
     }
 
+    /// Asks the guest how it is off for memory, as soon as it runs.
+    pub fn ask_statistics(&self) {
+        if let (Some(machine), true) = (&self.linux, self.started) {
+            machine.ask_statistics();
+            self.floor.send_errand();
+            self.threads.first().into_iter().for_each(interrupt_thread);
+        }
+    }
+
+    /// Asks the guest to tell of its free pages, which are gone then. It keeps them until the next freeze.
+    pub fn begin_hinting(&self) {
+        if let Some(machine) = &self.linux {
+            machine.begin_hinting();
+        }
+    }
+
     /// Has the vCPUs run or stand. The server is told when they do.
     pub fn ask(&self, activity: Activity) -> Result<(), VmError> {
         if !self.started {
@@ -347,6 +363,7 @@ impl Vm {
         let kicked_ns = now_ns();
         let before = self.floor.stop_and_save();
         self.interrupt();
+        self.linux.iter().for_each(LinuxMachine::end_hinting);
         let frozen = self.freeze_standing(store, file, max_runs, short, tell);
         let activity = match (&frozen, self.traps) {
             (Ok(_), false) => Activity::Paused,
@@ -355,6 +372,7 @@ impl Vm {
         if !frozen.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(activity);
         }
+        self.linux.iter().for_each(LinuxMachine::announce_ended_hinting);
         let (moved, state) = frozen?;
         let frozen = match moved {
             Some(moved) => self.window.harvest(moved).map_err(VmError::Harvest)?,

@@ -5,6 +5,7 @@
 
 use super::Server;
 use super::clients::ClientId;
+use super::idle::IdleBalloon;
 use super::talk::Deadline;
 use super::vm::{Generation, Phase, Vm};
 use crate::api::{Answer, Balloon, Failure, MIN_MEMORY};
@@ -36,6 +37,9 @@ impl Server {
                     Machine::Monitor => self.balloon_lines(vm, target),
                     Machine::Linux => VecDeque::new(),
                 };
+                if let Some(vm) = self.vms.get_mut(vm) {
+                    (vm.asked_balloon, vm.idle) = (target, IdleBalloon::AsAsked);
+                }
                 self.balloons.push(BalloonOp { client, vm, target, lines, tag: 0 });
                 self.set_deadline(Some(timeout_ms), Deadline::Balloon(vm, client));
                 match machine {
@@ -56,7 +60,7 @@ impl Server {
             let why = format!("VM {name:?} cannot have {size} left: from 16M to its {memory}, in multiples of 4K");
             return Err(Failure::bad_input(why));
         }
-        if self.balloons.iter().any(|op| op.vm == vm.generation) {
+        if self.is_ballooning(vm.generation) {
             return Err(Failure::failed(format!("VM {name:?} is on its way to another size")));
         }
         Ok((vm.generation, vm.shape.machine, vm.shape.ram.0 - PageCount::covering(size_bytes).0))
@@ -123,6 +127,11 @@ impl Server {
         self.reply(client, Err(Failure::timed_out(why)));
     }
 
+    /// Whether a VM is on its way to a size that somebody waits for.
+    pub(super) fn is_ballooning(&self, vm: Generation) -> bool {
+        self.balloons.iter().any(|op| op.vm == vm)
+    }
+
     /// Who waits for a VM's size; nobody does any more.
     pub(super) fn balloon_ops_of(&mut self, vm: Generation) -> Vec<ClientId> {
         self.balloons.extract_if(.., |op| op.vm == vm).map(|op| op.client).collect()
@@ -138,6 +147,7 @@ impl Server {
                 .end_vm(generation, Phase::Dead("its process gave pages back while it stood for a fork".into()));
         }
         manager.balloon(member, pages);
+        self.count_hinted(generation, pages.iter().map(|pages| pages.count().0).sum());
     }
 
     /// A guest's balloon has another size now.

@@ -35,6 +35,9 @@ const LOOK_SHARE: u32 = 20;
 const IDLE_AFTER: Duration = Duration::from_secs(2);
 /// …which is told from processor time, read this often. One tick is no sign of life.
 const TICKS_EVERY: Duration = Duration::from_millis(900);
+/// A guest that has nothing to do looks at its clocks all the same: less than this part of one processor, in percent, is
+/// nothing to do, and takes no memory to speak of.
+const BUSY_PERCENT: u64 = 5;
 /// What a VM process has of its own, until its live layer was taken once and we know.
 const PROCESS_BYTES: u64 = 1 << 20;
 /// A live layer that is worth a freeze.
@@ -192,6 +195,8 @@ struct Seen {
     ticks: u64,
     ticks_at: Instant,
     ran_at: Instant,
+    /// When it last had something to do.
+    busy_at: Instant,
     /// Since when it stands still, or when it was let go.
     held: Option<Instant>,
     released: Option<Instant>,
@@ -209,6 +214,7 @@ impl Seen {
             ticks: 0,
             ticks_at: now,
             ran_at: now,
+            busy_at: now,
             held: None,
             released: None,
             taken: false,
@@ -231,6 +237,11 @@ impl Seen {
     fn ran(&mut self, now: Instant, ticks: u64) {
         if ticks > self.ticks + 1 {
             self.ran_at = now;
+        }
+        // A tick is 10 ms.
+        let passed = now.saturating_duration_since(self.ticks_at).as_millis() as u64 / 10;
+        if ticks > self.ticks + 1 + passed * BUSY_PERCENT / 100 {
+            self.busy_at = now;
         }
         (self.ticks, self.ticks_at) = (ticks, now);
     }
@@ -285,6 +296,11 @@ impl Budget {
     /// Something may begin to grow.
     pub fn stir(&mut self) {
         self.next = self.next.min(Instant::now() + BUSY_LOOK);
+    }
+
+    /// When a VM last had something to do, as far as we have looked.
+    pub fn busy_at(&self, vm: Generation) -> Option<Instant> {
+        self.seen.get(&vm).map(|seen| seen.busy_at)
     }
 
     /// A live layer was taken.
@@ -407,6 +423,11 @@ impl Server {
             log::info!("the host is short of memory: {accounted} bytes are to become {limit}");
             self.budget.shortage = Some((limit, now + SHORTAGE));
         }
+    }
+
+    /// Whether little is left of the budget, or the host is short of memory.
+    pub(super) fn is_memory_tight(&self) -> bool {
+        Room::of(self.budget.effective(), self.accounted()) != Room::Plenty
     }
 
     /// What counts, with what was last seen of VM processes.
@@ -606,6 +627,10 @@ mod tests {
         assert_eq!((seen.growth / MIB, seen.bytes - seen.least), (50, 0));
         seen.ran(at(1000), 50);
         seen.ran(at(2000), 51);
-        assert_eq!(seen.ran_at, at(1000));
+        assert_eq!((seen.ran_at, seen.busy_at), (at(1000), at(1000)));
+        seen.ran(at(3000), 56);
+        assert_eq!((seen.ran_at, seen.busy_at), (at(3000), at(1000)));
+        seen.ran(at(4000), 63);
+        assert_eq!(seen.busy_at, at(4000));
     }
 }

@@ -136,6 +136,7 @@ impl Server {
             }
             self.replied.push(viewer);
         }
+        self.answer_stats_waiters(generation);
         self.check_lost_vm(generation);
         self.drop_deadlines(|deadline| deadline.is_of(generation));
         if remove {

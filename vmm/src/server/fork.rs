@@ -2,7 +2,10 @@
 
 use super::Server;
 use super::clients::ClientId;
+use super::guest_stats::can_tell;
+use super::idle::IdleBalloon;
 use super::launch::Beginning;
+use super::talk::Deadline;
 use super::vm::{FamilyId, Generation, Phase};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
@@ -12,6 +15,7 @@ use guest_mem::manager::SETTLE_BATCH;
 use guest_mem::window::host::Short;
 use guest_mem::{Destination, Gfn, GfnRange, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 /// Names a fork under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,6 +43,17 @@ struct Progress {
     there: bool,
 }
 
+/// Whether the guest tells of its free pages before it is frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hint {
+    Unasked,
+    /// It is to be asked, and waited for so many milliseconds.
+    Wanted(u64),
+    /// It has told of so many pages.
+    Asked(u64),
+    Over(u64),
+}
+
 /// A fork under way.
 #[derive(Debug)]
 pub struct ForkOp {
@@ -47,6 +62,10 @@ pub struct ForkOp {
     asked_ns: u64,
     paused: bool,
     wait_settled: bool,
+    hint: Hint,
+    /// What the guest was asked to have in its balloon when it was frozen: by its user, and besides.
+    asked_balloon: u64,
+    idle: IdleBalloon,
     /// The freeze's store, and the family it is of.
     store: Option<(FamilyId, StoreId)>,
     pause_ns: Option<u64>,
@@ -92,6 +111,9 @@ impl ForkOp {
             asked_ns,
             paused: false,
             wait_settled: false,
+            hint: Hint::Unasked,
+            asked_balloon: 0,
+            idle: IdleBalloon::default(),
             store: None,
             pause_ns: None,
             pause_due: false,
@@ -114,7 +136,8 @@ impl Server {
             Err(failure) => self.reply(client, Err(failure)),
             Ok((parent, names)) => {
                 let op = ForkOp::new(Asker::Client(client), parent, asked_ns);
-                self.begin_fork(ForkOp { paused: fork.paused, wait_settled: fork.wait_settled, ..op }, names);
+                let hint = fork.hint_free_ms.map_or(Hint::Unasked, Hint::Wanted);
+                self.begin_fork(ForkOp { paused: fork.paused, wait_settled: fork.wait_settled, hint, ..op }, names);
             }
         }
     }
@@ -194,6 +217,10 @@ impl Server {
         let (Some(&fork), Some((family, member)), Some(process)) = (vm.forks.front(), vm.memory, vm.process) else {
             return;
         };
+        if self.asks_for_hints(parent, fork) {
+            return;
+        }
+        let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
@@ -201,12 +228,62 @@ impl Server {
                 let message = ToVm::Freeze { store, max_runs: self.max_runs, short: Short::Copied };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 process.send(&message, &[file.read_only()]);
-                self.forks.get_mut(&fork).expect("a queued fork").store = Some((family, store));
+                let op = self.forks.get_mut(&fork).expect("a queued fork");
+                op.store = Some((family, store));
+                // It hears of later ones when it is frozen.
+                (op.asked_balloon, op.idle) = asked;
             }
             Err(e) => {
                 let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
                 self.freeze_failed(parent, &format!("{e}: {cause}"));
             }
+        }
+    }
+
+    /// Whether the guest is to tell of its free pages before this fork freezes it, and has not.
+    fn asks_for_hints(&mut self, parent: Generation, fork: ForkId) -> bool {
+        let Some(vm) = self.vms.get(parent) else { return false };
+        let can_tell = can_tell(vm) && vm.pausers.is_empty();
+        let Some(op) = self.forks.get_mut(&fork) else { return false };
+        match op.hint {
+            Hint::Wanted(_) if !can_tell => {
+                op.hint = Hint::Over(0);
+                false
+            }
+            Hint::Wanted(ms) => {
+                op.hint = Hint::Asked(0);
+                self.set_deadline(Some(ms), Deadline::Hint(parent, fork));
+                self.tell(parent, &ToVm::HintFree);
+                true
+            }
+            Hint::Asked(_) => true,
+            Hint::Unasked | Hint::Over(_) => false,
+        }
+    }
+
+    /// So many free pages have been told of, if the guest was asked.
+    pub(super) fn count_hinted(&mut self, parent: Generation, pages: u64) {
+        let fork = self.vms.get(parent).and_then(|vm| vm.forks.front());
+        if let Some(Hint::Asked(count)) = fork.and_then(|fork| self.forks.get_mut(fork)).map(|op| &mut op.hint) {
+            *count += pages;
+        }
+    }
+
+    /// A guest has told of all its free pages.
+    pub(super) fn hinted(&mut self, parent: Generation) {
+        if let Some(&fork) = self.vms.get(parent).and_then(|vm| vm.forks.front()) {
+            self.drop_deadlines(|deadline| *deadline == Deadline::Hint(parent, fork));
+            self.hint_late(parent, fork);
+        }
+    }
+
+    /// The fork waits no longer for free pages. The guest has what it has told of back once it was frozen.
+    pub(super) fn hint_late(&mut self, parent: Generation, fork: ForkId) {
+        if let Some(op) = self.forks.get_mut(&fork)
+            && let Hint::Asked(count) = op.hint
+        {
+            op.hint = Hint::Over(count);
+            self.freeze(parent);
         }
     }
 
@@ -252,7 +329,9 @@ impl Server {
         let likely: Vec<GfnRange> = self.learned.of(parent_generation).collect();
         let family_books = self.families[&family].family();
         let ahead: Vec<GfnRange> = likely.iter().flat_map(|pages| family_books.at_hand(parent, *pages)).collect();
-        let balloon_pages = self.vms.get(op.parent).map_or(0, |vm| vm.balloon_pages);
+        let Some(parent_vm) = self.vms.get(op.parent) else { return };
+        let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
+        let (asked_balloon, idle) = (op.asked_balloon, op.idle.of_child(Instant::now()));
         let activity = if op.paused { Activity::Paused } else { Activity::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for (index, generation) in (1..).zip(children) {
@@ -264,8 +343,9 @@ impl Server {
             let vm = self.vms.get_mut(generation).expect("a child of the fork");
             vm.memory = Some((family, child));
             vm.paused = activity == Activity::Paused;
-            vm.balloon_pages = balloon_pages;
             vm.born = Some((parent_generation, ahead.clone()));
+            (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);
+            (vm.asked_balloon, vm.idle) = (asked_balloon, idle);
             self.child_mut(fork, generation, |child| child.runs = runs);
             let origin = wire::Origin::Fork { state: frozen.state.clone(), index };
             self.start(generation, Beginning { origin, kernel: None, activity, ahead: ahead.clone() });
@@ -443,6 +523,11 @@ impl Server {
                     copied_pages: copied.map(|copied| copied.pages),
                     gap_pages: copied.map(|copied| copied.gaps),
                     runs: child.runs,
+                    hinted_pages: match op.hint {
+                        Hint::Unasked => None,
+                        Hint::Wanted(_) => Some(0),
+                        Hint::Asked(count) | Hint::Over(count) => Some(count),
+                    },
                 });
                 let children = children.collect();
                 self.reply(client, Ok(Answer::Forked(children)));

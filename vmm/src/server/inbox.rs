@@ -129,6 +129,8 @@ impl Server {
                     }
                 }
             }
+            FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
+            FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
             FromVm::WentOn { store, pause_ns } => self.parent_went_on(generation, store, pause_ns),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
@@ -136,6 +138,7 @@ impl Server {
             FromVm::Console(bytes) => self.guest_printed(generation, &bytes),
             FromVm::Fork { count } => self.fork_from_inside(generation, count),
             FromVm::Ended(Ending::Off) => self.end_vm(generation, Phase::Off),
+            FromVm::Ended(Ending::Reboot) => self.end_vm(generation, Phase::Rebooted),
             FromVm::Ended(Ending::Dead(why)) => self.end_vm(generation, Phase::Dead(why)),
             FromVm::Probed(ways) => self.probed(generation, ways),
         }

@@ -2,6 +2,7 @@
 
 use super::Server;
 use super::clients::ClientId;
+use super::idle::IdleBalloon;
 use super::process::{ProcessId, Role};
 use super::vm::{FamilyId, Generation, Hold, Log, Phase, Vm};
 use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
@@ -185,8 +186,11 @@ impl Server {
             viewers: Vec::new(),
             remove_when_off: false,
             balloon_pages: 0,
+            asked_balloon: 0,
+            idle: IdleBalloon::default(),
             traps: 0,
             born: None,
+            guest_memory: None,
         });
         generation
     }

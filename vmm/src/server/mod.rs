@@ -12,7 +12,8 @@
 //! | `vm` | the list of VMs |
 //! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
-//! | `report`, `check` | the verbs that look |
+//! | `idle` | balloons of VMs that do nothing |
+//! | `report`, `guest_stats`, `check` | the verbs that look |
 //! | `inbox` | what VM processes say |
 //! | `settle`, `pace` | traps, and pages that settle behind the guests' backs |
 
@@ -23,6 +24,8 @@ mod clients;
 mod end;
 mod files;
 mod fork;
+mod guest_stats;
+mod idle;
 mod inbox;
 mod launch;
 mod learned;
@@ -72,6 +75,7 @@ use vm::{FamilyId, Generation, Vms};
 use watch::Watches;
 use window::{RemoteWindow, Want, Wants};
 
+pub use idle::{AutoBalloon, IdleConfig};
 pub use swap::SwapConfig;
 
 /// What a server needs to know.
@@ -83,6 +87,8 @@ pub struct Config {
     pub swap: SwapConfig,
     /// Its memory budget in bytes.
     pub budget: Option<u64>,
+    /// What becomes of balloons of idle VMs.
+    pub idle: IdleConfig,
 }
 
 /// Why a server could not start.
@@ -143,12 +149,15 @@ struct Server {
     swap_in_again: bool,
     reclaims: Reclaims,
     budget: Budget,
+    idle: idle::IdlePolicy,
     /// What families that are gone have counted.
     past: SwapCounts,
     files: Files,
     vms: Vms,
     forks: BTreeMap<ForkId, ForkOp>,
     balloons: Vec<balloon::BalloonOp>,
+    /// Clients that wait for what a guest says of its memory.
+    stats_waiters: Vec<(ClientId, Generation)>,
     checks: Checks,
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
@@ -206,7 +215,7 @@ impl MutEventSubscriber for Server {
 
 impl Server {
     fn new(config: Config) -> Result<Self, Error> {
-        let Config { home, swap, budget } = config;
+        let Config { home, swap, budget, idle } = config;
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
         let mut mask = SigSet::empty();
@@ -247,11 +256,13 @@ impl Server {
             swap_in_again: false,
             reclaims: Reclaims::default(),
             budget: Budget::new(budget),
+            idle: idle::IdlePolicy::new(idle),
             past: SwapCounts::default(),
             files: Files::default(),
             vms: Vms::default(),
             forks: BTreeMap::new(),
             balloons: Vec::new(),
+            stats_waiters: Vec::new(),
             checks: Checks::default(),
             removals: Vec::new(),
             deadlines: Vec::new(),
@@ -286,6 +297,7 @@ impl Server {
         self.grant_wants();
         self.answer_settled_forks();
         let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
+        self.tend_idle(now);
         self.watch_swap();
         self.swap.borrow_mut().trim();
         self.grant_wants();
@@ -308,7 +320,8 @@ impl Server {
         }
         let pool = self.pool.next_look();
         let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
-        let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms)).min();
+        let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
+        let next = next.chain(self.next_idle_look()).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
 
@@ -421,8 +434,9 @@ impl Server {
                 let answer = Answer::Tree(self.tree());
                 self.reply(client, Ok(answer));
             }
-            Request::Stats { name } => {
-                let answer = self.stats(name.as_deref()).map(Answer::Stats);
+            Request::Stats { name: Some(name) } => self.stats_of(client, &name),
+            Request::Stats { name: None } => {
+                let answer = self.stats(None).map(Answer::Stats);
                 self.reply(client, answer);
             }
             Request::Inspect { name } => {
@@ -457,7 +471,7 @@ impl Server {
     fn find_alive(&self, name: &str) -> Result<&vm::Vm, Failure> {
         let vm = self.find(name)?;
         match &vm.phase {
-            vm::Phase::Off => Err(Failure::bad_input(format!("VM {name:?} is off"))),
+            vm::Phase::Off | vm::Phase::Rebooted => Err(Failure::bad_input(format!("VM {name:?} is off"))),
             vm::Phase::Dead(reason) => Err(Failure::bad_input(format!("VM {name:?} is dead: {reason}"))),
             _ => Ok(vm),
         }

@@ -72,6 +72,7 @@ impl Server {
             pss_bytes: pid.and_then(|pid| procfs::usage(pid.as_raw()).ok()).map_or(0, |usage| usage.pss),
             traps: vm.traps,
             messages: process.map_or(0, |process| process.messages),
+            guest_stats: vm.guest_memory.map(|said| said.shown()),
         }
     }
 

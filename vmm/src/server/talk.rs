@@ -2,6 +2,7 @@
 
 use super::Server;
 use super::clients::{ClientId, Mode};
+use super::fork::ForkId;
 use super::vm::{Generation, Hold};
 use crate::api::{Answer, Failure};
 use crate::wire::{Line, Machine, ToVm};
@@ -19,6 +20,10 @@ pub enum Deadline {
     End(Generation, ClientId),
     /// The size of its balloon.
     Balloon(Generation, ClientId),
+    /// What its guest says of its memory.
+    Stats(Generation, ClientId),
+    /// What its guest tells of free pages, for this fork.
+    Hint(Generation, ForkId),
 }
 
 impl Deadline {
@@ -27,10 +32,15 @@ impl Deadline {
         matches!(*self, Self::Answer(of, tag, _) if (of, tag) == (vm, line))
     }
 
+    fn vm(&self) -> Generation {
+        let (Self::Answer(vm, ..) | Self::End(vm, _) | Self::Balloon(vm, _) | Self::Stats(vm, _) | Self::Hint(vm, _)) =
+            *self;
+        vm
+    }
+
     /// Whether it is for anything of this VM's.
     pub fn is_of(&self, vm: Generation) -> bool {
-        let (Self::Answer(of, ..) | Self::End(of, _) | Self::Balloon(of, _)) = *self;
-        of == vm
+        self.vm() == vm
     }
 }
 
@@ -150,13 +160,13 @@ impl Server {
     pub(super) fn pass_deadlines(&mut self, now: Instant) {
         let passed: Vec<Deadline> = self.deadlines.extract_if(.., |(at, _)| *at <= now).map(|(_, what)| what).collect();
         for deadline in passed {
-            if let Deadline::Balloon(generation, client) = deadline {
-                self.balloon_late(generation, client);
-                continue;
+            match deadline {
+                Deadline::Balloon(vm, client) => self.balloon_late(vm, client),
+                Deadline::Stats(vm, _) => self.answer_stats_waiters(vm),
+                Deadline::Hint(vm, fork) => self.hint_late(vm, fork),
+                _ => {}
             }
-            let (Deadline::Answer(generation, ..) | Deadline::End(generation, _) | Deadline::Balloon(generation, _)) =
-                deadline;
-            let Some(vm) = self.vms.get_mut(generation) else { continue };
+            let Some(vm) = self.vms.get_mut(deadline.vm()) else { continue };
             let (client, why) = match deadline {
                 Deadline::Answer(_, tag, client) if vm.sends.remove(&tag).is_some() => {
                     (client, format!("no answer from the guest of VM {:?} in time", vm.name))

@@ -2,6 +2,8 @@
 
 use super::clients::ClientId;
 use super::fork::ForkId;
+use super::guest_stats::GuestMemory;
+use super::idle::IdleBalloon;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
 use crate::wire::Shape;
@@ -48,6 +50,8 @@ pub enum Phase {
     Live,
     /// Its guest powered off.
     Off,
+    /// Its guest reset the machine, which is not started again: memory and devices of a clone are not what it booted with.
+    Rebooted,
     /// It ended otherwise.
     Dead(String),
 }
@@ -107,17 +111,23 @@ pub struct Vm {
     pub remove_when_off: bool,
     /// Pages in the guest's balloon, as it says.
     pub balloon_pages: u64,
+    /// Pages that are to be there as its user has it.
+    pub asked_balloon: u64,
+    /// What the policy for idle VMs has made of that.
+    pub idle: IdleBalloon,
     /// Traps served.
     pub traps: u64,
     /// The VM that it was forked from, and the pages of which it had copies when it began.
     pub born: Option<(Generation, Vec<GfnRange>)>,
+    /// What the guest said of its memory.
+    pub guest_memory: Option<GuestMemory>,
 }
 
 impl Vm {
     /// What it is doing.
     pub fn state(&self) -> VmState {
         match self.phase {
-            Phase::Off => VmState::Off,
+            Phase::Off | Phase::Rebooted => VmState::Off,
             Phase::Dead(_) => VmState::Dead,
             _ if self.paused => VmState::Paused,
             _ => VmState::Running,
@@ -131,7 +141,7 @@ impl Vm {
 
     /// Whether it has not ended.
     pub fn is_alive(&self) -> bool {
-        !matches!(self.phase, Phase::Off | Phase::Dead(_))
+        !matches!(self.phase, Phase::Off | Phase::Rebooted | Phase::Dead(_))
     }
 
     /// Its row of `ls`.
@@ -142,6 +152,7 @@ impl Vm {
             state: self.state(),
             reason: match &self.phase {
                 Phase::Dead(reason) => Some(reason.clone()),
+                Phase::Rebooted => Some("the guest rebooted".into()),
                 _ => None,
             },
             mem_pages: self.shape.ram.0,

@@ -56,8 +56,8 @@ fn family(vms: u64, pace: Pace) -> Result<Family> {
 fn freeze(family: &mut Family, vm: VmId, pages: GfnRange) -> Result<()> {
     family.begin_freeze(vm, Destination::Store)?;
     family.stands(vm);
-    family.finish_freeze(vm, &Harvest { moved: vec![pages], private: vec![pages] });
-    while family.settle()? {}
+    family.finish_freeze(vm, &Harvest { moved: vec![pages], private: vec![pages], ..Harvest::default() });
+    while family.settle(guest_mem::manager::SETTLE_BATCH)? {}
     Ok(())
 }
 

@@ -39,6 +39,17 @@ pub trait Device: Debug + Send {
     /// The queue makes no sense.
     fn notified(&mut self, index: usize, queue: &mut Queue, memory: &Memory) -> Result<bool, Broken>;
 
+    /// The guest and it have agreed on these features, of those that it offers.
+    fn agreed(&mut self, _features: u64) {}
+
+    /// Does what the machine has asked for since, not the guest. Whether the guest wants to know what was done.
+    ///
+    /// # Errors
+    /// A queue makes no sense.
+    fn attend(&mut self, _queues: &mut [Queue], _memory: &Memory) -> Result<bool, Broken> {
+        Ok(false)
+    }
+
     /// The guest has reset it.
     fn reset(&mut self) {}
 

@@ -192,7 +192,14 @@ impl Transport {
             // The guest sees that these features are not to be had so.
             value &= !status::FEATURES_OK;
         }
-        self.status = value;
+        let before = std::mem::replace(&mut self.status, value);
+        if value & !before & status::FEATURES_OK != 0 {
+            self.device.agreed(self.accepted & !VERSION_1);
+        }
+        if value & !before & status::DRIVER_OK != 0 {
+            // Drivers offer buffers before they say this, Linux's balloon for one, and do not tell of them again.
+            (0..self.queues.len()).for_each(|index| self.notified(index));
+        }
     }
 
     fn reset(&mut self) {
@@ -212,11 +219,24 @@ impl Transport {
             true => self.device.notified(index, queue, &self.memory),
             false => Err(super::Broken),
         };
+        self.tell(done);
+    }
+
+    /// Has the device do what the machine asked it for.
+    pub fn attend(&mut self) {
+        if self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK {
+            let done = self.device.attend(&mut self.queues, &self.memory);
+            self.tell(done);
+        }
+    }
+
+    /// Tells the guest what was done, if it wants to know.
+    fn tell(&mut self, done: Result<bool, super::Broken>) {
         match done {
             Ok(false) => {}
             Ok(true) => self.interrupt(USED_BUFFER),
             Err(super::Broken) => {
-                log::debug!("virtio device {}: queue {index} makes no sense", self.device.id());
+                log::debug!("virtio device {}: a queue makes no sense", self.device.id());
                 self.status |= status::NEEDS_RESET;
                 self.interrupt(CONFIG_CHANGED);
             }
@@ -279,6 +299,9 @@ impl Transport {
             queue.set_ready(saved.ready);
         }
         self.status = state.status;
+        if state.status & status::FEATURES_OK != 0 {
+            self.device.agreed(state.accepted & !VERSION_1);
+        }
         self.interrupts.store(state.interrupts, Ordering::Relaxed);
         (self.features_select, self.accepted_select) = (state.features_select, state.accepted_select);
         (self.accepted, self.queue_select) = (state.accepted, state.queue_select);

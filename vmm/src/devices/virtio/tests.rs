@@ -51,7 +51,9 @@ pub(super) fn set_up_queue(transport: &mut Transport, queue: u32) {
     for status in [0, 1, 3] {
         write(transport, 0x70, status);
     }
-    for (select, features) in [(0, 0), (1, 1)] {
+    for select in [0, 1] {
+        write(transport, 0x14, select);
+        let features = read(transport, 0x10);
         write(transport, 0x24, select);
         write(transport, 0x20, features);
     }
