@@ -2,7 +2,9 @@
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 /// The living children of a process: of a server, its VM processes, its pool and all their keepers.
@@ -45,6 +47,31 @@ pub fn descriptors(pid: i32) -> Vec<(PathBuf, String)> {
 /// Which user namespace a process is in.
 pub fn user_namespace(pid: i32) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/ns/user")).expect("a process has a user namespace")
+}
+
+/// What the host has for a server, as the host says: what its processes have beside stores, their page tables, and the
+/// pages of its stores, whoever sees them.
+pub fn host_memory(server: i32) -> u64 {
+    // A keeper, which has no descriptors, has the memory of its VM process: that counts once.
+    let has_descriptors = |pid: &i32| fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut all| all.next().is_some());
+    let processes = children_of(server).into_iter().filter(has_descriptors).chain([server]);
+    let own: u64 = processes.map(|pid| own_memory(pid).unwrap_or(0)).sum();
+    let mut seen = BTreeSet::new();
+    let stores = descriptors(server).into_iter().filter(|(_, name)| name.contains("memfd:offshoot-store"));
+    let stores = stores.filter_map(|(path, _)| fs::metadata(path).ok()).filter(|store| seen.insert(store.ino()));
+    own + stores.map(|store| store.blocks() * 512).sum::<u64>()
+}
+
+/// A process's share of its pages, without shared memory, and its page tables. A process that ends meanwhile has none.
+fn own_memory(pid: i32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |text: &str, key: &str| -> Option<u64> {
+        let line = text.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    let kib = field(&rollup, "Pss:")? - field(&rollup, "Pss_Shmem:")? + field(&status, "VmPTE:")?;
+    Some(kib << 10)
 }
 
 fn state_and_parent(pid: i32) -> Option<(char, i32)> {
