@@ -59,9 +59,9 @@ fn forty_clones_in_a_quarter_of_the_memory_they_need() {
     let Some(home) = TestHome::alone() else { return };
     const CLONES: u64 = 40;
     const SHARED: Range<u64> = 1000..1000 + 8192;
-    // 16 MiB each: half over what all see, half where nobody has written.
-    const OWN: u64 = 4096;
-    let over = |index: usize| SHARED.start + index as u64 * 150..SHARED.start + index as u64 * 150 + OWN / 2;
+    // 24 MiB each: half over what all see, half where nobody has written.
+    const OWN: u64 = 6144;
+    let over = |index: usize| SHARED.start + index as u64 * 125..SHARED.start + index as u64 * 125 + OWN / 2;
     let fresh = |index: usize| 12_000 + index as u64 * 1000..12_000 + index as u64 * 1000 + OWN / 2;
     let seed = |index: usize| 10 + index as u64;
 

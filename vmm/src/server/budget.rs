@@ -13,6 +13,7 @@
 
 use super::Server;
 use super::reclaim::{Evicted, NO_TRAPS};
+use super::process::Role;
 use super::vm::{FamilyId, Generation, Hold, Phase, Vms};
 use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
 use crate::procfs;
@@ -37,8 +38,9 @@ const IDLE_AFTER: Duration = Duration::from_secs(2);
 const TICKS_EVERY: Duration = Duration::from_millis(900);
 /// What a VM process has of its own, until its live layer was taken once and we know.
 const PROCESS_BYTES: u64 = 1 << 20;
-/// A live layer that is worth a freeze.
+/// A live layer that is worth a freeze: of a VM that runs, and of one that is idle.
 const WORTH_A_FREEZE: u64 = 1 << 20;
+const WORTH_WHEN_IDLE: u64 = 128 << 10;
 /// Live layers taken at a time.
 const FREEZES: usize = 2;
 /// A VM that grows by less in a second is let grow.
@@ -72,6 +74,8 @@ struct VmFigures {
 struct Figures {
     /// Stores, compressed tier and VM processes together.
     accounted: u64,
+    /// Stores alone.
+    stores: u64,
     /// On its way out of memory already.
     leaving: u64,
     vms: Vec<VmFigures>,
@@ -101,12 +105,25 @@ struct Decision {
 struct Marks {
     target: u64,
     brake: u64,
+    /// Stores that have less than this have what guests are at work on: live layers go before it.
+    stores: u64,
 }
 
 impl Marks {
     fn of(limit: u64) -> Self {
         let reserve = (limit / 16).min(256 << 20);
-        Self { target: limit - reserve, brake: limit - reserve / 2 }
+        Self { target: limit - reserve, brake: limit - reserve / 2, stores: limit / 8 }
+    }
+}
+
+impl VmFigures {
+    /// How long it has been idle; nothing for a VM that runs.
+    fn idle_time(&self) -> Duration {
+        if self.idle >= IDLE_AFTER { self.idle } else { Duration::ZERO }
+    }
+
+    fn is_worth_it(&self) -> bool {
+        self.live >= if self.idle >= IDLE_AFTER { WORTH_WHEN_IDLE } else { WORTH_A_FREEZE }
     }
 }
 
@@ -122,16 +139,18 @@ fn decide(limit: u64, figures: &Figures) -> Decision {
         decision.release = true;
         return decision;
     }
-    if !figures.stores_empty {
-        decision.evict = over;
-    }
+    let stores_are_low = figures.stores_empty || figures.stores < marks.stores;
     let short = over.saturating_sub(figures.leaving);
-    if figures.stores_empty && short > 0 {
-        let mut worth: Vec<&VmFigures> =
-            figures.vms.iter().filter(|vm| vm.can_freeze && vm.live >= WORTH_A_FREEZE).collect();
-        let idle = |vm: &VmFigures| if vm.idle >= IDLE_AFTER { vm.idle } else { Duration::ZERO };
-        worth.sort_by_key(|vm| std::cmp::Reverse((idle(vm), vm.live)));
+    if stores_are_low && short > 0 {
+        let mut worth: Vec<&VmFigures> = figures.vms.iter().filter(|vm| vm.can_freeze && vm.is_worth_it()).collect();
+        worth.sort_by_key(|vm| std::cmp::Reverse((vm.idle_time(), vm.live)));
         decision.freeze = worth.iter().take(FREEZES.saturating_sub(figures.freezing)).map(|vm| vm.vm).collect();
+    }
+    if !figures.stores_empty {
+        // Where live layers are on their way, guests keep what they are at work on.
+        let layers_go = figures.freezing > 0 || !decision.freeze.is_empty();
+        let spare = if layers_go { figures.stores.saturating_sub(marks.stores) } else { u64::MAX };
+        decision.evict = over.min(spare);
     }
     if figures.accounted > marks.brake {
         let growing = figures.vms.iter().filter(|vm| vm.can_hold && vm.growth >= SLOW);
@@ -250,6 +269,10 @@ pub struct Budget {
     full_until: Option<Instant>,
     /// The family that gives next.
     turn: FamilyId,
+    /// What prepared processes had when we last looked.
+    prepared: u64,
+    /// There is too little for what would only be handy.
+    tight: bool,
 }
 
 impl Budget {
@@ -264,6 +287,8 @@ impl Budget {
             empty: BTreeMap::new(),
             full_until: None,
             turn: FamilyId(0),
+            prepared: 0,
+            tight: false,
         }
     }
 
@@ -282,9 +307,23 @@ impl Budget {
         vms.iter().any(|vm| vm.is_alive()).then_some(self.next)
     }
 
+    /// Whether something has to go: what is only handy goes first.
+    pub fn is_tight(&self) -> bool {
+        self.tight
+    }
+
     /// Something may begin to grow.
     pub fn stir(&mut self) {
         self.next = self.next.min(Instant::now() + BUSY_LOOK);
+    }
+
+    /// A VM touched a page that was not there: it runs. Whether it was thought idle.
+    fn woke(&mut self, vm: Generation) -> bool {
+        let Some(seen) = self.seen.get_mut(&vm) else { return false };
+        let now = Instant::now();
+        let was_idle = now.saturating_duration_since(seen.ran_at) >= IDLE_AFTER;
+        seen.ran_at = now;
+        was_idle
     }
 
     /// A live layer was taken.
@@ -312,17 +351,26 @@ impl Server {
         Ok(self.budget.limit)
     }
 
-    /// Stores, compressed pages, and the anonymous memory of VM processes, as it is now.
+    /// Stores, compressed pages, and the anonymous memory of VM processes, prepared ones included, as it is now.
     pub(super) fn accounted_bytes(&self) -> u64 {
         let pids = self.vms.iter().filter_map(|vm| self.memory_holder(vm.generation));
         let live: u64 = pids.filter_map(|pid| procfs::anonymous(pid).ok()).sum();
-        self.kept_bytes() + live
+        self.kept_bytes() + live + self.prepared_bytes()
+    }
+
+    /// The anonymous memory of prepared processes, as it is now.
+    fn prepared_bytes(&self) -> u64 {
+        let prepared = self.processes.values().filter(|process| process.role == Role::Pooled);
+        prepared.filter_map(|process| procfs::anonymous(process.memory.main.get()?.as_raw()).ok()).sum()
     }
 
     /// Stores and compressed pages.
     fn kept_bytes(&self) -> u64 {
-        let resident: u64 = self.families.values().map(|manager| manager.family().resident().bytes()).sum();
-        resident + self.swap.borrow().stats().compressed_bytes
+        self.stores_bytes() + self.swap.borrow().stats().compressed_bytes
+    }
+
+    fn stores_bytes(&self) -> u64 {
+        self.families.values().map(|manager| manager.family().resident().bytes()).sum()
     }
 
     fn memory_holder(&self, vm: Generation) -> Option<i32> {
@@ -339,10 +387,12 @@ impl Server {
             self.look(now);
         }
         let Some(limit) = self.budget.effective() else {
+            self.budget.tight = false;
             self.release_all();
             return false;
         };
         let figures = self.figures(now);
+        self.budget.tight = figures.accounted > Marks::of(limit).target;
         let decision = decide(limit, &figures);
         if decision.release {
             self.release_all();
@@ -380,6 +430,7 @@ impl Server {
             let idle = paused || now.saturating_duration_since(seen.ran_at) >= IDLE_AFTER;
             self.set_pace(vm, if idle { Pace::Idle } else { Pace::Running });
         }
+        self.budget.prepared = self.prepared_bytes();
         self.look_at_host(now);
         let bound = self.budget.effective().map_or(u64::MAX, |limit| limit / 4);
         self.swap.borrow_mut().bound(bound);
@@ -391,6 +442,14 @@ impl Server {
     fn set_pace(&mut self, vm: Generation, pace: Pace) {
         if let Some((family, member)) = self.vms.get(vm).and_then(|vm| vm.memory) {
             self.families.get_mut(&family).expect("a VM has a family").set_pace(member, pace);
+        }
+    }
+
+    /// A guest waits for a page. What was thought idle may be about to lose what it needs now.
+    pub(super) fn has_trapped(&mut self, vm: Generation) {
+        self.budget.stir();
+        if self.budget.woke(vm) && self.vms.get(vm).is_some_and(|vm| !vm.paused) {
+            self.set_pace(vm, Pace::Running);
         }
     }
 
@@ -411,7 +470,7 @@ impl Server {
 
     /// What counts, with what was last seen of VM processes.
     fn accounted(&self) -> u64 {
-        self.kept_bytes() + self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>()
+        self.kept_bytes() + self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + self.budget.prepared
     }
 
     fn figures(&self, now: Instant) -> Figures {
@@ -433,6 +492,7 @@ impl Server {
         };
         Figures {
             accounted: self.accounted(),
+            stores: self.stores_bytes(),
             leaving: self.families.values().map(|manager| manager.family().unsettled().bytes()).sum(),
             vms: self.budget.seen.iter().filter_map(figures).collect(),
             stores_empty: self.families.iter().all(empty),
@@ -544,7 +604,7 @@ mod tests {
         let idle = VmFigures { idle: Duration::from_secs(3), ..vm(1, 2) };
         let idler = VmFigures { idle: Duration::from_secs(9), ..vm(2, 2) };
         let vms = [vm(3, 60), idle, vm(4, 70), idler, VmFigures { can_freeze: false, ..vm(5, 99) }, vm(6, 0)];
-        let mut all = figures(154, &vms);
+        let mut all = Figures { stores: 30 * MIB, ..figures(154, &vms) };
         let decision = decide(160 * MIB, &all);
         assert_eq!((decision.evict, decision.freeze.len(), decision.hold.len()), (4 * MIB, 0, 0));
         all.stores_empty = true;
@@ -555,6 +615,21 @@ mod tests {
         assert_eq!(decide(160 * MIB, &all).freeze, [Generation(4)]);
         // What is on its way out is enough.
         all.leaving = 4 * MIB;
+        assert_eq!(decide(160 * MIB, &all), Decision::default());
+    }
+
+    /// What is in stores came back because somebody works on it: idle machines' own pages go before the last of it.
+    #[test]
+    fn live_layers_go_before_the_last_of_stores() {
+        let idle = VmFigures { live: 200 << 10, idle: Duration::from_secs(3), ..vm(1, 0) };
+        let busy = VmFigures { live: 200 << 10, ..vm(2, 0) };
+        let mut all = Figures { stores: 21 * MIB, ..figures(154, &[idle, busy]) };
+        assert_eq!(decide(160 * MIB, &all), Decision { evict: 4 * MIB, ..Decision::default() });
+        all.stores = 19 * MIB;
+        assert_eq!(decide(160 * MIB, &all), Decision { freeze: vec![Generation(1)], ..Decision::default() });
+        (all.stores, all.vms) = (19 * MIB, vec![busy]);
+        assert_eq!(decide(160 * MIB, &all), Decision { evict: 4 * MIB, ..Decision::default() });
+        all.freezing = 1;
         assert_eq!(decide(160 * MIB, &all), Decision::default());
     }
 
