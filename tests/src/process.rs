@@ -54,24 +54,34 @@ pub fn user_namespace(pid: i32) -> PathBuf {
 pub fn host_memory(server: i32) -> u64 {
     // A keeper, which has no descriptors, has the memory of its VM process: that counts once.
     let has_descriptors = |pid: &i32| fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut all| all.next().is_some());
-    let processes = children_of(server).into_iter().filter(has_descriptors).chain([server]);
-    let own: u64 = processes.map(|pid| own_memory(pid).unwrap_or(0)).sum();
+    let processes: Vec<i32> = children_of(server).into_iter().filter(has_descriptors).chain([server]).collect();
     let mut seen = BTreeSet::new();
     let stores = descriptors(server).into_iter().filter(|(_, name)| name.contains("memfd:offshoot-store"));
-    let stores = stores.filter_map(|(path, _)| fs::metadata(path).ok()).filter(|store| seen.insert(store.ino()));
-    own + stores.map(|store| store.blocks() * 512).sum::<u64>()
+    let stores: Vec<PathBuf> = stores.map(|(path, _)| path).collect();
+    let slow: u64 = processes.iter().filter_map(|&pid| files_and_tables(pid)).sum();
+    // At one moment, as far as that goes: pages move between processes and stores all the time.
+    let anonymous: u64 = processes.iter().filter_map(|&pid| anonymous(pid)).sum();
+    let stores = stores.iter().filter_map(|path| fs::metadata(path).ok()).filter(|store| seen.insert(store.ino()));
+    slow + anonymous + stores.map(|store| store.blocks() * 512).sum::<u64>()
 }
 
-/// A process's share of its pages, without shared memory, and its page tables. A process that ends meanwhile has none.
-fn own_memory(pid: i32) -> Option<u64> {
+/// A process's share of the files it maps, and its page tables. A process that ends meanwhile has none.
+fn files_and_tables(pid: i32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let field = |text: &str, key: &str| -> Option<u64> {
         let line = text.lines().find(|line| line.starts_with(key))?;
         line.split_whitespace().nth(1)?.parse().ok()
     };
-    let kib = field(&rollup, "Pss:")? - field(&rollup, "Pss_Shmem:")? + field(&status, "VmPTE:")?;
-    Some(kib << 10)
+    Some((field(&rollup, "Pss_File:")? + field(&status, "VmPTE:")?) << 10)
+}
+
+/// A process's pages that are of no file.
+fn anonymous(pid: i32) -> Option<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let mut pages = statm.split_whitespace().skip(1).map(|word| word.parse::<u64>());
+    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
+    Some((resident - shared) * 4096)
 }
 
 fn state_and_parent(pid: i32) -> Option<(char, i32)> {

@@ -12,8 +12,8 @@
 //! ```
 
 use super::Server;
-use super::reclaim::{Evicted, NO_TRAPS};
 use super::process::Role;
+use super::reclaim::{Evicted, NO_TRAPS};
 use super::vm::{FamilyId, Generation, Hold, Phase, Vms};
 use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
 use crate::procfs;
@@ -36,6 +36,14 @@ const LOOK_SHARE: u32 = 20;
 const IDLE_AFTER: Duration = Duration::from_secs(2);
 /// …which is told from processor time, read this often. One tick is no sign of life.
 const TICKS_EVERY: Duration = Duration::from_millis(900);
+/// What may come and go between two looks: guests write hundreds of megabytes in a second, and what moves to swap is there
+/// twice for a moment.
+const SURPRISE: u64 = 24 << 20;
+/// By the time that those who grow stand still, they have grown for this long.
+const STOPPING: Duration = Duration::from_millis(40);
+/// What a server has of its own without VMs. What it needs beyond that, and beyond compressed pages, counts: its books of
+/// what is in swap, above all.
+const SERVER_BYTES: u64 = 4 << 20;
 /// What a VM process has of its own, until its live layer was taken once and we know.
 const PROCESS_BYTES: u64 = 1 << 20;
 /// A live layer that is worth a freeze: of a VM that runs, and of one that is idle.
@@ -111,7 +119,7 @@ struct Marks {
 
 impl Marks {
     fn of(limit: u64) -> Self {
-        let reserve = (limit / 16).min(256 << 20);
+        let reserve = (limit / 16).max(SURPRISE.min(limit / 8)).min(256 << 20);
         Self { target: limit - reserve, brake: limit - reserve / 2, stores: limit / 8 }
     }
 }
@@ -147,12 +155,15 @@ fn decide(limit: u64, figures: &Figures) -> Decision {
         decision.freeze = worth.iter().take(FREEZES.saturating_sub(figures.freezing)).map(|vm| vm.vm).collect();
     }
     if !figures.stores_empty {
-        // Where live layers are on their way, guests keep what they are at work on.
+        // Where live layers are on their way, guests keep what they are at work on, as long as there is time.
         let layers_go = figures.freezing > 0 || !decision.freeze.is_empty();
+        let layers_go = layers_go && figures.accounted <= marks.brake;
         let spare = if layers_go { figures.stores.saturating_sub(marks.stores) } else { u64::MAX };
         decision.evict = over.min(spare);
     }
-    if figures.accounted > marks.brake {
+    let growth: u64 = figures.vms.iter().filter(|vm| vm.growth >= SLOW).map(|vm| vm.growth).sum();
+    let soon = figures.accounted.saturating_add((growth as f64 * STOPPING.as_secs_f64()) as u64);
+    if figures.accounted > marks.brake || soon > limit {
         let growing = figures.vms.iter().filter(|vm| vm.can_hold && vm.growth >= SLOW);
         decision.hold = growing.map(|vm| vm.vm).collect();
     }
@@ -206,7 +217,7 @@ struct Seen {
     at: Instant,
     bytes: u64,
     growth: u64,
-    /// What its process had when its live layer had just been taken.
+    /// What its process has beside its live layer.
     least: u64,
     ticks: u64,
     ticks_at: Instant,
@@ -241,9 +252,7 @@ impl Seen {
         // What stood still for a moment goes on as before.
         self.growth = growth.max(if self.held.is_some() { self.growth } else { self.growth / 2 });
         (self.at, self.bytes) = (now, bytes);
-        if std::mem::take(&mut self.taken) {
-            self.least = bytes;
-        }
+        self.taken = false;
         self.least = self.least.min(bytes);
     }
 
@@ -326,6 +335,13 @@ impl Budget {
         was_idle
     }
 
+    /// A VM's process had `bytes` when all of its live layer, so many of them, had just been moved out.
+    pub fn layer_moved(&mut self, vm: Generation, bytes: u64, moved: PageCount) {
+        if let Some(seen) = self.seen.get_mut(&vm) {
+            seen.least = bytes.saturating_sub(moved.bytes());
+        }
+    }
+
     /// A live layer was taken.
     pub fn layer_taken(&mut self, vm: Generation) {
         if let Some(seen) = self.seen.get_mut(&vm) {
@@ -364,13 +380,22 @@ impl Server {
         prepared.filter_map(|process| procfs::anonymous(process.memory.main.get()?.as_raw()).ok()).sum()
     }
 
-    /// Stores and compressed pages.
+    /// Stores, compressed pages, and the books.
     fn kept_bytes(&self) -> u64 {
-        self.stores_bytes() + self.swap.borrow().stats().compressed_bytes
+        let compressed = self.swap.borrow().stats().compressed_bytes;
+        let own = procfs::anonymous(std::process::id() as i32).unwrap_or(0);
+        self.stores_bytes() + compressed + own.saturating_sub(compressed + SERVER_BYTES)
     }
 
     fn stores_bytes(&self) -> u64 {
         self.families.values().map(|manager| manager.family().resident().bytes()).sum()
+    }
+
+    /// A VM's live layer has just been moved out: what its process has beside it is known.
+    pub(super) fn layer_moved(&mut self, vm: Generation, moved: PageCount) {
+        if let Some(bytes) = self.memory_holder(vm).and_then(|pid| procfs::anonymous(pid).ok()) {
+            self.budget.layer_moved(vm, bytes, moved);
+        }
     }
 
     fn memory_holder(&self, vm: Generation) -> Option<i32> {
@@ -596,7 +621,7 @@ mod tests {
     fn below_the_target_nothing_is_done() {
         let growing = VmFigures { growth: 100 * MIB, ..vm(1, 50) };
         let nothing = Decision { release: true, ..Decision::default() };
-        assert_eq!(decide(160 * MIB, &figures(150, &[growing])), nothing);
+        assert_eq!(decide(160 * MIB, &figures(140, &[growing])), nothing);
     }
 
     #[test]
@@ -604,7 +629,7 @@ mod tests {
         let idle = VmFigures { idle: Duration::from_secs(3), ..vm(1, 2) };
         let idler = VmFigures { idle: Duration::from_secs(9), ..vm(2, 2) };
         let vms = [vm(3, 60), idle, vm(4, 70), idler, VmFigures { can_freeze: false, ..vm(5, 99) }, vm(6, 0)];
-        let mut all = Figures { stores: 30 * MIB, ..figures(154, &vms) };
+        let mut all = Figures { stores: 30 * MIB, ..figures(144, &vms) };
         let decision = decide(160 * MIB, &all);
         assert_eq!((decision.evict, decision.freeze.len(), decision.hold.len()), (4 * MIB, 0, 0));
         all.stores_empty = true;
@@ -623,7 +648,7 @@ mod tests {
     fn live_layers_go_before_the_last_of_stores() {
         let idle = VmFigures { live: 200 << 10, idle: Duration::from_secs(3), ..vm(1, 0) };
         let busy = VmFigures { live: 200 << 10, ..vm(2, 0) };
-        let mut all = Figures { stores: 21 * MIB, ..figures(154, &[idle, busy]) };
+        let mut all = Figures { stores: 21 * MIB, ..figures(144, &[idle, busy]) };
         assert_eq!(decide(160 * MIB, &all), Decision { evict: 4 * MIB, ..Decision::default() });
         all.stores = 19 * MIB;
         assert_eq!(decide(160 * MIB, &all), Decision { freeze: vec![Generation(1)], ..Decision::default() });
@@ -637,9 +662,9 @@ mod tests {
     fn near_the_limit_those_that_grow_stand_still() {
         let fast = VmFigures { growth: 100 * MIB, ..vm(1, 9) };
         let held = VmFigures { can_hold: false, ..fast };
-        let mut all = figures(156, &[fast, VmFigures { vm: Generation(2), ..held }, vm(3, 90)]);
+        let mut all = figures(152, &[fast, VmFigures { vm: Generation(2), ..held }, vm(3, 90)]);
         assert_eq!(decide(160 * MIB, &all).hold, [Generation(1)]);
-        all.accounted = 154 * MIB;
+        all.accounted = 144 * MIB;
         assert_eq!(decide(160 * MIB, &all).hold, []);
         (all.accounted, all.swap_full) = (200 * MIB, true);
         assert_eq!(decide(160 * MIB, &all), Decision { release: true, ..Decision::default() });
@@ -676,9 +701,8 @@ mod tests {
         seen.saw(at(200), 6 * MIB);
         assert_eq!(seen.growth / MIB, 100);
         seen.held = None;
-        seen.taken = true;
         seen.saw(at(300), 2 * MIB);
-        assert_eq!((seen.growth / MIB, seen.bytes - seen.least), (50, 0));
+        assert_eq!((seen.growth / MIB, seen.bytes - seen.least), (50, MIB));
         seen.ran(at(1000), 50);
         seen.ran(at(2000), 51);
         assert_eq!(seen.ran_at, at(1000));

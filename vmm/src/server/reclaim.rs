@@ -244,10 +244,10 @@ impl Server {
             self.processes[&process].memory.scratch.borrow_mut().insert(store, frozen.scratch_base);
         }
         self.families.get_mut(&family).expect("a VM has a family").finish_freeze(member, &frozen.harvest);
-        let moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
-        for settling in self.reclaims.settling.iter_mut().filter(|settling| settling.store == store) {
-            settling.moved = PageCount(if settling.family == family { moved } else { settling.moved.0 });
-        }
+        let moved = PageCount(frozen.harvest.private.iter().map(|pages| pages.count().0).sum());
+        let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, store);
+        self.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
+        self.layer_moved(generation, moved);
         self.freeze(generation);
         true
     }
