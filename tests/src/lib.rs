@@ -4,6 +4,7 @@
 //! | file | has |
 //! | --- | --- |
 //! | `home` | a home of a test's own, its server, and the proof that nothing of it is left |
+//! | `fuse` | a file whose blocks can be made to fail |
 //! | `served` | a server with options of its own |
 //! | `turn` | who may run beside whom |
 //! | `binary` | the `offshoot` binary, built if it is not there or not of today |
@@ -18,6 +19,7 @@
 mod binary;
 mod command;
 mod figures;
+pub mod fuse;
 mod guest;
 mod home;
 pub mod process;
