@@ -106,9 +106,9 @@ pub trait Swap {
     /// Takes copies of 1..=16 whole pages. They can be read at once; they get to the disk behind the caller's back.
     ///
     /// # Errors
-    /// Nothing has been taken. `StorageFull`: no slots left, or the disk takes no more for now. `WouldBlock`: the disk is
-    /// behind and memory for what waits is used up: try again after the next completion. `InvalidInput`: not 1 to 16
-    /// whole pages.
+    /// Nothing has been taken. `StorageFull`: there is no room before something is freed. `ResourceBusy`: the disk takes
+    /// no more for now, and memory for what waits is used up. `WouldBlock`: the disk is behind: try again after the next
+    /// completion. `InvalidInput`: not 1 to 16 whole pages.
     fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot>;
 
     /// Reads `buf.len()/4096` pages from consecutive slots of one `put`.

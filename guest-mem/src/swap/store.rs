@@ -238,7 +238,7 @@ impl SwapStore {
         if sums.writes + sums.dropped > 0 || self.books.discarding.is_some() {
             io::Error::new(io::ErrorKind::WouldBlock, "the swap disk is behind")
         } else if self.failing.is_some() {
-            io::Error::new(io::ErrorKind::StorageFull, "the swap disk fails, and memory for compressed pages is full")
+            io::Error::new(io::ErrorKind::ResourceBusy, "the swap disk fails, and memory for compressed pages is full")
         } else {
             io::Error::new(io::ErrorKind::StorageFull, "swap is full")
         }
