@@ -14,7 +14,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::object::Batch;
 use crate::swap::CLUSTER;
 use crate::window::StoreId;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// Evictions at least this recent are too recent, however little is left in memory.
 const RECENT: u32 = 64;
@@ -26,7 +26,7 @@ const MANY: u32 = 32;
 /// The clusters that have pages in a store, by age.
 #[derive(Debug, Default)]
 pub(crate) struct Ages {
-    listed: BTreeMap<StoreId, BTreeMap<u64, Place>>,
+    listed: HashMap<StoreId, BTreeMap<u64, Place>>,
     /// Clusters that are listed.
     count: usize,
     queue: VecDeque<Entry>,

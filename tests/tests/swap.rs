@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 use vmm::api::VmState;
+use vmm::client::Vm;
 use vmm::units::ByteSize;
 
 /// 64 MiB.
@@ -170,6 +171,38 @@ fn a_small_swap_takes_what_it_can() {
     children[0].fill(5000..6000, 2);
     children[0].verify(5000..6000, 2);
     children[1].verify(PAGES, 1);
+    home.check();
+    home.client().remove_all().expect("rm --all");
+    assert_eq!(home.totals().swap_slots, 0);
+}
+
+/// What came back from a full swap is in both places, and gives up that one for another family's memory.
+#[test]
+fn a_full_swap_gives_up_copies() {
+    let Some(home) = TestHome::new() else { return };
+    let file = home.path().with_file_name("small");
+    let place = format!("{}:40M", file.display());
+    let _server = Served::new(&home, &["--swap", &place, "--compressed", "1M"]);
+    let (first, second) = (home.launch("a", ByteSize::mib(64)), home.launch("b", ByteSize::mib(64)));
+    // 31 MiB each.
+    for (vm, seed) in [(&first, 1), (&second, 2)] {
+        vm.fill(1000..9000, seed);
+        fork_settled(vm, 1);
+    }
+    let out = |vm: &Vm| {
+        let taken = (0..4).map(|_| vm.reclaim(ByteSize::mib(31)).expect("reclaim").reclaimed_bytes);
+        taken.sum::<u64>()
+    };
+    assert!(out(&first) >= 30 << 20);
+    assert!(out(&second) <= 20 << 20, "there is no room for both: {:?}", home.totals());
+    first.verify(1000..9000, 1);
+    let before = home.totals();
+    let taken = out(&second);
+    println!("{taken} bytes more: {:?}", home.totals());
+    assert!(taken >= 8 << 20, "{taken}: {before:?} {:?}", home.totals());
+    home.check();
+    first.verify(1000..9000, 1);
+    second.verify(1000..9000, 2);
     home.check();
     home.client().remove_all().expect("rm --all");
     assert_eq!(home.totals().swap_slots, 0);

@@ -20,7 +20,7 @@ use crate::procfs;
 use crate::wire::ToVm;
 use guest_mem::family::Pace;
 use guest_mem::{PAGE_SIZE, PageCount};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// How often to look while something grows, at most and at least.
@@ -93,6 +93,8 @@ struct Figures {
     swap_full: bool,
     /// Live layers that are being taken.
     freezing: usize,
+    /// They were to go when VMs were last looked at.
+    layers_go: bool,
 }
 
 /// What to do.
@@ -156,7 +158,7 @@ fn decide(limit: u64, figures: &Figures) -> Decision {
     }
     if !figures.stores_empty {
         // Where live layers are on their way, guests keep what they are at work on, as long as there is time.
-        let layers_go = figures.freezing > 0 || !decision.freeze.is_empty();
+        let layers_go = figures.layers_go || figures.freezing > 0 || !decision.freeze.is_empty();
         let layers_go = layers_go && figures.accounted <= marks.brake;
         let spare = if layers_go { figures.stores.saturating_sub(marks.stores) } else { u64::MAX };
         decision.evict = over.min(spare);
@@ -204,7 +206,8 @@ fn interval(growth: u64, room: Room, took: Duration) -> Duration {
 
 /// What the host's shortage leaves us, if it is short.
 fn shortage(pressure: Option<f64>, available: u64, total: u64, accounted: u64) -> Option<u64> {
-    let least = (total / 32).min(1 << 30);
+    // In a small control group as well, guests may write for a moment before they are seen to.
+    let least = (total / 32).max(SURPRISE.min(total / 4)).min(1 << 30);
     let missing = least.saturating_sub(available);
     let stalls = pressure.is_some_and(|percent| percent >= PRESSURE);
     let give = missing.max(if stalls { accounted / 16 } else { 0 });
@@ -278,8 +281,14 @@ pub struct Budget {
     full_until: Option<Instant>,
     /// The family that gives next.
     turn: FamilyId,
-    /// What prepared processes had when we last looked.
-    prepared: u64,
+    /// What VM processes, and prepared ones, had when we last looked.
+    live: u64,
+    /// What our books took then.
+    books: u64,
+    /// VMs that stand still for us, or are about to.
+    held: BTreeSet<Generation>,
+    /// Live layers were to go when we last decided.
+    layers_go: bool,
     /// There is too little for what would only be handy.
     tight: bool,
 }
@@ -296,7 +305,10 @@ impl Budget {
             empty: BTreeMap::new(),
             full_until: None,
             turn: FamilyId(0),
-            prepared: 0,
+            live: 0,
+            books: 0,
+            held: BTreeSet::new(),
+            layers_go: false,
             tight: false,
         }
     }
@@ -371,7 +383,7 @@ impl Server {
     pub(super) fn accounted_bytes(&self) -> u64 {
         let pids = self.vms.iter().filter_map(|vm| self.memory_holder(vm.generation));
         let live: u64 = pids.filter_map(|pid| procfs::anonymous(pid).ok()).sum();
-        self.kept_bytes() + live + self.prepared_bytes()
+        self.kept_bytes() + self.books_bytes() + live + self.prepared_bytes()
     }
 
     /// The anonymous memory of prepared processes, as it is now.
@@ -380,11 +392,15 @@ impl Server {
         prepared.filter_map(|process| procfs::anonymous(process.memory.main.get()?.as_raw()).ok()).sum()
     }
 
-    /// Stores, compressed pages, and the books.
+    /// Stores and compressed pages.
     fn kept_bytes(&self) -> u64 {
-        let compressed = self.swap.borrow().stats().compressed_bytes;
+        self.stores_bytes() + self.swap.borrow().stats().compressed_bytes
+    }
+
+    /// What we need beyond compressed pages, and what a server needs anyway.
+    fn books_bytes(&self) -> u64 {
         let own = procfs::anonymous(std::process::id() as i32).unwrap_or(0);
-        self.stores_bytes() + compressed + own.saturating_sub(compressed + SERVER_BYTES)
+        own.saturating_sub(self.swap.borrow().stats().compressed_bytes + SERVER_BYTES)
     }
 
     fn stores_bytes(&self) -> u64 {
@@ -408,7 +424,8 @@ impl Server {
         if !self.features.userfaultfd || self.stopping.is_some() {
             return false;
         }
-        if now >= self.budget.next {
+        let looks = now >= self.budget.next;
+        if looks {
             self.look(now);
         }
         let Some(limit) = self.budget.effective() else {
@@ -416,9 +433,14 @@ impl Server {
             self.release_all();
             return false;
         };
-        let figures = self.figures(now);
+        // What VMs do is known as of the last look: in between, there are only stores to think of, however many VMs.
+        let vms = if looks { self.vm_figures(now) } else { Vec::new() };
+        let figures = self.figures(now, vms);
         self.budget.tight = figures.accounted > Marks::of(limit).target;
         let decision = decide(limit, &figures);
+        if looks {
+            self.budget.layers_go = !decision.freeze.is_empty();
+        }
         if decision.release {
             self.release_all();
         }
@@ -441,7 +463,9 @@ impl Server {
             .filter(|vm| vm.is_alive() && vm.memory.is_some())
             .map(|vm| (vm.generation, vm.paused))
             .collect();
-        self.budget.seen.retain(|vm, _| alive.iter().any(|(alive, _)| alive == vm));
+        let is_alive: BTreeSet<Generation> = alive.iter().map(|(vm, _)| *vm).collect();
+        self.budget.seen.retain(|vm, _| is_alive.contains(vm));
+        self.budget.held.retain(|vm| self.vms.get(*vm).is_some_and(|vm| vm.hold != Hold::Free));
         for (vm, paused) in alive {
             let Some(pid) = self.memory_holder(vm) else { continue };
             let Ok(bytes) = procfs::anonymous(pid) else { continue };
@@ -455,7 +479,8 @@ impl Server {
             let idle = paused || now.saturating_duration_since(seen.ran_at) >= IDLE_AFTER;
             self.set_pace(vm, if idle { Pace::Idle } else { Pace::Running });
         }
-        self.budget.prepared = self.prepared_bytes();
+        self.budget.live = self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + self.prepared_bytes();
+        self.budget.books = self.books_bytes();
         self.look_at_host(now);
         let bound = self.budget.effective().map_or(u64::MAX, |limit| limit / 4);
         self.swap.borrow_mut().bound(bound);
@@ -481,7 +506,9 @@ impl Server {
     fn look_at_host(&mut self, now: Instant) {
         let budget = &mut self.budget;
         budget.shortage.take_if(|(_, until)| *until <= now);
-        if budget.host_seen.is_some_and(|at| now < at + QUIET_LOOK) {
+        let grows = budget.seen.values().any(|seen| seen.growth >= SLOW);
+        let every = if grows { GROWING_LOOK } else { QUIET_LOOK };
+        if budget.host_seen.is_some_and(|at| now < at + every) {
             return;
         }
         budget.host_seen = Some(now);
@@ -495,10 +522,11 @@ impl Server {
 
     /// What counts, with what was last seen of VM processes.
     fn accounted(&self) -> u64 {
-        self.kept_bytes() + self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + self.budget.prepared
+        self.kept_bytes() + self.budget.books + self.budget.live
     }
 
-    fn figures(&self, now: Instant) -> Figures {
+    /// What VMs have, and do, as of the last look.
+    fn vm_figures(&self, now: Instant) -> Vec<VmFigures> {
         let figures = |(&vm, seen): (&Generation, &Seen)| {
             let record = self.vms.get(vm)?;
             let free = record.hold == Hold::Free && record.phase == Phase::Live && record.forks.is_empty();
@@ -512,6 +540,10 @@ impl Server {
                 can_hold: free && !record.paused && record.pausers.is_empty() && rested,
             })
         };
+        self.budget.seen.iter().filter_map(figures).collect()
+    }
+
+    fn figures(&self, now: Instant, vms: Vec<VmFigures>) -> Figures {
         let empty = |(id, manager): (&FamilyId, &super::FamilyManager)| {
             self.budget.empty.get(id).is_some_and(|left| manager.family().resident() <= *left)
         };
@@ -519,10 +551,11 @@ impl Server {
             accounted: self.accounted(),
             stores: self.stores_bytes(),
             leaving: self.families.values().map(|manager| manager.family().unsettled().bytes()).sum(),
-            vms: self.budget.seen.iter().filter_map(figures).collect(),
+            vms,
             stores_empty: self.families.iter().all(empty),
             swap_full: self.budget.full_until.is_some_and(|until| now < until),
             freezing: self.reclaims.settling(),
+            layers_go: self.budget.layers_go,
         }
     }
 
@@ -543,7 +576,7 @@ impl Server {
             Evicted::Some => drop(self.budget.empty.remove(&family)),
             Evicted::All => drop(self.budget.empty.insert(family, left)),
             Evicted::Behind => return false,
-            Evicted::Full => {
+            Evicted::Full | Evicted::Failing => {
                 self.budget.full_until = Some(now + QUIET_LOOK);
                 return false;
             }
@@ -556,6 +589,7 @@ impl Server {
         if let (Some(vm), Some(seen)) = (self.vms.get_mut(generation), self.budget.seen.get_mut(&generation)) {
             vm.hold = Hold::Stopping;
             seen.held = Some(now);
+            self.budget.held.insert(generation);
             self.tell(generation, &ToVm::Pause);
         }
     }
@@ -571,20 +605,21 @@ impl Server {
     }
 
     fn release_all(&mut self) {
-        let held: Vec<Generation> =
-            self.vms.iter().filter(|vm| vm.hold == Hold::Held).map(|vm| vm.generation).collect();
+        let held: Vec<Generation> = self.budget.held.iter().copied().collect();
         held.into_iter().for_each(|vm| self.release(vm));
     }
 
     /// Nobody stands still for long.
     fn release_tired(&mut self, now: Instant) {
-        let tired = |(&vm, seen): (&Generation, &Seen)| seen.held.is_some_and(|at| now >= at + HOLD_MOST).then_some(vm);
-        let tired: Vec<Generation> = self.budget.seen.iter().filter_map(tired).collect();
+        let since = |vm: &Generation| self.budget.seen.get(vm).and_then(|seen| seen.held);
+        let tired = |vm: &Generation| since(vm).is_some_and(|at| now >= at + HOLD_MOST);
+        let tired: Vec<Generation> = self.budget.held.iter().copied().filter(tired).collect();
         tired.into_iter().for_each(|vm| self.release(vm));
     }
 
     /// A VM runs again.
     pub(super) fn released(&mut self, generation: Generation) {
+        self.budget.held.remove(&generation);
         let Some(vm) = self.vms.get_mut(generation) else { return };
         vm.hold = Hold::Free;
         for client in std::mem::take(&mut vm.late_pausers) {
