@@ -35,6 +35,9 @@ pub struct SwapCounts {
 /// Copies in swap that are given up at a time when it is full.
 const COPIES: PageCount = PageCount(256);
 
+/// Stores that pages have just come back to, and that are ready for more.
+const AWAKE: usize = 16;
+
 /// What was evicted.
 #[derive(Debug, Default)]
 pub struct Evicted {
@@ -172,10 +175,24 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             let mut effects = Effects::default();
             self.family.swapped_in(read, pages, how, &mut effects);
             self.carry_out(effects);
-            self.rest(store);
+            self.doze(store);
             self.wake_swapping_in(store, pages);
         }
         Ok(Fetch::Here)
+    }
+
+    /// A settled store was filled, and may soon be again: what that needs is kept for the last few.
+    fn doze(&mut self, store: StoreId) {
+        if self.awake.back() == Some(&store) {
+            return;
+        }
+        self.awake.retain(|&awake| awake != store);
+        self.awake.push_back(store);
+        if self.awake.len() > AWAKE
+            && let Some(longest) = self.awake.pop_front()
+        {
+            self.rest(longest);
+        }
     }
 
     /// Guests that wait for these pages look again.
