@@ -72,6 +72,8 @@ fn from_swap() -> Duration {
     }
     let child = family.fork(parent).expect("fork");
     family.settle().expect("settle");
+    // Who would be asked for traps as well.
+    family.exit(parent);
     assert!(family.evict_some(PageCount(PAGES)).stopped.is_none());
     let memory = family.memory(child).clone();
     let traps = family.trap_descriptor(child).expect("traps").try_clone_to_owned().expect("a descriptor");
