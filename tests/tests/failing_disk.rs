@@ -54,7 +54,7 @@ impl Family {
         }
         wait_until("the tier is written out", TEN_SECONDS, || family.totals().compressed_bytes < 3 << 20);
         let totals = family.totals();
-        assert!(totals.disk_bytes >= u64::from(CLONES) * 7 << 20, "{totals:?}");
+        assert!(totals.disk_bytes >= (u64::from(CLONES) * 7) << 20, "{totals:?}");
         Some(family)
     }
 
@@ -137,7 +137,7 @@ fn a_block_that_cannot_be_written_is_done_without() {
         // It rests for a second after a failure, and goes on.
         wait_until("the disk is written to again", TEN_SECONDS, || {
             family.home.client().reclaim_all(ByteSize::mib(100)).expect("reclaim");
-            family.totals().disk_bytes >= u64::from(CLONES) * 7 << 20
+            family.totals().disk_bytes >= (u64::from(CLONES) * 7) << 20
         });
         assert_eq!(family.survivors(), CLONES as usize);
         assert_eq!(family.totals().lost_pages, 0);

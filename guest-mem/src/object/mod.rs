@@ -459,7 +459,10 @@ impl Objects {
         if account.slots.is_empty() {
             self.stores.remove(&store);
             self.ages.forget(store);
-            self.clean.extract_if((store, 0)..=(store, u64::MAX), |_| true).for_each(drop);
+            let gone: Vec<(StoreId, u64)> = self.clean.range((store, 0)..=(store, u64::MAX)).copied().collect();
+            for cluster in gone {
+                self.clean.remove(&cluster);
+            }
             effects.push(Effect::DropStore(store));
         }
     }
