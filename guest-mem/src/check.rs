@@ -1,13 +1,14 @@
 //! The invariants, numbered as in the design. Run after every step of every model test, and on live servers.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, Vm, VmId};
+use crate::family::{Family, Pace, Vm, VmId};
 use crate::object::{Kind, ObjectId, Slot};
+use crate::reclaim::clusters;
 use crate::stage2::{TableId, View, entries};
 use crate::swap::{Swap, SwapSlot};
 use crate::window::{Run, Source, StoreId};
 use rangemap::RangeSet;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// 4: no slot of swap is owned twice, and if `swap` can tell, every slot that is in use is owned: by one of `families`,
 /// which are all that use it.
@@ -127,6 +128,10 @@ impl Family {
             if mapped != object.mappings {
                 broken.push(format!("2: {id:?} counts {} mappings, {mapped} entries show it", object.mappings));
             }
+            let busy = self.busy_showing(id);
+            if busy != object.busy {
+                broken.push(format!("2: {id:?} counts {} busy ones that show it, there are {busy}", object.busy));
+            }
             let absorbable = object.shadows.len() == 1
                 && object.kind == Kind::Anonymous
                 && object.shadows.iter().all(|&shadow| !self.objects.has_gaps(shadow));
@@ -134,6 +139,14 @@ impl Family {
                 broken.push(format!("2: {id:?} should have been collapsed"));
             }
         }
+    }
+
+    /// Map entries of running VMs, and busy shadows, that show an object.
+    fn busy_showing(&self, id: ObjectId) -> u32 {
+        let running = self.vms.values().filter(|vm| vm.pace == Pace::Running);
+        let entries = running.flat_map(|vm| vm.map.iter()).filter(|(_, entry)| entry.object == Some(id));
+        let shadows = self.objects.get(id).shadows.iter().filter(|&&shadow| self.objects.get(shadow).busy > 0);
+        (entries.count() + shadows.count()) as u32
     }
 
     /// 2: the use counts of tables are exact.
@@ -192,6 +205,11 @@ impl Family {
                     broken
                         .push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
                 }
+                if let Slot::Clean(store, _) = slot
+                    && !clusters(pages.clone().into()).all(|cluster| self.objects.clean.contains(&(*store, cluster)))
+                {
+                    broken.push(format!("3: copies in swap of pages {pages:?} of {store:?} would never be given up"));
+                }
                 if slot.is_pending() && !self.objects.pending.contains(&id) {
                     broken.push(format!("3: {id:?} has pending pages and is not listed"));
                 }
@@ -200,7 +218,21 @@ impl Family {
         for id in self.objects.put_off.difference(&self.objects.pending) {
             broken.push(format!("3: {id:?} waits for swap, and has nothing pending"));
         }
+        let anonymous = self.objects.stores.iter().filter(|(_, account)| account.kind == Kind::Anonymous);
+        let resident: u64 = anonymous.clone().map(|(_, account)| account.resident).sum();
+        if resident != self.objects.resident_pages {
+            broken.push(format!("3: {resident} pages are in stores, not {}", self.objects.resident_pages));
+        }
+        let is_idle = |store: &StoreId| !self.objects.owners(*store).any(|(id, _)| self.objects.get(id).busy > 0);
+        let idle: BTreeSet<StoreId> = anonymous.map(|(&store, _)| store).filter(is_idle).collect();
+        if !self.objects.ages.idle_is_sound(&idle) {
+            broken.push(format!("3: {idle:?} are the stores that only idle VMs see"));
+        }
         for (store, account) in &self.objects.stores {
+            let busy = self.objects.owners(*store).filter(|(id, _)| self.objects.get(*id).busy > 0).count();
+            if busy as u32 != account.busy {
+                broken.push(format!("3: {store:?} counts {} busy objects, {busy} have pages of it", account.busy));
+            }
             let left = account.scratch.map_or(0, |scratch| scratch.left);
             let told = ([account.resident, account.gaps, left, account.swapped], self.objects.owners(*store).collect());
             let counted = (counts.remove(store).unwrap_or_default(), holders.remove(store).unwrap_or_default());

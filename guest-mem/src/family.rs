@@ -120,7 +120,17 @@ impl Family {
 
     /// Says whether a VM needs its memory soon.
     pub fn set_pace(&mut self, id: VmId, pace: Pace) {
-        self.vm_mut(id).pace = pace;
+        let before = std::mem::replace(&mut self.vm_mut(id).pace, pace);
+        if before == pace {
+            return;
+        }
+        let shown: Vec<ObjectId> = self.vm(id).map.iter().filter_map(|(_, entry)| entry.object).collect();
+        for object in shown {
+            match pace {
+                Pace::Running => self.objects.rouse(object),
+                Pace::Idle => self.objects.calm(object),
+            }
+        }
     }
 
     pub(crate) fn insert_vm(&mut self, vm: Vm) -> VmId {

@@ -17,7 +17,7 @@ use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::window::{Harvest, StoreId, Window};
 use rangemap::RangeSet;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
@@ -65,6 +65,8 @@ pub struct Manager<S: StoreFactory, W> {
     waiting: Vec<(VmId, Gfn)>,
     /// Guests that wait for reads from swap, and the pages they wait for.
     swapping_in: Vec<(VmId, Gfn)>,
+    /// Stores that pages came back to lately, the last one last.
+    awake: VecDeque<StoreId>,
     /// Stores of freezes whose pages go to swap.
     to_swap: HashSet<StoreId>,
     swap_counts: SwapCounts,
@@ -88,6 +90,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             copied: HashMap::new(),
             waiting: Vec::new(),
             swapping_in: Vec::new(),
+            awake: VecDeque::new(),
             to_swap: HashSet::new(),
             swap_counts: SwapCounts::default(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],

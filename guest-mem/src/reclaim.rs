@@ -4,6 +4,9 @@
 //! all that is known. The second chance is swap itself: a page that is needed again soon after it was evicted (a
 //! *refault*) comes back young, and where refaults are many, it is passed over once.
 //!
+//! What only idle VMs see goes before all of it. That is known without looking: an object counts the busy ones that show
+//! it, a store the busy objects that have pages of it, and each of these counts changes only where one becomes 0 or 1.
+//!
 //! A cluster is named by its store, which stays the same when objects are collapsed. An entry of the queue may be out of
 //! date: it is skipped when its turn comes.
 
@@ -11,7 +14,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::object::Batch;
 use crate::swap::CLUSTER;
 use crate::window::StoreId;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// Evictions at least this recent are too recent, however little is left in memory.
 const RECENT: u32 = 64;
@@ -23,10 +26,13 @@ const MANY: u32 = 32;
 /// The clusters that have pages in a store, by age.
 #[derive(Debug, Default)]
 pub(crate) struct Ages {
-    listed: BTreeMap<StoreId, BTreeMap<u64, Place>>,
+    listed: HashMap<StoreId, BTreeMap<u64, Place>>,
     /// Clusters that are listed.
     count: usize,
     queue: VecDeque<Entry>,
+    /// Stores of which only idle VMs see pages, and those among them that have listed clusters.
+    idle: BTreeSet<StoreId>,
+    idle_listed: BTreeSet<StoreId>,
     next_turn: Turn,
     /// Evictions so far, wrapping.
     batches: u32,
@@ -130,11 +136,31 @@ impl Ages {
         None
     }
 
-    /// Takes some cluster of a store out, if it was listed before `end`.
-    pub fn take_of(&mut self, store: StoreId, end: Turn) -> Option<(StoreId, GfnRange)> {
-        let (&cluster, _) = self.listed.get(&store)?.iter().find(|(_, place)| place.turn < end)?;
+    /// Takes out some cluster that only idle VMs see, of the oldest store that has one.
+    pub fn take_idle(&mut self) -> Option<(StoreId, GfnRange)> {
+        let store = *self.idle_listed.first()?;
+        let cluster = *self.listed[&store].keys().next().expect("it has listed clusters");
         self.unlist(store, cluster);
         Some((store, frames(cluster)))
+    }
+
+    /// Only idle VMs see pages of this store; or others do as well.
+    pub fn set_idle(&mut self, store: StoreId, idle: bool) {
+        if idle {
+            self.idle.insert(store);
+            if self.listed.contains_key(&store) {
+                self.idle_listed.insert(store);
+            }
+        } else {
+            self.idle.remove(&store);
+            self.idle_listed.remove(&store);
+        }
+    }
+
+    /// Whether what is known of idle stores is right: these are all there are.
+    pub fn idle_is_sound(&self, idle: &BTreeSet<StoreId>) -> bool {
+        let listed = self.idle.iter().filter(|store| self.listed.contains_key(store));
+        self.idle == *idle && listed.eq(&self.idle_listed)
     }
 
     /// A cluster that was taken out was not evicted: it has its turn after all others.
@@ -145,12 +171,8 @@ impl Ages {
     /// The store is gone.
     pub fn forget(&mut self, store: StoreId) {
         self.count -= self.listed.remove(&store).map_or(0, |listed| listed.len());
+        self.set_idle(store, false);
         self.compact();
-    }
-
-    /// Stores with listed clusters.
-    pub fn stores(&self) -> impl Iterator<Item = StoreId> {
-        self.listed.keys().copied()
     }
 
     /// Whether all clusters of these pages have a turn.
@@ -163,6 +185,9 @@ impl Ages {
         self.next_turn.0 += 1;
         let before = self.listed.entry(store).or_default().insert(cluster, Place { turn, refaulted });
         self.count += usize::from(before.is_none());
+        if self.idle.contains(&store) {
+            self.idle_listed.insert(store);
+        }
         self.queue.push_back(Entry { turn, store, cluster });
         self.compact();
     }
@@ -172,6 +197,7 @@ impl Ages {
         self.count -= usize::from(listed.remove(&cluster).is_some());
         if listed.is_empty() {
             self.listed.remove(&store);
+            self.idle_listed.remove(&store);
         }
     }
 
@@ -186,11 +212,12 @@ impl Ages {
 }
 
 /// The clusters that have a page among these.
-fn clusters(pages: GfnRange) -> std::ops::Range<u64> {
+pub(crate) fn clusters(pages: GfnRange) -> std::ops::Range<u64> {
     pages.start().0 / CLUSTER.0..pages.end().0.div_ceil(CLUSTER.0)
 }
 
-fn frames(cluster: u64) -> GfnRange {
+/// Its pages.
+pub(crate) fn frames(cluster: u64) -> GfnRange {
     GfnRange::new(Gfn(cluster * CLUSTER.0), CLUSTER)
 }
 

@@ -100,8 +100,7 @@ impl Family {
 
     /// Pages in stores, files' left out.
     pub fn resident(&self) -> PageCount {
-        let anonymous = self.objects.stores.values().filter(|account| account.kind == Kind::Anonymous);
-        PageCount(anonymous.map(|account| account.resident).sum())
+        PageCount(self.objects.resident_pages)
     }
 
     /// Pages in one store.

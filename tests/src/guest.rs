@@ -2,8 +2,9 @@
 
 use std::io::Read;
 use std::ops::Range;
+use std::thread;
 use std::time::Duration;
-use vmm::client::{Error, Vm};
+use vmm::client::{Error, ForkOptions, Vm};
 
 /// How long a guest may take for any one command.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -89,4 +90,22 @@ impl Guest for Vm {
 
 fn over(verb: &str, pages: &Range<u64>, seed: u64) -> String {
     format!("{verb} {} {} {seed}", pages.start, pages.end - pages.start)
+}
+
+/// Forks, and waits until all has settled.
+#[track_caller]
+pub fn fork_settled(vm: &Vm, count: u32) -> Vec<Vm> {
+    let forked = vm.fork(ForkOptions::new().count(count).wait_settled(true));
+    let forked = forked.unwrap_or_else(|e| panic!("fork {}: {e}", vm.name()));
+    forked.into_iter().map(|child| child.vm).collect()
+}
+
+/// Does something with each VM, in two threads: as many as the smallest host has processors.
+pub fn each(vms: &[Vm], act: impl Fn(usize, &Vm) + Sync) {
+    let act = &act;
+    thread::scope(|scope| {
+        for first in 0..2 {
+            scope.spawn(move || vms.iter().enumerate().skip(first).step_by(2).for_each(|(index, vm)| act(index, vm)));
+        }
+    });
 }

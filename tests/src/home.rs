@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Instant;
 use std::{env, fs, thread};
+use vmm::api::Totals;
 use vmm::client::{Client, Home, LaunchOptions, Vm};
 use vmm::units::ByteSize;
 
@@ -117,6 +118,19 @@ impl TestHome {
     /// The server's children: VM processes, pool and keepers.
     pub fn processes(&self) -> Vec<i32> {
         self.server().map(process::children_of).unwrap_or_default()
+    }
+
+    /// The server's figures in total.
+    #[track_caller]
+    pub fn totals(&self) -> Totals {
+        self.client().stats().expect("stats").total
+    }
+
+    /// Has the server check its invariants, all of which must hold.
+    #[track_caller]
+    pub fn check(&self) {
+        let report = self.client().check().expect("check");
+        assert!(report.broken.is_empty(), "{report:?}");
     }
 
     /// What is in the home.

@@ -4,6 +4,8 @@
 //! | file | has |
 //! | --- | --- |
 //! | `home` | a home of a test's own, its server, and the proof that nothing of it is left |
+//! | `fuse` | a file whose blocks can be made to fail |
+//! | `served` | a server with options of its own |
 //! | `turn` | who may run beside whom |
 //! | `binary` | the `offshoot` binary, built if it is not there or not of today |
 //! | `command` | how a command line ended |
@@ -19,17 +21,20 @@
 mod binary;
 mod command;
 mod figures;
+pub mod fuse;
 mod guest;
 mod home;
 pub mod process;
+mod served;
 mod traced;
 mod turn;
 
 pub use binary::binary as offshoot_binary;
 pub use command::Outcome;
 pub use figures::{Random, TEN_SECONDS, median, wait_until};
-pub use guest::{Guest, PATIENCE};
+pub use guest::{Guest, PATIENCE, each, fork_settled};
 pub use home::{Setup, TestHome, User};
+pub use served::Served;
 pub use traced::{Image, Stamp, Traced};
 pub use turn::Company;
 

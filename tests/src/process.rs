@@ -2,7 +2,9 @@
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 /// The living children of a process: of a server, its VM processes, its pool and all their keepers.
@@ -45,6 +47,41 @@ pub fn descriptors(pid: i32) -> Vec<(PathBuf, String)> {
 /// Which user namespace a process is in.
 pub fn user_namespace(pid: i32) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/ns/user")).expect("a process has a user namespace")
+}
+
+/// What the host has for a server, as the host says: what its processes have beside stores, their page tables, and the
+/// pages of its stores, whoever sees them.
+pub fn host_memory(server: i32) -> u64 {
+    // A keeper, which has no descriptors, has the memory of its VM process: that counts once.
+    let has_descriptors = |pid: &i32| fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut all| all.next().is_some());
+    let processes: Vec<i32> = children_of(server).into_iter().filter(has_descriptors).chain([server]).collect();
+    let mut seen = BTreeSet::new();
+    let stores = descriptors(server).into_iter().filter(|(_, name)| name.contains("memfd:offshoot-store"));
+    let stores: Vec<PathBuf> = stores.map(|(path, _)| path).collect();
+    let slow: u64 = processes.iter().filter_map(|&pid| files_and_tables(pid)).sum();
+    // At one moment, as far as that goes: pages move between processes and stores all the time.
+    let anonymous: u64 = processes.iter().filter_map(|&pid| anonymous(pid)).sum();
+    let stores = stores.iter().filter_map(|path| fs::metadata(path).ok()).filter(|store| seen.insert(store.ino()));
+    slow + anonymous + stores.map(|store| store.blocks() * 512).sum::<u64>()
+}
+
+/// A process's share of the files it maps, and its page tables. A process that ends meanwhile has none.
+fn files_and_tables(pid: i32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |text: &str, key: &str| -> Option<u64> {
+        let line = text.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    Some((field(&rollup, "Pss_File:")? + field(&status, "VmPTE:")?) << 10)
+}
+
+/// A process's pages that are of no file.
+fn anonymous(pid: i32) -> Option<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let mut pages = statm.split_whitespace().skip(1).map(|word| word.parse::<u64>());
+    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
+    Some((resident - shared) * 4096)
 }
 
 fn state_and_parent(pid: i32) -> Option<(char, i32)> {

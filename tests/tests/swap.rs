@@ -1,15 +1,13 @@
 //! Memory that is taken out of VMs comes back as it was: by `reclaim`, and by a budget.
 
-use offshoot_tests::{Guest, Setup, TEN_SECONDS, TestHome, wait_until};
+use offshoot_tests::{Guest, Served, Setup, TEN_SECONDS, TestHome, each, fork_settled, wait_until};
 use serde_json::Value;
-use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::DirBuilderExt;
-use std::process::Child;
+use std::fs::{self, File};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::api::{Totals, VmState};
-use vmm::client::{ForkOptions, Vm};
+use vmm::api::VmState;
+use vmm::client::Vm;
 use vmm::units::ByteSize;
 
 /// 64 MiB.
@@ -18,55 +16,6 @@ const COUNT: u64 = PAGES.end - PAGES.start;
 /// Pages that guests touch besides: their monitors', and what lies around them.
 const FEW: u64 = 400;
 
-fn totals(home: &TestHome) -> Totals {
-    home.client().stats().expect("stats").total
-}
-
-#[track_caller]
-fn check(home: &TestHome) {
-    let report = home.client().check().expect("check");
-    assert!(report.broken.is_empty(), "{report:?}");
-}
-
-/// Forks, and waits until all has settled.
-#[track_caller]
-fn fork(vm: &Vm, count: u32) -> Vec<Vm> {
-    let forked = vm.fork(ForkOptions::new().count(count).wait_settled(true)).expect("fork");
-    forked.into_iter().map(|child| child.vm).collect()
-}
-
-/// In two threads, as many as the smallest host has processors.
-fn each(vms: &[Vm], act: impl Fn(usize, &Vm) + Sync) {
-    let act = &act;
-    thread::scope(|scope| {
-        for first in 0..2 {
-            scope.spawn(move || vms.iter().enumerate().skip(first).step_by(2).for_each(|(index, vm)| act(index, vm)));
-        }
-    });
-}
-
-/// A server with options of its own. Its log is where that of one in the background would be.
-struct Served(Child);
-
-impl Served {
-    #[track_caller]
-    fn new(home: &TestHome, options: &[&str]) -> Self {
-        DirBuilder::new().mode(0o700).create(home.path()).expect("make the home");
-        let log = File::create(home.path().join("server.log")).expect("make the log");
-        let arguments = [&["serve"], options].concat();
-        let server = home.command(&arguments).stderr(log).spawn().expect("start a server");
-        wait_until("the server listens", TEN_SECONDS, || home.path().join("socket").exists());
-        Self(server)
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        // It ends with its home, or is the home's to complain of.
-        let _ = self.0.try_wait();
-    }
-}
-
 /// Parent and children see what they saw, though all of it was out of memory; and what nobody has written since needs no
 /// second way out.
 #[test]
@@ -74,17 +23,17 @@ fn reclaimed_pages_come_back() {
     let Some(home) = TestHome::new() else { return };
     let parent = home.launch("a", ByteSize::mib(128));
     parent.fill(PAGES, 1);
-    let children = fork(&parent, 2);
+    let children = fork_settled(&parent, 2);
     children[0].fill(2000..2100, 2);
 
     let start = Instant::now();
     let done = home.cli(&["reclaim", "--all", "64M"]).good();
     let reclaimed: u64 = done.trim().strip_prefix("reclaimed ").expect("a line").parse().expect("a number");
-    let before = totals(&home);
+    let before = home.totals();
     println!("{reclaimed} bytes in {:?}: {before:?}", start.elapsed());
     assert!(reclaimed >= 60 << 20 && before.resident_pages < FEW, "{reclaimed}: {before:?}");
     assert!(before.swapped_pages >= COUNT - FEW && before.swap_slots >= before.swapped_pages, "{before:?}");
-    check(&home);
+    home.check();
 
     let start = Instant::now();
     parent.verify(PAGES, 1);
@@ -92,19 +41,19 @@ fn reclaimed_pages_come_back() {
     children[0].verify(2000..2100, 2);
     children[0].verify(2100..PAGES.end, 1);
     children[1].verify(PAGES, 1);
-    let back = totals(&home);
+    let back = home.totals();
     assert!((COUNT - FEW..=COUNT + FEW).contains(&back.swap_in_pages), "{back:?}");
 
     let again = parent.reclaim(ByteSize::mib(64)).expect("reclaim again");
-    let after = totals(&home);
+    let after = home.totals();
     println!("again {again:?}: {after:?}");
     assert!(again.reclaimed_bytes >= 60 << 20 && after.clean_evictions >= COUNT - FEW, "{again:?} {after:?}");
     assert!(after.swap_out_pages <= before.swap_out_pages + FEW, "{before:?} {after:?}");
-    check(&home);
+    home.check();
     children[1].verify(PAGES, 1);
 
     home.client().remove_all().expect("rm --all");
-    let end = totals(&home);
+    let end = home.totals();
     assert_eq!((end.swap_slots, end.compressed_bytes, end.disk_bytes, end.resident_pages), (0, 0, 0, 0), "{end:?}");
     assert_eq!(end.accounted_bytes, 0, "{end:?}");
 }
@@ -115,15 +64,15 @@ fn clones_share_what_comes_back() {
     let Some(home) = TestHome::new() else { return };
     let parent = home.launch("a", ByteSize::mib(128));
     parent.fill(PAGES, 1);
-    let clones = fork(&parent, 20);
+    let clones = fork_settled(&parent, 20);
     home.client().reclaim_all(ByteSize::mib(64)).expect("reclaim");
-    let before = totals(&home);
+    let before = home.totals();
     each(&clones, |_, clone| clone.verify(PAGES, 1));
-    let after = totals(&home);
+    let after = home.totals();
     let back = after.swap_in_pages - before.swap_in_pages;
     println!("{back} pages came back for {} clones of {COUNT}", clones.len());
     assert!((COUNT - FEW..=COUNT + FEW).contains(&back), "{back} of {COUNT}");
-    check(&home);
+    home.check();
 }
 
 /// What a VM has written since, or nobody has forked yet, goes too. The disk gets it where memory may hold little.
@@ -136,26 +85,26 @@ fn live_layers_go_to_the_disk_and_their_vm_forks_on() {
     let done = home.cli(&["reclaim", "a", "64M", "--json"]).json();
     assert_eq!(done["requested_bytes"], 64 << 20);
     assert!(done["reclaimed_bytes"].as_u64().is_some_and(|bytes| bytes >= 60 << 20), "{done}");
-    wait_until("the tier is written out", TEN_SECONDS, || totals(&home).compressed_bytes < 4 << 20);
-    let out = totals(&home);
+    wait_until("the tier is written out", TEN_SECONDS, || home.totals().compressed_bytes < 4 << 20);
+    let out = home.totals();
     println!("{out:?}");
     // What the disk was too slow for settled in memory.
     assert!(out.disk_bytes >= 56 << 20 && out.swapped_pages >= COUNT - 1000, "{out:?}");
     assert!(home.path().join("swap").exists());
 
-    let children = fork(&vm, 3);
+    let children = fork_settled(&vm, 3);
     children[0].fill(1000..2000, 2);
     each(&children[1..], |_, child| child.verify(PAGES, 1));
     children[0].verify(1000..2000, 2);
     children[0].verify(2000..PAGES.end, 1);
     vm.verify(PAGES, 1);
-    check(&home);
-    let end = totals(&home);
+    home.check();
+    let end = home.totals();
     println!("{end:?}");
     assert!(end.readahead_pages > 0 && end.readahead_hits > 0, "{end:?}");
     home.client().remove_all().expect("rm --all");
-    wait_until("the disk is free", TEN_SECONDS, || totals(&home).disk_bytes == 0);
-    assert_eq!(totals(&home).swap_slots, 0);
+    wait_until("the disk is free", TEN_SECONDS, || home.totals().disk_bytes == 0);
+    assert_eq!(home.totals().swap_slots, 0);
 }
 
 /// Ten clones write four times what the budget allows.
@@ -165,10 +114,10 @@ fn a_budget_is_kept() {
     const OWN: u64 = 4096;
     let parent = home.launch("a", ByteSize::mib(128));
     parent.fill(PAGES, 1);
-    let clones = fork(&parent, 10);
+    let clones = fork_settled(&parent, 10);
     let budget = (COUNT + 10 * OWN) * 4096 / 4;
     assert_eq!(home.cli(&["budget", &budget.to_string()]).good(), "56M\n");
-    wait_until("the budget is kept", TEN_SECONDS, || totals(&home).accounted_bytes <= budget);
+    wait_until("the budget is kept", TEN_SECONDS, || home.totals().accounted_bytes <= budget);
 
     let done = AtomicBool::new(false);
     let own = |index: usize| PAGES.start + index as u64 * 500..PAGES.start + index as u64 * 500 + OWN;
@@ -177,7 +126,7 @@ fn a_budget_is_kept() {
         let watch = scope.spawn(|| {
             let mut most = 0;
             while !done.load(Ordering::Relaxed) {
-                most = most.max(totals(&home).accounted_bytes);
+                most = most.max(home.totals().accounted_bytes);
                 thread::sleep(Duration::from_millis(20));
             }
             most
@@ -189,14 +138,14 @@ fn a_budget_is_kept() {
         done.store(true, Ordering::Relaxed);
         watch.join().expect("watch")
     });
-    let total = totals(&home);
+    let total = home.totals();
     println!("budget {budget}, at most {most} ({:.3}): {total:?}", most as f64 / budget as f64);
     for (index, clone) in clones.iter().enumerate() {
         clone.verify(PAGES.start..own(index).start, 1);
         clone.verify(own(index).end..PAGES.end, 1);
     }
     parent.verify(PAGES, 1);
-    check(&home);
+    home.check();
     assert!(most as f64 <= budget as f64 * 1.15, "{most} bytes for a budget of {budget}");
     assert!(total.swap_out_pages > 10 * OWN, "{total:?}");
     let listed = home.client().list().expect("ls");
@@ -213,18 +162,50 @@ fn a_small_swap_takes_what_it_can() {
     let _server = Served::new(&home, &["--swap", &place, "--compressed", "2M"]);
     let vm = home.launch("a", ByteSize::mib(128));
     vm.fill(PAGES, 1);
-    let children = fork(&vm, 2);
+    let children = fork_settled(&vm, 2);
     let done = home.client().reclaim_all(ByteSize::mib(64)).expect("reclaim");
-    println!("{done:?}: {:?}", totals(&home));
+    println!("{done:?}: {:?}", home.totals());
     assert!((2 << 20..20 << 20).contains(&done.reclaimed_bytes), "{done:?}");
     home.client().set_budget(Some(ByteSize::mib(32))).expect("a budget that cannot be kept");
     each(&children, |_, child| child.verify(PAGES, 1));
     children[0].fill(5000..6000, 2);
     children[0].verify(5000..6000, 2);
     children[1].verify(PAGES, 1);
-    check(&home);
+    home.check();
     home.client().remove_all().expect("rm --all");
-    assert_eq!(totals(&home).swap_slots, 0);
+    assert_eq!(home.totals().swap_slots, 0);
+}
+
+/// What came back from a full swap is in both places, and gives up that one for another family's memory.
+#[test]
+fn a_full_swap_gives_up_copies() {
+    let Some(home) = TestHome::new() else { return };
+    let file = home.path().with_file_name("small");
+    let place = format!("{}:40M", file.display());
+    let _server = Served::new(&home, &["--swap", &place, "--compressed", "1M"]);
+    let (first, second) = (home.launch("a", ByteSize::mib(64)), home.launch("b", ByteSize::mib(64)));
+    // 31 MiB each.
+    for (vm, seed) in [(&first, 1), (&second, 2)] {
+        vm.fill(1000..9000, seed);
+        fork_settled(vm, 1);
+    }
+    let out = |vm: &Vm| {
+        let taken = (0..4).map(|_| vm.reclaim(ByteSize::mib(31)).expect("reclaim").reclaimed_bytes);
+        taken.sum::<u64>()
+    };
+    assert!(out(&first) >= 30 << 20);
+    assert!(out(&second) <= 20 << 20, "there is no room for both: {:?}", home.totals());
+    first.verify(1000..9000, 1);
+    let before = home.totals();
+    let taken = out(&second);
+    println!("{taken} bytes more: {:?}", home.totals());
+    assert!(taken >= 8 << 20, "{taken}: {before:?} {:?}", home.totals());
+    home.check();
+    first.verify(1000..9000, 1);
+    second.verify(1000..9000, 2);
+    home.check();
+    home.client().remove_all().expect("rm --all");
+    assert_eq!(home.totals().swap_slots, 0);
 }
 
 /// Bytes that swap does not give back stop the guest that needs them, with that reason, and nobody else.
@@ -236,12 +217,12 @@ fn a_broken_disk_stops_who_needs_it() {
     let _server = Served::new(&home, &["--swap", &place, "--compressed", "1M"]);
     let vm = home.launch("a", ByteSize::mib(128));
     vm.fill(PAGES, 1);
-    let child = fork(&vm, 1).remove(0);
+    let child = fork_settled(&vm, 1).remove(0);
     child.fill(PAGES, 2);
     let other = home.launch("b", ByteSize::mib(16));
     let done = vm.reclaim(ByteSize::mib(200)).expect("reclaim");
     println!("{done:?}");
-    wait_until("the tier is written out", TEN_SECONDS, || totals(&home).compressed_bytes < 4 << 20);
+    wait_until("the tier is written out", TEN_SECONDS, || home.totals().compressed_bytes < 4 << 20);
     let len = fs::metadata(&file).expect("the swap file").len();
     fs::write(&file, vec![0; 48 << 20]).expect("overwrite a part of it");
     File::options().write(true).open(&file).and_then(|file| file.set_len(len)).expect("leave its length");
@@ -258,7 +239,7 @@ fn a_broken_disk_stops_who_needs_it() {
     assert!(refused.iter().any(Result::is_err), "somebody read what is not there: {refused:?}");
     other.fill(1000..2000, 3);
     other.verify(1000..2000, 3);
-    check(&home);
+    home.check();
 }
 
 /// A paused VM's memory goes and comes back with it, and it stays paused.

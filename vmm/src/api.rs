@@ -463,7 +463,8 @@ pub struct Totals {
     pub host_bytes: u64,
     /// What `accounted_bytes` is kept below; null for no budget.
     pub budget_bytes: Option<u64>,
-    /// What counts against the budget: stores, the compressed tier, and anonymous memory of VM processes.
+    /// What counts against the budget: stores, the compressed tier, the server's books beyond 4 MiB, and anonymous memory of
+    /// VM processes, prepared ones included.
     pub accounted_bytes: u64,
     /// Memory that compressed pages take.
     pub compressed_bytes: u64,

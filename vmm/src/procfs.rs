@@ -1,5 +1,6 @@
 //! What `/proc` says of a process's memory.
 
+use guest_mem::PAGE_SHIFT;
 use std::io;
 use std::ops::Range;
 
@@ -49,8 +50,11 @@ pub fn usage(pid: i32) -> io::Result<Usage> {
 /// # Errors
 /// It is gone.
 pub fn anonymous(pid: i32) -> io::Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    Ok(kib_field(&status, "RssAnon:").unwrap_or(0) << 10)
+    // Read often: much cheaper than `status`, whose RssAnon it is.
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    let mut pages = statm.split_whitespace().skip(1).map(|word| word.parse::<u64>().unwrap_or(0));
+    let (resident, shared) = (pages.next().unwrap_or(0), pages.next().unwrap_or(0));
+    Ok(resident.saturating_sub(shared) << PAGE_SHIFT)
 }
 
 /// The time that a process has run, its guest included, in ticks of a hundredth of a second.

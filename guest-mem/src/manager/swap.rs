@@ -32,6 +32,12 @@ pub struct SwapCounts {
     pub lost_pages: u64,
 }
 
+/// Copies in swap that are given up at a time when it is full.
+const COPIES: PageCount = PageCount(256);
+
+/// Stores that pages have just come back to, and that are ready for more.
+const AWAKE: usize = 16;
+
 /// What was evicted.
 #[derive(Debug, Default)]
 pub struct Evicted {
@@ -58,10 +64,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         if !self.may_evict() {
             return all;
         }
-        let mut search = self.family.search_victims();
+        let end = self.family.search_victims();
         while all.pages < limit
             && all.stopped.is_none()
-            && let Some((store, pages, objects)) = self.family.next_victim(&mut search)
+            && let Some((store, pages, objects)) = self.family.next_victim(end)
         {
             for object in objects {
                 match self.evict_cluster(object, pages) {
@@ -75,6 +81,15 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             }
         }
         all
+    }
+
+    /// Gives up slots in swap of pages that are in memory as well, about so many: swap is full. How many. When these
+    /// pages are evicted again, they have to be written again.
+    pub fn give_up_copies(&mut self, limit: PageCount) -> PageCount {
+        let mut effects = Effects::default();
+        let given = self.family.give_up_copies(limit, &mut effects);
+        self.carry_out(effects);
+        given
     }
 
     /// Evicts what is in stores of these pages of an object, cluster by cluster.
@@ -97,8 +112,14 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Evicts pages of one cluster, all or none.
     fn evict_cluster(&mut self, object: ObjectId, pages: GfnRange) -> Result<PageCount, Error> {
-        let victims = self.family.victims(object, pages);
-        let put = self.put_victims(pages, &victims)?;
+        let (victims, put) = loop {
+            let victims = self.family.victims(object, pages);
+            match self.put_victims(pages, &victims) {
+                // Some of the victims may have been among these copies.
+                Err(error) if error.is_full() && self.give_up_copies(COPIES).0 > 0 => {}
+                put => break (victims, put?),
+            }
+        };
         let freed = count(&victims);
         let mut effects = Effects::default();
         self.family.evicted(&victims, put, &mut effects);
@@ -154,10 +175,24 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             let mut effects = Effects::default();
             self.family.swapped_in(read, pages, how, &mut effects);
             self.carry_out(effects);
-            self.rest(store);
+            self.doze(store);
             self.wake_swapping_in(store, pages);
         }
         Ok(Fetch::Here)
+    }
+
+    /// A settled store was filled, and may soon be again: what that needs is kept for the last few.
+    fn doze(&mut self, store: StoreId) {
+        if self.awake.back() == Some(&store) {
+            return;
+        }
+        self.awake.retain(|&awake| awake != store);
+        self.awake.push_back(store);
+        if self.awake.len() > AWAKE
+            && let Some(longest) = self.awake.pop_front()
+        {
+            self.rest(longest);
+        }
     }
 
     /// Guests that wait for these pages look again.
@@ -205,7 +240,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Puts staged pages of one cluster that have not settled into swap, if swap takes them.
     pub(super) fn put_staged(&mut self, pages: GfnRange, staged: Range<usize>) -> Option<Placed> {
-        match self.factory.swap().put(&self.staging[staged]) {
+        let put = loop {
+            match self.factory.swap().put(&self.staging[staged.clone()]) {
+                Err(error) if error.kind() == io::ErrorKind::StorageFull && self.give_up_copies(COPIES).0 > 0 => {}
+                put => break put,
+            }
+        };
+        match put {
             Ok(slot) => {
                 self.swap_counts.swap_out_pages += pages.count().0;
                 Some(Placed::Swapped(self.family.new_base(slot, pages.start())))

@@ -9,11 +9,15 @@
 use super::{Backing, Kind, ObjectId, Objects, Slot};
 use crate::addr::GfnRange;
 use crate::effect::Effects;
+use crate::family::Pace;
 
 impl Objects {
-    /// One map entry less shows `id`.
-    pub(crate) fn unmap(&mut self, id: ObjectId, effects: &mut Effects) {
+    /// One map entry less, of a VM of this pace, shows `id`.
+    pub(crate) fn unmap(&mut self, id: ObjectId, pace: Pace, effects: &mut Effects) {
         self.get_mut(id).mappings -= 1;
+        if pace == Pace::Running {
+            self.calm(id);
+        }
         self.tidy(id, effects);
     }
 
@@ -44,6 +48,7 @@ impl Objects {
             self.get_mut(below).shadows.remove(&id);
         }
         let gone = self.objects.remove(id.0 as usize);
+        assert_eq!(gone.busy, 0, "nobody who is busy needs {id:?}");
         self.owners.remove(gone.slots_id.0 as usize);
         self.pending.remove(&id);
         self.put_off.remove(&id);
@@ -77,7 +82,19 @@ impl Objects {
                 self.discharge(id, slot, part.count().0, effects);
             }
         }
+        // Not before: slots count as their object does, and these change hands.
+        if self.get(shadow).busy > 0 {
+            self.take_over(id, backing);
+        }
         self.remove(id, effects)
+    }
+
+    /// What was busy for the sake of `below` is so for what it has beneath it now.
+    fn take_over(&mut self, below: ObjectId, beneath: Option<Backing>) {
+        if let Some(Backing { object, .. }) = beneath {
+            self.rouse(object);
+        }
+        self.calm(below);
     }
 
     /// Makes the slots of `id` those of `shadow`, and the other way round; accounts need not know.
@@ -87,8 +104,8 @@ impl Objects {
         std::mem::swap(&mut a.slots_id, &mut b.slots_id);
         std::mem::swap(&mut a.gaps, &mut b.gaps);
         std::mem::swap(&mut a.settle_from, &mut b.settle_from);
-        self.owners[a.slots_id.0 as usize] = id;
-        self.owners[b.slots_id.0 as usize] = shadow;
+        self.owners[a.slots_id.0 as usize].object = id;
+        self.owners[b.slots_id.0 as usize].object = shadow;
         // What is still pending of the shadow's own slots lists it again when it gets them back.
         if self.pending.contains(&id) {
             self.pending.insert(shadow)
@@ -115,6 +132,9 @@ impl Objects {
             self.get_mut(below).shadows.remove(&id);
             if let Some(Backing { object, .. }) = beneath {
                 self.get_mut(object).shadows.insert(id);
+            }
+            if self.get(id).busy > 0 {
+                self.take_over(below, beneath);
             }
             self.tidy(below, effects);
         }

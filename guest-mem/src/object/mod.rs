@@ -17,8 +17,8 @@ pub use slot::{Loss, Slot, SwapBase};
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::VmId;
-use crate::reclaim::Ages;
+use crate::family::{Pace, VmId};
+use crate::reclaim::{Ages, clusters};
 use crate::window::StoreId;
 use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,6 +54,8 @@ pub struct Object {
     pub(crate) shadows: BTreeSet<ObjectId>,
     /// Map entries that show this object.
     pub(crate) mappings: u32,
+    /// Those among them of VMs that run, and shadows that are busy: somebody may need a page of it soon.
+    pub(crate) busy: u32,
     pub(crate) slots: RangeMap<u64, Slot>,
     /// What the accounts of stores call these slots.
     slots_id: SlotsId,
@@ -73,6 +75,8 @@ pub(crate) struct StoreAccount {
     pub(crate) kind: Kind,
     /// Slots that name it, by object: as many objects as the freeze found map entries, at most.
     slots: BTreeMap<SlotsId, u64>,
+    /// Those among them of busy objects.
+    pub(crate) busy: u32,
     /// Slots of them whose page is in the store.
     pub(crate) resident: u64,
     /// Slots of them whose page is in swap only.
@@ -83,6 +87,15 @@ pub(crate) struct StoreAccount {
     pub(crate) scratch: Option<Scratch>,
     /// Whether pages that were bound for it have turned out zero.
     pub(crate) zeros: bool,
+}
+
+/// Slots that accounts know by a name.
+#[derive(Debug)]
+struct Owner {
+    /// Whose they are.
+    object: ObjectId,
+    /// The stores whose accounts know them.
+    stores: BTreeSet<StoreId>,
 }
 
 /// Pages that have not settled.
@@ -97,7 +110,7 @@ pub(crate) struct Scratch {
 pub struct Objects {
     objects: slab::Slab<Object>,
     /// Whose the slots are that accounts know by a name.
-    owners: slab::Slab<ObjectId>,
+    owners: slab::Slab<Owner>,
     pub(crate) stores: BTreeMap<StoreId, StoreAccount>,
     next_store: u32,
     /// Objects with pending slots.
@@ -110,13 +123,30 @@ pub struct Objects {
     unneeded: Vec<(StoreId, GfnRange)>,
     /// Which stored pages are evicted next.
     pub(crate) ages: Ages,
+    /// Clusters that may have clean pages, by store: their slots in swap can be given up.
+    pub(crate) clean: BTreeSet<(StoreId, u64)>,
+    /// Pages in the stores of anonymous objects.
+    pub(crate) resident_pages: u64,
     /// Pages that were freed in swap since nobody saw them.
     pub(crate) discarded: u64,
 }
 
 impl StoreAccount {
     fn new(kind: Kind, scratch: Option<Scratch>) -> Self {
-        Self { kind, slots: BTreeMap::new(), resident: 0, swapped: 0, gaps: 0, scratch, zeros: false }
+        Self { kind, slots: BTreeMap::new(), busy: 0, resident: 0, swapped: 0, gaps: 0, scratch, zeros: false }
+    }
+}
+
+impl StoreAccount {
+    /// An object with slots of it has become busy, or is not any more: where none is, its pages are evicted first.
+    fn count_busy(&mut self, store: StoreId, now: Pace, ages: &mut Ages) {
+        match now {
+            Pace::Running => self.busy += 1,
+            Pace::Idle => self.busy -= 1,
+        }
+        if self.kind == Kind::Anonymous {
+            ages.set_idle(store, self.busy == 0);
+        }
     }
 }
 
@@ -142,6 +172,7 @@ impl Objects {
     pub(crate) fn open_store(&mut self, store: StoreId, holder: VmId) {
         let scratch = Some(Scratch { holder, left: 0 });
         self.stores.insert(store, StoreAccount::new(Kind::Anonymous, scratch));
+        self.ages.set_idle(store, true);
         *self.scratches.entry(holder).or_default() += 1;
     }
 
@@ -157,10 +188,10 @@ impl Objects {
     fn insert(&mut self, kind: Kind, backing: Option<Backing>) -> ObjectId {
         let entry = self.objects.vacant_entry();
         let id = ObjectId(entry.key() as u32);
-        let slots_id = SlotsId(self.owners.insert(id) as u32);
+        let slots_id = SlotsId(self.owners.insert(Owner { object: id, stores: BTreeSet::new() }) as u32);
         let slots = RangeMap::new();
-        let object =
-            Object { kind, backing, shadows: BTreeSet::new(), mappings: 0, slots, slots_id, gaps: 0, settle_from: 0 };
+        let shadows = BTreeSet::new();
+        let object = Object { kind, backing, shadows, mappings: 0, busy: 0, slots, slots_id, gaps: 0, settle_from: 0 };
         entry.insert(object);
         id
     }
@@ -189,9 +220,47 @@ impl Objects {
         self.objects.is_empty()
     }
 
-    /// One more map entry shows `id`.
-    pub(crate) fn map(&mut self, id: ObjectId) {
+    /// One more map entry, of a VM of this pace, shows `id`.
+    pub(crate) fn map(&mut self, id: ObjectId, pace: Pace) {
         self.get_mut(id).mappings += 1;
+        if pace == Pace::Running {
+            self.rouse(id);
+        }
+    }
+
+    /// One more of those who show `id` is busy. Costs as many steps as objects become busy.
+    pub(crate) fn rouse(&mut self, id: ObjectId) {
+        let mut next = Some(id);
+        while let Some(id) = next {
+            let object = self.get_mut(id);
+            object.busy += 1;
+            next = object.backing.map(|backing| backing.object).filter(|_| object.busy == 1);
+            if object.busy == 1 {
+                self.tell_stores(id, Pace::Running);
+            }
+        }
+    }
+
+    /// One less is.
+    pub(crate) fn calm(&mut self, id: ObjectId) {
+        let mut next = Some(id);
+        while let Some(id) = next {
+            let object = self.get_mut(id);
+            object.busy -= 1;
+            next = object.backing.map(|backing| backing.object).filter(|_| object.busy == 0);
+            if object.busy == 0 {
+                self.tell_stores(id, Pace::Idle);
+            }
+        }
+    }
+
+    /// An object has become busy, or idle: so may stores.
+    fn tell_stores(&mut self, id: ObjectId, now: Pace) {
+        let owner = &self.owners[self.get(id).slots_id.0 as usize];
+        for store in &owner.stores {
+            let account = self.stores.get_mut(store).expect("slots name stores with accounts");
+            account.count_busy(*store, now, &mut self.ages);
+        }
     }
 
     /// Gives absent pages a slot.
@@ -214,8 +283,10 @@ impl Objects {
         assert_eq!(held, pages.count().0, "only pages that have a slot move on");
         self.charge(id, to, held);
         self.get_mut(id).slots.insert(pages.raw(), to);
-        if let Slot::Resident(store) = to {
-            self.ages.settled(store, pages);
+        match to {
+            Slot::Resident(store) => self.ages.settled(store, pages),
+            Slot::Clean(store, _) => self.clean.extend(clusters(pages).map(|cluster| (store, cluster))),
+            _ => {}
         }
         for (part, slot) in old {
             assert!(slot.may_become(to), "a page that is {slot:?} does not become {to:?}");
@@ -285,7 +356,7 @@ impl Objects {
     /// How many slots name a store, by object.
     pub(crate) fn owners(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, u64)> {
         let slots = self.stores.get(&store).into_iter().flat_map(|account| &account.slots);
-        slots.map(|(slots_id, &count)| (self.owners[slots_id.0 as usize], count))
+        slots.map(|(slots_id, &count)| (self.owners[slots_id.0 as usize].object, count))
     }
 
     /// The slots of `pages`, cut to them.
@@ -318,9 +389,20 @@ impl Objects {
 
     fn charge(&mut self, id: ObjectId, slot: Slot, count: u64) {
         let Some(store) = slot.store() else { return };
-        let slots_id = self.get(id).slots_id;
+        let (slots_id, busy) = (self.get(id).slots_id, self.get(id).busy > 0);
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
-        *account.slots.entry(slots_id).or_default() += count;
+        let held = account.slots.entry(slots_id).or_default();
+        let is_new = *held == 0;
+        *held += count;
+        if is_new {
+            self.owners[slots_id.0 as usize].stores.insert(store);
+            if busy {
+                account.count_busy(store, Pace::Running, &mut self.ages);
+            }
+        }
+        if slot.resident().is_some() && account.kind == Kind::Anonymous {
+            self.resident_pages += count;
+        }
         match slot {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
             Slot::Resident(_) | Slot::Clean(..) => account.resident += count,
@@ -335,12 +417,19 @@ impl Objects {
 
     fn discharge(&mut self, id: ObjectId, slot: Slot, count: u64, effects: &mut Effects) {
         let Some(store) = slot.store() else { return };
-        let slots_id = self.get(id).slots_id;
+        let (slots_id, busy) = (self.get(id).slots_id, self.get(id).busy > 0);
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
         let held = account.slots.get_mut(&slots_id).expect("an account knows whose pages it has");
         *held -= count;
         if *held == 0 {
             account.slots.remove(&slots_id);
+            self.owners[slots_id.0 as usize].stores.remove(&store);
+            if busy {
+                account.count_busy(store, Pace::Idle, &mut self.ages);
+            }
+        }
+        if slot.resident().is_some() && account.kind == Kind::Anonymous {
+            self.resident_pages -= count;
         }
         match slot {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left -= count,
@@ -370,6 +459,10 @@ impl Objects {
         if account.slots.is_empty() {
             self.stores.remove(&store);
             self.ages.forget(store);
+            let gone: Vec<(StoreId, u64)> = self.clean.range((store, 0)..=(store, u64::MAX)).copied().collect();
+            for cluster in gone {
+                self.clean.remove(&cluster);
+            }
             effects.push(Effect::DropStore(store));
         }
     }

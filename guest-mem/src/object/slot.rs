@@ -107,7 +107,9 @@ impl Slot {
     pub(crate) fn may_become(self, to: Self) -> bool {
         match (self, to) {
             (Self::Unsettled(_) | Self::Gap(_), _) => !to.is_pending(),
-            (Self::Resident(a), Self::Swapped(b, _)) | (Self::Swapped(a, _), Self::Lost(b, Loss::Swap)) => a == b,
+            (Self::Resident(a), Self::Swapped(b, _))
+            | (Self::Clean(a, _), Self::Resident(b))
+            | (Self::Swapped(a, _), Self::Lost(b, Loss::Swap)) => a == b,
             (Self::Clean(a, from), Self::Swapped(b, to)) | (Self::Swapped(a, from), Self::Clean(b, to)) => {
                 a == b && from.base == to.base
             }

@@ -62,7 +62,8 @@ impl Family {
             self.objects.put(top, pages.clone(), Slot::Zero);
         }
         if let Some(below) = entry.object.filter(|&below| below != top) {
-            self.objects.unmap(below, effects);
+            let pace = self.vm(vm).pace;
+            self.objects.unmap(below, pace, effects);
         }
     }
 

@@ -18,7 +18,7 @@ impl Family {
         let (map, root) = (vm.map.clone(), vm.root);
         for (_, entry) in map.iter() {
             if let Some(object) = entry.object {
-                self.objects.map(object);
+                self.objects.map(object, Pace::Running);
             }
         }
         let root = self.stage2.share(root);

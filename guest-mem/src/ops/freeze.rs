@@ -74,7 +74,8 @@ impl Family {
             };
             self.fill_top(top, &taken, &private, store, effects);
             if let Some(below) = entry.object.filter(|&below| below != top) {
-                self.objects.unmap(below, effects);
+                let pace = self.vm(vm).pace;
+                self.objects.unmap(below, pace, effects);
             }
         }
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
@@ -97,7 +98,8 @@ impl Family {
     /// A new object over `below`, shown by the entry at `pages` from now on.
     pub(super) fn stack_top(&mut self, vm: VmId, pages: GfnRange, below: Option<ObjectId>, origin: Gfn) -> ObjectId {
         let top = self.objects.stack(below.map(|object| Backing { object, origin: origin.0 }));
-        self.objects.map(top);
+        let pace = self.vm(vm).pace;
+        self.objects.map(top, pace);
         self.vm_mut(vm).map.set(pages, MapEntry { object: Some(top), origin: Gfn(0), needs_copy: false });
         top
     }

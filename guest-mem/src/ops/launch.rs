@@ -20,7 +20,7 @@ impl Family {
         }
         for (_, entry) in map.iter() {
             if let Some(object) = entry.object {
-                self.objects.map(object);
+                self.objects.map(object, Pace::Running);
             }
         }
         let root = self.stage2.new_root();

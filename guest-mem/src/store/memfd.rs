@@ -87,7 +87,7 @@ impl Store for MemfdStore {
             FillError::Planted(_) => io::Error::new(io::ErrorKind::AlreadyExists, error),
             FillError::Call { .. } => io::Error::other(error),
         });
-        alias.forget();
+        alias.forget(first, PageCount::covering(bytes.len() as u64));
         filled
     }
 

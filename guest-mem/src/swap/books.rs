@@ -22,6 +22,8 @@ pub struct Books {
     /// Who has which blocks, by the first.
     pub(super) placed: BTreeMap<u64, usize>,
     pub(super) extents: Extents,
+    /// Free blocks that the disk is just told of.
+    pub(super) discarding: Option<Place>,
     pub(super) sums: Sums,
     stamp: u64,
 }
@@ -109,6 +111,7 @@ impl Books {
             clean: BTreeMap::new(),
             placed: BTreeMap::new(),
             extents: Extents::new(blocks),
+            discarding: None,
             sums: Sums::default(),
             stamp: 0,
         }
@@ -166,6 +169,25 @@ impl Books {
         let holder = self.placed.remove(&place.start);
         assert_eq!(holder, Some(key), "blocks {place:?} are another cluster's");
         self.extents.release(place);
+    }
+
+    /// Free blocks that hold what nobody needs, at most so many: nobody gets them until they are
+    /// [discarded](Self::discarded).
+    pub fn take_stale(&mut self, most: u64) -> Option<Place> {
+        assert_eq!(self.discarding, None, "one discard at a time");
+        self.discarding = self.extents.take_stale(most);
+        self.discarding
+    }
+
+    /// The disk has been told.
+    pub fn discarded(&mut self) {
+        let place = self.discarding.take().expect("a discard is under way");
+        self.extents.release_discarded(place);
+    }
+
+    /// Blocks that no cluster has.
+    pub fn free_blocks(&self) -> u64 {
+        self.extents.free_blocks() + self.discarding.map_or(0, |place| place.blocks)
     }
 
     /// A number above all it gave before.

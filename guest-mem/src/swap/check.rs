@@ -38,6 +38,12 @@ impl SwapStore {
         if free != self.books.extents.free_blocks() {
             broken.push(format!("1: {free} blocks are free, not {}", self.books.extents.free_blocks()));
         }
+        if !self.books.extents.stale_is_sound() {
+            broken.push(format!("1: stale blocks are not free, or not {}", self.books.extents.stale_blocks()));
+        }
+        if let Some(place) = self.books.discarding {
+            pieces.insert(place.start, (place.end(), "blocks to discard".to_string()));
+        }
         for (key, cluster) in &self.books.clusters {
             let Some(place) = cluster.state.place() else { continue };
             if let Some((_, other)) = pieces.insert(place.start, (place.end(), format!("cluster {key}"))) {

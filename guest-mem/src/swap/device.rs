@@ -1,11 +1,13 @@
 //! The disk: a file or a block device, read and written in whole blocks.
 
 use super::extents::BLOCK;
-use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, Flock, FlockArg, OFlag, fallocate, fcntl};
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What frames are written to, by several threads at a time. Buffers are whole blocks, and [aligned](Aligned).
 pub trait Device: Send + Sync {
@@ -20,15 +22,23 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// The device's; what the blocks hold now is unknown.
     fn write(&self, first: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Nobody needs what these blocks hold: they may hold anything from now on.
+    ///
+    /// # Errors
+    /// `Unsupported`: it has no use for that.
+    fn discard(&self, first: u64, blocks: u64) -> io::Result<()>;
 }
 
-/// A regular file or a block device that nobody else swaps to. Dropping it empties a regular file: what guests had in
-/// memory does not stay behind.
+/// A regular file or a block device that nobody else swaps to. What guests had in memory does not stay behind: dropping
+/// it empties a regular file, and discards what was written to a block device, where that can.
 #[derive(Debug)]
 pub struct FileDevice {
     file: Flock<File>,
     kind: Kind,
     blocks: u64,
+    /// Nothing was written from this block on.
+    unwritten: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +53,13 @@ impl FileDevice {
     /// # Errors
     /// It cannot be opened; as of [`new`](Self::new).
     pub fn open(path: &Path, size: Option<u64>) -> io::Result<Self> {
-        let context = |error: io::Error| io::Error::new(error.kind(), format!("swap on {}: {error}", path.display()));
+        let context = |error: io::Error| {
+            let why = match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+                Errno::EBUSY => "the device is mounted, or in use otherwise".to_owned(),
+                _ => error.to_string(),
+            };
+            io::Error::new(error.kind(), format!("swap on {}: {why}", path.display()))
+        };
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         match fs::metadata(path) {
@@ -88,7 +104,7 @@ impl FileDevice {
             }
             Kind::Block => {}
         }
-        let device = Self { file, kind, blocks };
+        let device = Self { file, kind, blocks, unwritten: AtomicU64::new(0) };
         device.go_direct()?;
         Ok(device)
     }
@@ -117,16 +133,30 @@ impl Device for FileDevice {
     }
 
     fn write(&self, first: u64, bytes: &[u8]) -> io::Result<()> {
+        self.unwritten.fetch_max(first + (bytes.len() / BLOCK) as u64, Ordering::Relaxed);
         self.file.write_all_at(bytes, first * BLOCK as u64)
+    }
+
+    fn discard(&self, first: u64, blocks: u64) -> io::Result<()> {
+        // On a block device too: the kernel discards, or writes zeros if the device is quick at that.
+        let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let (offset, length) = (first * BLOCK as u64, blocks * BLOCK as u64);
+        fallocate(&*self.file, how, offset as i64, length as i64).map_err(|errno| match errno {
+            Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV => io::ErrorKind::Unsupported.into(),
+            errno => errno.into(),
+        })
     }
 }
 
 impl Drop for FileDevice {
     fn drop(&mut self) {
-        if self.kind == Kind::Regular
-            && let Err(error) = self.file.set_len(0)
-        {
-            log::warn!("swap: the file keeps its contents: {error}");
+        let emptied = match (self.kind, self.unwritten.load(Ordering::Relaxed)) {
+            (Kind::Regular, _) => self.file.set_len(0),
+            (Kind::Block, 0) => Ok(()),
+            (Kind::Block, blocks) => self.discard(0, blocks),
+        };
+        if let Err(error) = emptied {
+            log::warn!("swap: what was written stays on the disk: {error}");
         }
     }
 }

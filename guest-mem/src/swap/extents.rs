@@ -1,5 +1,6 @@
 //! Which blocks of the disk are free.
 
+use rangemap::RangeSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -34,6 +35,8 @@ const LONG: u64 = 17;
 ///
 /// Allocation goes on where the last one ended (next fit): what is written in a row lies in a row. Every operation is
 /// logarithmic in the number of free extents, which are filed by length as well.
+///
+/// Freed blocks are *stale* until they are written again or the disk has been told that nobody needs them.
 #[derive(Debug)]
 pub struct Extents {
     total: u64,
@@ -43,6 +46,9 @@ pub struct Extents {
     /// The starts of extents of 1, 2, … 16 blocks, and of all longer ones.
     by_length: [BTreeSet<u64>; LONG as usize],
     cursor: u64,
+    /// Free blocks that hold what nobody needs.
+    stale: RangeSet<u64>,
+    stale_blocks: u64,
 }
 
 impl Extents {
@@ -54,6 +60,8 @@ impl Extents {
             extents: BTreeMap::new(),
             by_length: [const { BTreeSet::new() }; LONG as usize],
             cursor: 0,
+            stale: RangeSet::new(),
+            stale_blocks: 0,
         };
         extents.insert(0..total);
         extents
@@ -74,17 +82,46 @@ impl Extents {
         debug_assert!((1..=LONG).contains(&blocks));
         let start = self.find(blocks)?;
         let place = Place { start, blocks };
-        let (&from, &to) = self.extents.range(..=start).next_back().expect("found in an extent");
-        self.remove(from);
-        self.insert(from..start);
-        self.insert(place.end()..to);
-        self.free -= blocks;
+        self.take(place);
         self.cursor = place.end();
         Some(place)
     }
 
-    /// Gives blocks back.
+    /// Takes stale blocks, at most so many, to have the disk discard them.
+    pub fn take_stale(&mut self, most: u64) -> Option<Place> {
+        let stale = self.stale.iter().next()?;
+        let place = Place { start: stale.start, blocks: (stale.end - stale.start).min(most) };
+        self.take(place);
+        Some(place)
+    }
+
+    /// How many blocks are stale.
+    pub fn stale_blocks(&self) -> u64 {
+        self.stale_blocks
+    }
+
+    /// Takes free blocks.
+    fn take(&mut self, place: Place) {
+        let (&from, &to) = self.extents.range(..=place.start).next_back().expect("free blocks are in an extent");
+        self.remove(from);
+        self.insert(from..place.start);
+        self.insert(place.end()..to);
+        self.free -= place.blocks;
+        let blocks = place.start..place.end();
+        let stale = self.stale.overlapping(&blocks).map(|s| s.end.min(blocks.end) - s.start.max(blocks.start));
+        self.stale_blocks -= stale.sum::<u64>();
+        self.stale.remove(blocks);
+    }
+
+    /// Gives blocks back, which hold what nobody needs any more.
     pub fn release(&mut self, place: Place) {
+        self.release_discarded(place);
+        self.stale.insert(place.start..place.end());
+        self.stale_blocks += place.blocks;
+    }
+
+    /// Gives blocks back, which hold nothing.
+    pub fn release_discarded(&mut self, place: Place) {
         let mut range = place.start..place.end();
         let before = self.extents.range(..range.start).next_back().map(|(&start, &end)| start..end);
         let after = self.extents.range(range.start..).next().map(|(&start, &end)| start..end);
@@ -104,6 +141,16 @@ impl Extents {
         }
         self.insert(range);
         self.free += place.blocks;
+    }
+
+    /// Whether the stale blocks are free, and as many as we think.
+    pub fn stale_is_sound(&self) -> bool {
+        let within = |stale: &Range<u64>| {
+            let extent = self.extents.range(..=stale.start).next_back();
+            extent.is_some_and(|(_, &end)| stale.end <= end)
+        };
+        let count: u64 = self.stale.iter().map(|stale| stale.end - stale.start).sum();
+        count == self.stale_blocks && self.stale.iter().all(within)
     }
 
     /// The free extents, in order.

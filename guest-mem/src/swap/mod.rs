@@ -21,6 +21,7 @@
 //! * A `get` from the disk starts a read and looks ahead: the clusters that follow on the disk are read as well, up to
 //!   eight, as many as proved useful lately. What was read stays in a small cache. The disk's copy stays valid until
 //!   its slots are freed, so that a clean page never needs to be written again.
+//! * Blocks that nobody needs any more are discarded (a file gets holes) when they are many and the disk is idle.
 //!
 //! The file holds nothing that outlives its store: slots are numbers of this process, and headers carry a number that
 //! is another one in every run.
@@ -55,8 +56,7 @@
 //! # Holes
 //! * A frame is one stretch of blocks. On a disk that is nearly full and cut up small, a cluster may find no place.
 //! * A cluster on the disk keeps its blocks until its last slot is freed: nothing compacts.
-//! * Freed blocks are written again, not punched or trimmed.
-//! * On a block device the last contents stay when the store is dropped; a regular file is emptied.
+//! * A block device that cannot discard keeps its last contents when the store is dropped; a regular file is emptied.
 
 mod books;
 mod check;
@@ -106,9 +106,9 @@ pub trait Swap {
     /// Takes copies of 1..=16 whole pages. They can be read at once; they get to the disk behind the caller's back.
     ///
     /// # Errors
-    /// Nothing has been taken. `StorageFull`: no slots left, or the disk takes no more for now. `WouldBlock`: the disk is
-    /// behind and memory for what waits is used up: try again after the next completion. `InvalidInput`: not 1 to 16
-    /// whole pages.
+    /// Nothing has been taken. `StorageFull`: there is no room before something is freed. `ResourceBusy`: the disk takes
+    /// no more for now, and memory for what waits is used up. `WouldBlock`: the disk is behind: try again after the next
+    /// completion. `InvalidInput`: not 1 to 16 whole pages.
     fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot>;
 
     /// Reads `buf.len()/4096` pages from consecutive slots of one `put`.

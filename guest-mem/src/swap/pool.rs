@@ -33,6 +33,8 @@ pub enum Work {
     Ahead,
     /// Write it, unless the cluster is gone by then.
     Write(Weak<Packed>),
+    /// Nobody needs what is there; these are blocks of no cluster.
+    Discard,
 }
 
 /// A job that is done.
@@ -51,6 +53,8 @@ pub enum Outcome {
     Read(io::Result<Packed>),
     /// The frame is on the disk, or was not needed any more.
     Written(io::Result<()>),
+    /// The disk knows that these blocks are not needed.
+    Discarded(io::Result<()>),
 }
 
 /// The threads, ended and joined when it is dropped; jobs that have not begun are forgotten then.
@@ -71,7 +75,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Queue {
     /// One for each kind of [`Work`], the most urgent first.
-    jobs: [VecDeque<Job>; 3],
+    jobs: [VecDeque<Job>; 4],
     closed: bool,
 }
 
@@ -124,6 +128,7 @@ impl Work {
             Self::Demand => 0,
             Self::Ahead => 1,
             Self::Write(_) => 2,
+            Self::Discard => 3,
         }
     }
 }
@@ -151,6 +156,7 @@ impl Shared {
             let done = match run[0].work {
                 Work::Demand | Work::Ahead => self.read(&run, &mut buffer),
                 Work::Write(_) => self.write(&run, &mut buffer),
+                Work::Discard => run.iter().map(|job| self.discard(job)).collect(),
             };
             lock(&self.done).extend(done);
             if let Err(error) = self.event.write(1) {
@@ -187,6 +193,11 @@ impl Shared {
             Done { key: job.key, outcome: Outcome::Read(packed) }
         };
         run.iter().zip(got).map(done).collect()
+    }
+
+    fn discard(&self, job: &Job) -> Done {
+        let done = self.device.discard(job.place.start, job.place.blocks);
+        Done { key: job.key, outcome: Outcome::Discarded(done) }
     }
 
     fn read_one(&self, job: &Job, buffer: &mut Aligned) -> io::Result<Packed> {
@@ -233,7 +244,7 @@ impl Job {
     fn packed(&self) -> Option<Arc<Packed>> {
         match &self.work {
             Work::Write(packed) => packed.upgrade(),
-            Work::Demand | Work::Ahead => None,
+            Work::Demand | Work::Ahead | Work::Discard => None,
         }
     }
 }

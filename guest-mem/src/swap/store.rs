@@ -76,6 +76,8 @@ pub struct SwapStore {
     pub(super) ahead: ReadAhead,
     /// When the last write failed, unless one has succeeded since.
     pub(super) failing: Option<Instant>,
+    /// The disk wants to be told of blocks that nobody needs.
+    pub(super) discards: bool,
     /// What was done so far; what is there is added when it is asked for.
     pub(super) counters: SwapStats,
     /// This store's number in its frames.
@@ -96,6 +98,8 @@ pub(super) struct Limits {
     pub cache: u64,
     /// Clusters that somebody is expected to come for.
     pub wanted: u64,
+    /// So many stale blocks are worth a discard.
+    pub stale: u64,
     /// How long a disk rests on which a write has failed.
     pub rest: Duration,
     /// Threads that read and write.
@@ -111,6 +115,7 @@ impl Limits {
             hard: tier.saturating_add((tier / 4).max(4 * cluster)),
             cache: (tier / 8).max(16 * cluster),
             wanted: 256,
+            stale: (16 << 20) / BLOCK as u64,
             rest: Duration::from_secs(1),
             threads: thread::available_parallelism().map_or(2, |cpus| cpus.get().clamp(2, 4)),
         }
@@ -157,6 +162,7 @@ impl SwapStore {
             limits,
             ahead: ReadAhead::default(),
             failing: None,
+            discards: true,
             counters: SwapStats::default(),
             run: RandomState::new().hash_one(blocks),
             sequence: 0,
@@ -181,10 +187,12 @@ impl SwapStore {
             match done.outcome {
                 Outcome::Read(result) => came |= self.was_read(done.key, result),
                 Outcome::Written(result) => self.written(done.key, result),
+                Outcome::Discarded(result) => self.discarded(result),
             }
         }
         self.trim();
         self.write_back();
+        self.discard();
         came
     }
 
@@ -201,8 +209,8 @@ impl SwapStore {
 
     /// Another limit for the tier in memory. What is over it is written out, if there is a disk.
     pub fn set_compressed(&mut self, bytes: u64) {
-        let Limits { rest, threads, wanted, .. } = self.limits;
-        let limits = Limits { rest, threads, wanted, ..Limits::new(bytes) };
+        let Limits { rest, threads, wanted, stale, .. } = self.limits;
+        let limits = Limits { rest, threads, wanted, stale, ..Limits::new(bytes) };
         self.limits = if self.pool.is_some() { limits } else { Limits { hard: bytes, ..limits } };
         self.trim();
         self.write_back();
@@ -212,7 +220,11 @@ impl SwapStore {
     pub fn capacity(&self) -> SwapCapacity {
         let extents = &self.books.extents;
         let bytes = |blocks: u64| blocks * BLOCK as u64;
-        SwapCapacity { memory: self.limits.tier, disk: bytes(extents.total()), disk_free: bytes(extents.free_blocks()) }
+        SwapCapacity {
+            memory: self.limits.tier,
+            disk: bytes(extents.total()),
+            disk_free: bytes(self.books.free_blocks()),
+        }
     }
 
     /// Whether so many bytes more may wait in memory.
@@ -223,10 +235,10 @@ impl SwapStore {
     /// Why there is no room, in a word.
     fn no_room(&self) -> io::Error {
         let sums = &self.books.sums;
-        if sums.writes + sums.dropped > 0 {
+        if sums.writes + sums.dropped > 0 || self.books.discarding.is_some() {
             io::Error::new(io::ErrorKind::WouldBlock, "the swap disk is behind")
         } else if self.failing.is_some() {
-            io::Error::new(io::ErrorKind::StorageFull, "the swap disk fails, and memory for compressed pages is full")
+            io::Error::new(io::ErrorKind::ResourceBusy, "the swap disk fails, and memory for compressed pages is full")
         } else {
             io::Error::new(io::ErrorKind::StorageFull, "swap is full")
         }
@@ -296,6 +308,7 @@ impl Swap for SwapStore {
             }
         }
         self.write_back();
+        self.discard();
     }
 }
 

@@ -25,6 +25,9 @@ struct Disk {
     bad_writes: Mutex<HashSet<u64>>,
     held: Mutex<bool>,
     let_go: Condvar,
+    discarded: Mutex<Vec<(u64, u64)>>,
+    /// Discards are not for it.
+    keeps: bool,
 }
 
 impl Disk {
@@ -80,6 +83,17 @@ impl Device for Arc<Disk> {
         self.bytes.lock().unwrap()[start..start + bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
+
+    /// Whoever needs the blocks after all finds that out.
+    fn discard(&self, first: u64, blocks: u64) -> io::Result<()> {
+        if self.keeps {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.discarded.lock().unwrap().push((first, blocks));
+        let bytes = first as usize * BLOCK..(first + blocks) as usize * BLOCK;
+        self.bytes.lock().unwrap()[bytes].fill(0xdd);
+        Ok(())
+    }
 }
 
 /// xorshift64*: the same numbers in every run.
@@ -128,7 +142,15 @@ fn cluster(seed: u64) -> Vec<u8> {
 
 /// The tier holds two clusters of noise, and two more may wait.
 fn tiny() -> Limits {
-    Limits { tier: 144 * KIB, hard: 288 * KIB, cache: 288 * KIB, wanted: 4, rest: Duration::ZERO, threads: 2 }
+    Limits {
+        tier: 144 * KIB,
+        hard: 288 * KIB,
+        cache: 288 * KIB,
+        wanted: 4,
+        stale: 20,
+        rest: Duration::ZERO,
+        threads: 2,
+    }
 }
 
 fn store(disk: &Arc<Disk>, limits: Limits) -> SwapStore {
@@ -251,7 +273,9 @@ fn compare_with_model(seed: u64, mut swap: SwapStore, mut weather: impl FnMut(u6
                         model.push(Known { first, seeds });
                     }
                     Err(error) => {
-                        let full = [io::ErrorKind::StorageFull, io::ErrorKind::WouldBlock].contains(&error.kind());
+                        let kinds =
+                            [io::ErrorKind::StorageFull, io::ErrorKind::ResourceBusy, io::ErrorKind::WouldBlock];
+                        let full = kinds.contains(&error.kind());
                         assert!(full, "{error}");
                         assert_eq!(swap.stats().slots_used, before.slots_used);
                         refused += 1;
@@ -423,6 +447,52 @@ fn a_full_disk_refuses_and_keeps() {
     assert!(fetch(&mut swap, late, 16).unwrap() == cluster(99));
 }
 
+/// What nobody needs is discarded when it is much and the disk has nothing else to do, and no more than that.
+#[test]
+fn stale_blocks_are_discarded() {
+    let disk = Disk::new(600);
+    let mut swap = store(&disk, tiny());
+    let slots: Vec<SwapSlot> = (0..12).map(|seed| put(&mut swap, &cluster(seed))).collect();
+    settle(&mut swap);
+    let placed: Vec<bool> = slots.iter().map(|slot| swap.books[slot.0 as usize / 16].state.place().is_some()).collect();
+    assert!(placed[..6].iter().all(|&placed| placed), "{placed:?}");
+    swap.free(slots[1], CLUSTER);
+    settle(&mut swap);
+    assert_eq!(disk.discarded.lock().unwrap().as_slice(), [], "17 blocks are few");
+    let used = swap.stats().disk_bytes;
+    swap.free(slots[3], CLUSTER);
+    while swap.books.discarding.is_some() {
+        next(&mut swap);
+    }
+    assert!(!disk.discarded.lock().unwrap().is_empty());
+    assert_eq!(swap.stats().disk_bytes, used - 17 * BLOCK as u64);
+    assert_sound(&swap);
+    for (seed, &slot) in slots.iter().enumerate().filter(|(seed, _)| ![1, 3].contains(seed)) {
+        assert!(fetch(&mut swap, slot, 16).unwrap() == cluster(seed as u64));
+        swap.free(slot, CLUSTER);
+    }
+    settle(&mut swap);
+    while swap.books.discarding.is_some() {
+        next(&mut swap);
+    }
+    assert_eq!((swap.books.extents.stale_blocks(), swap.stats().disk_bytes), (0, 0), "the last are few, and all");
+    assert_sound(&swap);
+}
+
+#[test]
+fn a_disk_that_cannot_discard_is_told_once() {
+    let disk = Arc::new(Disk { bytes: Mutex::new(vec![0; 600 * BLOCK]), keeps: true, ..Disk::default() });
+    let mut swap = store(&disk, tiny());
+    let slots: Vec<SwapSlot> = (0..6).map(|seed| put(&mut swap, &cluster(seed))).collect();
+    settle(&mut swap);
+    slots.into_iter().for_each(|slot| swap.free(slot, CLUSTER));
+    while swap.books.discarding.is_some() {
+        next(&mut swap);
+    }
+    assert!(!swap.discards && swap.stats().disk_bytes == 0);
+    assert_sound(&swap);
+}
+
 #[test]
 fn without_a_file_memory_is_the_limit() {
     let mut swap = SwapStore::open(SwapOptions { compressed: 200 * KIB, ..SwapOptions::default() }).unwrap();
@@ -452,9 +522,9 @@ fn a_disk_that_fails_writes_loses_nothing() {
         }
     };
     settle(&mut swap);
-    assert!(refusal.kind() == io::ErrorKind::WouldBlock || refusal.kind() == io::ErrorKind::StorageFull);
+    assert!(refusal.kind() == io::ErrorKind::WouldBlock || refusal.kind() == io::ErrorKind::ResourceBusy);
     let error = swap.put(&cluster(99)).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
     assert!(error.to_string().contains("fails"), "{error}");
     assert_eq!((swap.stats().swap_write_pages, swap.stats().disk_bytes), (0, 0));
     for (seed, &first) in slots.iter().enumerate() {

@@ -11,6 +11,8 @@ use std::time::Instant;
 
 /// Clusters on their way out at a time; more would only wait in the queue, where they cannot be kept back any more.
 const WRITES: u64 = 64;
+/// Blocks discarded at a time: 64 MiB.
+const DISCARDED: u64 = 1 << 14;
 /// Clusters written ahead each time the disk is found idle.
 const AHEAD: usize = 8;
 /// So many of the oldest are tried when the disk is nearly full: a smaller one may fit.
@@ -114,6 +116,30 @@ impl SwapStore {
                 let state = if packed.is_zero() { State::Zero } else { State::Memory(Arc::new(packed)) };
                 self.books.turn(key, state);
             }
+        }
+    }
+
+    /// Tells an idle disk which blocks nobody needs, once they are many, or all.
+    pub(super) fn discard(&mut self) {
+        let stale = self.books.extents.stale_blocks();
+        let many = stale >= self.limits.stale || (stale > 0 && self.books.placed.is_empty());
+        let rests = self.pool.is_none() || self.failing.is_some() || !self.books.sums.idle();
+        if !self.discards || !many || rests || self.books.discarding.is_some() {
+            return;
+        }
+        if let Some(place) = self.books.take_stale(DISCARDED) {
+            // They are no cluster's, and no frame.
+            let tag = Tag { run: self.run, sequence: 0, slot: slot(0) };
+            self.submit(Job { key: usize::MAX, place, tag, work: Work::Discard });
+        }
+    }
+
+    /// The disk knows which blocks nobody needs.
+    pub(super) fn discarded(&mut self, result: io::Result<()>) {
+        self.books.discarded();
+        if let Err(error) = result {
+            log::info!("swap: blocks that nobody needs are not discarded: {error}");
+            self.discards = false;
         }
     }
 

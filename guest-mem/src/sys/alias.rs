@@ -15,7 +15,6 @@ use thiserror::Error;
 pub struct Alias {
     area: Area,
     uffd: Arc<Userfaultfd>,
-    pages: GfnRange,
 }
 
 /// A page could not be put into a store.
@@ -46,7 +45,7 @@ impl Alias {
         area.map_shared(pages, store.as_fd())?;
         let (start, len) = area.host(pages)?;
         uffd.register(start, len)?;
-        Ok(Self { area, uffd, pages })
+        Ok(Self { area, uffd })
     }
 
     /// Puts `bytes`, whole pages, into the store from page `first` on.
@@ -67,8 +66,9 @@ impl Alias {
     }
 
     /// Drops this process's page table entries of what was filled: the pages stay in the store.
-    pub fn forget(&self) {
-        if let Err(error) = self.area.advise(self.pages, Advice::DropPrivate) {
+    pub fn forget(&self, first: PageIndex, count: PageCount) {
+        let pages = GfnRange::new(Gfn(first.0), count);
+        if let Err(error) = self.area.advise(pages, Advice::DropPrivate) {
             log::warn!("madvise of a store's alias: {error}");
         }
     }

@@ -2,8 +2,12 @@
 
 use crate::fakes::{Call, Gaps, Reads};
 use crate::world::{Layout, World};
-use guest_mem::addr::Gfn;
+use guest_mem::addr::{Gfn, GfnRange};
 use guest_mem::{Pace, VmId};
+
+fn pages(from: u64, to: u64) -> GfnRange {
+    GfnRange::between(Gfn(from), Gfn(to))
+}
 
 /// A VM that has written the first `pages` pages of its RAM, frozen and settled.
 fn with_pages(ram: u64, pages: u64) -> (World, VmId) {
@@ -126,6 +130,55 @@ fn what_swap_has_no_room_for_settles_into_memory() {
     assert!(world.evict_some(16).stopped.is_some_and(|error| error.is_full()));
     world.check();
     world.verify();
+    world.end();
+}
+
+/// What came back from swap is in both places. Where swap is full, memory that has no copy there gets its place.
+#[test]
+fn a_full_swap_gives_up_copies() {
+    let mut world = World::new(&Layout::flat(64));
+    let vm = world.ids()[0];
+    world.swap.borrow_mut().size = 32;
+    (0..32).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.settle_all();
+    world.evict_all();
+    (0..32).for_each(|page| world.read(vm, Gfn(page)));
+    assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (32, 32));
+
+    // Evicted from a store, and settled straight into swap.
+    (32..48).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.settle_all();
+    let others = world.objects();
+    assert!(others.iter().all(|&object| world.manager.evict(object, pages(32, 48)).stopped.is_none()));
+    world.check();
+    (48..64).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze_to_swap(vm, Gaps::None);
+    world.settle_all();
+    assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (32, 32), "all copies are given up");
+    world.check();
+    assert!(world.evict_some(16).stopped.is_some_and(|error| error.is_full()), "nothing is left to give up");
+    world.verify();
+    world.check();
+    world.end();
+}
+
+/// The victims themselves may be among the copies that are given up for them.
+#[test]
+fn half_a_cluster_is_given_up_for_the_other_half() {
+    let (mut world, vm) = with_pages(32, 8);
+    world.swap.borrow_mut().size = 8;
+    world.evict_all();
+    world.verify();
+    (8..16).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.settle_all();
+    world.evict_all();
+    world.check();
+    assert_eq!(world.manager.counts().discarded_pages, 0);
+    world.verify();
+    world.check();
     world.end();
 }
 

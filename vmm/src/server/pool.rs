@@ -1,7 +1,7 @@
 //! Prepared VM processes, by shape: KVM VM, vCPU and memory slot are made, and a fork only has to fill them in.
 //!
 //! A shape has prepared processes for as long as a VM of it lives. How many follows use: the pool grows by
-//! one each time it was found empty, and shrinks when it was not used for a while. An empty pool is slower, never an error.
+//! one each time it was found empty, and shrinks when it was not used for a while, or memory is short. An empty pool is slower, never an error.
 
 use super::Server;
 use super::process::{ProcessId, Role, VmProcess};
@@ -102,7 +102,9 @@ impl Server {
         self.end_unused();
         let mut surplus = Vec::new();
         let mut hungry = None;
+        let most = if self.budget.is_tight() { SMALLEST } else { LARGEST };
         for (&shape, shelf) in &mut self.pool.0 {
+            shelf.wanted = shelf.wanted.min(most);
             if shelf.wanted > SMALLEST && now >= shelf.used + PATIENCE {
                 shelf.wanted = (shelf.wanted / 2).max(SMALLEST);
                 shelf.used = now;

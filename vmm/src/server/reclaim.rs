@@ -31,6 +31,8 @@ pub(super) enum Evicted {
     Behind,
     /// Swap takes no more.
     Full,
+    /// Nor would it if there were room.
+    Failing,
 }
 
 /// A VM's live layer on its way to swap.
@@ -152,7 +154,7 @@ impl Server {
                 // What has not settled yet can be evicted when it has.
                 Evicted::All if self.is_settling(family) => return Going::Waits,
                 Evicted::All => {}
-                Evicted::Full => asked.full = true,
+                Evicted::Full | Evicted::Failing => asked.full = true,
             }
             asked.left.pop();
             return Going::On;
@@ -193,10 +195,20 @@ impl Server {
     pub(super) fn evict(&mut self, family: FamilyId, limit: PageCount, now: Instant) -> (PageCount, Evicted) {
         let Some(manager) = self.families.get_mut(&family) else { return (PageCount(0), Evicted::All) };
         let (pages, end) = evict_for(manager, limit, Instant::now() + SLICE);
-        if matches!(end, Evicted::Behind | Evicted::Full) {
+        if end == Evicted::Full && self.give_up_copies(family) {
+            return (pages, Evicted::Some);
+        }
+        if matches!(end, Evicted::Behind | Evicted::Full | Evicted::Failing) {
             self.reclaims.rest_until = Some(now + SWAP_RETRY);
         }
         (pages, end)
+    }
+
+    /// Swap is full, and `short` has given up all that it has there of what it has in memory too: so do the others, one
+    /// after the other. Whether there was something.
+    fn give_up_copies(&mut self, short: FamilyId) -> bool {
+        let mut others = self.families.iter_mut().filter(|(family, _)| **family != short);
+        others.any(|(_, manager)| manager.give_up_copies(BATCH).0 > 0)
     }
 
     /// Whether a VM can be frozen now, and is not.
@@ -243,10 +255,10 @@ impl Server {
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return true };
         self.processes[&process].memory.note_scratch(frozen);
         self.families.get_mut(&family).expect("a VM has a family").finish_freeze(member, &frozen.harvest);
-        let moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
-        for settling in self.reclaims.settling.iter_mut().filter(|settling| settling.store == store) {
-            settling.moved = PageCount(if settling.family == family { moved } else { settling.moved.0 });
-        }
+        let moved = PageCount(frozen.harvest.private.iter().map(|pages| pages.count().0).sum());
+        let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, store);
+        self.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
+        self.layer_moved(generation, moved);
         self.freeze(generation);
         true
     }
@@ -311,7 +323,7 @@ fn evict_for(manager: &mut FamilyManager, limit: PageCount, deadline: Instant) -
             Some(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
                 log::info!("{error}: {cause}");
-                return (pages, Evicted::Full);
+                return (pages, if error.is_full() { Evicted::Full } else { Evicted::Failing });
             }
             None if done.pages.0 == 0 => return (pages, Evicted::All),
             None => {}

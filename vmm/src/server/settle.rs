@@ -68,7 +68,9 @@ impl Server {
         // and stand for a freeze that has moved it out.
         traps.sort_unstable_by_key(|trap| trap.address);
         traps.dedup_by_key(|trap| trap.address);
-        self.budget.stir();
+        if !traps.is_empty() {
+            self.has_trapped(generation);
+        }
         for trap in traps {
             if let Some(vm) = self.vms.get_mut(generation) {
                 vm.traps += 1;

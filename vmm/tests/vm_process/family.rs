@@ -131,8 +131,8 @@ impl Family {
                 file.read_exact_at(&mut page, index.offset()).unwrap();
             }
             store.alias.fill(PageIndex(gfn.0), &page).unwrap();
+            store.alias.forget(PageIndex(gfn.0), PageCount(1));
         }
-        store.alias.forget();
         let source = Source::Store { store: frozen.store, origin: Gfn(0) };
         for moved in &frozen.harvest.moved {
             overlay(&mut machine.runs, *moved, source);
