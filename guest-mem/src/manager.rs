@@ -24,6 +24,10 @@ use std::rc::Rc;
 
 /// Most pages settled at a time: few enough that whoever owns the manager soon gets to a waiting trap.
 pub const SETTLE_BATCH: PageCount = PageCount(64);
+/// Pages of stores freed at a time, where nobody waits for it.
+const FREED_BATCH: PageCount = PageCount(512);
+/// Pages whose memory a scratch range gives back at a time.
+const LEFT_BATCH: PageCount = PageCount(512);
 /// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a mapping.
 const ZERO_RUN: u64 = 16;
 
@@ -69,6 +73,11 @@ pub struct Manager<S: StoreFactory, W> {
     awake: VecDeque<StoreId>,
     /// Stores of freezes whose pages go to swap.
     to_swap: HashSet<StoreId>,
+    /// Pages that nobody sees any more since a freeze and that are still in their stores, and stores without pages: to free
+    /// them takes time, and the children of the freeze come first.
+    hidden: VecDeque<Effect>,
+    /// Pages of a scratch range that have settled, and whose memory has not been given back.
+    left: HashMap<StoreId, GfnRange>,
     swap_counts: SwapCounts,
     staging: Vec<u8>,
     /// A stretch of zero pages takes no storage from this length on.
@@ -92,6 +101,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             swapping_in: Vec::new(),
             awake: VecDeque::new(),
             to_swap: HashSet::new(),
+            hidden: VecDeque::new(),
+            left: HashMap::new(),
             swap_counts: SwapCounts::default(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
@@ -171,6 +182,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         Ok(id)
     }
 
+    /// Nothing else is to be done: gets ready for the next freeze.
+    pub fn stock_up(&mut self) {
+        self.factory.stock_up(self.span);
+    }
+
     /// The VM that is being frozen stands still. Whoever holds its window says so before it moves the first page, and
     /// whoever owns the manager hears it before any trap that comes afterwards: what is zero in the books may have been
     /// written and moved out, and must not be supplied any more.
@@ -190,8 +206,45 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest) {
         let mut effects = Effects::default();
         self.family.finish_freeze(vm, harvest, &mut effects);
-        self.carry_out(effects);
+        let can_wait = |effect: &Effect| matches!(effect, Effect::Punch(..) | Effect::DropStore(_));
+        let (hidden, rest): (Vec<_>, Vec<_>) = effects.0.into_iter().partition(can_wait);
+        self.carry_out(Effects(rest));
+        self.hidden.extend(hidden);
         self.wake_waiting(vm);
+    }
+
+    /// Frees some pages that a freeze has hidden from everybody. Whether more are left.
+    fn free_hidden(&mut self) -> bool {
+        let mut most = FREED_BATCH.0;
+        while most > 0
+            && let Some(effect) = self.hidden.pop_front()
+        {
+            let effect = match effect {
+                Effect::Punch(store, pages) => {
+                    let part = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + most)));
+                    if part.end() < pages.end() {
+                        self.hidden.push_front(Effect::Punch(store, GfnRange::between(part.end(), pages.end())));
+                    }
+                    most -= part.count().0;
+                    Effect::Punch(store, part)
+                }
+                effect => effect,
+            };
+            self.carry_out(Effects(vec![effect]));
+        }
+        !self.hidden.is_empty()
+    }
+
+    /// Pages in stores that are about to be freed.
+    pub fn hidden(&self) -> PageCount {
+        PageCount(self.hidden_pages().map(|(_, pages)| pages.count().0).sum())
+    }
+
+    fn hidden_pages(&self) -> impl Iterator<Item = (StoreId, GfnRange)> {
+        self.hidden.iter().filter_map(|effect| match effect {
+            Effect::Punch(store, pages) => Some((*store, *pages)),
+            _ => None,
+        })
     }
 
     /// Who waited for the end of a freeze touches its page again.
@@ -298,6 +351,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// # Errors
     /// [`Error::Fill`]: the batch waits on.
     pub fn settle(&mut self, limit: PageCount) -> Result<bool, Error> {
+        let more = self.free_hidden();
         while let Some(job) = self.family.next_job(limit) {
             let to = if self.to_swap.contains(&job.store) { Destination::Swap } else { Destination::Store };
             match self.run_job(&job, to)? {
@@ -305,7 +359,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 Fetch::Coming => self.family.put_off(&job),
             }
         }
-        Ok(false)
+        Ok(more)
     }
 
     /// Whether all pages of a freeze are where they belong.
@@ -324,7 +378,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             match store.extents() {
                 Err(error) => broken.push(format!("3: {id:?} cannot tell what it has: {error}")),
                 Ok(extents) => {
-                    let there: RangeSet<u64> = extents.into_iter().map(GfnRange::raw).collect();
+                    let mut there: RangeSet<u64> = extents.into_iter().map(GfnRange::raw).collect();
+                    let hidden = self.hidden_pages().filter(|(store, _)| *store == id);
+                    hidden.for_each(|(_, pages)| there.remove(pages.raw()));
                     let told = self.family.objects().resident(id);
                     if there != told {
                         broken.push(format!("3: {id:?} has pages {there:?}, the books say {told:?}"));
@@ -353,8 +409,30 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.settled(&job, &placed, &mut effects);
         self.carry_out(effects);
+        if let (CopyFrom::Scratch(holder), Ok(())) = (job.from, &done) {
+            self.leave_scratch(holder, job.store, job.pages);
+        }
         self.rest(job.store);
         done.map(|()| Fetch::Here)
+    }
+
+    /// Pages have settled: what they had in a scratch range is given back as it becomes much.
+    fn leave_scratch(&mut self, holder: VmId, store: StoreId, pages: GfnRange) {
+        if self.family.objects().stores.get(&store).is_none_or(|account| account.scratch.is_none()) {
+            self.left.remove(&store);
+            return;
+        }
+        let left = self.left.entry(store).or_insert(pages);
+        if left.end() == pages.start() {
+            *left = GfnRange::between(left.start(), pages.end());
+        } else if *left != pages {
+            // Few pages here and there go with the rest, at the end.
+            *left = pages;
+        }
+        if left.count() >= LEFT_BATCH {
+            let left = self.left.remove(&store).expect("looked at above");
+            self.window_do(holder, |window| window.leave_scratch(store, left));
+        }
     }
 
     /// Lets go of what only filling needs, unless the store is filled on.
@@ -465,6 +543,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }
                 Effect::FreeSwap(first, count) => self.factory.swap().free(first, count),
                 Effect::DropStore(store) => {
+                    // Windows may hold on to it, and must not to pages.
+                    let of_store = |effect: &Effect| matches!(effect, Effect::Punch(of, _) if *of == store);
+                    let (hidden, rest): (Vec<_>, Vec<_>) = self.hidden.drain(..).partition(of_store);
+                    self.hidden = rest.into();
+                    self.carry_out(Effects(hidden));
                     self.to_swap.remove(&store);
                     self.stores.remove(&store);
                     self.copied.remove(&store);

@@ -53,6 +53,9 @@ pub trait StoreFactory {
     /// The host has no memory or no descriptors left.
     fn create(&mut self, pages: PageCount) -> io::Result<Self::Store>;
 
+    /// Nothing else is to be done: gets ready for the next store of `pages` pages.
+    fn stock_up(&mut self, _pages: PageCount) {}
+
     /// The swap.
     fn swap(&mut self) -> &mut Self::Swap;
 }

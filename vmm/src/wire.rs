@@ -151,6 +151,13 @@ pub enum ToVm {
         /// What becomes of short stretches.
         short: Short,
     },
+    /// Some pages of a freeze have settled: give their memory back.
+    LeaveScratch {
+        /// The freeze's store.
+        store: StoreId,
+        /// The pages.
+        pages: GfnRange,
+    },
     /// The pages of this freeze have settled: unmap its scratch range.
     DropScratch(StoreId),
     /// Stop the vCPUs. Answered by `Paused`.

@@ -18,8 +18,8 @@ pub enum Trap {
     Wake(GfnRange),
     /// These pages are zero.
     Zero(GfnRange),
-    /// The VM stands still for a freeze, and this page, zero as far as we know, may have been written and moved out: wait
-    /// until the freeze is over, and look again.
+    /// The VM stands still for a freeze, or has just gone on, and this page may have been moved out: wait until the freeze is
+    /// over, and look again.
     Wait,
     /// First this job, then ask again.
     Settle(Job),
@@ -44,6 +44,10 @@ impl Family {
     /// What a trap of `vm` at `gfn` needs.
     pub fn trap(&self, vm: VmId, gfn: Gfn) -> Trap {
         let Some((entry_pages, entry)) = self.vm(vm).map.get(gfn) else { return Trap::Outside };
+        if let Some(Freezing::Standing(_)) = self.vm(vm).freezing {
+            // It runs again, and the page may have been moved out: the books are of the time before.
+            return Trap::Wait;
+        }
         if self.vm(vm).kept.contains(&gfn.0) {
             // A late one: the page is there.
             return Trap::Wake(GfnRange::new(gfn, PageCount(1)));
@@ -89,11 +93,9 @@ impl Family {
 
     /// The zero pages around `gfn`.
     fn zeros(&self, vm: VmId, gfn: Gfn) -> Trap {
-        match self.vm(vm).freezing {
-            None => {}
+        if self.vm(vm).freezing.is_some() {
             // Nothing but the page that keeps the guest from being stopped: others may be moved out meanwhile.
-            Some(Freezing::Stopping(_)) => return Trap::Zero(aligned(gfn, PageCount(1))),
-            Some(Freezing::Standing(_)) => return Trap::Wait,
+            return Trap::Zero(aligned(gfn, PageCount(1)));
         }
         let (entry_pages, entry) = self.vm(vm).map.get(gfn).expect("a trap within the VM's memory");
         let around = aligned(gfn, ZERO_CLUSTER).intersect(entry_pages);

@@ -15,10 +15,12 @@ use std::sync::Arc;
 
 /// Makes memfd stores. They are filled through this process's userfaultfd; on a host without one they are written
 /// plainly, which nobody may look at meanwhile.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct MemfdStores {
     userfaultfd: Option<Arc<Userfaultfd>>,
     swap: SharedSwap,
+    /// The next store, made while there was time.
+    spare: Option<MemfdStore>,
 }
 
 /// A store that is a memfd.
@@ -35,13 +37,26 @@ pub struct MemfdStore {
 impl MemfdStores {
     /// Stores filled through `userfaultfd`, or plainly.
     pub fn new(userfaultfd: Option<Arc<Userfaultfd>>) -> Self {
-        Self { userfaultfd, swap: SharedSwap::default() }
+        Self { userfaultfd, swap: SharedSwap::default(), spare: None }
     }
 
     /// The same, whose pages can be evicted to `swap`.
     #[must_use]
     pub fn with_swap(self, swap: SharedSwap) -> Self {
         Self { swap, ..self }
+    }
+
+    fn make(&self, pages: PageCount) -> io::Result<MemfdStore> {
+        let file = Memfd::new("offshoot-store", pages)?;
+        let read_only = file.read_only()?;
+        let inode = fstat(&file)?.st_ino;
+        Ok(MemfdStore { file, read_only, inode, userfaultfd: self.userfaultfd.clone(), alias: None })
+    }
+}
+
+impl Clone for MemfdStores {
+    fn clone(&self) -> Self {
+        Self { userfaultfd: self.userfaultfd.clone(), swap: self.swap.clone(), spare: None }
     }
 }
 
@@ -51,10 +66,17 @@ impl StoreFactory for MemfdStores {
     type Swap = SharedSwap;
 
     fn create(&mut self, pages: PageCount) -> io::Result<MemfdStore> {
-        let file = Memfd::new("offshoot-store", pages)?;
-        let read_only = file.read_only()?;
-        let inode = fstat(&file)?.st_ino;
-        Ok(MemfdStore { file, read_only, inode, userfaultfd: self.userfaultfd.clone(), alias: None })
+        match self.spare.take_if(|spare| spare.file.pages() == pages) {
+            Some(spare) => Ok(spare),
+            None => self.make(pages),
+        }
+    }
+
+    fn stock_up(&mut self, pages: PageCount) {
+        if self.spare.is_none() {
+            // Where there is no room for it, the next store is made when it is needed.
+            self.spare = self.make(pages).ok();
+        }
     }
 
     fn swap(&mut self) -> &mut SharedSwap {

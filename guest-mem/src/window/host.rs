@@ -272,6 +272,10 @@ impl Window for HostWindow {
         self.scratches.read(scratch, first, buf)
     }
 
+    fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange) {
+        self.scratches.leave(scratch, pages);
+    }
+
     fn drop_scratch(&mut self, scratch: StoreId) {
         self.scratches.drop(scratch);
     }

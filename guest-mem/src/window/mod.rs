@@ -122,6 +122,10 @@ pub trait Window {
     /// The holder and its memory are gone: the pages are lost.
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()>;
 
+    /// These pages of the freeze into `scratch` have settled: they will not be read again, and their memory may be given
+    /// back.
+    fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange);
+
     /// All pages of the freeze into `scratch` have settled: gives their memory back.
     fn drop_scratch(&mut self, scratch: StoreId);
 

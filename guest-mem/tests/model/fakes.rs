@@ -586,6 +586,11 @@ impl Window for FakeWindow {
         Ok(())
     }
 
+    fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange) {
+        let there = self.scratch.get_mut(&scratch).expect("a scratch range of a freeze that has not settled");
+        there.retain(|page, _| !pages.contains(Gfn(*page)));
+    }
+
     fn drop_scratch(&mut self, scratch: StoreId) {
         assert!(self.scratch.remove(&scratch).is_some(), "a scratch range is dropped once");
     }

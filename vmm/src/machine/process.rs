@@ -188,6 +188,7 @@ impl Process {
                     }
                 }
             }
+            ToVm::LeaveScratch { store, pages } => vm.leave_scratch(store, pages),
             ToVm::DropScratch(store) => vm.drop_scratch(store),
             ToVm::Pause => self.ask(Activity::Paused),
             ToVm::Resume => self.ask(Activity::Running),

@@ -453,6 +453,11 @@ impl Vm {
         told
     }
 
+    /// Some pages of the freeze into `store` have settled.
+    pub fn leave_scratch(&mut self, store: StoreId, pages: GfnRange) {
+        self.window.leave_scratch(store, pages);
+    }
+
     /// The pages of the freeze into `store` have settled.
     pub fn drop_scratch(&mut self, store: StoreId) {
         self.window.drop_scratch(store);

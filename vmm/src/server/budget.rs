@@ -28,6 +28,11 @@ const BUSY_LOOK: Duration = Duration::from_millis(10);
 const GROWING_LOOK: Duration = Duration::from_millis(100);
 /// How often to look while nothing does.
 const QUIET_LOOK: Duration = Duration::from_secs(1);
+/// How often to look at VMs while there is nothing to keep: then only the host is looked at more often.
+const CALM_LOOK: Duration = Duration::from_secs(5);
+/// Where less than this is left of the host's memory, in parts of it or in bytes, it may be gone in a moment.
+const NEAR_PART: u64 = 8;
+const NEAR_BYTES: u64 = 256 << 20;
 /// What has grown is taken to have grown within this time, if we have not looked for longer.
 const BURST: Duration = Duration::from_millis(20);
 /// A look may take this part of the time between looks.
@@ -266,11 +271,13 @@ impl Seen {
     }
 
     fn ran(&mut self, now: Instant, ticks: u64) {
-        if ticks > self.ticks + 1 {
+        let since = now.saturating_duration_since(self.ticks_at);
+        let no_sign = (since.as_millis() / TICKS_EVERY.as_millis()).max(1) as u64;
+        if ticks > self.ticks + no_sign {
             self.ran_at = now;
         }
         // A tick is 10 ms.
-        let passed = now.saturating_duration_since(self.ticks_at).as_millis() as u64 / 10;
+        let passed = since.as_millis() as u64 / 10;
         if ticks > self.ticks + 1 + passed * BUSY_PERCENT / 100 {
             self.busy_at = now;
         }
@@ -284,9 +291,12 @@ pub struct Budget {
     limit: Option<u64>,
     /// What a shortage of the host leaves us, and until when.
     shortage: Option<(u64, Instant)>,
-    host_seen: Option<Instant>,
+    /// When to look at the host again.
+    host_next: Instant,
     seen: BTreeMap<Generation, Seen>,
     next: Instant,
+    /// Not to look before: looking takes time as well.
+    rest_until: Instant,
     /// Families that have nothing in stores, with what they had there.
     empty: BTreeMap<FamilyId, PageCount>,
     full_until: Option<Instant>,
@@ -310,9 +320,10 @@ impl Budget {
         Self {
             limit,
             shortage: None,
-            host_seen: None,
+            host_next: Instant::now(),
             seen: BTreeMap::new(),
             next: Instant::now(),
+            rest_until: Instant::now(),
             empty: BTreeMap::new(),
             full_until: None,
             turn: FamilyId(0),
@@ -336,7 +347,7 @@ impl Budget {
 
     /// When to look again.
     pub fn next_look(&self, vms: &Vms) -> Option<Instant> {
-        vms.iter().any(|vm| vm.is_alive()).then_some(self.next)
+        vms.iter().any(|vm| vm.is_alive()).then_some(self.next.min(self.host_next))
     }
 
     /// Whether something has to go: what is only handy goes first.
@@ -346,7 +357,9 @@ impl Budget {
 
     /// Something may begin to grow.
     pub fn stir(&mut self) {
-        self.next = self.next.min(Instant::now() + BUSY_LOOK);
+        if self.effective().is_some() {
+            self.next = self.next.min((Instant::now() + BUSY_LOOK).max(self.rest_until));
+        }
     }
 
     /// When a VM last had something to do, as far as we have looked.
@@ -440,6 +453,7 @@ impl Server {
         if !self.features.userfaultfd || self.stopping.is_some() {
             return false;
         }
+        self.look_at_host(now);
         let looks = now >= self.budget.next;
         if looks {
             self.look(now);
@@ -497,12 +511,17 @@ impl Server {
         }
         self.budget.live = self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + self.prepared_bytes();
         self.budget.books = self.books_bytes();
-        self.look_at_host(now);
         let bound = self.budget.effective().map_or(u64::MAX, |limit| limit / 4);
         self.swap.borrow_mut().bound(bound);
         let growth = self.budget.seen.values().map(|seen| seen.growth).filter(|growth| *growth >= SLOW).sum();
         let room = Room::of(self.budget.effective(), self.accounted());
-        self.budget.next = now + interval(growth, room, begun.elapsed());
+        let took = begun.elapsed();
+        self.budget.rest_until = now + took * LOOK_SHARE;
+        self.budget.next = now
+            + match self.budget.effective() {
+                Some(_) => interval(growth, room, took),
+                None => CALM_LOOK,
+            };
     }
 
     fn set_pace(&mut self, vm: Generation, pace: Pace) {
@@ -522,15 +541,24 @@ impl Server {
     fn look_at_host(&mut self, now: Instant) {
         let budget = &mut self.budget;
         budget.shortage.take_if(|(_, until)| *until <= now);
-        let grows = budget.seen.values().any(|seen| seen.growth >= SLOW);
-        let every = if grows { GROWING_LOOK } else { QUIET_LOOK };
-        if budget.host_seen.is_some_and(|at| now < at + every) {
+        if now < budget.host_next || self.vms.iter().all(|vm| !vm.is_alive()) {
             return;
         }
-        budget.host_seen = Some(now);
+        budget.host_next = now + QUIET_LOOK;
         let (Ok(available), Ok(total)) = (crate::host::available_memory(), crate::host::total_memory()) else { return };
+        if available < NEAR_BYTES.max(total / NEAR_PART) {
+            budget.host_next = now + GROWING_LOOK;
+        }
+        let pressure = crate::host::memory_pressure();
+        if shortage(pressure, available, total, u64::MAX).is_none() {
+            return;
+        }
+        if now >= budget.rest_until && budget.effective().is_none() {
+            // What was last seen is of a time when it did not matter.
+            self.look(now);
+        }
         let accounted = self.accounted();
-        if let Some(limit) = shortage(crate::host::memory_pressure(), available, total, accounted) {
+        if let Some(limit) = shortage(pressure, available, total, accounted) {
             log::info!("the host is short of memory: {accounted} bytes are to become {limit}");
             self.budget.shortage = Some((limit, now + SHORTAGE));
         }

@@ -288,7 +288,9 @@ impl Server {
     /// What is done when no event waits. How long the loop may wait for the next, in milliseconds.
     fn between_rounds(&mut self) -> i32 {
         let now = Instant::now();
-        self.record_names();
+        if self.forks.is_empty() {
+            self.record_names();
+        }
         for client in std::mem::take(&mut self.replied) {
             self.hear(client);
         }
@@ -318,6 +320,9 @@ impl Server {
             let busy = reclaiming || filling || !self.replied.is_empty();
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
+        if self.forks.is_empty() {
+            self.families.values_mut().for_each(FamilyManager::stock_up);
+        }
         let pool = self.pool.next_look();
         let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
@@ -339,6 +344,9 @@ impl Server {
                     // Its memory is less from now on.
                     self.budget.stir();
                     process.send(&crate::wire::ToVm::DropScratch(store), &[]);
+                }
+                Want::LeaveScratch(store, pages) => {
+                    process.send(&crate::wire::ToVm::LeaveScratch { store, pages }, &[]);
                 }
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {

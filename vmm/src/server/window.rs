@@ -19,6 +19,8 @@ use std::rc::Rc;
 pub enum Want {
     /// Tell the process to drop this freeze's scratch range.
     DropScratch(StoreId),
+    /// Tell the process that these pages of this freeze's scratch range are not needed any more.
+    LeaveScratch(StoreId, GfnRange),
     /// Its VM must not run on, for this reason.
     Fail(String),
     /// Nobody needs the window any more.
@@ -99,6 +101,10 @@ impl Window for RemoteWindow {
             n if n == len => Ok(()),
             n => Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{n} of {len} bytes of scratch memory"))),
         }
+    }
+
+    fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange) {
+        self.0.want(Want::LeaveScratch(scratch, pages));
     }
 
     fn drop_scratch(&mut self, scratch: StoreId) {

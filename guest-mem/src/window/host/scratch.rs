@@ -1,7 +1,7 @@
 //! Where moved pages stay until they have settled.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::sys::{Area, Place};
+use crate::sys::{Advice, Area, Place};
 use crate::window::{ScratchRange, StoreId};
 use std::collections::BTreeMap;
 use std::io;
@@ -81,6 +81,15 @@ impl Scratches {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
         scratch.area.copy_out(scratch.places.frame(first), buf)
+    }
+
+    /// Gives the memory of pages back that were moved together, or copied.
+    pub fn leave(&mut self, store: StoreId, pages: GfnRange) {
+        let Some(Scratch { area, places, .. }) = self.areas.get(&store) else { return };
+        let there = GfnRange::new(places.frame(pages.start()), pages.count());
+        if let Err(error) = area.advise(there, Advice::DropPrivate) {
+            log::warn!("memory of settled pages {pages:?} stays: {error}");
+        }
     }
 
     /// Unmaps the scratch area of the freeze into `store`.

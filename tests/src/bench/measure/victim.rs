@@ -130,6 +130,8 @@ impl FileStore for Nothing {
 }
 
 impl Window for Nothing {
+    fn leave_scratch(&mut self, _: StoreId, _: GfnRange) {}
+
     /// Pages that are not zero, which would take no store.
     fn read_scratch(&self, _: StoreId, _: Gfn, buf: &mut [u8]) -> io::Result<()> {
         buf.fill(1);
