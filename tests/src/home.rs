@@ -115,8 +115,19 @@ impl TestHome {
             .expect("ask for the server")
     }
 
-    /// The server's children: VM processes, pool and keepers.
+    /// The server's children but its zygote: VM processes, pool and keepers.
     pub fn processes(&self) -> Vec<i32> {
+        let mut children = self.children();
+        children.retain(|&pid| !process::is_zygote(pid));
+        children
+    }
+
+    /// The server's zygote.
+    pub fn zygote(&self) -> Option<i32> {
+        self.children().into_iter().find(|&pid| process::is_zygote(pid))
+    }
+
+    fn children(&self) -> Vec<i32> {
         self.server().map(process::children_of).unwrap_or_default()
     }
 

@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-/// The living children of a process: of a server, its VM processes, its pool and all their keepers.
+/// The living children of a process: of a server, its zygote, its VM processes, its pool and all their keepers.
 pub fn children_of(parent: i32) -> Vec<i32> {
     let all = fs::read_dir("/proc").expect("there is a /proc");
     let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -17,6 +17,24 @@ pub fn children_of(parent: i32) -> Vec<i32> {
 /// Whether a process runs, or could.
 pub fn is_alive(pid: i32) -> bool {
     state_and_parent(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+}
+
+/// Zygotes and VM processes, of any server, that have lost it.
+pub fn orphans() -> Vec<i32> {
+    let read = |pid: i32, what| fs::read_to_string(format!("/proc/{pid}/{what}")).unwrap_or_default();
+    let all = fs::read_dir("/proc").expect("there is a /proc");
+    let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let ours = pids.filter(|&pid| read(pid, "comm").starts_with("offshoot-") && is_alive(pid));
+    ours.filter(|&pid| {
+        state_and_parent(pid)
+            .is_some_and(|(_, parent)| !read(parent, "cmdline").split('\0').any(|word| word == "serve"))
+    })
+    .collect()
+}
+
+/// Whether a process is a zygote.
+pub fn is_zygote(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "offshoot-zygote")
 }
 
 /// Ends a process as nobody wants to be ended. One that is gone is as wanted.

@@ -1,6 +1,6 @@
 //! Processes that are killed, and what becomes of their relatives.
 
-use offshoot_tests::process::{children_of, is_alive, kill};
+use offshoot_tests::process::{children_of, descriptors, is_alive, kill, orphans};
 use offshoot_tests::{Guest, TEN_SECONDS, TestHome, Traced, wait_until};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -120,6 +120,54 @@ fn the_server_is_killed() {
     // Once is enough; and the name is free.
     home.cli(&["ls"]).good();
     assert_eq!(home.cli(&["launch", "lost", "--mem", "16M"]).good(), "lost\n");
+}
+
+/// The zygote is killed, with VMs and while nothing is ready for the next: its VMs do not notice, and what comes next has
+/// a new one. None has a descriptor of another process.
+#[test]
+fn the_zygote_is_killed() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = home.launch("z", ByteSize::mib(32));
+    vm.fill(1000..3000, 1);
+    let mut earlier = Vec::new();
+    for round in 0..3 {
+        let zygote = home.zygote().expect("a server with VMs has a zygote");
+        assert!(!earlier.contains(&zygote));
+        let open = descriptors(zygote);
+        assert!(open.len() <= 4, "standard streams and a socket: {open:?}");
+        kill(zygote);
+        earlier.push(zygote);
+        // A shape that nothing is prepared for, and more than the pool has.
+        home.launch(&format!("next-{round}"), ByteSize::mib(33 + round));
+        let children = vm.fork(ForkOptions::new().count(5)).unwrap();
+        children.iter().for_each(|child| child.vm.verify(1000..3000, 1));
+    }
+    vm.verify(1000..3000, 1);
+    assert!(home.client().check().unwrap().broken.is_empty());
+    let zygote = home.zygote().expect("a zygote");
+    home.cli(&["shutdown"]).good();
+    assert!(!is_alive(zygote), "the zygote outlives the shutdown");
+}
+
+/// The server is killed at some moment of a large fork, while its zygote makes processes: nothing stays.
+#[test]
+fn the_server_is_killed_while_the_zygote_works() {
+    let Some(home) = TestHome::new() else { return };
+    for delay_us in [0, 200, 1000, 3000] {
+        let vm = home.launch("z", ByteSize::mib(16));
+        let server = home.server().expect("a server");
+        let mut seen = children_of(server);
+        thread::scope(|scope| {
+            let forks = scope.spawn(|| vm.fork(ForkOptions::new().count(40)));
+            thread::sleep(Duration::from_micros(delay_us));
+            seen.extend(children_of(server));
+            kill(server);
+            let _ = forks.join().unwrap();
+        });
+        wait_until("all processes have ended", Duration::from_secs(2), || seen.iter().all(|&pid| !is_alive(pid)));
+        wait_until("nobody is without a server", Duration::from_secs(2), || orphans().is_empty());
+        assert_eq!(home.cli(&["ls"]).code, 0);
+    }
 }
 
 /// Two servers have VMs of the same names, and nothing else in common.

@@ -15,6 +15,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{SFlag, fstat};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -31,6 +32,12 @@ const TOTAL_FDS_MAX: usize = 1 << 16;
 const MESSAGE_MAX: u64 = 64 << 20;
 /// A peer that leaves so many packets unread does not read any more.
 const QUEUE_MAX: usize = 1 << 14;
+
+thread_local! {
+    /// Where packets arrive. One for all, and cleared by the kernel: pages that no packet reaches stay untouched, or shared with the
+    /// process that this one was made of.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// One end.
 ///
@@ -244,9 +251,17 @@ impl Link {
     }
 
     fn recv_packet(&self) -> io::Result<Option<Packet>> {
-        let mut bytes = vec![0; INLINE_MAX + Header::LEN];
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.is_empty() {
+                *buffer = vec![0; INLINE_MAX + Header::LEN];
+            }
+            self.recv_packet_with(buffer)
+        })
+    }
+
+    fn recv_packet_with(&self, buffer: &mut [u8]) -> io::Result<Option<Packet>> {
         let mut control = cmsg_space!([RawFd; FDS_MAX + 3]);
-        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let mut parts = [IoSliceMut::new(buffer)];
         let received = loop {
             let flags = MsgFlags::MSG_CMSG_CLOEXEC;
             match recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut control), flags) {
@@ -271,8 +286,7 @@ impl Link {
         if len == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        bytes.truncate(len);
-        Ok(Some(Packet { bytes, fds }))
+        Ok(Some(Packet { bytes: buffer[..len].to_vec(), fds }))
     }
 }
 

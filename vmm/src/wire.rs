@@ -120,6 +120,13 @@ pub struct Start {
     pub ahead: Vec<GfnRange>,
 }
 
+/// Server to zygote: make a VM process. Its socket travels along.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Make;
+
+/// Zygote to server: the process id of the VM process, or why there is none.
+pub type Made = Result<i32, String>;
+
 /// Server to VM process.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToVm {

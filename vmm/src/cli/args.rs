@@ -189,7 +189,7 @@ pub enum Verb {
     ///
     /// Uses a server of its own, unless --home is given.
     Demo,
-    /// One VM; the server starts these, with a socket as standard input
+    /// The zygote, which makes the process of each VM; the server starts it, with a socket as standard input
     #[command(hide = true)]
     VmProcess,
 }

@@ -37,6 +37,11 @@ fn detach() -> io::Result<()> {
     // A leader of its process group already has what this is for.
     let _ = setsid();
     chdir("/")?;
+    close_all_but_standard()
+}
+
+/// Closes all descriptors but the standard streams.
+pub(super) fn close_all_but_standard() -> io::Result<()> {
     let open: Vec<i32> = fs::read_dir("/proc/self/fd")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|&descriptor| descriptor > 2)

@@ -6,13 +6,28 @@ use crate::wire::{Machine, Shape};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-/// The CPUID of a machine's vCPUs.
-#[derive(Debug)]
-pub(super) struct Cpuid {
-    supported: Vec<kvm_cpuid_entry2>,
-    shape: Shape,
+/// What this host's KVM supports.
+#[derive(Clone, Debug)]
+pub(super) struct Supported {
+    entries: Vec<kvm_cpuid_entry2>,
     /// KVM emulates the deadline timer, which it does not list everywhere.
     deadline_timer: bool,
+}
+
+impl Supported {
+    /// Asks KVM.
+    pub fn of_host(kvm: &Kvm) -> Result<Self, KvmError> {
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(during("KVM_GET_SUPPORTED_CPUID"))?;
+        let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self { entries: supported.as_slice().to_vec(), deadline_timer })
+    }
+}
+
+/// The CPUID of a machine's vCPUs.
+#[derive(Debug)]
+pub(super) struct Cpuid<'a> {
+    supported: &'a Supported,
+    shape: Shape,
 }
 
 /// Feature bits, by register.
@@ -25,17 +40,15 @@ mod feature {
     pub const SVM_ECX: u32 = 1 << 2;
 }
 
-impl Cpuid {
+impl<'a> Cpuid<'a> {
     /// What this host supports, for a machine of this shape.
-    pub fn of_host(kvm: &Kvm, shape: Shape) -> Result<Self, KvmError> {
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(during("KVM_GET_SUPPORTED_CPUID"))?;
-        let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self { supported: supported.as_slice().to_vec(), shape, deadline_timer })
+    pub fn new(supported: &'a Supported, shape: Shape) -> Self {
+        Self { supported, shape }
     }
 
     /// What vCPU `number` is told.
     pub fn of_vcpu(&self, number: u8) -> CpuId {
-        let mut entries = self.supported.clone();
+        let mut entries = self.supported.entries.clone();
         for entry in &mut entries {
             // KVM fills in the APIC id of the processor that it was asked on.
             match entry.function {
@@ -59,7 +72,7 @@ impl Cpuid {
                     entry.ebx = entry.ebx & 0xff00_ffff | vcpus << 16;
                     // A guest of the guest has state that a fork does not carry over.
                     entry.ecx = entry.ecx & !feature::VMX_ECX | feature::HYPERVISOR_ECX;
-                    if self.deadline_timer {
+                    if self.supported.deadline_timer {
                         entry.ecx |= feature::DEADLINE_TIMER_ECX;
                     }
                     entry.edx = set(entry.edx, feature::SEVERAL_IDS_EDX, vcpus > 1);

@@ -7,7 +7,8 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::Pid;
 use std::arch::asm;
 
-const STACK: usize = 16 << 10;
+/// It makes system calls only, and has no signal handlers.
+const STACK: usize = 4 << 10;
 
 /// Starts the keeper: a child of `server`, which ends it. It has no descriptors, takes no signal but `SIGKILL`, and
 /// dies with the server.
@@ -16,8 +17,8 @@ const STACK: usize = 16 << 10;
 /// Of `clone`.
 pub(super) fn start(server: Pid) -> Result<Pid, Errno> {
     // Its stack is never given back: it is in use for as long as these addresses are.
-    let stack: &'static mut [u128] = Box::leak(vec![0_u128; STACK / size_of::<u128>()].into_boxed_slice());
-    let top = stack.as_mut_ptr_range().end;
+    let stack = Box::leak(Box::<[u128; STACK / size_of::<u128>()]>::new_uninit());
+    let top = (&raw mut *stack).wrapping_add(1);
     let mut before = SigSet::empty();
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
     let flags = libc::CLONE_VM | libc::CLONE_PARENT | libc::SIGCHLD;

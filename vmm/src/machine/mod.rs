@@ -17,9 +17,12 @@
 //! * The window is the main thread's. A vCPU whose guest gives pages back offers them to it and waits, also where the main
 //!   thread waits for that vCPU to stand.
 //! * The process ends with its server: by `PDEATHSIG`, or at the socket's end.
+//!
+//! VM processes are children of the server, but made by its zygote, whose pages they share.
 
 mod chips;
 mod cpuid;
+mod facts;
 mod floor;
 mod isolate;
 mod keeper;
@@ -36,20 +39,31 @@ mod registers;
 pub mod state;
 mod vcpu;
 mod vm;
+mod zygote;
 
 use crate::clock::monotonic_ns as now_ns;
+use facts::Known;
 use std::os::fd::OwnedFd;
 
 /// Where a VM process's window stands: far below where the kernel places mappings of its own choice.
 pub const WINDOW_BASE: u64 = 0x1000_0000_0000;
 
-/// Runs a VM process, whose server is at the other end of `socket`, to its end. The process must be freshly executed,
-/// with one thread.
+/// Runs a VM process, whose server is at the other end of `socket`, to its end. It must have one thread.
 pub fn vm_process_main(socket: OwnedFd) -> ! {
-    let code = match process::run(socket) {
+    end("VM process", process::run(socket, &Known::little()))
+}
+
+/// Runs a zygote, whose server is at the other end of `socket`, to its end, and all VM processes that it makes. It must
+/// have one thread.
+pub fn zygote_main(socket: OwnedFd) -> ! {
+    end("zygote", zygote::run(socket))
+}
+
+fn end(what: &str, done: Result<(), String>) -> ! {
+    let code = match done {
         Ok(()) => 0,
         Err(error) => {
-            log::error!("VM process: {error}");
+            log::error!("{what}: {error}");
             1
         }
     };

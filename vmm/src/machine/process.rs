@@ -1,5 +1,6 @@
 //! A VM process: a loop over the server's messages and the bell of the vCPUs.
 
+use super::facts::Known;
 use super::isolate;
 use super::probe::ways_to_write;
 use super::vm::{Preparation, Vm};
@@ -13,8 +14,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Serves `socket` until it ends.
-pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
+/// Serves `socket` until it ends. `known` is what is known of KVM already.
+pub(super) fn run(socket: OwnedFd, known: &Known) -> Result<(), String> {
     let server = getppid();
     isolate::die_with(server).map_err(|error| error.to_string())?;
     // A thread that panics must not leave a machine behind that half works.
@@ -26,7 +27,7 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
     let link = Link::new(socket);
     link.never_wait().map_err(|error| error.to_string())?;
     let mut events = EventManager::new().map_err(|error| error.to_string())?;
-    let process = events.add_subscriber(Process { link, vm: None, moments: None, done: None, backed_up: false });
+    let process = events.add_subscriber(Process { link, known, vm: None, moments: None, done: None, backed_up: false });
     let mut wait = -1;
     loop {
         events.run_with_timeout(wait).map_err(|error| error.to_string())?;
@@ -40,8 +41,9 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
 }
 
 /// The main thread's half of a VM process.
-struct Process {
+struct Process<'a> {
     link: Link,
+    known: &'a Known,
     vm: Option<Vm>,
     /// The first moments of a clone.
     moments: Option<Moments>,
@@ -67,7 +69,7 @@ const SOCKET: u32 = 0;
 const BELL: u32 = 1;
 const CONSOLE: u32 = 2;
 
-impl MutEventSubscriber for Process {
+impl MutEventSubscriber for Process<'_> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(error) = ops.add(Events::with_data(&self.link, SOCKET, EventSet::IN)) {
             self.done = Some(Err(format!("epoll of the socket: {error}")));
@@ -87,7 +89,7 @@ impl MutEventSubscriber for Process {
     }
 }
 
-impl Process {
+impl Process<'_> {
     /// Carries out all messages that are there.
     fn serve(&mut self, ops: &mut EventOps<'_>) -> io::Result<()> {
         while let Some((message, fds)) = self.link.recv::<ToVm>()? {
@@ -225,7 +227,7 @@ impl Process {
         if let Err(error) = nice::set(niceness) {
             log::warn!("niceness {niceness}: {error}");
         }
-        match Vm::prepare(&Preparation { shape, isolation, features, cage: &cage, server }) {
+        match Vm::prepare(&Preparation { shape, isolation, features, cage: &cage, server, known: self.known }) {
             Ok(vm) => {
                 ops.add(Events::with_data(vm.floor().bell(), BELL, EventSet::IN)).map_err(io::Error::other)?;
                 let console = Events::with_data_raw(vm.floor().console_bell(), CONSOLE, EventSet::IN);

@@ -49,8 +49,8 @@ pub(super) struct Registers {
 }
 
 /// What this host can read and set.
-#[derive(Debug)]
-struct Access {
+#[derive(Clone, Debug)]
+pub(super) struct Access {
     msrs: Vec<u32>,
     xsave_words: usize,
     tsc: TscAccess,
@@ -64,21 +64,8 @@ enum TscAccess {
 }
 
 impl Registers {
-    /// Learns what this host can read and set, from a vCPU that has its CPUID and has not run.
-    pub fn of_fresh(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, machine: Machine) -> Result<Self, RegistersError> {
-        let area = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
-        let xsave_words = area.max(mem::size_of::<kvm_xsave>()) / mem::size_of::<u32>();
-        let tsc = match read_tsc_offset(vcpu) {
-            Ok(_) => TscAccess::Offset,
-            Err(error) => {
-                log::info!("KVM_VCPU_TSC_OFFSET: {error}; the guest's clock stands still during a fork");
-                TscAccess::Msr
-            }
-        };
-        let list = kvm.get_msr_index_list().map_err(during("KVM_GET_MSR_INDEX_LIST"))?;
-        let wanted = list.as_slice().iter().copied().filter(|index| *index != IA32_TSC);
-        let msrs = wanted.filter(|index| can_read_and_set(vcpu, *index)).collect();
-        let access = Access { msrs, xsave_words, tsc, machine };
+    /// Those of a vCPU that has its CPUID and has not run.
+    pub fn of_fresh(access: Access, vcpu: &VcpuFd) -> Result<Self, RegistersError> {
         let fresh = access.save(vcpu)?;
         Ok(Self { access, fresh })
     }
@@ -159,6 +146,23 @@ impl Registers {
 }
 
 impl Access {
+    /// Learns it from a vCPU that has its CPUID and has not run.
+    pub fn of_fresh(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, machine: Machine) -> Result<Self, RegistersError> {
+        let area = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let xsave_words = area.max(mem::size_of::<kvm_xsave>()) / mem::size_of::<u32>();
+        let tsc = match read_tsc_offset(vcpu) {
+            Ok(_) => TscAccess::Offset,
+            Err(error) => {
+                log::info!("KVM_VCPU_TSC_OFFSET: {error}; the guest's clock stands still during a fork");
+                TscAccess::Msr
+            }
+        };
+        let list = kvm.get_msr_index_list().map_err(during("KVM_GET_MSR_INDEX_LIST"))?;
+        let wanted = list.as_slice().iter().copied().filter(|index| *index != IA32_TSC);
+        let msrs = wanted.filter(|index| can_read_and_set(vcpu, *index)).collect();
+        Ok(Self { msrs, xsave_words, tsc, machine })
+    }
+
     fn save(&self, vcpu: &VcpuFd) -> Result<VcpuState, RegistersError> {
         Ok(VcpuState {
             mp: vcpu.get_mp_state().map_err(during("KVM_GET_MP_STATE"))?,

@@ -3,6 +3,7 @@
 use super::WINDOW_BASE;
 use super::chips::Line;
 use super::cpuid::Cpuid;
+use super::facts::{Facts, Known};
 use super::floor::{Floor, Load, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::kick::{install_handler, interrupt_thread};
@@ -98,6 +99,8 @@ pub(super) struct Preparation<'a> {
     pub features: HostFeatures,
     pub cage: &'a Path,
     pub server: Pid,
+    /// What is known of KVM already.
+    pub known: &'a Known,
 }
 
 /// A KVM VM with its window, and the threads of its vCPUs.
@@ -125,7 +128,7 @@ impl Vm {
     ///
     /// The order: what needs `/dev` and `/proc`, then the isolation, while there is one thread, then the threads.
     pub fn prepare(preparation: &Preparation<'_>) -> Result<Self, VmError> {
-        let &Preparation { shape, isolation, features, cage, server } = preparation;
+        let &Preparation { shape, isolation, features, cage, server, known } = preparation;
         let vcpus_max = match shape.machine {
             Machine::Monitor => 1,
             Machine::Linux => MAX_VCPUS,
@@ -133,19 +136,20 @@ impl Vm {
         if shape.vcpus == 0 || shape.vcpus > vcpus_max {
             return Err(VmError::VcpuCount(shape));
         }
-        let max_runs = crate::host::max_map_count() / 4;
+        let max_runs = known.max_runs;
         let kvm = Kvm::new().map_err(VmError::OpenKvm)?;
         let ram = ram_ranges(shape.ram);
         let mut window = HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features))?;
         let vm = KvmVm::new(&kvm, &ram, window.base(), shape.machine)?;
         window.vacate()?;
-        let cpuid = Cpuid::of_host(&kvm, shape)?;
+        let Facts { cpuid, access } = known.facts(&kvm, shape.machine)?;
+        let cpuid = Cpuid::new(&cpuid, shape);
         let mut vcpus = Vec::new();
         let mut switches = Vec::new();
         let mut tsc_khz = 0;
         for number in 0..shape.vcpus {
             let fd = vm.make_vcpu(number, &cpuid.of_vcpu(number))?;
-            let registers = Registers::of_fresh(&kvm, vm.fd(), &fd, shape.machine)?;
+            let registers = Registers::of_fresh(access.clone(), &fd)?;
             // Not every host tells; the guest then knows that it does not know.
             tsc_khz = fd.get_tsc_khz().unwrap_or(0).into();
             let (vcpu, stop) = Vcpu::new(number.into(), fd, registers);

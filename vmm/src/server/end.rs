@@ -57,6 +57,7 @@ impl Server {
 
     pub(super) fn shut_down(&mut self, client: ClientId) {
         self.stopping = Some(client);
+        self.zygote.end();
         self.remove(client, &[], true);
         let all = self.processes.keys().copied().collect();
         if let Some(removal) = self.removals.last_mut() {

@@ -189,6 +189,7 @@ impl Server {
                 Ok(WaitStatus::StillAlive) | Err(_) => return,
                 Ok(_) => continue,
             };
+            self.zygote.reaped(pid);
             let of = |pid: Pid| {
                 move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid))
             };

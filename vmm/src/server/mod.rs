@@ -7,7 +7,7 @@
 //! | file | has |
 //! | --- | --- |
 //! | `watch`, `clients` | the loop's descriptors, and who is connected |
-//! | `process`, `window`, `pool` | VM processes, their memory, and the prepared ones |
+//! | `process`, `zygote`, `window`, `pool` | VM processes, who makes them, their memory, and the prepared ones |
 //! | `files` | what is mapped into guests from files |
 //! | `vm` | the list of VMs |
 //! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
@@ -40,6 +40,7 @@ mod talk;
 mod vm;
 mod watch;
 mod window;
+mod zygote;
 
 use crate::api::{Answer, Failure, Greeting, Reply, Request};
 use crate::client::{Home, HomeError};
@@ -74,6 +75,7 @@ use swap::HostSwap;
 use vm::{FamilyId, Generation, Vms};
 use watch::Watches;
 use window::{RemoteWindow, Want, Wants};
+use zygote::Zygote;
 
 pub use idle::{AutoBalloon, IdleConfig};
 pub use swap::SwapConfig;
@@ -140,6 +142,7 @@ struct Server {
     signals: SignalFd,
     clients: BTreeMap<ClientId, Client>,
     processes: BTreeMap<ProcessId, VmProcess>,
+    zygote: Zygote,
     wants: Wants,
     pool: Pool,
     families: BTreeMap<FamilyId, FamilyManager>,
@@ -248,6 +251,8 @@ impl Server {
             signals,
             clients: BTreeMap::new(),
             processes: BTreeMap::new(),
+            // After the niceness: the server waits for it.
+            zygote: Zygote::start(),
             wants: Wants::default(),
             pool: Pool::default(),
             families: BTreeMap::new(),

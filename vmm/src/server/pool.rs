@@ -82,7 +82,7 @@ impl Server {
             server: std::process::id() as i32,
             niceness: self.niceness,
         };
-        let mut process = VmProcess::spawn(id, shape, &prepare, Rc::clone(&self.wants))?;
+        let mut process = VmProcess::spawn(&mut self.zygote, id, shape, &prepare, Rc::clone(&self.wants))?;
         process.link_token =
             Some(self.watches.add(&process.link, event_manager::EventSet::IN, super::Origin::Process(id)));
         self.processes.insert(id, process);

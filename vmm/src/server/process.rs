@@ -4,13 +4,13 @@ use super::launch::Prepared;
 use super::vm::Generation;
 use super::watch::Token;
 use super::window::{Memory, Wants};
+use super::zygote::Zygote;
 use crate::link::Link;
 use crate::wire::{Shape, ToVm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::process::{Command, Stdio};
 use std::rc::Rc;
 
 /// Names a VM process of this server; never used twice.
@@ -62,13 +62,9 @@ impl VmProcess {
     ///
     /// # Errors
     /// No process, or no descriptors.
-    pub fn spawn(id: ProcessId, shape: Shape, prepare: &ToVm, wants: Wants) -> io::Result<Self> {
+    pub fn spawn(zygote: &mut Zygote, id: ProcessId, shape: Shape, prepare: &ToVm, wants: Wants) -> io::Result<Self> {
         let (link, theirs) = Link::pair()?;
-        let child = Command::new("/proc/self/exe")
-            .arg("vm-process")
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .spawn()?;
+        let pid = zygote.make(theirs)?;
         let mut process = Self {
             id,
             shape,
@@ -79,7 +75,7 @@ impl VmProcess {
             link_ended: None,
             trap_token: None,
             start: None,
-            memory: Rc::new(Memory::new(id, Pid::from_raw(child.id() as i32), wants)),
+            memory: Rc::new(Memory::new(id, pid, wants)),
             messages: 0,
         };
         process.send(prepare, &[]);
