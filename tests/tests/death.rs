@@ -167,6 +167,8 @@ fn the_server_is_killed_while_the_zygote_works() {
         wait_until("all processes have ended", Duration::from_secs(2), || seen.iter().all(|&pid| !is_alive(pid)));
         wait_until("nobody is without a server", Duration::from_secs(2), || orphans().is_empty());
         assert_eq!(home.cli(&["ls"]).code, 0);
+        // Where the fork was done before, this client has not heard that its server is gone.
+        let _ = home.client().list();
     }
 }
 

@@ -94,7 +94,7 @@ impl Home {
     pub fn rest(&self, vms: usize) -> Result<()> {
         // Every VM process has a keeper beside it.
         let wanted = 2 * (vms + POOL);
-        wait("the pool is full", || (processes::children_of(self.server).len() >= wanted).then_some(()))?;
+        wait("the pool is full", || (processes::vms_of(self.server).len() >= wanted).then_some(()))?;
         thread::sleep(Duration::from_millis(5));
         Ok(())
     }

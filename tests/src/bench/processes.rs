@@ -12,6 +12,13 @@ pub fn children_of(pid: i32) -> Vec<i32> {
     all.iter().flat_map(|list| list.split_whitespace()).filter_map(|pid| pid.parse().ok()).collect()
 }
 
+/// The children of a server but its zygote.
+pub fn vms_of(pid: i32) -> Vec<i32> {
+    let zygote =
+        |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c.trim_end() == "offshoot-zygote");
+    children_of(pid).into_iter().filter(|pid| !zygote(pid)).collect()
+}
+
 /// The time that all threads of a process have run, in seconds.
 pub fn run_seconds(pid: i32) -> f64 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();

@@ -24,7 +24,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let (removed, us) = timed(|| home.client().remove_all());
         removed?;
         end.push(us / 1e3);
-        wait("all are gone", || processes::children_of(home.server()).is_empty().then_some(()))?;
+        wait("all are gone", || processes::vms_of(home.server()).is_empty().then_some(()))?;
         drop(home);
         let figures = Reference::start("in-process", &[MIB, PRIVATE, 0])?.ask(format!("crowd {count}"))?;
         others.push(figures[0] / 1e3);

@@ -20,7 +20,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         drop(vm?);
         // No pool is left for the next.
         home.client().remove_all()?;
-        wait("all are gone", || processes::children_of(home.server()).is_empty().then_some(()))?;
+        wait("all are gone", || processes::vms_of(home.server()).is_empty().then_some(()))?;
         let (bare, us) = timed(|| Reference::start("bare-launch", &[MIB]));
         theirs.push(us);
         drop(bare?);

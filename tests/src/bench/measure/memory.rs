@@ -53,6 +53,9 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let home = bench.home()?;
         if let Some(group) = &group {
             group.admit(home.server())?;
+            for pid in crate::processes::children_of(home.server()) {
+                group.admit(pid)?;
+            }
         }
         let before = Taken::of(&home.processes(), group.as_ref());
         let parent = home.launch_settled("p", MIB, PRIVATE)?;
