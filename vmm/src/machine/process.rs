@@ -105,17 +105,16 @@ impl Process<'_> {
         if !console.is_empty() {
             self.link.send(&FromVm::Console(console), &[])?;
         }
+        let answers = messages.iter().filter(|message| matches!(message, FromVm::Answer(_))).count() as u32;
+        if let Some(moments) = self.moments.as_mut().filter(|moments| answers > 0 && moments.answers < FIRST_ANSWERS) {
+            moments.answers += answers;
+            // First of all: who has its answer may end the clone.
+            self.tell_writes(false)?;
+        }
+        let Some(vm) = &mut self.vm else { return Ok(()) };
         let link = &mut self.link;
         messages.iter().try_for_each(|message| link.send(message, &[]))?;
-        vm.accept_gift(|message| link.send(message, &[]))?;
-        let answers = messages.iter().filter(|message| matches!(message, FromVm::Answer(_))).count() as u32;
-        match &mut self.moments {
-            Some(moments) if answers > 0 && moments.answers < FIRST_ANSWERS => {
-                moments.answers += answers;
-                self.tell_writes(false)
-            }
-            _ => Ok(()),
-        }
+        vm.accept_gift(|message| link.send(message, &[]))
     }
 
     /// Tells what a clone has written in its first moments.

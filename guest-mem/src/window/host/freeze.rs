@@ -96,14 +96,8 @@ impl HostWindow {
         max_runs: u32,
         mut short: Short,
     ) -> Result<Option<MovedOut>, WindowError> {
-        // A run in the middle of a mapping makes three of one: here, or in the windows of children.
-        let mut limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
-        if self.kept.len() > limit / 2 {
-            short = Short::Moved;
-        }
-        match short {
-            Short::Copied => limit -= self.kept.len(),
-            Short::Moved => self.kept.iter().for_each(|pages| self.pending.mark(pages.clone().into())),
+        if short == Short::Moved {
+            self.mark_kept();
         }
         let trust = match dirty {
             Dirty::Every => {
@@ -116,7 +110,15 @@ impl HostWindow {
             }
         };
         self.pending.take_writes(&self.memory);
-        let found = self.find_private(trust)?;
+        let mut found = self.find_private(trust)?;
+        // A run in the middle of a mapping makes three of one: here, or in the windows of children.
+        let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
+        let fresh = found.dirty.iter().filter(|pages| !self.kept.overlaps(&pages.raw())).count();
+        if short == Short::Copied && self.kept.len() + fresh > limit {
+            short = Short::Moved;
+            self.mark_kept();
+            found = self.find_private(trust)?;
+        }
         self.drop_clean(&found.clean)?;
         if found.dirty.is_empty() {
             self.forget_dirty();
@@ -165,6 +167,11 @@ impl HostWindow {
             at = Gfn(at.0 + pages.count().0);
         }
         Ok(())
+    }
+
+    /// Frozen pages that stayed are to be taken again.
+    fn mark_kept(&mut self) {
+        self.kept.iter().for_each(|pages| self.pending.mark(pages.clone().into()));
     }
 
     fn forget_dirty(&mut self) {

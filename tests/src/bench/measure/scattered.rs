@@ -17,27 +17,28 @@ const FIRST: u64 = 512;
 
 pub fn run(bench: &mut Bench) -> Result<()> {
     let home = bench.home()?;
-    let parent = home.launch_settled("p", RAM, 0)?;
+    let [parent, other] = ["p", "o"].map(|name| home.launch_settled(name, RAM, 0));
+    let (parent, other) = (parent?, other?);
     let mut reference = Reference::start("move-out", &[RAM])?;
     let [mut pause, mut first, mut together, mut moved, mut protected] = [(); 5].map(|()| Samples::default());
     for _ in bench.rounds(8, 2) {
         for page in (FIRST..).step_by(STEP as usize).take(COUNT as usize) {
             say(&parent, &format!("touch {page} 1 2"))?;
         }
-        home.rest(1)?;
+        home.rest(2)?;
         let (child, times) = fork_settled(&parent)?;
         child.remove()?;
-        home.rest(1)?;
+        home.rest(2)?;
         pause.push(times.pause);
         first.push(times.first);
         let figures = reference.ask(format!("scattered {COUNT} {STEP}"))?;
         moved.push(figures[0]);
         protected.push(figures[1]);
-        say(&parent, &format!("touch {FIRST} {COUNT} 2"))?;
-        home.rest(1)?;
-        let (child, times) = fork_settled(&parent)?;
+        say(&other, &format!("touch {FIRST} {COUNT} 2"))?;
+        home.rest(2)?;
+        let (child, times) = fork_settled(&other)?;
         child.remove()?;
-        home.rest(1)?;
+        home.rest(2)?;
         together.push(times.first);
     }
     let cheaper = match moved.median() < protected.median() {
