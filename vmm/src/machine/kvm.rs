@@ -123,15 +123,18 @@ impl KvmVm {
     /// Cheap once the pages have been moved out of the window: while they are mapped, KVM protects each of them anew.
     pub fn clear_log(&self, logs: &[SlotLog]) -> Result<(), KvmError> {
         for (slot, (pages, log)) in self.slots.iter().zip(logs).enumerate() {
+            // Large guests write little of their memory: the rest need not be gone through.
+            let Some(first) = log.words.iter().position(|word| *word != 0) else { continue };
+            let words = &log.words[first..=log.words.iter().rposition(|word| *word != 0).unwrap_or(first)];
+            let first_page = (first * u64::BITS as usize) as u64;
+            let num_pages = ((words.len() * u64::BITS as usize) as u64).min(pages.count().0 - first_page) as u32;
             let clear = kvm_clear_dirty_log {
                 slot: slot as u32,
-                num_pages: pages.count().0 as u32,
-                first_page: 0,
-                __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
-                    dirty_bitmap: log.words.as_ptr().cast_mut().cast(),
-                },
+                num_pages,
+                first_page,
+                __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_ptr().cast_mut().cast() },
             };
-            // SAFETY: KVM reads one bit per page of the slot, which the log has.
+            // SAFETY: KVM reads one bit for each of these pages, which the words have.
             if unsafe { ioctl_with_ref(&self.vm, KVM_CLEAR_DIRTY_LOG(), &clear) } != 0 {
                 return Err(slot_error("KVM_CLEAR_DIRTY_LOG", *pages)(errno::Error::last()));
             }

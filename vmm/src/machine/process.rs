@@ -8,7 +8,8 @@ use crate::link::Link;
 use crate::nice;
 use crate::wire::{Activity, FromVm, Origin, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use nix::unistd::{Pid, getppid};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::unistd::{Pid, close, getppid};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub(super) fn run(socket: OwnedFd, known: &Known) -> Result<(), String> {
         print(panic);
         std::process::abort();
     }));
+    make_room(&socket).map_err(|error| format!("room for descriptors: {error}"))?;
     let link = Link::new(socket);
     link.never_wait().map_err(|error| error.to_string())?;
     let mut events = EventManager::new().map_err(|error| error.to_string())?;
@@ -38,6 +40,13 @@ pub(super) fn run(socket: OwnedFd, known: &Known) -> Result<(), String> {
         process.end_moments().map_err(|error| format!("the server's socket: {error}"))?;
         wait = process.wait();
     }
+}
+
+/// Has the kernel make room for the descriptors of a clone with many ancestors, while there is one thread: with several it
+/// waits, for some 10 ms, until no other processor can be looking at the smaller table.
+fn make_room(some: &OwnedFd) -> nix::Result<()> {
+    const DESCRIPTORS: i32 = 256;
+    close(fcntl(some, FcntlArg::F_DUPFD_CLOEXEC(DESCRIPTORS - 1))?)
 }
 
 /// The main thread's half of a VM process.
