@@ -37,6 +37,8 @@ const NEAR_BYTES: u64 = 256 << 20;
 const BURST: Duration = Duration::from_millis(20);
 /// A look may take this part of the time between looks.
 const LOOK_SHARE: u32 = 20;
+/// …and this part of it when something may have begun to grow.
+const STIRRED_SHARE: u32 = 3;
 /// A VM that has not run for this long is idle…
 const IDLE_AFTER: Duration = Duration::from_secs(2);
 /// …which is told from processor time, read this often. One tick is no sign of life.
@@ -516,7 +518,7 @@ impl Server {
         let growth = self.budget.seen.values().map(|seen| seen.growth).filter(|growth| *growth >= SLOW).sum();
         let room = Room::of(self.budget.effective(), self.accounted());
         let took = begun.elapsed();
-        self.budget.rest_until = now + took * LOOK_SHARE;
+        self.budget.rest_until = now + took * STIRRED_SHARE;
         self.budget.next = now
             + match self.budget.effective() {
                 Some(_) => interval(growth, room, took),
