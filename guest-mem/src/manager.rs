@@ -1,25 +1,23 @@
 //! One family's memory manager: the books, and the hands that carry out what they say.
 
 mod error;
+mod fill;
 mod swap;
 
 pub use error::Error;
 pub use swap::{Evicted, SwapCounts};
 
-use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, FileMapping, VmId};
 use crate::object::Loss;
-use crate::ops::evict::by_clusters;
-use crate::ops::{CopyFrom, Destination, Job, Placed, Trap};
+use crate::ops::{Destination, Trap};
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::window::{Harvest, StoreId, Window};
 use rangemap::RangeSet;
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::io;
-use std::ops::Range;
 use std::rc::Rc;
 
 /// Most pages settled at a time: few enough that whoever owns the manager soon gets to a waiting trap.
@@ -41,16 +39,6 @@ pub struct Copied {
     pub pages: u64,
     /// Clean pages among them.
     pub gaps: u64,
-}
-
-/// Where a job's bytes are now.
-enum Read {
-    /// In the staging buffer.
-    Here,
-    /// On their way from swap.
-    Coming,
-    /// Nowhere.
-    Lost(Loss),
 }
 
 /// One family's memory. Single owner, no locks, and no method waits.
@@ -345,8 +333,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Settles one batch of pages, at most `limit` and [`SETTLE_BATCH`]. Whether more are left, those apart that wait for swap: they are done after
-    /// [`swap_ready`](Self::swap_ready).
+    /// Settles one batch of pages, at most `limit` and [`SETTLE_BATCH`]. Whether more are left, those apart that wait for
+    /// swap: they are done after [`swap_ready`](Self::swap_ready).
     ///
     /// # Errors
     /// [`Error::Fill`]: the batch waits on.
@@ -396,143 +384,6 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Brings a job's pages where they belong: `to` is where those go that are not zero. Nothing is done where they are
-    /// coming.
-    fn run_job(&mut self, job: &Job, to: Destination) -> Result<Fetch, Error> {
-        let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(SETTLE_BATCH.0)));
-        let job = Job { pages, ..*job };
-        let (placed, done) = match self.read(&job)? {
-            Read::Here => self.place(&job, to),
-            Read::Coming => return Ok(Fetch::Coming),
-            Read::Lost(loss) => (vec![(pages, Placed::Lost(loss))], Ok(())),
-        };
-        let mut effects = Effects::default();
-        self.family.settled(&job, &placed, &mut effects);
-        self.carry_out(effects);
-        if let (CopyFrom::Scratch(holder), Ok(())) = (job.from, &done) {
-            self.leave_scratch(holder, job.store, job.pages);
-        }
-        self.rest(job.store);
-        done.map(|()| Fetch::Here)
-    }
-
-    /// Pages have settled: what they had in a scratch range is given back as it becomes much.
-    fn leave_scratch(&mut self, holder: VmId, store: StoreId, pages: GfnRange) {
-        if self.family.objects().stores.get(&store).is_none_or(|account| account.scratch.is_none()) {
-            self.left.remove(&store);
-            return;
-        }
-        let left = self.left.entry(store).or_insert(pages);
-        if left.end() == pages.start() {
-            *left = GfnRange::between(left.start(), pages.end());
-        } else if *left != pages {
-            // Few pages here and there go with the rest, at the end.
-            *left = pages;
-        }
-        if left.count() >= LEFT_BATCH {
-            let left = self.left.remove(&store).expect("looked at above");
-            self.window_do(holder, |window| window.leave_scratch(store, left));
-        }
-    }
-
-    /// Lets go of what only filling needs, unless the store is filled on.
-    fn rest(&mut self, id: StoreId) {
-        if self.has_settled(id)
-            && let Some(store) = self.stores.get_mut(&id)
-        {
-            store.rest();
-        }
-    }
-
-    /// Reads a job's bytes into the staging buffer.
-    fn read(&mut self, job: &Job) -> Result<Read, Error> {
-        let pages = job.pages;
-        let buf = &mut self.staging[..pages.len_bytes()];
-        match job.from {
-            CopyFrom::Lost(loss) => return Ok(Read::Lost(loss)),
-            CopyFrom::Zero => buf.fill(0),
-            CopyFrom::Scratch(holder) => {
-                let gone = || Err(io::ErrorKind::NotFound.into());
-                let window = self.windows.get(&holder);
-                if let Err(error) = window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
-                    log::error!("pages {pages:?} for store {:?} are lost: {error}", job.store);
-                    return Ok(Read::Lost(Loss::Process));
-                }
-            }
-            CopyFrom::Swap { object, first } => match self.factory.swap().get(first, buf) {
-                Ok(Fetch::Here) => {
-                    self.swap_counts.swap_in_pages += pages.count().0;
-                    // What has arrived is brought once: whoever needs it too asks again.
-                    self.family.retry_put_off();
-                }
-                Ok(Fetch::Coming) => return Ok(Read::Coming),
-                Err(error) => {
-                    self.lose(object, pages, &error);
-                    return Ok(Read::Lost(Loss::Swap));
-                }
-            },
-            CopyFrom::Store { store: from, origin } => {
-                let first = PageIndex(pages.start().0 - origin.0);
-                match self.stores.get(&from) {
-                    Some(store) => store.read(first, buf).map_err(|source| Error::Read { store: from, pages, source }),
-                    None => self.files[&from].read(first, buf).map_err(|source| Error::File { pages, source }),
-                }?;
-            }
-        }
-        Ok(Read::Here)
-    }
-
-    /// Puts the staged pages of a job where they go, but for long stretches of zeros. What was placed, from the start,
-    /// and why not all of it.
-    fn place(&mut self, job: &Job, to: Destination) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
-        let bytes = |part: GfnRange| {
-            let from = (part.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
-            from..from + part.len_bytes()
-        };
-        let mut placed = Vec::new();
-        for (pages, outcome) in split_zeros(job.pages, &self.staging[..job.pages.len_bytes()], self.zero_run) {
-            if outcome == Placed::Zero {
-                placed.push((pages, outcome));
-                continue;
-            }
-            let parts: Vec<GfnRange> = match to {
-                Destination::Store => vec![pages],
-                Destination::Swap => by_clusters(pages).collect(),
-            };
-            for part in parts {
-                let outcome = match to {
-                    Destination::Store => None,
-                    Destination::Swap => self.put_staged(part, bytes(part)),
-                };
-                if outcome.is_none()
-                    && let Err(error) = self.fill(job.store, part, bytes(part))
-                {
-                    return (placed, Err(error));
-                }
-                placed.push((part, outcome.unwrap_or(Placed::Stored)));
-                let copied = self.copied.entry(job.store).or_default();
-                copied.pages += part.count().0;
-                if !matches!(job.from, CopyFrom::Scratch(_)) {
-                    copied.gaps += part.count().0;
-                }
-            }
-        }
-        (placed, Ok(()))
-    }
-
-    /// Puts staged pages into their store.
-    fn fill(&mut self, id: StoreId, pages: GfnRange, staged: Range<usize>) -> Result<(), Error> {
-        let store = self.stores.get_mut(&id).expect("a slot names a store that is there");
-        let first = PageIndex(pages.start().0);
-        store.fill(first, &self.staging[staged]).map_err(|source| {
-            if source.kind() != io::ErrorKind::AlreadyExists {
-                // What did get in would be in the way of the next try.
-                store.punch(first, pages.count());
-            }
-            Error::Fill { store: id, pages, source }
-        })
-    }
-
     fn carry_out(&mut self, effects: Effects) {
         for effect in effects.0 {
             match effect {
@@ -554,6 +405,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                     self.files.remove(&store);
                 }
                 Effect::DropScratch(holder, store) => {
+                    self.left.remove(&store);
                     self.window_do(holder, |window| window.drop_scratch(store));
                     if self.family.window_is_done(holder) {
                         self.windows.remove(&holder);
@@ -576,28 +428,4 @@ fn lost(gfn: Gfn, loss: Loss) -> String {
         Loss::Process => format!("memory at {gfn} was lost with the process of the VM that wrote it"),
         Loss::Swap => format!("memory at {gfn} could not be read back from swap"),
     }
-}
-
-/// Cuts a batch into what is to be stored and long stretches of zeros.
-fn split_zeros(pages: GfnRange, bytes: &[u8], zero_run: u64) -> Vec<(GfnRange, Placed)> {
-    let zero: Vec<bool> = bytes.chunks_exact(PAGE_SIZE).map(is_zero).collect();
-    let mut placed: Vec<(GfnRange, Placed)> = Vec::new();
-    let mut at = pages.start();
-    for stretch in zero.chunk_by(|a, b| a == b) {
-        let count = stretch.len() as u64;
-        let range = GfnRange::new(at, PageCount(count));
-        at = range.end();
-        let outcome = if stretch[0] && count >= zero_run { Placed::Zero } else { Placed::Stored };
-        match placed.last_mut() {
-            Some((last, Placed::Stored)) if outcome == Placed::Stored => {
-                *last = GfnRange::between(last.start(), range.end());
-            }
-            _ => placed.push((range, outcome)),
-        }
-    }
-    placed
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    page.iter().fold(0, |all, byte| all | byte) == 0
 }

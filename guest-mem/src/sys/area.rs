@@ -190,6 +190,13 @@ impl Area {
         check(unsafe { libc::madvise(start as *mut libc::c_void, len, advice.bits()) })
     }
 
+    /// Gives advice that a kernel may refuse, or not know: nothing depends on it.
+    pub fn hint(&self, range: GfnRange, advice: Advice) {
+        if let Err(error) = self.advise(range, advice) {
+            log::debug!("{advice:?} advice for pages {range:?}: {error}");
+        }
+    }
+
     /// Moves the pages of `range`, which one mapping holds, to the same place in `to`. Page tables move, bytes do not.
     ///
     /// # Errors

@@ -212,9 +212,7 @@ impl HostWindow {
                     HugePages::Never => Advice::Small,
                 };
                 // A kernel without huge pages refuses the advice, and needs none.
-                if let Err(error) = self.area.advise(run.pages, advice) {
-                    log::debug!("{advice:?} advice for guest pages {:?}: {error}", run.pages);
-                }
+                self.area.hint(run.pages, advice);
             }
             Source::Store { store, origin } => {
                 let (_, file) = stores.iter().find(|(id, _)| *id == store).ok_or_else(bad)?;
@@ -231,9 +229,7 @@ impl HostWindow {
     /// tenth of a copy at each first write. They are clean until the guest writes them. A kernel that does not know the
     /// call (before Linux 5.14) makes none.
     pub fn copy_ahead(&self, pages: GfnRange) {
-        if let Err(error) = self.area.advise(pages, Advice::Populate) {
-            log::debug!("{:?} advice for guest pages {pages:?}: {error}", Advice::Populate);
-        }
+        self.area.hint(pages, Advice::Populate);
     }
 
     fn trap(&self, pages: Option<GfnRange>) -> Result<(), WindowError> {

@@ -46,9 +46,7 @@ impl HostWindow {
         if covers_store && self.runs.count_with(stretch) <= max_runs.max(self.runs.count()) {
             self.area.map_anonymous(stretch).map_err(during("mmap", stretch))?;
             // A kernel without huge pages refuses the advice, and needs none.
-            if let Err(error) = self.area.advise(stretch, Advice::Small) {
-                log::debug!("{:?} advice for guest pages {stretch:?}: {error}", Advice::Small);
-            }
+            self.area.hint(stretch, Advice::Small);
             self.runs.mapped(stretch, Source::Anonymous);
             done.insert(stretch.raw());
             return Ok(());

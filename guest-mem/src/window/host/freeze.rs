@@ -152,15 +152,11 @@ impl HostWindow {
             room = GfnRange::new(room.start(), PageCount(count.next_multiple_of(HUGE)));
         }
         scratch.map_anonymous(room).map_err(during("mmap", room))?;
-        if count >= HUGE / 2
-            && let Err(error) = scratch.advise(room, Advice::Huge)
-        {
-            log::debug!("{:?} advice for copies: {error}", Advice::Huge);
+        if count >= HUGE / 2 {
+            scratch.hint(room, Advice::Huge);
         }
         // Where the kernel does not know the call, each page is supplied when it is written.
-        if let Err(error) = scratch.advise(room, Advice::Populate) {
-            log::debug!("{:?} advice for copies: {error}", Advice::Populate);
-        }
+        scratch.hint(room, Advice::Populate);
         let mut at = room.start();
         for pages in copies {
             self.area.copy_to(*pages, scratch, at).map_err(during("copying", *pages))?;
