@@ -269,6 +269,20 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
+    /// Pages that the window of `vm` keeps from a freeze into `store`, and could [shed](Self::shed): see
+    /// [`Family::to_shed`].
+    pub fn to_shed(&self, vm: VmId, store: StoreId, least: PageCount, limit: PageCount) -> Vec<GfnRange> {
+        self.family.to_shed(vm, store, least, limit, self.max_runs)
+    }
+
+    /// The window of `vm` keeps these pages no longer, and maps `store` there; this is told before anything that its
+    /// window did later.
+    pub fn shed(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange]) {
+        let mut effects = Effects::default();
+        self.family.shed(vm, store, pages, &mut effects);
+        self.carry_out(effects);
+    }
+
     /// Takes a VM out.
     pub fn exit(&mut self, vm: VmId) {
         let mut effects = Effects::default();

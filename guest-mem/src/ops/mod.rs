@@ -7,6 +7,7 @@ mod fork;
 mod freeze;
 mod launch;
 mod settle;
+mod shed;
 mod swap_in;
 mod trap;
 

@@ -121,8 +121,9 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// How many bytes were copied, and what stopped it: `EEXIST` says that a page is there.
-    pub(super) fn copy(&self, dst: u64, pages: &[u8]) -> Result<(), (usize, io::Error)> {
+    pub(crate) fn copy(&self, dst: u64, pages: &[u8]) -> Result<(), (usize, io::Error)> {
         use linux_raw_sys::general::UFFDIO_COPY_MODE_DONTWAKE;
+        inject::check().map_err(|error| (0, error))?;
         let mut done = 0;
         while done < pages.len() {
             let rest = &pages[done..];

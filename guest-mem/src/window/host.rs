@@ -16,6 +16,7 @@ mod freeze;
 mod moves;
 mod runs;
 mod scratch;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,7 @@ pub use crate::sys::Place;
 pub use dirty::{Dirty, SlotLog};
 pub use freeze::{Frozen, MovedOut};
 pub use moves::Short;
+pub use snapshot::Shed;
 
 use super::{Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageIndex};

@@ -548,6 +548,21 @@ impl FakeWindow {
         Harvest { moved: sorted(&moved), copied: sorted(&copied), private: sorted(&private) }
     }
 
+    /// Maps `file` where frozen pages stayed. What was written since stays.
+    pub fn shed(&mut self, store: StoreId, file: Mapped, pages: &[GfnRange]) {
+        for pages in pages {
+            for gfn in pages.iter() {
+                match self.present.get(&gfn.0) {
+                    Some(Private::Kept(_)) => drop(self.present.remove(&gfn.0)),
+                    Some(Private::Dirty(_)) => {}
+                    other => panic!("the books say that {gfn} stayed, and it is {other:?}"),
+                }
+            }
+            self.runs.insert(pages.raw(), Source::Store { store, origin: Gfn(0) });
+        }
+        self.mapped.insert(store, file);
+    }
+
     /// The stretches to move: dirty pages, and by `gaps` clean ones of the same RAM.
     fn plan(&self, private: &RangeSet<u64>, gaps: Gaps) -> RangeSet<u64> {
         let mut moved = private.clone();

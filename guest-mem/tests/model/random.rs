@@ -156,19 +156,21 @@ impl Player {
                 self.world.copy_clean(vm, gfn);
             }
             54..66 => self.fork(vm),
-            66..72 => {
+            66..71 => {
                 let gaps = self.gaps();
                 self.world.freeze(vm, gaps);
             }
+            71 => self.shed(vm),
             72..74 => self.world.freeze_in_vain(vm),
             74..80 => {
                 if self.world.vms.len() > 1 {
                     self.world.exit(vm);
                 }
             }
-            80..94 => {
+            80..92 => {
                 self.world.settle();
             }
+            92..94 => self.shed(vm),
             94..96 => self.world.settle_all(),
             96..99 => {
                 let (stretch, gaps) = (self.stretch(), self.gaps());
@@ -179,6 +181,13 @@ impl Player {
                 }
             }
             _ => self.kill(vm),
+        }
+    }
+
+    fn shed(&mut self, vm: VmId) {
+        for store in self.world.kept_stores(vm) {
+            let (least, limit) = (1 + self.rng.below(5), 1 + self.rng.below(40));
+            self.world.shed(vm, store, least, limit);
         }
     }
 

@@ -211,3 +211,38 @@ fn a_page_that_may_just_have_moved_is_not_supplied_with_zeros() {
     world.verify();
     world.end();
 }
+
+/// A freeze that moves nothing leaves everything in memory twice, until its VM sheds what has settled: what it has
+/// written since stays, zeros do not trap, and a second freeze or what it has given back is left alone.
+#[test]
+fn what_stayed_is_shed_when_it_has_settled() {
+    let mut world = World::new(&Layout::flat(128));
+    let parent = world.ids()[0];
+    (0..64).for_each(|page| world.write(parent, Gfn(page)));
+    (64..96).for_each(|page| world.write(parent, Gfn(page)));
+    (64..96).for_each(|page| world.clear(parent, Gfn(page)));
+    let store = world.freeze(parent, Gaps::Stay);
+    let child = world.fork_frozen(parent);
+    assert_eq!(world.shed(parent, store, 1, 1000), 0, "nothing has settled");
+    world.settle_all();
+
+    (10..12).for_each(|page| world.write(parent, Gfn(page)));
+    (20..22).for_each(|page| world.write(parent, Gfn(page)));
+    world.freeze(parent, Gaps::Stay);
+    world.balloon(parent, (30..33).into());
+    (40..42).for_each(|page| world.write(parent, Gfn(page)));
+    // 0..10, 12..20, 22..30 and 33..96 are as they were frozen first, or have been written since.
+    assert_eq!(world.shed(parent, store, 9, 20), 20, "of the longest two, as much as was asked for");
+    assert_eq!(world.shed(parent, store, 9, 1000), 63 - 10);
+    assert_eq!(world.shed(parent, store, 9, 1000), 0);
+    world.check();
+    let kept: u64 = world.window(parent).kept().iter().map(|pages| pages.count().0).sum();
+    assert_eq!(kept, 8 + 8 + 4, "too short, and of the second freeze");
+    assert_eq!(world.window(parent).read(Gfn(70)), Ok(0), "zeros are there");
+    (0..96).for_each(|page| assert!(world.window(parent).read(Gfn(page)).is_ok(), "page {page} traps"));
+    world.verify();
+    world.write(child, Gfn(50));
+    world.exit(parent);
+    world.verify();
+    world.end();
+}

@@ -307,6 +307,24 @@ impl World {
         assert!(!self.window(vm).is_waiting(gfn), "it looks again");
     }
 
+    /// A window gives up what stayed in it since a freeze into `store`: stretches of at least `least` pages, about `limit`
+    /// pages in all. How many it did.
+    pub fn shed(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) -> u64 {
+        let pages = self.manager.to_shed(vm, store, PageCount(least), PageCount(limit));
+        if !pages.is_empty() {
+            let mapped = Mapped::store(self.manager.store(store).expect("pages are in a store that is there"));
+            self.window_mut(vm).shed(store, mapped, &pages);
+            self.manager.shed(vm, store, &pages);
+        }
+        pages.iter().map(|pages| pages.count().0).sum()
+    }
+
+    /// Stores from whose freezes a window may keep pages.
+    pub fn kept_stores(&self, vm: VmId) -> BTreeSet<StoreId> {
+        let kept = self.manager.family().vm(vm).kept().flat_map(GfnRange::iter);
+        kept.filter_map(|gfn| Some(self.find(vm, gfn)?.slot.store()?)).collect()
+    }
+
     /// A freeze whose window could not do its part.
     pub fn freeze_in_vain(&mut self, vm: VmId) {
         self.manager.begin_freeze(vm, Destination::Swap).expect("nothing is to fail");

@@ -37,18 +37,18 @@ pub struct MovedOut {
 
 /// What a window has in its dirty ranges.
 #[derive(Default)]
-struct Found {
+pub(super) struct Found {
     /// Dirty pages, those told included.
-    dirty: Vec<GfnRange>,
+    pub dirty: Vec<GfnRange>,
     /// Pages that the log says are dirty, and that we did not look at.
     told: Vec<GfnRange>,
     /// Private copies of clean pages, but for those that are kept.
-    clean: Vec<GfnRange>,
+    pub clean: Vec<GfnRange>,
 }
 
 /// Whether the dirty bits came page by page from somebody who saw the writes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Trust {
+pub(super) enum Trust {
     Log,
     Nothing,
 }
@@ -99,17 +99,7 @@ impl HostWindow {
         if short == Short::Moved {
             self.mark_kept();
         }
-        let trust = match dirty {
-            Dirty::Every => {
-                self.pending.mark_every();
-                Trust::Nothing
-            }
-            Dirty::Logged(logs) => {
-                logs.iter().for_each(|log| self.pending.mark_log(log));
-                Trust::Log
-            }
-        };
-        self.pending.take_writes(&self.memory);
+        let trust = self.mark(dirty);
         let mut found = self.find_private(trust)?;
         // A run in the middle of a mapping makes three of one: here, or in the windows of children.
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
@@ -128,7 +118,7 @@ impl HostWindow {
         let plan = plan(&found.dirty, &self.ram, limit, short);
         let scratch = self.scratches.make().map_err(WindowError::NoScratch)?;
         self.copy(&scratch, &plan.copies)?;
-        self.exchange(&scratch, &plan.moves, file)?;
+        self.exchange(&scratch, &plan.moves, file, |_| Ok(()))?;
 
         let source = Source::Store { store, origin: Gfn(0) };
         for pages in &plan.moves {
@@ -138,6 +128,22 @@ impl HostWindow {
         plan.copies.iter().for_each(|pages| self.kept.insert(pages.raw()));
         self.forget_dirty();
         Ok(Some(MovedOut { store, scratch, plan, found: found.dirty, told: found.told }))
+    }
+
+    /// Marks what is dirty, by what the caller knows and by what the VMM wrote.
+    pub(super) fn mark(&mut self, dirty: Dirty<'_>) -> Trust {
+        let trust = match dirty {
+            Dirty::Every => {
+                self.pending.mark_every();
+                Trust::Nothing
+            }
+            Dirty::Logged(logs) => {
+                logs.iter().for_each(|log| self.pending.mark_log(log));
+                Trust::Log
+            }
+        };
+        self.pending.take_writes(&self.memory);
+        trust
     }
 
     /// Copies pages into a scratch range, one after the other. Nobody else knows of it yet: it is huge pages' best case.
@@ -170,7 +176,7 @@ impl HostWindow {
         self.kept.iter().for_each(|pages| self.pending.mark(pages.clone().into()));
     }
 
-    fn forget_dirty(&mut self) {
+    pub(super) fn forget_dirty(&mut self) {
         self.pending.clear();
         self.given_back.clear();
     }
@@ -201,7 +207,7 @@ impl HostWindow {
 
     /// Looks for private pages wherever something may be dirty. To look costs as much as to move: where the log says
     /// that all pages of a stretch were written, we take its word and [look later](Self::harvest).
-    fn find_private(&mut self, trust: Trust) -> Result<Found, WindowError> {
+    pub(super) fn find_private(&mut self, trust: Trust) -> Result<Found, WindowError> {
         let base = self.area.base();
         let mut found = Found::default();
         for Candidate { pages: range, density } in self.pending.candidates() {
@@ -225,7 +231,7 @@ impl HostWindow {
     }
 
     /// Drops private copies of clean pages that have a store beneath them.
-    fn drop_clean(&self, clean: &[GfnRange]) -> Result<(), WindowError> {
+    pub(super) fn drop_clean(&self, clean: &[GfnRange]) -> Result<(), WindowError> {
         for range in clean {
             for (pages, source) in self.runs.within(*range) {
                 if matches!(source, Source::Store { .. }) {
@@ -237,10 +243,17 @@ impl HostWindow {
         Ok(())
     }
 
-    /// Moves `moves` out and the store in, or changes nothing.
-    fn exchange(&mut self, scratch: &Area, moves: &[GfnRange], file: BorrowedFd<'_>) -> Result<(), WindowError> {
+    /// Moves `moves` out and the store in, and does what comes `then`; or changes nothing.
+    pub(super) fn exchange(
+        &mut self,
+        scratch: &Area,
+        moves: &[GfnRange],
+        file: BorrowedFd<'_>,
+        then: impl FnOnce(&Self) -> Result<(), WindowError>,
+    ) -> Result<(), WindowError> {
         let mut moved = Moved::new();
-        let done = self.lift(scratch, moves, &mut moved).and_then(|()| self.lay(moves, file));
+        let done = self.lift(scratch, moves, &mut moved);
+        let done = done.and_then(|()| self.lay(moves, file)).and_then(|()| then(self));
         let Err(failed) = done else { return Ok(()) };
         if let Err(cause) = self.put_back(scratch, moves, &moved) {
             return Err(WindowError::Torn { failed: Box::new(failed), cause });

@@ -362,3 +362,98 @@ fn stretches_without_a_mapping_to_spare_stay_as_they_are() {
     assert_eq!(rig.window.balloon(&[frames(0..PAGES)], 20), [frames(0..PAGES)]);
     assert_eq!(rig.window.runs().count(), 1);
 }
+
+/// A freeze in a copy of the process: nothing moves, no call but the copy is made, and if that fails nothing has happened.
+#[test]
+fn a_freeze_in_a_copy_leaves_all_pages_where_they_are() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let written = || (10..300).chain([500]).chain(PAGES + 5..PAGES + 40);
+    written().for_each(|frame| rig.write(frame, 6000 + frame));
+    let failed = rig.window.freeze_in_copy(1000, || Err(io::ErrorKind::OutOfMemory.into()));
+    assert!(matches!(failed, Err(WindowError::Call { .. })), "{failed:?}");
+    assert!(rig.window.freeze_in_copy(6, || panic!("three stretches are too many")).unwrap().is_none());
+    let mut copies = 0;
+    let harvest = rig.window.freeze_in_copy(1000, || Ok(copies += 1)).unwrap().unwrap();
+    let private = [10..300, 500..501, PAGES + 5..PAGES + 40].map(frames);
+    assert_eq!((copies, harvest.moved.as_slice(), harvest.copied.as_slice()), (1, &[][..], &private[..]));
+    assert_eq!(harvest.private, private);
+    assert!(written().all(|frame| rig.word(frame) == 6000 + frame));
+    rig.write(20, 1);
+    let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, Short::Copied);
+    assert_eq!(next.harvest.private, [frames(20..21)], "what stayed is frozen");
+}
+
+/// The window of a guest that has frozen in a copy, and that store, settled.
+fn kept_rig() -> Option<(Rig, Memfd)> {
+    let mut rig = Rig::new(ALL)?;
+    let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
+    let written = || (10..300).chain(PAGES + 5..PAGES + 40);
+    written().for_each(|frame| rig.write(frame, 6000 + frame));
+    rig.window.freeze_in_copy(1000, || Ok(())).unwrap().unwrap();
+    let mut bytes = vec![0; 290 << 12];
+    for (start, count) in [(10, 290), (PAGES + 5, 35)] {
+        let bytes = &mut bytes[..count << 12];
+        rig.window.area.copy_out(Gfn(start), bytes).unwrap();
+        Alias::new(&file, Arc::clone(&rig.uffd)).unwrap().fill(PageIndex(start), bytes).unwrap();
+    }
+    Some((rig, file))
+}
+
+#[test]
+fn what_is_shed_is_in_the_store_and_what_was_written_stays() {
+    let Some((mut rig, file)) = kept_rig() else { return };
+    rig.write(50, 1);
+    rig.write(299, 2);
+    rig.window.balloon(&[frames(PAGES + 30..PAGES + 40)], 1000);
+    let asked = [frames(10..300), frames(PAGES + 5..PAGES + 40)];
+    let shed = rig.window.shed(Dirty::Logged(&log_of(60..61)), StoreId(1), file.as_fd(), &asked).unwrap();
+    assert_eq!(shed.pages, [10..300, PAGES + 5..PAGES + 30].map(frames));
+    drop(shed);
+    let store = Source::Store { store: StoreId(1), origin: Gfn(0) };
+    let of_store = rig.window.runs().filter(|run| run.source == store).map(|run| run.pages);
+    assert_eq!(of_store.collect::<Vec<_>>(), [10..300, PAGES + 5..PAGES + 30].map(frames));
+    let want = |frame| match frame {
+        50 => 1,
+        299 => 2,
+        frame => 6000 + frame,
+    };
+    assert!((10..300).chain(PAGES + 5..PAGES + 30).all(|frame| rig.word(frame) == want(frame)));
+    assert_eq!((rig.word(9), rig.word(300), rig.word(PAGES + 35)), (9, 300, 0));
+    // What was written since the freeze, or told by the log, is dirty; nothing else is, nor is it private any more.
+    let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, Short::Moved);
+    assert_eq!(next.harvest.private, [50..51, 60..61, 299..300].map(frames));
+    let again = rig.window.shed(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &asked).unwrap();
+    assert_eq!(again.pages, []);
+}
+
+/// Every call of it fails once: everything is as it was, what was written is still dirty, and the next try does it.
+#[test]
+fn shedding_that_fails_changes_nothing() {
+    for calls in 0.. {
+        let Some((mut rig, file)) = kept_rig() else { return };
+        rig.write(50, 1);
+        let before: Vec<Run> = rig.window.runs().collect();
+        inject::fail_after(calls);
+        let shed = rig.window.shed(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &[frames(10..300)]);
+        let failed = inject::stop();
+        let done = match shed {
+            Ok(shed) => shed.pages == [frames(10..300)],
+            Err(WindowError::Torn { .. }) => panic!("one failure does not tear a window"),
+            Err(_) => false,
+        };
+        assert_eq!(done, !failed, "call {calls}");
+        let want = |frame| if frame == 50 { 1 } else { 6000 + frame };
+        assert!((10..300).all(|frame| rig.word(frame) == want(frame)), "call {calls}");
+        if !done {
+            assert_eq!(rig.window.runs().collect::<Vec<_>>(), before, "call {calls}");
+            let shed = rig.window.shed(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &[frames(10..300)]).unwrap();
+            assert_eq!(shed.pages, [frames(10..300)]);
+        }
+        let (next, _file) = rig.freeze_with(Dirty::Logged(&[]), 2, 1000, Short::Copied);
+        assert_eq!(next.harvest.private, [frames(50..51)], "call {calls}");
+        if done {
+            assert!(calls > 5, "{calls} calls can fail");
+            return;
+        }
+    }
+}
