@@ -150,6 +150,9 @@ pub enum ToVm {
     Start(Box<Start>),
     /// Stop the vCPUs, take all dirty private pages: move them out and put this store (its descriptor travels along) in
     /// their place, or copy them; run on as before. Answered by `Frozen` or `FreezeFailed`.
+    ///
+    /// Where a second descriptor comes along, a pipe, the process may make a copy of itself instead of moving pages. The
+    /// copy lives until the other end of the pipe is closed.
     Freeze {
         /// The store that takes the pages' place, and names the scratch range.
         store: StoreId,
@@ -167,6 +170,14 @@ pub enum ToVm {
     },
     /// The pages of this freeze have settled: unmap its scratch range.
     DropScratch(StoreId),
+    /// Stop the vCPUs, map this store (its descriptor travels along) in the place of pages that stayed in the window at the
+    /// freeze into it, all of which have settled; run on as before. Answered by `Shed`.
+    Shed {
+        /// The store.
+        store: StoreId,
+        /// The pages.
+        pages: Vec<GfnRange>,
+    },
     /// Stop the vCPUs. Answered by `Paused`.
     Pause,
     /// Run. Answered by `Running`.
@@ -215,6 +226,8 @@ pub struct Frozen {
     pub scratch_base: u64,
     /// Frame of the scratch range where copies begin.
     pub copies: Gfn,
+    /// The process that has the pages of the scratch range, if it is a copy of this one.
+    pub copy: Option<i32>,
     /// The machine as it stood.
     pub state: Box<MachineState>,
     /// Whether the vCPUs run again. They do not if they stood still before, or if the host has no userfaultfd: then the
@@ -281,6 +294,13 @@ pub enum FromVm {
     },
     /// A freeze that changed nothing, and why.
     FreezeFailed(String),
+    /// The window maps the store where it kept these pages, and keeps them no longer.
+    Shed {
+        /// The store.
+        store: StoreId,
+        /// The pages; none where it could not be done.
+        pages: Vec<GfnRange>,
+    },
     /// The vCPUs stand still.
     Paused,
     /// The guest's answer to a line.

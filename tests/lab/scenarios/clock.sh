@@ -6,6 +6,8 @@
 boot a -m 256M
 stamp a
 told "the guest fills 64 MiB" a 'fill 64 5' '(?m)^ok pages=16384' 60
+# A kernel that boots slowly loses seconds on the way, before it has a clock to count by.
+lag=$(($(date +%s) - $(answer a clock realtime_us) / 1000000))
 before=$(answer a clock monotonic_us)
 # The watch runs on the guest's own clock while it is forked.
 (answer a 'gap 4000' max_gap_us 60 >/tmp/gap) &
@@ -25,16 +27,17 @@ same "seconds pass in the clone" yes "$(a=$(answer "$child" clock monotonic_us);
 asked=$(date +%s)
 realtime=$(answer "$child" clock realtime_us)
 at_most "the clone's wall clock is not ahead of ours, to 2 s" $(($(date +%s) + 2)) "$((realtime / 1000000))"
-at_most "nor behind, to 2 s" "$((realtime / 1000000 + 2))" "$asked"
+at_most "nor behind, to 2 s, but for what its parent was ($lag s)" "$((realtime / 1000000 + lag + 2))" "$asked"
 
 offshoot rm a "$child"
 check "launch the built-in guest" offshoot launch m -m 256M
 check "it has as many pages to itself" offshoot send m fill 1000 "$moved" 5
 (offshoot send m gap 4000 --timeout 60 >/tmp/mgap) &
 sleep 1.5
-check "fork of it" offshoot fork m
+check "fork of it" sh -c 'offshoot fork m --json >/tmp/mforked'
 wait
 reference=$(grep -oE 'max_gap_us=[0-9]+' /tmp/mgap | cut -d = -f 2)
-note "longest gap: Linux $gap µs, built-in guest $reference µs"
+note "longest gap: Linux $gap µs (its vCPU stood still for $(json pause_us </tmp/forked) µs)," \
+  "built-in guest $reference µs ($(json pause_us </tmp/mforked) µs)"
 at_most "the guest's pause is no longer than 3 times the built-in guest's (µs)" $((3 * reference)) "$gap"
 gone

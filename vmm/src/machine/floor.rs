@@ -223,9 +223,18 @@ impl Floor {
     /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Tells what they did before.
     /// The caller interrupts their threads, then waits with [`await_standing`](Self::await_standing).
     pub fn stop_and_save(&self) -> Activity {
+        self.stop_for(Wish::Save)
+    }
+
+    /// Main thread: the same, but for the registers.
+    pub fn stop(&self) -> Activity {
+        self.stop_for(Wish::Stand)
+    }
+
+    fn stop_for(&self, wish: Wish) -> Activity {
         let mut shared = self.lock();
         let running = shared.desks.iter().any(|desk| desk.wish == Wish::Run);
-        shared.wish(Wish::Save);
+        shared.wish(wish);
         shared.desks.iter_mut().for_each(|desk| desk.saved = None);
         self.changed.notify_all();
         if running { Activity::Running } else { Activity::Paused }
@@ -241,7 +250,8 @@ impl Floor {
         }
     }
 
-    /// Main thread: has the vCPUs do what they did before [`stop_and_save`](Self::stop_and_save).
+    /// Main thread: has the vCPUs do what they did before [`stop`](Self::stop) or
+    /// [`stop_and_save`](Self::stop_and_save).
     pub fn go_on(&self, before: Activity) {
         self.lock().wish(match before {
             Activity::Running => Wish::Run,

@@ -175,10 +175,13 @@ impl Process<'_> {
                 }
             }
             ToVm::Freeze { store, max_runs, short } => {
-                let file = one(&fds)?;
+                let (file, lifeline) = match fds.as_slice() {
+                    [file, lifeline] => (file, Some(lifeline.as_fd())),
+                    fds => (one(fds)?, None),
+                };
                 let link = &mut self.link;
                 let tell = |message: &FromVm| link.send(message, &[]);
-                match vm.freeze(store, file.as_fd(), max_runs, short, tell) {
+                match vm.freeze(store, file.as_fd(), lifeline, max_runs, short, tell) {
                     Ok(frozen) => {
                         let (activity, kicked_ns) = (frozen.activity, frozen.kicked_ns);
                         // The children need not wait until the parent runs.
@@ -196,6 +199,20 @@ impl Process<'_> {
                             floor.die(error.to_string());
                         }
                     }
+                }
+            }
+            ToVm::Shed { store, pages } => {
+                let file = one(&fds)?;
+                let link = &mut self.link;
+                let shed = vm.shed(store, file.as_fd(), &pages, |message| link.send(message, &[]));
+                let fatal = shed.as_ref().err().filter(|error| error.is_fatal()).map(ToString::to_string);
+                let pages = shed.unwrap_or_else(|error| {
+                    log::warn!("pages {pages:?} stay in memory twice: {error}");
+                    Vec::new()
+                });
+                self.link.send(&FromVm::Shed { store, pages }, &[])?;
+                if let Some(why) = fatal {
+                    floor.die(why);
                 }
             }
             ToVm::LeaveScratch { store, pages } => vm.leave_scratch(store, pages),

@@ -4,7 +4,7 @@ use super::WINDOW_BASE;
 use super::chips::Line;
 use super::cpuid::Cpuid;
 use super::facts::{Facts, Known};
-use super::floor::{Floor, Load, Unavailable};
+use super::floor::{Floor, Load, Shared, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::kick::{install_handler, interrupt_thread};
 use super::kvm::{DirtyLog, KvmError, KvmVm};
@@ -22,8 +22,10 @@ use crate::devices::serial::Console;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
 use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
-use guest_mem::window::host::{Dirty, Features, HostWindow, HugePages, MovedOut, Place, Short, SlotLog, WindowError};
-use guest_mem::{GfnRange, StoreId, Window};
+use guest_mem::window::host::{
+    Dirty, Features, HostWindow, HugePages, MovedOut, Place, Shed, Short, SlotLog, WindowError,
+};
+use guest_mem::{Gfn, GfnRange, Harvest, StoreId, Window};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -31,7 +33,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::thread::JoinHandle;
 use vmm_sys_util::errno;
 
@@ -343,8 +345,11 @@ impl Vm {
         self.threads.iter().for_each(interrupt_thread);
     }
 
-    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps `file` in their place, or copies them. They run again at once
-    /// if they ran and the host has traps; otherwise once the server says so.
+    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps `file` in their place, or copies them.
+    /// They run again at once if they ran and the host has traps; otherwise once the server says so.
+    ///
+    /// The first freeze of a VM is of all that it has written since it was launched: with a `lifeline`, this process makes a
+    /// copy of itself, and the pages stay.
     ///
     /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
     /// all that the vCPUs have said, and that they stand.
@@ -352,6 +357,7 @@ impl Vm {
         &mut self,
         store: StoreId,
         file: BorrowedFd<'_>,
+        lifeline: Option<BorrowedFd<'_>>,
         max_runs: u32,
         short: Short,
         tell: impl FnMut(&FromVm) -> io::Result<()>,
@@ -368,7 +374,7 @@ impl Vm {
         let before = self.floor.stop_and_save();
         self.interrupt();
         self.linux.iter().for_each(LinuxMachine::end_hinting);
-        let frozen = self.freeze_standing(store, file, max_runs, short, tell);
+        let frozen = self.freeze_standing(store, file, lifeline, max_runs, short, tell);
         let activity = match (&frozen, self.traps) {
             (Ok(_), false) => Activity::Paused,
             _ => before,
@@ -377,16 +383,21 @@ impl Vm {
             self.floor.go_on(activity);
         }
         self.linux.iter().for_each(LinuxMachine::announce_ended_hinting);
-        let (moved, state) = frozen?;
-        let frozen = match moved {
-            Some(moved) => self.window.harvest(moved).map_err(VmError::Harvest)?,
-            None => guest_mem::window::host::Frozen::default(),
+        let (taken, state) = frozen?;
+        let (frozen, copy) = match taken {
+            Taken::Nothing => Default::default(),
+            Taken::Moved(moved) => (self.window.harvest(moved).map_err(VmError::Harvest)?, None),
+            Taken::InCopy(harvest, copy) => {
+                let scratch_base = self.window.base();
+                (guest_mem::window::host::Frozen { harvest, scratch_base, copies: Gfn(0) }, Some(copy.as_raw()))
+            }
         };
         Ok(Frozen {
             store,
             harvest: frozen.harvest,
             scratch_base: frozen.scratch_base,
             copies: frozen.copies,
+            copy,
             state: Box::new(state),
             activity,
             kicked_ns,
@@ -403,19 +414,15 @@ impl Vm {
         &mut self,
         store: StoreId,
         file: BorrowedFd<'_>,
+        lifeline: Option<BorrowedFd<'_>>,
         max_runs: u32,
         short: Short,
         mut tell: impl FnMut(&FromVm) -> io::Result<()>,
-    ) -> Result<(Option<MovedOut>, MachineState), VmError> {
-        let mut told = Ok(());
+    ) -> Result<(Taken, MachineState), VmError> {
         let floor = Arc::clone(&self.floor);
-        let mut shared = floor.await_standing_and_accept(|pages| {
-            let (given, sent) = give_back(&mut self.window, pages, self.max_runs, &mut tell);
-            told = std::mem::replace(&mut told, Ok(())).and(sent);
-            given
-        })?;
+        let mut shared = self.await_standing(&floor, &mut tell)?;
         let said = shared.take_messages();
-        told.and_then(|()| said.iter().chain([&FromVm::Standing]).try_for_each(&mut tell)).map_err(VmError::Server)?;
+        said.iter().chain([&FromVm::Standing]).try_for_each(&mut tell).map_err(VmError::Server)?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
@@ -423,8 +430,18 @@ impl Vm {
             DirtyLog::On => self.kvm.log_of_slots()?,
             DirtyLog::Off => Vec::new(),
         };
-        let dirty = if self.log_tells_all { Dirty::Logged(&logs) } else { Dirty::Every };
-        let moved = self.window.move_out(dirty, store, file, max_runs, short)?;
+        let in_copy = match lifeline.filter(|_| self.traps && !self.log_tells_all) {
+            Some(lifeline) => self.freeze_in_copy(lifeline, max_runs)?,
+            None => None,
+        };
+        let taken = match in_copy {
+            Some(taken) => taken,
+            None => {
+                let dirty = if self.log_tells_all { Dirty::Logged(&logs) } else { Dirty::Every };
+                let moved = self.window.move_out(dirty, store, file, max_runs, short)?;
+                moved.map_or(Taken::Nothing, Taken::Moved)
+            }
+        };
         self.log_tells_all = match self.kvm.log() {
             DirtyLog::Off => false,
             DirtyLog::On => {
@@ -435,7 +452,80 @@ impl Vm {
         // The vCPU threads have read their registers meanwhile.
         let saved = self.floor.await_saved().map_err(|error| error.to_string());
         let vcpus = saved.and_then(|all| all.into_iter().collect()).map_err(VmError::Save)?;
-        Ok((moved, MachineState { vcpus, serial, mailbox, linux }))
+        Ok((taken, MachineState { vcpus, serial, mailbox, linux }))
+    }
+
+    /// Waits until the vCPUs stand, and takes what they give back before they do.
+    fn await_standing<'a>(
+        &mut self,
+        floor: &'a Floor,
+        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<MutexGuard<'a, Shared>, VmError> {
+        let mut told = Ok(());
+        let shared = floor.await_standing_and_accept(|pages| {
+            let (given, sent) = give_back(&mut self.window, pages, self.max_runs, &mut tell);
+            told = std::mem::replace(&mut told, Ok(())).and(sent);
+            given
+        })?;
+        told.map_err(VmError::Server)?;
+        Ok(shared)
+    }
+
+    /// Has a copy of this process keep the frozen pages. `None` where they are to be moved instead.
+    fn freeze_in_copy(&mut self, lifeline: BorrowedFd<'_>, max_runs: u32) -> Result<Option<Taken>, VmError> {
+        let mut copy = None;
+        let made = self.window.freeze_in_copy(max_runs, || {
+            copy = Some(keeper::copy(lifeline)?);
+            Ok(())
+        });
+        match made {
+            Ok(harvest) => Ok(harvest.map(|harvest| copy.map_or(Taken::Nothing, |copy| Taken::InCopy(harvest, copy)))),
+            Err(error) => {
+                log::warn!("pages are moved instead: {error}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Maps `file`, which is `store`, in the place of pages that are kept since a freeze into it, with the vCPUs stopped.
+    /// Which it did.
+    pub fn shed(
+        &mut self,
+        store: StoreId,
+        file: BorrowedFd<'_>,
+        pages: &[GfnRange],
+        tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<Vec<GfnRange>, VmError> {
+        let before = self.floor.stop();
+        self.interrupt();
+        let shed = self.shed_standing(store, file, pages, tell);
+        if !shed.as_ref().is_err_and(VmError::is_fatal) {
+            self.floor.go_on(before);
+        }
+        // Only now what was there is given back.
+        Ok(shed?.pages)
+    }
+
+    fn shed_standing(
+        &mut self,
+        store: StoreId,
+        file: BorrowedFd<'_>,
+        pages: &[GfnRange],
+        tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<Shed, VmError> {
+        let floor = Arc::clone(&self.floor);
+        drop(self.await_standing(&floor, tell)?);
+        let logs = match self.kvm.log() {
+            DirtyLog::On => self.kvm.log_of_slots()?,
+            DirtyLog::Off => Vec::new(),
+        };
+        let dirty = if self.log_tells_all { Dirty::Logged(&logs) } else { Dirty::Every };
+        let shed = self.window.shed(dirty, store, file, pages)?;
+        if let Err(error) = self.kvm.clear_log(&logs) {
+            log::warn!("the next freeze takes every private page: {error}");
+            self.log_tells_all = false;
+        }
+        Ok(shed)
     }
 
     /// What the guest has written since it was started or frozen; none where no log is kept.
@@ -466,6 +556,15 @@ impl Vm {
     pub fn drop_scratch(&mut self, store: StoreId) {
         self.window.drop_scratch(store);
     }
+}
+
+/// What a freeze took.
+enum Taken {
+    Nothing,
+    /// Pages that are in a scratch range now.
+    Moved(MovedOut),
+    /// Pages that stayed, and are in this copy of the process as well.
+    InCopy(Harvest, Pid),
 }
 
 /// Takes pages out of the window, as far as it has mappings to spare, and tells the server.

@@ -15,6 +15,7 @@ use guest_mem::manager::SETTLE_BATCH;
 use guest_mem::window::host::Short;
 use guest_mem::{Destination, Gfn, GfnRange, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 /// Names a fork under way.
@@ -221,13 +222,17 @@ impl Server {
             return;
         }
         let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
+        let tight = self.is_memory_tight();
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
                 let message = ToVm::Freeze { store, max_runs: self.max_runs, short: Short::Copied };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
-                process.send(&message, &[file.read_only()]);
+                // What is frozen in a copy is in memory twice, until it has left the window.
+                let lifeline = if tight { None } else { process.memory.spin_lifeline().ok() };
+                let fds: Vec<_> = [file.read_only()].into_iter().chain(lifeline.iter().map(AsFd::as_fd)).collect();
+                process.send(&message, &fds);
                 let op = self.forks.get_mut(&fork).expect("a queued fork");
                 op.store = Some((family, store));
                 // It hears of later ones when it is frozen.
@@ -300,6 +305,9 @@ impl Server {
         self.processes[&process].memory.note_scratch(&frozen);
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         manager.finish_freeze(member, &frozen.harvest);
+        if frozen.copy.is_some() {
+            self.sheds_later(parent, frozen.store);
+        }
         let op = self.forks.get_mut(&fork).expect("a queued fork");
         op.pause_due = frozen.activity == Activity::Running;
         op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
@@ -407,9 +415,12 @@ impl Server {
         }
         let Some(vm) = self.vms.get_mut(parent) else { return };
         let name = vm.name.clone();
-        let (Some(fork), memory) = (vm.forks.pop_front(), vm.memory) else { return };
+        let (Some(fork), memory, process) = (vm.forks.pop_front(), vm.memory, vm.process) else { return };
         let op = self.forks.get_mut(&fork).expect("a queued fork");
         op.failure = Some(format!("freeze VM {name:?}: {why}"));
+        if let Some(process) = process.and_then(|id| self.processes.get(&id)) {
+            process.memory.cut_lifeline();
+        }
         if let (Some((family, member)), Some(_)) = (memory, op.store.take()) {
             self.families.get_mut(&family).expect("a VM has a family").abort_freeze(member);
         }
@@ -471,8 +482,12 @@ impl Server {
         }
     }
 
+    /// Whether all pages are where they belong, and nowhere else.
     fn has_settled(&self, op: &ForkOp) -> bool {
-        op.store.is_none_or(|(family, store)| self.families.get(&family).is_none_or(|m| m.has_settled(store)))
+        op.store.is_none_or(|(family, store)| {
+            let shed = self.vms.get(op.parent).is_none_or(|parent| parent.shedding != Some(store));
+            shed && self.families.get(&family).is_none_or(|manager| manager.has_settled(store))
+        })
     }
 
     /// Looks after forks whose answer waits for their pages.

@@ -133,6 +133,7 @@ impl Server {
             FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
             FromVm::WentOn { store, pause_ns } => self.parent_went_on(generation, store, pause_ns),
+            FromVm::Shed { store, pages } => self.has_shed(generation, store, &pages),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),
             FromVm::Console(bytes) => self.guest_printed(generation, &bytes),
@@ -190,6 +191,7 @@ impl Server {
                 Ok(_) => continue,
             };
             self.zygote.reaped(pid);
+            self.processes.values().for_each(|process| process.memory.reaped(pid));
             let of = |pid: Pid| {
                 move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid))
             };

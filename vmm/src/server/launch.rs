@@ -177,6 +177,7 @@ impl Server {
             process: Some(process),
             forks: VecDeque::new(),
             reclaiming: None,
+            shedding: None,
             hold: Hold::Free,
             late_pausers: Vec::new(),
             log: Log::default(),

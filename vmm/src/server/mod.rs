@@ -35,6 +35,7 @@ mod process;
 mod reclaim;
 mod report;
 mod settle;
+mod shed;
 mod swap;
 mod talk;
 mod vm;
@@ -165,6 +166,8 @@ struct Server {
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
     early: fork::EarlyTouches,
+    /// What is to leave windows.
+    sheds: shed::Sheds,
     learned: learned::Learned,
     retries: VecDeque<(Generation, guest_mem::Gfn)>,
     retry_at: Option<Instant>,
@@ -272,6 +275,7 @@ impl Server {
             removals: Vec::new(),
             deadlines: Vec::new(),
             early: fork::EarlyTouches::default(),
+            sheds: shed::Sheds::default(),
             learned: learned::Learned::default(),
             retries: VecDeque::new(),
             retry_at: None,
@@ -302,6 +306,7 @@ impl Server {
         self.pass_deadlines(now);
         let settling = self.settle(now);
         self.grant_wants();
+        self.tend_sheds();
         self.answer_settled_forks();
         let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
         self.tend_idle(now);

@@ -1,17 +1,20 @@
 //! A window that another process holds.
 //!
 //! The server reaches into it in three ways: through the process's userfaultfd (zeros, wakes), by reading its memory
-//! (moved-out pages; the keeper shares it and outlives the process), and by messages, which the server's loop sends.
+//! (moved-out pages; the keeper shares it and outlives the process, and of a first freeze there is a copy of the process),
+//! and by messages, which the server's loop sends.
 
 use super::process::ProcessId;
 use crate::wire::Frozen;
 use guest_mem::sys::Userfaultfd;
 use guest_mem::{Gfn, GfnRange, ScratchRange, StoreId, Window};
+use nix::fcntl::OFlag;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, pipe2};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSliceMut};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 /// What a window asks of the loop.
@@ -43,8 +46,26 @@ pub struct Memory {
     /// A process that has the same memory and outlives it.
     pub keeper: Cell<Option<Pid>>,
     /// The scratch range of each freeze.
-    scratch: RefCell<HashMap<StoreId, ScratchRange>>,
+    scratch: RefCell<HashMap<StoreId, Scratch>>,
+    /// Keeps the copy alive that the freeze under way may make.
+    lifeline: RefCell<Option<OwnedFd>>,
     wants: Wants,
+}
+
+/// Where the pages of a freeze are.
+#[derive(Debug)]
+struct Scratch {
+    range: ScratchRange,
+    /// The copy of the process that has them, if it is not the process itself.
+    copy: Option<Copy>,
+}
+
+/// A copy of a VM process. It ends when this is dropped.
+#[derive(Debug)]
+struct Copy {
+    /// None once it has been reaped.
+    pid: Option<Pid>,
+    _lifeline: OwnedFd,
 }
 
 impl Memory {
@@ -57,6 +78,7 @@ impl Memory {
             main: Cell::new(Some(main)),
             keeper: Cell::new(None),
             scratch: RefCell::default(),
+            lifeline: RefCell::default(),
             wants,
         }
     }
@@ -67,11 +89,46 @@ impl Memory {
 
     /// Where the pages of a freeze are.
     pub fn note_scratch(&self, frozen: &Frozen) {
-        let Frozen { store, harvest, scratch_base, copies, .. } = frozen;
-        if !harvest.is_empty() {
-            let range = ScratchRange::new(*scratch_base, *copies, &harvest.copied);
-            self.scratch.borrow_mut().insert(*store, range);
+        let Frozen { store, harvest, scratch_base, copies, copy, .. } = frozen;
+        let lifeline = self.lifeline.take();
+        if harvest.is_empty() {
+            return;
         }
+        let copy =
+            copy.zip(lifeline).map(|(pid, lifeline)| Copy { pid: Some(Pid::from_raw(pid)), _lifeline: lifeline });
+        // In a copy, every page is where it was.
+        let copied = if copy.is_some() { &[][..] } else { &harvest.copied };
+        let range = ScratchRange::new(*scratch_base, *copies, copied);
+        self.scratch.borrow_mut().insert(*store, Scratch { range, copy });
+    }
+
+    /// The end of a pipe that a copy of the process holds on to, if the freeze that is about to begin makes one.
+    ///
+    /// # Errors
+    /// Of `pipe`.
+    pub fn spin_lifeline(&self) -> io::Result<OwnedFd> {
+        let (theirs, ours) = pipe2(OFlag::O_CLOEXEC)?;
+        self.lifeline.replace(Some(ours));
+        Ok(theirs)
+    }
+
+    /// The freeze under way has made no copy that is needed.
+    pub fn cut_lifeline(&self) {
+        self.lifeline.take();
+    }
+
+    /// A process has ended: perhaps a copy of this one.
+    pub fn reaped(&self, pid: Pid) {
+        let mut scratch = self.scratch.borrow_mut();
+        let copies = scratch.values_mut().filter_map(|scratch| scratch.copy.as_mut());
+        for copy in copies.filter(|copy| copy.pid == Some(pid)) {
+            log::error!("a copy of {:?} has ended before its pages had settled", self.process);
+            copy.pid = None;
+        }
+    }
+
+    fn is_in_copy(&self, scratch: StoreId) -> bool {
+        self.scratch.borrow().get(&scratch).is_some_and(|scratch| scratch.copy.is_some())
     }
 
     /// A living process that has the memory.
@@ -93,8 +150,14 @@ impl Window for RemoteWindow {
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
         let memory = &self.0;
         let gone = || io::Error::new(io::ErrorKind::NotFound, "the process and its keeper are gone");
-        let holder = memory.holder().ok_or_else(gone)?;
-        let base = memory.scratch.borrow().get(&scratch).ok_or_else(gone)?.address(first) as usize;
+        let ranges = memory.scratch.borrow();
+        let Scratch { range, copy } = ranges.get(&scratch).ok_or_else(gone)?;
+        let holder = match copy {
+            Some(copy) => copy.pid,
+            None => memory.holder(),
+        };
+        let holder = holder.ok_or_else(gone)?;
+        let base = range.address(first) as usize;
         let len = buf.len();
         let remote = RemoteIoVec { base, len };
         match process_vm_readv(holder, &mut [IoSliceMut::new(buf)], &[remote])? {
@@ -104,12 +167,17 @@ impl Window for RemoteWindow {
     }
 
     fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange) {
-        self.0.want(Want::LeaveScratch(scratch, pages));
+        // What a copy has is shared with the process, as long as that does not write.
+        if !self.0.is_in_copy(scratch) {
+            self.0.want(Want::LeaveScratch(scratch, pages));
+        }
     }
 
     fn drop_scratch(&mut self, scratch: StoreId) {
-        self.0.scratch.borrow_mut().remove(&scratch);
-        self.0.want(Want::DropScratch(scratch));
+        let dropped = self.0.scratch.borrow_mut().remove(&scratch);
+        if dropped.is_none_or(|scratch| scratch.copy.is_none()) {
+            self.0.want(Want::DropScratch(scratch));
+        }
     }
 
     fn zero(&mut self, pages: GfnRange) {

@@ -192,6 +192,7 @@ impl Worker {
                 harvest: frozen.harvest.clone(),
                 scratch_base: frozen.scratch_base,
                 copies: frozen.copies,
+                copy: frozen.copy,
                 state: frozen.state.clone(),
                 activity: frozen.activity,
                 kicked_ns: frozen.kicked_ns,

@@ -1,0 +1,69 @@
+//! Pages that stayed in a window at a VM's first freeze, and leave it when they have settled.
+
+use super::Server;
+use super::vm::{Generation, Vm};
+use crate::wire::ToVm;
+use guest_mem::window::host::HostWindow;
+use guest_mem::{GfnRange, PageCount, StoreId};
+use std::collections::BTreeSet;
+
+/// Pages shed at a time, for which the VM stands still: 16 MiB.
+const BATCH: PageCount = PageCount(4096);
+
+/// VMs that have something to shed, and are not about to.
+#[derive(Debug, Default)]
+pub struct Sheds(BTreeSet<Generation>);
+
+impl Server {
+    /// A VM has been frozen in a copy of its process.
+    pub(super) fn sheds_later(&mut self, generation: Generation, store: StoreId) {
+        if let Some(vm) = self.vms.get_mut(generation) {
+            vm.shedding = Some(store);
+            self.sheds.0.insert(generation);
+        }
+    }
+
+    /// Has VMs shed what has settled, a batch at a time.
+    pub(super) fn tend_sheds(&mut self) {
+        let ready = |generation: &Generation| self.vms.get(*generation).is_none_or(|vm| self.may_shed(vm));
+        let ready: Vec<Generation> = self.sheds.0.iter().copied().filter(ready).collect();
+        for generation in ready {
+            self.sheds.0.remove(&generation);
+            self.shed(generation);
+        }
+    }
+
+    /// Whether all pages have settled, and the VM is not wanted for a freeze.
+    fn may_shed(&self, vm: &Vm) -> bool {
+        let (Some((family, _)), Some(store)) = (vm.memory, vm.shedding) else { return true };
+        vm.forks.is_empty() && vm.reclaiming.is_none() && self.families[&family].has_settled(store)
+    }
+
+    fn shed(&mut self, generation: Generation) {
+        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let (Some((family, member)), Some(store)) = (vm.memory, vm.shedding) else { return };
+        let manager = &self.families[&family];
+        let pages = manager.to_shed(member, store, HostWindow::SHED_LEAST, BATCH);
+        let process = vm.process.and_then(|id| self.processes.get_mut(&id));
+        match (pages.is_empty(), process, manager.store(store)) {
+            (false, Some(process), Some(file)) => process.send(&ToVm::Shed { store, pages }, &[file.read_only()]),
+            _ => vm.shedding = None,
+        }
+    }
+
+    /// A VM has shed these pages, and may have more.
+    pub(super) fn has_shed(&mut self, generation: Generation, store: StoreId, pages: &[GfnRange]) {
+        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some((family, member)) = vm.memory else { return };
+        self.families.get_mut(&family).expect("a VM has a family").shed(member, store, pages);
+        self.budget.stir();
+        if vm.shedding != Some(store) {
+            return;
+        }
+        if pages.is_empty() {
+            vm.shedding = None;
+        } else {
+            self.sheds.0.insert(generation);
+        }
+    }
+}
