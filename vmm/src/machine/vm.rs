@@ -34,7 +34,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, MutexGuard};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 use vmm_sys_util::errno;
 
 /// Something that a VM process was told to do went wrong.
@@ -92,6 +93,12 @@ impl VmError {
         matches!(self, Self::Save(_) | Self::Harvest(_) | Self::Window(WindowError::Torn { .. }))
     }
 }
+
+/// For how long a Linux guest is watched before its first freeze: two ticks of its clock. What it writes in that time it
+/// gets copies of before it runs again; each page that it would have to copy by itself then takes two exits.
+const WATCH: Duration = Duration::from_millis(8);
+/// Stretches of which it gets copies at most.
+const HOT_MOST: usize = 512;
 
 /// What to prepare.
 #[derive(Debug)]
@@ -365,10 +372,12 @@ impl Vm {
         if !self.started {
             return Err(VmError::NotStarted);
         }
-        if self.kvm.log() == DirtyLog::Off
-            && let Err(error) = self.kvm.set_log(DirtyLog::On)
-        {
-            log::warn!("freezes take every private page: {error}");
+        if self.kvm.log() == DirtyLog::Off {
+            match self.kvm.set_log(DirtyLog::On) {
+                Ok(()) if lifeline.is_some() && self.linux.is_some() => thread::sleep(WATCH),
+                Ok(()) => {}
+                Err(error) => log::warn!("freezes take every private page: {error}"),
+            }
         }
         let kicked_ns = now_ns();
         let before = self.floor.stop_and_save();
@@ -431,7 +440,7 @@ impl Vm {
             DirtyLog::Off => Vec::new(),
         };
         let in_copy = match lifeline.filter(|_| self.traps && !self.log_tells_all) {
-            Some(lifeline) => self.freeze_in_copy(lifeline, max_runs)?,
+            Some(lifeline) => self.freeze_in_copy(lifeline, max_runs, &logs)?,
             None => None,
         };
         let taken = match in_copy {
@@ -471,15 +480,25 @@ impl Vm {
         Ok(shared)
     }
 
-    /// Has a copy of this process keep the frozen pages. `None` where they are to be moved instead.
-    fn freeze_in_copy(&mut self, lifeline: BorrowedFd<'_>, max_runs: u32) -> Result<Option<Taken>, VmError> {
+    /// Has a copy of this process keep the frozen pages. `None` where they are to be moved instead. What the guest has just
+    /// written, it is likely to write again at once.
+    fn freeze_in_copy(
+        &mut self,
+        lifeline: BorrowedFd<'_>,
+        max_runs: u32,
+        written: &[SlotLog],
+    ) -> Result<Option<Taken>, VmError> {
         let mut copy = None;
         let made = self.window.freeze_in_copy(max_runs, || {
             copy = Some(keeper::copy(lifeline)?);
             Ok(())
         });
         match made {
-            Ok(harvest) => Ok(harvest.map(|harvest| copy.map_or(Taken::Nothing, |copy| Taken::InCopy(harvest, copy)))),
+            Ok(harvest) => {
+                let hot = written.iter().flat_map(SlotLog::pages).take(HOT_MOST);
+                hot.for_each(|pages| self.window.copy_ahead(pages));
+                Ok(harvest.map(|harvest| copy.map_or(Taken::Nothing, |copy| Taken::InCopy(harvest, copy))))
+            }
             Err(error) => {
                 log::warn!("pages are moved instead: {error}");
                 Ok(None)
