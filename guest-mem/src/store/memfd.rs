@@ -32,7 +32,14 @@ pub struct MemfdStore {
     userfaultfd: Option<Arc<Userfaultfd>>,
     /// Mapped while pages are filled in.
     alias: Option<Alias>,
+    /// What was filled in, and is in our page tables still.
+    filled: Vec<GfnRange>,
 }
+
+/// So many stretches, or pages, are taken out of our page tables together: a call for each interrupts all processors that
+/// we run on.
+const STRETCHES: usize = 16;
+const FILLED: PageCount = PageCount(256);
 
 impl MemfdStores {
     /// Stores filled through `userfaultfd`, or plainly.
@@ -50,7 +57,14 @@ impl MemfdStores {
         let file = Memfd::new("offshoot-store", pages)?;
         let read_only = file.read_only()?;
         let inode = fstat(&file)?.st_ino;
-        Ok(MemfdStore { file, read_only, inode, userfaultfd: self.userfaultfd.clone(), alias: None })
+        Ok(MemfdStore {
+            file,
+            read_only,
+            inode,
+            userfaultfd: self.userfaultfd.clone(),
+            alias: None,
+            filled: Vec::new(),
+        })
     }
 }
 
@@ -94,6 +108,20 @@ impl MemfdStore {
     pub fn inode(&self) -> u64 {
         self.inode
     }
+
+    /// The alias does not keep what was filled in for long.
+    fn note_filled(&mut self, pages: GfnRange) {
+        match self.filled.last_mut() {
+            Some(last) if last.end() == pages.start() => *last = GfnRange::between(last.start(), pages.end()),
+            _ => self.filled.push(pages),
+        }
+        let count: u64 = self.filled.iter().map(|pages| pages.count().0).sum();
+        if (self.filled.len() > STRETCHES || count >= FILLED.0)
+            && let Some(alias) = &self.alias
+        {
+            self.filled.drain(..).for_each(|pages| alias.forget(PageIndex(pages.start().0), pages.count()));
+        }
+    }
 }
 
 impl Store for MemfdStore {
@@ -109,7 +137,7 @@ impl Store for MemfdStore {
             FillError::Planted(_) => io::Error::new(io::ErrorKind::AlreadyExists, error),
             FillError::Call { .. } => io::Error::other(error),
         });
-        alias.forget(first, PageCount::covering(bytes.len() as u64));
+        self.note_filled(GfnRange::new(Gfn(first.0), PageCount::covering(bytes.len() as u64)));
         filled
     }
 
@@ -145,6 +173,7 @@ impl Store for MemfdStore {
 
     fn rest(&mut self) {
         self.alias = None;
+        self.filled.clear();
     }
 }
 

@@ -57,6 +57,18 @@ impl Swap for SharedSwap {
         self.0.borrow_mut().get(first, buf)
     }
 
+    fn expect(&mut self, first: SwapSlot, count: PageCount) -> PageCount {
+        self.0.borrow_mut().expect(first, count)
+    }
+
+    fn get_expected(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        self.0.borrow_mut().get_expected(first, buf)
+    }
+
+    fn count_hits(&mut self, pages: PageCount) {
+        self.0.borrow_mut().count_hits(pages);
+    }
+
     fn free(&mut self, first: SwapSlot, count: PageCount) {
         self.0.borrow_mut().free(first, count);
     }

@@ -70,6 +70,8 @@ pub enum Keep {
     Written,
     /// It was read ahead, and nobody has asked for it yet.
     Ahead,
+    /// It was read ahead for somebody who is about to come for it.
+    Expected,
     /// It was asked for.
     Asked,
     /// Somebody waits for it, or was told to come for it and has not yet.
@@ -136,8 +138,13 @@ impl Keep {
         match self {
             Self::Written => Class::Written,
             Self::Ahead | Self::Asked => Class::Read,
-            Self::Wanted => Class::Wanted,
+            Self::Expected | Self::Wanted => Class::Wanted,
         }
+    }
+
+    /// Whether nobody has asked for it yet: where it cannot be read, nothing is lost so far.
+    pub fn is_ahead(self) -> bool {
+        matches!(self, Self::Ahead | Self::Expected)
     }
 }
 

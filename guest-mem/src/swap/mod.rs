@@ -21,6 +21,8 @@
 //! * A `get` from the disk starts a read and looks ahead: the clusters that follow on the disk are read as well, up to
 //!   eight, as many as proved useful lately. What was read stays in a small cache. The disk's copy stays valid until
 //!   its slots are freed, so that a clean page never needs to be written again.
+//! * Who knows better than the disk's order what comes next says so ([`expect`](Swap::expect)), and gets it when it is here
+//!   ([`get_expected`](Swap::get_expected)).
 //! * Blocks that nobody needs any more are discarded (a file gets holes) when they are many and the disk is idle.
 //!
 //! The file holds nothing that outlives its store: slots are numbers of this process, and headers carry a number that
@@ -117,6 +119,24 @@ pub trait Swap {
     /// The bytes are lost (`InvalidData`: the checksum differs; or the device's error). Lost for good for those slots: it
     /// answers the same again. `InvalidInput`: these are not slots in use of one `put`.
     fn get(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch>;
+
+    /// Somebody is likely to need these pages soon: what is on a disk only is read now, and waits for
+    /// [`get_expected`](Self::get_expected). How many pages were read ahead for that, which
+    /// [`count_hits`](Self::count_hits) is to hear of when they prove useful.
+    fn expect(&mut self, _first: SwapSlot, _count: PageCount) -> PageCount {
+        PageCount(0)
+    }
+
+    /// As [`get`](Self::get), for pages that nobody waits for: starts no read.
+    ///
+    /// # Errors
+    /// They are not in memory, and not on their way: nothing is lost by that.
+    fn get_expected(&mut self, _first: SwapSlot, _buf: &mut [u8]) -> io::Result<Fetch> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// So many pages that were read because they were [expected](Self::expect) to be needed were.
+    fn count_hits(&mut self, _pages: PageCount) {}
 
     /// These slots are not needed any more (any sub-range of a `put`; each slot once).
     ///

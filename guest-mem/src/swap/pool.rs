@@ -81,6 +81,8 @@ struct Queue {
 
 /// So many frames that lie in a row are one read or write.
 const MERGED: usize = 8;
+/// Jobs that are looked at for one that follows.
+const NEARBY: usize = 64;
 
 impl Pool {
     /// Starts `threads` threads, which write to `event` when something is done.
@@ -134,16 +136,15 @@ impl Work {
 }
 
 impl Queue {
-    /// The most urgent job, and those of its kind behind it whose frames follow its on the disk.
+    /// The most urgent job, and those of its kind whose frames follow its on the disk: what was evicted in order may lie in
+    /// two places by turns, where two rounds of eviction or of write-out met.
     fn next_run(&mut self) -> Option<Vec<Job>> {
         let jobs = self.jobs.iter_mut().find(|jobs| !jobs.is_empty())?;
         let mut run = vec![jobs.pop_front()?];
         while run.len() < MERGED {
             let end = run[run.len() - 1].place.end();
-            if jobs.front().is_none_or(|next| next.place.start != end) {
-                break;
-            }
-            run.extend(jobs.pop_front());
+            let Some(next) = jobs.iter().take(NEARBY).position(|job| job.place.start == end) else { break };
+            run.extend(jobs.remove(next));
         }
         Some(run)
     }

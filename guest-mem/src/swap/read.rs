@@ -6,6 +6,7 @@ use super::extents::Place;
 use super::packed::Packed;
 use super::pool::{Job, Work};
 use super::store::SwapStore;
+use crate::addr::PageCount;
 use std::io;
 use std::sync::Arc;
 
@@ -63,6 +64,28 @@ impl SwapStore {
         self.read_ahead(place);
     }
 
+    /// Somebody is about to come for a cluster. How many pages were read ahead for that.
+    pub(super) fn look_ahead(&mut self, key: usize) -> PageCount {
+        let live = PageCount(self.books[key].live.count_ones().into());
+        match &self.books[key].state {
+            &State::Disk(place) => {
+                self.counters.readahead_pages += live.0;
+                self.read(key, place, Keep::Expected);
+            }
+            &State::Reading { place, keep: Keep::Ahead } => {
+                self.books.turn(key, State::Reading { place, keep: Keep::Expected });
+            }
+            State::Clean { packed, place, keep: Keep::Ahead, .. } => {
+                let (packed, place) = (Arc::clone(packed), *place);
+                let stamp = self.books.stamp();
+                self.books.turn(key, State::Clean { packed, place, keep: Keep::Expected, stamp });
+                self.trim();
+            }
+            _ => return PageCount(0),
+        }
+        live
+    }
+
     /// A cluster on its way in was asked for.
     pub(super) fn await_read(&mut self, key: usize, place: Place, keep: Keep) {
         self.books.turn(key, State::Reading { place, keep: Keep::Wanted });
@@ -114,7 +137,7 @@ impl SwapStore {
         self.submit(Job { key, place, tag: self.tag(key), work });
     }
 
-    /// A read is done; did somebody wait for it?
+    /// A read is done; is somebody to come for it?
     pub(super) fn was_read(&mut self, key: usize, result: io::Result<Packed>) -> bool {
         let State::Reading { place, keep } = self.books[key].state else {
             self.dropped(key);
@@ -123,14 +146,14 @@ impl SwapStore {
         let state = match result {
             Ok(packed) => State::Clean { packed: Arc::new(packed), place, keep, stamp: self.books.stamp() },
             // Whoever wants it will see for himself.
-            Err(_) if keep == Keep::Ahead => State::Disk(place),
+            Err(_) if keep.is_ahead() => State::Disk(place),
             Err(error) => {
                 log::error!("pages are lost: {error}");
                 State::Lost { place, loss: Loss::from(error) }
             }
         };
         self.books.turn(key, state);
-        keep == Keep::Wanted
+        keep.class() == Class::Wanted
     }
 
     /// Lets go of copies beyond the limits.

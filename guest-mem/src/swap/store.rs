@@ -14,7 +14,6 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -106,6 +105,9 @@ pub(super) struct Limits {
     pub threads: usize,
 }
 
+/// They wait for the disk most of the time, and a disk is quick when it is asked for several things at once.
+const THREADS: usize = 4;
+
 impl Limits {
     /// For a tier of so many bytes before a disk.
     pub fn new(tier: u64) -> Self {
@@ -117,7 +119,7 @@ impl Limits {
             wanted: 256,
             stale: (16 << 20) / BLOCK as u64,
             rest: Duration::from_secs(1),
-            threads: thread::available_parallelism().map_or(2, |cpus| cpus.get().clamp(2, 4)),
+            threads: THREADS,
         }
     }
 }
@@ -177,7 +179,7 @@ impl SwapStore {
     }
 
     /// Takes in what the threads have done. Tells whether something came that a `get` had found
-    /// [coming](Fetch::Coming): whoever waits asks again.
+    /// [coming](Fetch::Coming), or that is [expected](Swap::expect): whoever waits asks again.
     pub fn complete(&mut self) -> bool {
         let Some(pool) = &self.pool else { return false };
         // It is nonblocking, and empty if nobody has written since.
@@ -292,6 +294,23 @@ impl Swap for SwapStore {
         }
         self.counters.swap_in_pages += count.0;
         Ok(Fetch::Here)
+    }
+
+    fn expect(&mut self, first: SwapSlot, count: PageCount) -> PageCount {
+        self.books.find(first, count).map_or(PageCount(0), |(key, _)| self.look_ahead(key))
+    }
+
+    fn get_expected(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        let found = self.books.find(first, whole_pages(buf.len())?);
+        match found.map(|(key, _)| &self.books[key].state) {
+            None | Some(State::Disk(_) | State::Lost { .. }) => Err(io::ErrorKind::NotFound.into()),
+            Some(State::Reading { .. }) => Ok(Fetch::Coming),
+            Some(_) => self.get(first, buf),
+        }
+    }
+
+    fn count_hits(&mut self, pages: PageCount) {
+        self.counters.readahead_hits += pages.0;
     }
 
     fn free(&mut self, first: SwapSlot, count: PageCount) {

@@ -643,6 +643,30 @@ fn one_read_serves_all_who_ask() {
     assert_eq!(swap.stats().swap_write_pages, 16);
 }
 
+/// What is expected is read once, is given without a read, and is a hit when somebody says so; a block that cannot be read
+/// is lost to who needs it, not to who expected it.
+#[test]
+fn what_is_expected_is_here_when_somebody_comes_for_it() {
+    let disk = Disk::new(1000);
+    let mut swap = store(&disk, tiny());
+    let slots = on_disk(&mut swap, 3);
+    let mut buf = vec![0; 16 * PAGE_SIZE];
+    assert!(swap.get_expected(slots[0], &mut buf).is_err(), "nobody has expected it");
+    let bad = swap.books[1].state.place().unwrap();
+    disk.bad_reads.lock().unwrap().insert(bad.start);
+    assert_eq!([0, 1, 0].map(|nth| swap.expect(slots[nth], PageCount(16)).0), [16, 16, 0]);
+    assert_eq!(swap.get_expected(slots[0], &mut buf).unwrap(), Fetch::Coming);
+    settle(&mut swap);
+    assert_eq!(swap.get_expected(slots[0], &mut buf).unwrap(), Fetch::Here);
+    assert!(buf == cluster(0) && swap.get_expected(slots[1], &mut buf).is_err());
+    assert_eq!((swap.stats().readahead_pages, swap.stats().readahead_hits), (32, 0));
+    swap.count_hits(PageCount(16));
+    assert_eq!(swap.stats().readahead_hits, 16);
+    disk.bad_reads.lock().unwrap().clear();
+    assert!(fetch(&mut swap, slots[1], 16).unwrap() == cluster(1));
+    assert_sound(&swap);
+}
+
 #[test]
 fn read_ahead_grows_with_success_and_shrinks_without() {
     let disk = Disk::new(200 * 17);
