@@ -26,7 +26,8 @@
 //!
 //! * What a guest gives back (a **balloon**) becomes zero for its VM alone, and is freed with its last viewer.
 //! * **Eviction** takes stored pages to [swap] and leaves holes. Nothing that VMs share is changed by it: a page
-//!   that a thousand see is written once, traps whoever touches it, is read once, and is shared again.
+//!   that a thousand see is written once, traps whoever touches it, is read once, and is shared again. Only what one VM
+//!   alone sees, and is about to write, comes back into its live layer.
 //!
 //! [`local::Local`] puts all of it together in one process; the doc example there runs. [`Manager`] is for VMMs that
 //! hold windows elsewhere, and [`check`] has the invariants.
@@ -50,6 +51,7 @@ pub mod rmap;
 pub mod stage2;
 pub mod stats;
 pub mod store;
+mod stream;
 pub mod swap;
 pub mod sys;
 pub mod window;
@@ -58,4 +60,5 @@ pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
 pub use family::{Pace, VmId};
 pub use manager::Manager;
 pub use ops::Destination;
+pub use sys::Touch;
 pub use window::{Harvest, Run, ScratchRange, Source, StoreId, Window};

@@ -199,7 +199,7 @@ impl Local {
             source.read(&mut traps, usize::MAX).map_err(Error::Userfaultfd)?;
             let base = self.manager.window(vm).map_or(0, HostWindow::base);
             for trap in traps {
-                self.manager.trap(vm, crate::Gfn::of_gpa(trap.address - base))?;
+                self.manager.trap(vm, crate::Gfn::of_gpa(trap.address - base), trap.touch)?;
                 served += 1;
             }
         }

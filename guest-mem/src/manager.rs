@@ -1,10 +1,13 @@
 //! One family's memory manager: the books, and the hands that carry out what they say.
 
+mod ahead;
 mod error;
 mod fill;
 mod swap;
 
+use ahead::Ahead;
 pub use error::Error;
+use swap::Waiter;
 pub use swap::{Evicted, SwapCounts};
 
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
@@ -15,6 +18,7 @@ use crate::ops::{Destination, Trap};
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
+use crate::sys::Touch;
 use crate::window::{Harvest, StoreId, Window};
 use rangemap::RangeSet;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -55,8 +59,9 @@ pub struct Manager<S: StoreFactory, W> {
     copied: HashMap<StoreId, Copied>,
     /// Guests that wait for the end of a freeze of theirs, and the pages they wait for.
     waiting: Vec<(VmId, Gfn)>,
-    /// Guests that wait for reads from swap, and the pages they wait for.
-    swapping_in: Vec<(VmId, Gfn)>,
+    /// Guests that wait for reads from swap.
+    swapping_in: Vec<Waiter>,
+    ahead: Ahead,
     /// Stores that pages came back to lately, the last one last.
     awake: VecDeque<StoreId>,
     /// Stores of freezes whose pages go to swap.
@@ -87,6 +92,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             copied: HashMap::new(),
             waiting: Vec::new(),
             swapping_in: Vec::new(),
+            ahead: Ahead::default(),
             awake: VecDeque::new(),
             to_swap: HashSet::new(),
             hidden: VecDeque::new(),
@@ -262,10 +268,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.carry_out(effects);
         // Who waited for one of them to come back from swap finds it zero.
         let given = |gfn: Gfn| pages.iter().any(|pages| pages.contains(gfn));
-        for (_, gfn) in self.swapping_in.extract_if(.., |(waiter, gfn)| *waiter == vm && given(*gfn)) {
-            if let Some(window) = self.windows.get_mut(&vm) {
-                window.wake(GfnRange::new(gfn, PageCount(1)));
-            }
+        for waiter in self.swapping_in.extract_if(.., |waiter| waiter.vm == vm && given(waiter.gfn)) {
+            waiter.wake(&mut self.windows);
         }
     }
 
@@ -288,7 +292,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.exit(vm, &mut effects);
         self.waiting.retain(|(waiter, _)| *waiter != vm);
-        self.swapping_in.retain(|(waiter, _)| *waiter != vm);
+        self.swapping_in.retain(|waiter| waiter.vm != vm);
+        self.ahead.streams.forget(vm);
         self.carry_out(effects);
     }
 
@@ -297,7 +302,15 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     ///
     /// # Errors
     /// The page could not be filled in. The guest waits on.
-    pub fn trap(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+    pub fn trap(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<(), Error> {
+        match self.supply_only_viewer(vm, gfn, touch)? {
+            None => {}
+            Some(Fetch::Here) => return Ok(()),
+            Some(Fetch::Coming) => {
+                self.swapping_in.push(Waiter { vm, gfn, touch });
+                return Ok(());
+            }
+        }
         let answer = match self.settle_at(vm, gfn)? {
             Trap::File { store, pages, wake } => {
                 self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
@@ -308,7 +321,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 return Ok(());
             }
             Trap::SwapIn(_) | Trap::Settle(_) => {
-                self.swapping_in.push((vm, gfn));
+                self.swapping_in.push(Waiter { vm, gfn, touch });
                 return Ok(());
             }
             answer => answer,
@@ -338,10 +351,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                     Fetch::Here => {}
                     Fetch::Coming => return Ok(Trap::Settle(job)),
                 },
-                Trap::SwapIn(read) => match self.swap_in(&read)? {
-                    Fetch::Here => {}
-                    Fetch::Coming => return Ok(Trap::SwapIn(read)),
-                },
+                Trap::SwapIn(read) => {
+                    let order = self.look_ahead(vm, gfn);
+                    match self.swap_in(&read, order)? {
+                        Fetch::Here => {}
+                        Fetch::Coming => return Ok(Trap::SwapIn(read)),
+                    }
+                }
                 answer => return Ok(answer),
             }
         }

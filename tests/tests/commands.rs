@@ -51,6 +51,7 @@ const TOTALS: &[&str] = &[
     "discarded_pages",
     "refaults",
     "lost_pages",
+    "swap_in_live_pages",
     "readahead_pages",
     "readahead_hits",
     "writeahead_pages",

@@ -107,6 +107,47 @@ fn live_layers_go_to_the_disk_and_their_vm_forks_on() {
     assert_eq!(home.totals().swap_slots, 0);
 }
 
+/// What its only viewer writes goes from swap straight into its live layer: nothing of it gets into a store. What a clone sees
+/// as well comes back there, for both of them.
+#[test]
+fn a_page_that_only_its_writer_sees_is_not_in_memory_twice() {
+    const STEP: u64 = 64;
+    const TOUCHED: u64 = 100;
+    let Some(home) = TestHome::new() else { return };
+    let vm = home.launch("a", ByteSize::mib(128));
+    vm.fill(PAGES, 1);
+    // From the end: nothing is brought ahead of such touches.
+    let page = |nth: u64, offset: u64| PAGES.end - nth * STEP + offset..PAGES.end - nth * STEP + offset + 1;
+    let write = |offset: u64| {
+        home.client().reclaim_all(ByteSize::mib(64)).expect("reclaim");
+        let before = home.totals();
+        (1..=TOUCHED).for_each(|nth| vm.fill(page(nth, offset), 2));
+        let after = home.totals();
+        println!("{before:?} {after:?}");
+        (
+            after.swap_in_live_pages - before.swap_in_live_pages,
+            after.swap_in_pages - before.swap_in_pages,
+            after.resident_pages - before.resident_pages,
+        )
+    };
+    let (live, came, stored) = write(0);
+    assert!((TOUCHED..TOUCHED + FEW).contains(&live), "{live} of {TOUCHED}");
+    assert_eq!(came - stored, live, "what came with them is in stores");
+    home.check();
+
+    let clones = fork_settled(&vm, 1);
+    let (live, came, stored) = write(STEP / 2);
+    assert!(live < TOUCHED / 2 && came - stored == live, "{live} of {came}, {stored} are in stores");
+    (1..=TOUCHED).for_each(|nth| {
+        vm.verify(page(nth, 0), 2);
+        vm.verify(page(nth, STEP / 2), 2);
+        clones[0].verify(page(nth, 0), 2);
+        clones[0].verify(page(nth, STEP / 2), 1);
+    });
+    vm.verify(PAGES.start..PAGES.end - TOUCHED * STEP, 1);
+    home.check();
+}
+
 /// Ten clones write four times what the budget allows.
 #[test]
 fn a_budget_is_kept() {

@@ -486,6 +486,9 @@ pub struct Totals {
     pub refaults: u64,
     /// Pages that could not be read back.
     pub lost_pages: u64,
+    /// Of the pages that came back, those that went straight into the live layer of the only VM that saw them, which was
+    /// about to write them.
+    pub swap_in_live_pages: u64,
     /// Pages read from the disk before anybody asked.
     pub readahead_pages: u64,
     /// Of those, pages that somebody asked for afterwards.

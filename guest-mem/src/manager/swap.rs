@@ -1,5 +1,6 @@
 //! The manager's dealings with swap: what is evicted, and how it comes back.
 
+use super::ahead::{Order, Part};
 use super::{Error, Manager};
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::Effects;
@@ -10,6 +11,7 @@ use crate::ops::{Placed, SwapIn, Victim};
 use crate::reclaim::Return;
 use crate::store::{Store, StoreFactory};
 use crate::swap::{Fetch, Swap, SwapSlot};
+use crate::sys::Touch;
 use crate::window::{StoreId, Window};
 use std::collections::HashMap;
 use std::io;
@@ -30,6 +32,23 @@ pub struct SwapCounts {
     pub refaults: u64,
     /// Could not be read back.
     pub lost_pages: u64,
+    /// Read from swap into the live layer of the only VM that saw them, which was about to write them.
+    pub swap_in_live_pages: u64,
+}
+
+/// A guest that waits for a read from swap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Waiter {
+    pub vm: VmId,
+    pub gfn: Gfn,
+    pub touch: Touch,
+}
+
+impl Waiter {
+    /// It touches its page again.
+    pub fn wake<W: Window>(self, windows: &mut HashMap<VmId, W>) {
+        wake(windows, self.vm, self.gfn);
+    }
 }
 
 /// Copies in swap that are given up at a time when it is full.
@@ -152,7 +171,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Reads pages from swap into their stores, and wakes who is known to wait for them. Nothing is there yet where they
     /// are coming; what cannot be read is lost in the books afterwards.
-    pub(super) fn swap_in(&mut self, read: &SwapIn) -> Result<Fetch, Error> {
+    pub(super) fn swap_in(&mut self, read: &SwapIn, order: Order) -> Result<Fetch, Error> {
         let buf = &mut self.staging[..read.count.bytes() as usize];
         match self.factory.swap().get(read.first, buf) {
             Ok(Fetch::Coming) => return Ok(Fetch::Coming),
@@ -165,20 +184,71 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             }
         }
         let how = self.family.count_return(read);
-        let mut from = 0;
-        for (pages, store) in self.family.swapping_in(read) {
-            let bytes = from..from + pages.len_bytes();
-            from = bytes.end;
-            self.fill(store, pages, bytes)?;
-            self.swap_counts.swap_in_pages += pages.count().0;
-            self.swap_counts.refaults += if how == Return::Refault { pages.count().0 } else { 0 };
-            let mut effects = Effects::default();
-            self.family.swapped_in(read, pages, how, &mut effects);
-            self.carry_out(effects);
-            self.doze(store);
-            self.wake_swapping_in(store, pages);
+        if how == Return::Refault {
+            self.swap_counts.refaults += read.count.0;
         }
+        self.place_read(read, order, how)?;
         Ok(Fetch::Here)
+    }
+
+    /// Puts pages that were read from swap into their stores: they are staged in the order of their slots.
+    pub(super) fn place_read(&mut self, read: &SwapIn, order: Order, how: Return) -> Result<(), Error> {
+        self.swap_counts.swap_in_pages += read.count.0;
+        for Part { pages, store, staged } in order.parts(&self.family.swapping_in(read)) {
+            let waits = order.first().filter(|(_, page)| pages.contains(*page));
+            let supplied = match (order, waits) {
+                (Order::Live(..), Some((vm, page))) => self.supply(vm, page, staged.clone()),
+                _ => false,
+            };
+            if !supplied {
+                self.fill(store, pages, staged)?;
+                let mut effects = Effects::default();
+                self.family.swapped_in(read, pages, how, &mut effects);
+                self.carry_out(effects);
+                self.doze(store);
+                self.wake_swapping_in(store, pages);
+            }
+            if let Some((vm, gfn)) = waits {
+                wake(&mut self.windows, vm, gfn);
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings a page that is in swap only, and that its only viewer is about to write, into that VM's live layer: in its
+    /// store it would be copied at once, and then be there for nothing. What is read together with it goes where it belongs.
+    /// Nothing is done for any other page.
+    ///
+    /// # Errors
+    /// One of the others could not be filled in.
+    pub(super) fn supply_only_viewer(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<Option<Fetch>, Error> {
+        let read = match touch {
+            Touch::Read => None,
+            Touch::Write => self.family.only_viewer(vm, gfn),
+        };
+        let Some(read) = read else { return Ok(None) };
+        self.look_ahead(vm, gfn);
+        match self.swap_in(&read, Order::Live(vm, gfn))? {
+            Fetch::Coming => Ok(Some(Fetch::Coming)),
+            // In the books it is where it was, unless it was lost, or its window did not take it.
+            Fetch::Here => Ok(self.family.only_viewer(vm, gfn).map(|_| Fetch::Here)),
+        }
+    }
+
+    /// Puts a staged page into a live layer. Whether it is there.
+    fn supply(&mut self, vm: VmId, gfn: Gfn, staged: Range<usize>) -> bool {
+        let Some(window) = self.windows.get_mut(&vm) else { return false };
+        match window.supply(gfn, &self.staging[staged]) {
+            Ok(()) => self.swap_counts.swap_in_live_pages += 1,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                log::debug!("the page at {gfn} goes into its store: {error}");
+                return false;
+            }
+        }
+        // One answer is enough for all who wait for it: by a second one, it may have been written and moved out.
+        self.swapping_in.retain(|waiter| (waiter.vm, waiter.gfn) != (vm, gfn));
+        true
     }
 
     /// A settled store was filled, and may soon be again: what that needs is kept for the last few.
@@ -198,8 +268,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Guests that wait for these pages look again.
     fn wake_swapping_in(&mut self, store: StoreId, pages: GfnRange) {
         let family = &self.family;
-        for (vm, gfn) in self.swapping_in.extract_if(.., |(vm, gfn)| family.maps(*vm, *gfn, store, pages)) {
-            wake(&mut self.windows, vm, gfn);
+        for waiter in self.swapping_in.extract_if(.., |w| family.maps(w.vm, w.gfn, store, pages)) {
+            waiter.wake(&mut self.windows);
         }
     }
 
@@ -211,9 +281,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn swap_ready(&mut self) -> Result<(), Error> {
         self.family.retry_put_off();
         let mut first = Ok(());
-        for (vm, gfn) in std::mem::take(&mut self.swapping_in) {
-            if let Err(error) = self.trap(vm, gfn) {
-                self.swapping_in.push((vm, gfn));
+        let mut waiters = std::mem::take(&mut self.swapping_in);
+        // One answer is enough for all who wait for a page.
+        waiters.sort_by_key(|waiter| (waiter.vm, waiter.gfn));
+        waiters.dedup_by_key(|waiter| (waiter.vm, waiter.gfn));
+        for waiter in waiters {
+            if let Err(error) = self.trap(waiter.vm, waiter.gfn, waiter.touch) {
+                self.swapping_in.push(waiter);
                 first = first.and(Err(error));
             }
         }
@@ -222,7 +296,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Guests that wait for reads from swap.
     pub fn swapping_in(&self) -> impl Iterator<Item = (VmId, Gfn)> {
-        self.swapping_in.iter().copied()
+        self.swapping_in.iter().map(|waiter| (waiter.vm, waiter.gfn))
     }
 
     /// Pages that are in swap only cannot be read from there.
@@ -233,8 +307,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.family.lose(object, pages, &mut effects);
         self.carry_out(effects);
         // Nobody will tell of a read that was for these pages.
-        for (vm, gfn) in self.swapping_in.drain(..) {
-            wake(&mut self.windows, vm, gfn);
+        for waiter in self.swapping_in.drain(..) {
+            waiter.wake(&mut self.windows);
         }
     }
 

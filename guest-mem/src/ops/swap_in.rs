@@ -6,6 +6,7 @@
 //! ```
 
 use super::evict::cluster_of;
+use super::trap::Trap;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
@@ -47,6 +48,33 @@ impl Family {
             }
         }
         found.expect("the page itself is in swap")
+    }
+
+    /// The page that `vm` waits for, to write it, if it is in swap only and nobody else sees it: a copy of its own is all that
+    /// anybody needs. Its slot stays until a freeze tells that the copy was written.
+    pub(crate) fn only_viewer(&self, vm: VmId, gfn: Gfn) -> Option<SwapIn> {
+        // A page that is on its way out may have been written.
+        let member = self.vms.get(&vm).filter(|member| member.freezing.is_none())?;
+        let Trap::SwapIn(read) = self.trap(vm, gfn) else { return None };
+        self.stage2.is_alone(member.root, gfn).then_some(read)
+    }
+
+    /// What `vm` sees of a cluster that is in swap only, each part as it is read.
+    pub(crate) fn swapped(&self, vm: VmId, cluster: GfnRange) -> Vec<SwapIn> {
+        let entry = self.vms.get(&vm).and_then(|vm| vm.map.get(cluster.start()));
+        let Some((bounds, entry)) = entry else { return Vec::new() };
+        let mut reads: Vec<SwapIn> = Vec::new();
+        for segment in self.objects.resolve(entry.object, entry.origin, cluster.intersect(bounds)) {
+            if let Some(found) = segment.found
+                && let Slot::Swapped(_, base) = found.slot
+            {
+                let read = self.swap_in(found.object, found.indexes(segment.pages).start(), base);
+                if !reads.contains(&read) {
+                    reads.push(read);
+                }
+            }
+        }
+        reads
     }
 
     /// The stretches of pages that are read together, in the order of their slots, and their stores.

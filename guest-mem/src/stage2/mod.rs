@@ -128,6 +128,36 @@ impl Stage2 {
         }
     }
 
+    /// Whether the tree below `root` is the only one that shows the stored page it shows at `gfn`.
+    pub fn is_alone(&self, root: TableId, gfn: Gfn) -> bool {
+        let shown = self.walk(root, gfn);
+        let mut table = root;
+        loop {
+            let t = self.table(table);
+            if t.uses > 1 {
+                return false;
+            }
+            match self.entry_at(t, gfn) {
+                View::Table(below) => table = below,
+                View::Empty => return false,
+                View::Leaf(_) => break,
+            }
+        }
+        let shows = |table: &&TableId| match self.entry_at(self.table(**table), gfn) {
+            View::Leaf(source) => Some(source) == shown,
+            _ => false,
+        };
+        let tables = (1..=self.shape.leaf_levels).flat_map(|level| self.rmap.tables(level, gfn));
+        tables.filter(shows).count() == 1
+    }
+
+    /// What a table says of a frame that it covers.
+    fn entry_at(&self, table: &Table, gfn: Gfn) -> View {
+        let span = self.shape.entry_span(table.level).0;
+        let index = (gfn.0 - table.first.0) / span;
+        table.entries[index as usize].view(Gfn(table.first.0 + index * span))
+    }
+
     /// The known part of `range` as runs, in order, neighbours that continue each other as one.
     pub fn runs(&self, root: TableId, range: GfnRange) -> Vec<Run> {
         let mut runs = Vec::new();

@@ -15,7 +15,7 @@ pub use alias::{Alias, FillError};
 pub use area::{Access, Advice, Area, Place};
 pub use memfd::Memfd;
 pub use pagemap::{Pagemap, ScanMethod};
-pub use userfaultfd::{Trap, Userfaultfd};
+pub use userfaultfd::{Touch, Trap, Userfaultfd};
 
 /// Lets a test make the n-th system call fail that this thread makes through an [`Area`] or a [`Userfaultfd`].
 #[cfg(test)]

@@ -17,13 +17,22 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 /// `_IO(USERFAULTFD_IOC, 0)` of `/dev/userfaultfd`, which the headers' generator leaves out.
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 
+/// What a guest was about to do to the page that it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Touch {
+    /// To read it, as far as is known.
+    Read,
+    /// To write it. A hint: KVM asks for write on some reads.
+    Write,
+}
+
 /// A touch of a missing page, whose thread waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trap {
     /// The host address that was touched.
     pub address: u64,
-    /// Whether the touch said that it would write. A hint: KVM asks for write on reads as well.
-    pub write: bool,
+    /// What the touch said that it would do.
+    pub touch: Touch,
 }
 
 /// A descriptor that traps touches of missing pages in ranges of the address space it was made in. Whoever holds a
@@ -117,6 +126,16 @@ impl Userfaultfd {
         Ok(())
     }
 
+    /// Puts a copy of whole pages, in memory of the process that calls, where no page is mapped in these registered bytes.
+    /// Where a file is mapped privately they are private pages, as if they had been written, whatever the file has there.
+    /// Wakes nobody.
+    ///
+    /// # Errors
+    /// `AlreadyExists`: a page is there. Otherwise the bytes are not registered, or memory is short.
+    pub fn supply(&self, start: u64, pages: &[u8]) -> io::Result<()> {
+        self.copy(start, pages).map_err(|(_, error)| error)
+    }
+
     /// Copies whole pages to `dst` in this process, where none may be yet. Wakes nobody.
     ///
     /// # Errors
@@ -164,8 +183,9 @@ impl Userfaultfd {
             if u32::from(message.event) == UFFD_EVENT_PAGEFAULT {
                 // SAFETY: The event says which member of the union holds.
                 let fault = unsafe { message.arg.pagefault };
-                let write = fault.flags & u64::from(UFFD_PAGEFAULT_FLAG_WRITE) != 0;
-                traps.push(Trap { address: fault.address & !(PAGE_SIZE as u64 - 1), write });
+                let writes = fault.flags & u64::from(UFFD_PAGEFAULT_FLAG_WRITE) != 0;
+                let touch = if writes { Touch::Write } else { Touch::Read };
+                traps.push(Trap { address: fault.address & !(PAGE_SIZE as u64 - 1), touch });
             }
         }
         Ok(())

@@ -27,7 +27,7 @@ pub use moves::Short;
 pub use snapshot::Shed;
 
 use super::{Run, Source, StoreId, Window};
-use crate::addr::{Gfn, GfnRange, PageIndex};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::sys::{Access, Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
 use rangemap::RangeSet;
@@ -288,6 +288,12 @@ impl Window for HostWindow {
             }
         }
         self.wake(pages);
+    }
+
+    fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()> {
+        let uffd = self.uffd.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let (start, _) = self.area.host(GfnRange::new(gfn, PageCount(1)))?;
+        uffd.supply(start, page)
     }
 
     fn wake(&mut self, pages: GfnRange) {

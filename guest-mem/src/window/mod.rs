@@ -134,6 +134,13 @@ pub trait Window {
     /// Only for pages that are known to be zero: one that the store holds, but nobody has touched here, would be hidden.
     fn zero(&mut self, pages: GfnRange);
 
+    /// Puts a private page with these bytes at `gfn`, where none is present, into the live layer. It is clean until the guest
+    /// writes it, and is dropped by a freeze before that: what lies beneath must stay. Wakes nobody.
+    ///
+    /// # Errors
+    /// `AlreadyExists`: a page is there. Otherwise the window cannot take it: nothing has changed.
+    fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()>;
+
     /// Wakes who waits for these pages.
     fn wake(&mut self, pages: GfnRange);
 

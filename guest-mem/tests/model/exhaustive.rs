@@ -2,6 +2,7 @@
 
 use crate::fakes::{Gaps, Reads};
 use crate::world::{Layout, World};
+use guest_mem::Touch;
 use guest_mem::addr::{Gfn, GfnRange};
 
 /// One operation; VMs by their age among those that live.
@@ -67,7 +68,7 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         Op::FreezeToSwap(vm) => {
             world.freeze_to_swap(ids[vm], gaps);
         }
-        Op::Touch(vm, page) => world.prefetch(ids[vm], Gfn(page)),
+        Op::Touch(vm, page) => world.prefetch(ids[vm], Gfn(page), Touch::Write),
         Op::EndReads => {
             world.io_done();
         }

@@ -36,6 +36,7 @@ pub enum Call {
     ReadFile,
     PutSwap,
     GetSwap,
+    Supply,
 }
 
 /// What all fakes of a world share: how much they hold, and which call is to fail.
@@ -115,6 +116,8 @@ pub struct FakeSwap {
     slots: BTreeMap<u64, Swapped>,
     puts: u64,
     gets: u64,
+    /// Pages that were read ahead and proved useful.
+    pub hits: u64,
     /// Slots for so many pages, all in all.
     pub size: u64,
     pub reads: Reads,
@@ -124,7 +127,7 @@ pub struct FakeSwap {
 impl FakeSwap {
     fn new(ledger: &Rc<Ledger>) -> Self {
         let ledger = Rc::clone(ledger);
-        Self { slots: BTreeMap::new(), puts: 0, gets: 0, size: u64::MAX, reads: Reads::AtOnce, ledger }
+        Self { slots: BTreeMap::new(), puts: 0, gets: 0, hits: 0, size: u64::MAX, reads: Reads::AtOnce, ledger }
     }
 
     /// Pages there are.
@@ -196,6 +199,26 @@ impl Swap for FakeSwap {
         }
         self.gets += 1;
         Ok(Fetch::Here)
+    }
+
+    fn expect(&mut self, first: SwapSlot, count: PageCount) -> PageCount {
+        let pages = self.slots.range_mut(first.0..first.0 + count.0).map(|(_, page)| page);
+        let unread = pages.filter(|page| self.reads == Reads::Later && page.read == Read::None);
+        PageCount(unread.map(|page| page.read = Read::UnderWay).count() as u64)
+    }
+
+    /// What is not on its way is not waited for.
+    fn get_expected(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        let count = (buf.len() / PAGE_SIZE) as u64;
+        let mut pages = self.slots.range(first.0..first.0 + count).map(|(_, page)| page);
+        if self.reads == Reads::Later && pages.any(|page| page.read == Read::None) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.get(first, buf)
+    }
+
+    fn count_hits(&mut self, pages: PageCount) {
+        self.hits += pages.0;
     }
 
     fn free(&mut self, first: SwapSlot, count: PageCount) {
@@ -619,6 +642,20 @@ impl Window for FakeWindow {
             assert_eq!(self.beneath(gfn), Err(Trapped), "zeros are for holes, and {gfn} is none");
             self.present.insert(gfn.0, Private::Zero);
         }
+    }
+
+    /// As the kernel: it looks at the page table alone, and at what traps.
+    fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()> {
+        if self.source(gfn) == Source::Anonymous {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        if self.present.contains_key(&gfn.0) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        assert_eq!(self.beneath(gfn), Err(Trapped), "{gfn} is in its store, and would be there twice");
+        self.ledger.check(Call::Supply)?;
+        self.present.insert(gfn.0, Private::Clean(decode(page)));
+        Ok(())
     }
 
     fn wake(&mut self, pages: GfnRange) {

@@ -2,8 +2,8 @@
 
 use crate::fakes::{Call, Gaps, Reads};
 use crate::world::{Layout, World};
-use guest_mem::addr::{Gfn, GfnRange};
-use guest_mem::{Pace, VmId};
+use guest_mem::addr::{Gfn, GfnRange, PageCount};
+use guest_mem::{Pace, Touch, VmId};
 
 fn pages(from: u64, to: u64) -> GfnRange {
     GfnRange::between(Gfn(from), Gfn(to))
@@ -31,7 +31,7 @@ fn a_page_that_two_hundred_see_is_written_once_read_once_and_shared_again() {
     assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (0, 16));
     world.check();
     for vm in world.ids() {
-        world.prefetch(vm, Gfn(7));
+        world.prefetch(vm, Gfn(7), Touch::Read);
     }
     assert_eq!(world.manager.swapping_in().count(), 200);
     world.io_done();
@@ -218,7 +218,7 @@ fn who_waits_for_a_read_hears_of_its_failure() {
     let child = world.fork_frozen(parent);
     world.evict_all();
     world.swap.borrow_mut().reads = Reads::Later;
-    world.prefetch(parent, Gfn(1));
+    world.prefetch(parent, Gfn(1), Touch::Read);
     assert!(world.window(parent).is_waiting(Gfn(1)));
     world.expect_losses();
     world.ledger.fail(Call::GetSwap, 0);
@@ -309,5 +309,119 @@ fn what_comes_back_soon_is_a_refault() {
         assert_eq!(world.manager.counts().refaults, 64 * round);
     }
     world.check();
+    world.end();
+}
+
+/// What the only viewer is about to write goes into its live layer alone, and its slot with the next freeze.
+#[test]
+fn a_page_that_its_only_viewer_writes_does_not_come_back_to_its_store() {
+    for reads in [Reads::AtOnce, Reads::Later] {
+        let (mut world, vm) = with_pages(32, 32);
+        world.swap.borrow_mut().reads = reads;
+        world.evict_all();
+        world.write(vm, Gfn(7));
+        assert_eq!((world.ledger.pages(), world.manager.counts().swap_in_live_pages), (15, 1));
+        assert_eq!(world.swap.borrow().pages(), 32, "nobody knows yet that it was written");
+        world.check();
+        world.freeze(vm, Gaps::None);
+        world.settle_all();
+        assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (16, 31));
+        world.verify();
+        world.check();
+        world.end();
+    }
+}
+
+#[test]
+fn a_page_that_others_see_comes_back_for_all_of_them() {
+    let (mut world, parent) = with_pages(16, 16);
+    let child = world.fork_frozen(parent);
+    world.evict_all();
+    world.write(parent, Gfn(7));
+    assert_eq!((world.ledger.pages(), world.manager.counts().swap_in_live_pages), (16, 0));
+    world.verify();
+    // With tables of its own, the parent still is not the only one; without the child, it is.
+    world.write(parent, Gfn(8));
+    world.freeze(parent, Gaps::None);
+    world.settle_all();
+    world.evict_all();
+    world.write(parent, Gfn(9));
+    assert_eq!(world.manager.counts().swap_in_live_pages, 0);
+    world.evict_all();
+    world.exit(child);
+    world.write(parent, Gfn(10));
+    assert_eq!(world.manager.counts().swap_in_live_pages, 1);
+    world.check();
+    world.verify();
+    world.end();
+}
+
+/// KVM asks for write where its guest reads: the copy is dropped with the next freeze, and what it was made of is there.
+#[test]
+fn a_page_that_was_not_written_after_all_is_read_again() {
+    let (mut world, vm) = with_pages(16, 16);
+    world.evict_all();
+    world.copy_clean(vm, Gfn(7));
+    assert_eq!(world.manager.counts().swap_in_live_pages, 1);
+    let child = world.fork(vm, Gaps::None);
+    world.read(child, Gfn(7));
+    assert_eq!((world.ledger.pages(), world.swap.borrow().calls()), (16, (1, 2)));
+    world.check();
+    world.verify();
+    world.end();
+}
+
+#[test]
+fn a_live_layer_that_cannot_take_a_page_leaves_it_to_the_store() {
+    let (mut world, vm) = with_pages(16, 16);
+    world.evict_all();
+    world.ledger.fail(Call::Supply, 0);
+    world.write(vm, Gfn(7));
+    assert!(!world.ledger.take_unfailed());
+    assert_eq!((world.ledger.pages(), world.manager.counts().swap_in_live_pages), (16, 0));
+    world.check();
+    world.verify();
+    world.end();
+}
+
+/// Who touches memory in order finds the next of it there, a window at a time, and what is read for that is known to have
+/// been of use when it has been passed.
+#[test]
+fn what_is_touched_in_order_is_there_before() {
+    let (mut world, vm) = with_pages(256, 256);
+    world.evict_all();
+    world.swap.borrow_mut().reads = Reads::Later;
+    let touch = |world: &mut World, cluster: u64| {
+        world.read(vm, Gfn(cluster * 16));
+        while world.manager.bring_ahead() || world.io_done() {}
+        world.check();
+        world.ledger.pages() / 16
+    };
+    let counts: Vec<u64> = [0, 1, 3, 7].map(|cluster| touch(&mut world, cluster)).into();
+    assert_eq!(counts, [1, 3, 7, 15], "windows of 2, 4 and 8");
+    assert!((0..15 * 16).all(|page| world.window(vm).read(Gfn(page)).is_ok()));
+    assert_eq!(world.swap.borrow().hits, 16 * 6, "clusters 2 to 7 have been passed");
+    // Not where there is no room for it.
+    world.evict_all();
+    world.manager.set_room_ahead(PageCount(0));
+    let counts: Vec<u64> = [0, 1, 2, 3].map(|cluster| touch(&mut world, cluster)).into();
+    assert_eq!(counts, [1, 2, 3, 4]);
+    world.verify();
+    world.end();
+}
+
+/// What cannot be read ahead is not lost by that, and not asked for again and again.
+#[test]
+fn a_read_ahead_that_fails_is_made_up_for_by_whoever_needs_it() {
+    let (mut world, vm) = with_pages(128, 128);
+    world.evict_all();
+    world.read(vm, Gfn(0));
+    world.read(vm, Gfn(16));
+    world.ledger.fail(Call::GetSwap, 0);
+    while world.manager.bring_ahead() {}
+    assert!(!world.ledger.take_unfailed());
+    assert_eq!((world.ledger.pages(), world.manager.counts().lost_pages), (32, 0));
+    world.check();
+    world.verify();
     world.end();
 }

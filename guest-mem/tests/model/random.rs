@@ -5,8 +5,8 @@
 use crate::fakes::{Call, Gaps, Reads};
 use crate::rng::Rng;
 use crate::world::{Layout, World};
-use guest_mem::addr::{Gfn, GfnRange};
-use guest_mem::{Pace, VmId};
+use guest_mem::addr::{Gfn, GfnRange, PageCount};
+use guest_mem::{Pace, Touch, VmId};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// More VMs than this make no new ones.
@@ -88,7 +88,7 @@ impl Player {
     /// What memory pressure, and the end of it, brings.
     fn press(&mut self) {
         let vm = self.vm();
-        match self.rng.below(13) {
+        match self.rng.below(15) {
             0 => self.world.evict_all(),
             1..=3 => {
                 let limit = 1 + self.rng.below(40);
@@ -110,7 +110,8 @@ impl Player {
             }
             7 | 8 => {
                 let gfn = self.frame();
-                self.world.prefetch(vm, gfn);
+                let touch = self.rng.pick(&[Touch::Read, Touch::Write]);
+                self.world.prefetch(vm, gfn, touch);
             }
             9 => drop(self.world.end_reads()),
             10 => drop(self.world.io_done()),
@@ -118,6 +119,11 @@ impl Player {
                 let nth = self.rng.below(4);
                 self.world.ledger.fail(Call::GetSwap, nth);
                 self.world.expect_losses();
+            }
+            12 => drop(self.world.manager.bring_ahead()),
+            13 => {
+                let room = PageCount(16 * self.rng.below(8));
+                self.world.manager.set_room_ahead(room);
             }
             _ => {
                 let frames = self.stretch();

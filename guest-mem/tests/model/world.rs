@@ -7,7 +7,7 @@ use guest_mem::manager::{Copied, Error, Evicted, SETTLE_BATCH};
 use guest_mem::object::{Found, ObjectId, Slot};
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
-use guest_mem::{Destination, Manager, Source, StoreId, VmId, Window};
+use guest_mem::{Destination, Manager, Source, StoreId, Touch, VmId, Window};
 use rangemap::RangeSet;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -121,6 +121,7 @@ impl World {
         &mut self,
         vm: VmId,
         gfn: Gfn,
+        touch: Touch,
         mut action: impl FnMut(&mut FakeWindow) -> Result<R, Trapped>,
     ) -> Result<Option<R>, Error> {
         for _ in 0..2 {
@@ -128,7 +129,7 @@ impl World {
                 return Ok(Some(done));
             }
             self.window_mut(vm).wait(gfn);
-            if let Err(error) = self.manager.trap(vm, gfn) {
+            if let Err(error) = self.manager.trap(vm, gfn, touch) {
                 // The server knows that it has to try again.
                 self.window_mut(vm).wake(GfnRange::new(gfn, PageCount(1)));
                 return Err(error);
@@ -167,10 +168,10 @@ impl World {
     }
 
     /// A guest touches a page, and is left waiting if that is in swap.
-    pub fn prefetch(&mut self, vm: VmId, gfn: Gfn) {
+    pub fn prefetch(&mut self, vm: VmId, gfn: Gfn, touch: Touch) {
         if self.window(vm).read(gfn).is_err() {
             self.window_mut(vm).wait(gfn);
-            self.manager.trap(vm, gfn).expect("nothing is to fail");
+            self.manager.trap(vm, gfn, touch).expect("nothing is to fail");
         }
     }
 
@@ -203,7 +204,7 @@ impl World {
 
     /// A guest reads, and must see what the model says.
     pub fn try_read(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
-        if let Some(seen) = self.touch(vm, gfn, |window| window.read(gfn))? {
+        if let Some(seen) = self.touch(vm, gfn, Touch::Read, |window| window.read(gfn))? {
             let want = self.vms[&vm].get(&gfn.0).copied().unwrap_or(0);
             assert_eq!(seen, want, "{vm:?} at page {}: saw {seen:#x}, not {want:#x}", gfn.0);
         }
@@ -240,7 +241,7 @@ impl World {
     }
 
     fn try_write_stamp(&mut self, vm: VmId, gfn: Gfn, stamp: Stamp) -> Result<(), Error> {
-        if self.touch(vm, gfn, |window| window.write(gfn, stamp))?.is_some() {
+        if self.touch(vm, gfn, Touch::Write, |window| window.write(gfn, stamp))?.is_some() {
             set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp);
         }
         Ok(())
@@ -248,7 +249,7 @@ impl World {
 
     /// KVM makes a private copy of a page that the guest only reads.
     pub fn copy_clean(&mut self, vm: VmId, gfn: Gfn) {
-        self.touch(vm, gfn, |window| window.copy_clean(gfn)).expect("nothing is to fail");
+        self.touch(vm, gfn, Touch::Write, |window| window.copy_clean(gfn)).expect("nothing is to fail");
     }
 
     /// A guest gives pages back. Its window goes first; the manager hears of it.
@@ -301,7 +302,7 @@ impl World {
         self.manager.stands(vm);
         let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None);
         self.window_mut(vm).wait(gfn);
-        self.manager.trap(vm, gfn).expect("nothing is to fail");
+        self.manager.trap(vm, gfn, Touch::Write).expect("nothing is to fail");
         assert!(self.window(vm).is_waiting(gfn), "nobody can know yet what is there");
         self.manager.finish_freeze(vm, &harvest);
         assert!(!self.window(vm).is_waiting(gfn), "it looks again");
@@ -322,7 +323,7 @@ impl World {
     /// Stores from whose freezes a window may keep pages.
     pub fn kept_stores(&self, vm: VmId) -> BTreeSet<StoreId> {
         let kept = self.manager.family().vm(vm).kept().flat_map(GfnRange::iter);
-        kept.filter_map(|gfn| Some(self.find(vm, gfn)?.slot.store()?)).collect()
+        kept.filter_map(|gfn| self.find(vm, gfn)?.slot.store()).collect()
     }
 
     /// A freeze whose window could not do its part.
@@ -384,7 +385,7 @@ impl World {
     }
 
     pub fn settle_all(&mut self) {
-        while self.settle() || self.io_done() {}
+        while self.settle() || self.manager.bring_ahead() || self.io_done() {}
         assert_eq!(self.manager.family().totals().unsettled, 0);
         assert_eq!(self.manager.windows(), self.vms.len(), "nobody waits any more");
         assert!(self.ids().iter().all(|&vm| !self.window(vm).has_scratch()));

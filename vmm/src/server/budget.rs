@@ -329,6 +329,12 @@ impl Server {
         Room::of(self.budget.effective(), self.accounted()) != Room::Plenty
     }
 
+    /// Pages for which there is room before something has to go.
+    pub(super) fn room_ahead(&self) -> PageCount {
+        let room = |limit| Marks::of(limit).target.saturating_sub(self.accounted());
+        PageCount(self.budget.effective().map_or(u64::MAX, room) / PAGE_SIZE as u64)
+    }
+
     /// What counts, with what was last seen of VM processes.
     fn accounted(&self) -> u64 {
         self.kept_bytes() + self.budget.books + self.budget.live

@@ -169,7 +169,7 @@ struct Server {
     /// What is to leave windows.
     sheds: shed::Sheds,
     learned: learned::Learned,
-    retries: VecDeque<(Generation, guest_mem::Gfn)>,
+    retries: VecDeque<(Generation, guest_mem::Gfn, guest_mem::Touch)>,
     retry_at: Option<Instant>,
     pace: pace::Pace,
     /// Clients that got an answer, and may have asked the next thing already.
@@ -313,7 +313,8 @@ impl Server {
         self.watch_swap();
         self.swap.borrow_mut().trim();
         self.grant_wants();
-        let filling = self.tend_pool(now, settling);
+        let bringing = self.bring_ahead();
+        let filling = self.tend_pool(now, settling || bringing);
         self.finish_removals();
         self.finish_checks();
         let past = &mut self.past;
@@ -326,8 +327,8 @@ impl Server {
         });
         self.early.retain(&self.families);
         self.learned.retain(|parent| self.vms.get(parent).is_some());
-        if settling || reclaiming || filling || !self.replied.is_empty() {
-            let busy = reclaiming || filling || !self.replied.is_empty();
+        if settling || reclaiming || bringing || filling || !self.replied.is_empty() {
+            let busy = reclaiming || bringing || filling || !self.replied.is_empty();
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
         if self.forks.is_empty() {

@@ -145,6 +145,7 @@ impl Server {
             discarded_pages: counts.discarded_pages,
             refaults: counts.refaults,
             lost_pages: counts.lost_pages,
+            swap_in_live_pages: counts.swap_in_live_pages,
             readahead_pages: swap.readahead_pages,
             readahead_hits: swap.readahead_hits,
             writeahead_pages: swap.writeahead_pages,
@@ -214,6 +215,7 @@ pub(super) fn sum(a: SwapCounts, b: SwapCounts) -> SwapCounts {
         discarded_pages: a.discarded_pages + b.discarded_pages,
         refaults: a.refaults + b.refaults,
         lost_pages: a.lost_pages + b.lost_pages,
+        swap_in_live_pages: a.swap_in_live_pages + b.swap_in_live_pages,
     }
 }
 

@@ -3,8 +3,8 @@
 use super::Server;
 use super::process::{ProcessId, Role};
 use super::vm::{FamilyId, Generation, Phase};
-use guest_mem::Gfn;
 use guest_mem::manager::Error as MemoryError;
+use guest_mem::{Gfn, Touch};
 use std::error::Error as _;
 use std::mem;
 use std::rc::Rc;
@@ -23,8 +23,8 @@ impl Server {
         if mem::take(&mut self.swap_in_again) {
             self.serve_swapped_in();
         }
-        for (generation, gfn) in mem::take(&mut self.retries) {
-            self.serve_trap(generation, gfn);
+        for (generation, gfn, touch) in mem::take(&mut self.retries) {
+            self.serve_trap(generation, gfn, touch);
         }
         if self.pace.wait(now).is_some() {
             // Something may be left; the next round tells.
@@ -75,12 +75,12 @@ impl Server {
             if let Some(vm) = self.vms.get_mut(generation) {
                 vm.traps += 1;
             }
-            self.serve_trap(generation, memory.gfn(trap.address));
+            self.serve_trap(generation, memory.gfn(trap.address), trap.touch);
         }
     }
 
     /// A guest waits for a page.
-    pub(super) fn serve_trap(&mut self, generation: Generation, gfn: Gfn) {
+    pub(super) fn serve_trap(&mut self, generation: Generation, gfn: Gfn, touch: Touch) {
         let Some(record) = self.vms.get(generation) else { return };
         let Some((family, vm)) = record.memory else { return };
         if matches!(record.phase, Phase::Forking(_)) {
@@ -88,12 +88,12 @@ impl Server {
         }
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         let started = Instant::now();
-        let answered = manager.trap(vm, gfn);
+        let answered = manager.trap(vm, gfn, touch);
         let answered_at = Instant::now();
         log::trace!("{:?} waited at {gfn}: answered in {:?}", record.name, answered_at - started);
         self.pace.trapped(answered_at);
         if let Err(error) = answered {
-            self.retries.push_back((generation, gfn));
+            self.retries.push_back((generation, gfn, touch));
             self.memory_error(family, &error);
         }
     }

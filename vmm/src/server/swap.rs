@@ -1,6 +1,6 @@
 //! The swap that all families share: opened when the first page goes there, unless it was asked for by name.
 
-use super::{Error, FamilyId, Origin, Server};
+use super::{Error, FamilyId, FamilyManager, Origin, Server};
 use crate::client::Home;
 use event_manager::EventSet;
 use guest_mem::PageCount;
@@ -145,6 +145,20 @@ impl Swap for HostSwap {
         self.store()?.get(first, buf)
     }
 
+    fn expect(&mut self, first: SwapSlot, count: PageCount) -> PageCount {
+        self.store.as_mut().map_or(PageCount(0), |store| store.expect(first, count))
+    }
+
+    fn get_expected(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        self.store()?.get_expected(first, buf)
+    }
+
+    fn count_hits(&mut self, pages: PageCount) {
+        if let Some(store) = &mut self.store {
+            store.count_hits(pages);
+        }
+    }
+
     fn free(&mut self, first: SwapSlot, count: PageCount) {
         if let Some(store) = &mut self.store {
             store.free(first, count);
@@ -233,6 +247,20 @@ impl Server {
         if came {
             self.serve_swapped_in();
         }
+    }
+
+    /// Brings some pages back that nobody has asked for yet, unless others had to go for them. Whether there are more.
+    pub(super) fn bring_ahead(&mut self) -> bool {
+        if !self.families.values().any(FamilyManager::has_ahead) {
+            return false;
+        }
+        let room = self.room_ahead();
+        let mut more = false;
+        for manager in self.families.values_mut() {
+            manager.set_room_ahead(room);
+            more |= manager.bring_ahead();
+        }
+        more
     }
 
     /// Goes on with everything that waits for pages from swap.

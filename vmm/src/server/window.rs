@@ -184,6 +184,11 @@ impl Window for RemoteWindow {
         self.answer("zero", pages, Userfaultfd::zero);
     }
 
+    fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()> {
+        let traps = self.0.traps.get().ok_or(io::ErrorKind::Unsupported)?;
+        traps.supply(self.0.base.get() + gfn.gpa(), page)
+    }
+
     fn wake(&mut self, pages: GfnRange) {
         self.answer("wake", pages, Userfaultfd::wake);
     }

@@ -142,6 +142,10 @@ impl Window for Nothing {
 
     fn zero(&mut self, _: GfnRange) {}
 
+    fn supply(&mut self, _: Gfn, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     fn wake(&mut self, _: GfnRange) {}
 
     fn fail(&mut self, _: &str) {}
