@@ -324,6 +324,16 @@ impl Server {
         }
     }
 
+    /// Whether what a VM has written may be in memory twice for a while, and a third time as far as it is written again.
+    pub(super) fn has_room_twice(&self, vm: Generation) -> bool {
+        let Some(bytes) = self.memory_holder(vm).and_then(|pid| procfs::anonymous(pid).ok()) else { return false };
+        let (Ok(available), Ok(total)) = (crate::host::available_memory(), crate::host::total_memory()) else {
+            return false;
+        };
+        let fits = |limit| self.accounted_bytes() + 2 * bytes <= Marks::of(limit).target;
+        self.budget.effective().is_none_or(fits) && 2 * bytes + NEAR_BYTES.max(total / NEAR_PART) <= available
+    }
+
     /// Whether little is left of the budget, or the host is short of memory.
     pub(super) fn is_memory_tight(&self) -> bool {
         Room::of(self.budget.effective(), self.accounted()) != Room::Plenty

@@ -222,7 +222,7 @@ impl Server {
             return;
         }
         let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
-        let tight = self.is_memory_tight();
+        let may_copy = self.vms.get(parent).is_some_and(|vm| vm.fresh) && self.has_room_twice(parent);
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
@@ -230,7 +230,7 @@ impl Server {
                 let message = ToVm::Freeze { store, max_runs: self.max_runs, short: Short::Copied };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 // What is frozen in a copy is in memory twice, until it has left the window.
-                let lifeline = if tight { None } else { process.memory.spin_lifeline().ok() };
+                let lifeline = may_copy.then(|| process.memory.spin_lifeline().ok()).flatten();
                 let fds: Vec<_> = [file.read_only()].into_iter().chain(lifeline.iter().map(AsFd::as_fd)).collect();
                 process.send(&message, &fds);
                 let op = self.forks.get_mut(&fork).expect("a queued fork");
@@ -301,6 +301,7 @@ impl Server {
         let (Some(fork), Some((family, member)), Some(process)) = (vm.forks.pop_front(), vm.memory, vm.process) else {
             return;
         };
+        vm.fresh = false;
         let was_paused = vm.stands();
         self.processes[&process].memory.note_scratch(&frozen);
         let manager = self.families.get_mut(&family).expect("a VM has a family");

@@ -49,8 +49,13 @@ impl Server {
     }
 
     fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) {
-        let role = self.processes[&id].role;
-        match (message, role) {
+        let process = &self.processes[&id];
+        if let FromVm::Frozen(frozen) = &message
+            && let Some(copy) = frozen.copy
+        {
+            process.memory.note_copy(Pid::from_raw(copy));
+        }
+        match (message, process.role) {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
             (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
             (message, Role::Vm(generation)) => self.vm_says(generation, message),
@@ -191,15 +196,12 @@ impl Server {
                 Ok(_) => continue,
             };
             self.zygote.reaped(pid);
-            self.processes.values().for_each(|process| process.memory.reaped(pid));
-            let of = |pid: Pid| {
-                move |p: &&super::VmProcess| [p.memory.main.get(), p.memory.keeper.get()].contains(&Some(pid))
-            };
-            let Some(id) = self.processes.values().find(of(pid)).map(|process| process.id) else { continue };
-            if self.processes[&id].memory.main.get() == Some(pid) {
+            let Some(process) = self.processes.values().find(|process| process.memory.is_of(pid)) else { continue };
+            let id = process.id;
+            if process.memory.main.get() == Some(pid) {
                 self.main_ended(id, &how);
             } else {
-                self.processes[&id].memory.keeper.set(None);
+                process.memory.reaped(pid);
             }
             self.forget_process_if_gone(id);
         }
@@ -225,7 +227,7 @@ impl Server {
     }
 
     fn forget_process_if_gone(&mut self, id: ProcessId) {
-        if !self.processes.get(&id).is_some_and(super::VmProcess::is_gone) {
+        if !self.processes.get(&id).is_some_and(|process| process.memory.is_gone()) {
             return;
         }
         let process = self.processes.remove(&id).expect("looked at above");

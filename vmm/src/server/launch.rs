@@ -167,6 +167,7 @@ impl Server {
         let generation = Generation(self.fresh_id());
         self.processes.get_mut(&process).expect("a process just taken").role = Role::Vm(generation);
         self.vms.insert(Vm {
+            fresh: parent.is_none(),
             name,
             parent,
             generation,

@@ -97,16 +97,12 @@ impl VmProcess {
         }
     }
 
-    /// Ends the keeper.
+    /// Ends the keeper, and copies that nobody needs.
     pub fn kill_keeper(&self) {
+        self.memory.cut_lifeline();
         if let Some(keeper) = self.memory.keeper.get() {
             signal(keeper);
         }
-    }
-
-    /// Whether nothing is left of it.
-    pub fn is_gone(&self) -> bool {
-        self.memory.main.get().is_none() && self.memory.keeper.get().is_none()
     }
 }
 

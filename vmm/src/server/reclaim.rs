@@ -252,6 +252,7 @@ impl Server {
     pub(super) fn frozen_to_swap(&mut self, generation: Generation, frozen: &Frozen) -> bool {
         let Some(vm) = self.vms.get_mut(generation) else { return false };
         let Some(store) = vm.reclaiming.take_if(|store| *store == frozen.store) else { return false };
+        vm.fresh = false;
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return true };
         self.processes[&process].memory.note_scratch(frozen);
         self.families.get_mut(&family).expect("a VM has a family").finish_freeze(member, &frozen.harvest);

@@ -93,6 +93,8 @@ pub struct Vm {
     pub forks: VecDeque<ForkId>,
     /// The store of a freeze for swap, which it has not answered.
     pub reclaiming: Option<StoreId>,
+    /// Whether it was launched and has not been frozen since.
+    pub fresh: bool,
     /// The store of a freeze whose pages stayed in its window, and are to leave it when they have settled.
     pub shedding: Option<StoreId>,
     /// Whether it stands still to keep the budget.

@@ -49,6 +49,8 @@ pub struct Memory {
     scratch: RefCell<HashMap<StoreId, Scratch>>,
     /// Keeps the copy alive that the freeze under way may make.
     lifeline: RefCell<Option<OwnedFd>>,
+    /// Copies of the process that have not been reaped.
+    copies: RefCell<Vec<Pid>>,
     wants: Wants,
 }
 
@@ -63,8 +65,7 @@ struct Scratch {
 /// A copy of a VM process. It ends when this is dropped.
 #[derive(Debug)]
 struct Copy {
-    /// None once it has been reaped.
-    pid: Option<Pid>,
+    pid: Pid,
     _lifeline: OwnedFd,
 }
 
@@ -79,6 +80,7 @@ impl Memory {
             keeper: Cell::new(None),
             scratch: RefCell::default(),
             lifeline: RefCell::default(),
+            copies: RefCell::default(),
             wants,
         }
     }
@@ -94,8 +96,7 @@ impl Memory {
         if harvest.is_empty() {
             return;
         }
-        let copy =
-            copy.zip(lifeline).map(|(pid, lifeline)| Copy { pid: Some(Pid::from_raw(pid)), _lifeline: lifeline });
+        let copy = copy.zip(lifeline).map(|(pid, lifeline)| Copy { pid: Pid::from_raw(pid), _lifeline: lifeline });
         // In a copy, every page is where it was.
         let copied = if copy.is_some() { &[][..] } else { &harvest.copied };
         let range = ScratchRange::new(*scratch_base, *copies, copied);
@@ -117,14 +118,31 @@ impl Memory {
         self.lifeline.take();
     }
 
-    /// A process has ended: perhaps a copy of this one.
+    /// The process has made a copy of itself.
+    pub fn note_copy(&self, pid: Pid) {
+        self.copies.borrow_mut().push(pid);
+    }
+
+    /// Whether this is the process, its keeper, or a copy.
+    pub fn is_of(&self, pid: Pid) -> bool {
+        [self.main.get(), self.keeper.get()].contains(&Some(pid)) || self.copies.borrow().contains(&pid)
+    }
+
+    /// The keeper has ended, or a copy.
     pub fn reaped(&self, pid: Pid) {
-        let mut scratch = self.scratch.borrow_mut();
-        let copies = scratch.values_mut().filter_map(|scratch| scratch.copy.as_mut());
-        for copy in copies.filter(|copy| copy.pid == Some(pid)) {
-            log::error!("a copy of {:?} has ended before its pages had settled", self.process);
-            copy.pid = None;
+        if self.keeper.get() == Some(pid) {
+            self.keeper.set(None);
         }
+        self.copies.borrow_mut().retain(|copy| *copy != pid);
+        let needed = |scratch: &Scratch| scratch.copy.as_ref().is_some_and(|copy| copy.pid == pid);
+        if self.scratch.borrow().values().any(needed) {
+            log::error!("a copy of {:?} has ended before its pages had settled", self.process);
+        }
+    }
+
+    /// Whether no process has the memory any more.
+    pub fn is_gone(&self) -> bool {
+        self.main.get().is_none() && self.keeper.get().is_none() && self.copies.borrow().is_empty()
     }
 
     fn is_in_copy(&self, scratch: StoreId) -> bool {
@@ -153,7 +171,7 @@ impl Window for RemoteWindow {
         let ranges = memory.scratch.borrow();
         let Scratch { range, copy } = ranges.get(&scratch).ok_or_else(gone)?;
         let holder = match copy {
-            Some(copy) => copy.pid,
+            Some(copy) => memory.copies.borrow().contains(&copy.pid).then_some(copy.pid),
             None => memory.holder(),
         };
         let holder = holder.ok_or_else(gone)?;
