@@ -373,7 +373,14 @@ fn a_freeze_in_a_copy_leaves_all_pages_where_they_are() {
     assert!(matches!(failed, Err(WindowError::Call { .. })), "{failed:?}");
     assert!(rig.window.freeze_in_copy(6, || panic!("three stretches are too many")).unwrap().is_none());
     let mut copies = 0;
-    let harvest = rig.window.freeze_in_copy(1000, || Ok(copies += 1)).unwrap().unwrap();
+    let harvest = rig
+        .window
+        .freeze_in_copy(1000, || {
+            copies += 1;
+            Ok(())
+        })
+        .unwrap()
+        .unwrap();
     let private = [10..300, 500..501, PAGES + 5..PAGES + 40].map(frames);
     assert_eq!((copies, harvest.moved.as_slice(), harvest.copied.as_slice()), (1, &[][..], &private[..]));
     assert_eq!(harvest.private, private);
