@@ -12,6 +12,7 @@ use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
 use crate::store::swap::SharedSwap;
 use crate::sys::Userfaultfd;
+use crate::sys::Written;
 use crate::window::host::{Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
 use crate::window::{Run, Source, StoreId};
 use std::collections::BTreeMap;
@@ -19,7 +20,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
-use vm_memory::bitmap::AtomicBitmap;
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +157,7 @@ impl Local {
     ///
     /// # Panics
     /// If the VM is gone.
-    pub fn memory(&self, vm: VmId) -> &GuestMemoryMmap<AtomicBitmap> {
+    pub fn memory(&self, vm: VmId) -> &GuestMemoryMmap<Written> {
         self.manager.window(vm).expect("a VM of this family").memory()
     }
 

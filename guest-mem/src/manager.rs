@@ -19,7 +19,7 @@ use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
-use crate::window::{Harvest, StoreId, Window};
+use crate::window::{Harvest, Run, StoreId, Window};
 use rangemap::RangeSet;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
@@ -255,6 +255,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let child = self.family.fork(parent, self.max_runs);
         self.windows.insert(child, window);
         child
+    }
+
+    /// What the window of a child of `parent` will most likely show: all of it, if the parent has written nothing since its
+    /// last freeze.
+    pub fn runs_of_child(&self, parent: VmId) -> Vec<Run> {
+        self.family.runs_of_child(parent, self.max_runs)
     }
 
     /// `vm` has given pages back: its window shows nothing there any more, as anonymous memory does, and this is told

@@ -4,6 +4,7 @@
 use guest_mem::local::Local;
 use guest_mem::store::swap::SharedSwap;
 use guest_mem::swap::{CLUSTER, SwapOptions, SwapStore};
+use guest_mem::sys::Written;
 use guest_mem::sys::{Access, Alias, Area, Memfd, Place, Userfaultfd};
 use guest_mem::{Gfn, GfnRange, PageCount, PageIndex};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const PAGES: u64 = 16 << 10;
@@ -41,7 +41,7 @@ fn wait(traps: BorrowedFd<'_>) {
 }
 
 /// Touches the first page of each cluster, while `serve` answers. The middle one of the times that it took.
-fn touches(memory: &GuestMemoryMmap<AtomicBitmap>, mut serve: impl FnMut()) -> Duration {
+fn touches(memory: &GuestMemoryMmap<Written>, mut serve: impl FnMut()) -> Duration {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let touch = scope.spawn(|| {

@@ -3,7 +3,7 @@
 use crate::addr::GfnRange;
 use crate::family::{Family, Pace, Vm, VmId};
 use crate::object::{Segment, Slot};
-use crate::window::Source;
+use crate::window::{Run, Source};
 use rangemap::{RangeMap, RangeSet};
 
 impl Family {
@@ -24,6 +24,12 @@ impl Family {
         let root = self.stage2.share(root);
         let runs = self.fresh_runs(parent, max_runs);
         self.insert_vm(Vm { map, root, runs, kept: RangeSet::new(), freezing: None, pace: Pace::Running })
+    }
+
+    /// The runs that a child of `vm` would have if it was forked now, without a freeze.
+    pub fn runs_of_child(&self, vm: VmId, max_runs: usize) -> Vec<Run> {
+        let runs = self.fresh_runs(vm, max_runs);
+        runs.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source }).collect()
     }
 
     /// What the window of a VM maps, or would if it kept no copies.

@@ -1,12 +1,12 @@
 //! A stretch of this process's addresses that mirrors guest-physical space.
 #![allow(unsafe_code)] // mmap and its relatives: every call stays within an area that this type owns
 
+use super::Written;
 use super::inject;
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice};
 
 /// Where an [`Area`] goes.
@@ -216,7 +216,7 @@ impl Area {
     ///
     /// # Errors
     /// A range is not within the area, or the ranges overlap.
-    pub fn guest_memory(&self, ram: &[GfnRange]) -> io::Result<GuestMemoryMmap<AtomicBitmap>> {
+    pub fn guest_memory(&self, ram: &[GfnRange]) -> io::Result<GuestMemoryMmap<Written>> {
         let region = |range: &GfnRange| {
             let (start, len) = self.host(*range)?;
             // SAFETY: The range lies within this area. That only mapped frames are touched is the holder's duty, as

@@ -10,12 +10,14 @@ mod area;
 mod memfd;
 mod pagemap;
 mod userfaultfd;
+mod written;
 
 pub use alias::{Alias, FillError};
 pub use area::{Access, Advice, Area, Place};
 pub use memfd::Memfd;
 pub use pagemap::{Pagemap, ScanMethod};
 pub use userfaultfd::{Touch, Trap, Userfaultfd};
+pub use written::Written;
 
 /// Lets a test make the n-th system call fail that this thread makes through an [`Area`] or a [`Userfaultfd`].
 #[cfg(test)]

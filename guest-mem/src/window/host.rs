@@ -28,6 +28,7 @@ pub use snapshot::Shed;
 
 use super::{Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::sys::Written;
 use crate::sys::{Access, Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
 use rangemap::RangeSet;
@@ -37,7 +38,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
-use vm_memory::bitmap::AtomicBitmap;
 
 /// Which of the kernel's features a window uses; each has a fallback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +108,7 @@ fn during(call: &'static str, pages: GfnRange) -> impl FnOnce(io::Error) -> Wind
 pub struct HostWindow {
     area: Area,
     ram: Vec<GfnRange>,
-    memory: GuestMemoryMmap<AtomicBitmap>,
+    memory: GuestMemoryMmap<Written>,
     runs: RunMap,
     scratches: Scratches,
     /// Frozen pages that stayed, and must: what is mapped there shows something older.
@@ -255,7 +255,7 @@ impl HostWindow {
 
     /// The guest's memory, for the VMM's own reads and writes: it records what is written. Only mapped frames may be
     /// touched, so not before [`map`](Self::map); a touch of a page that no store holds yet waits for the manager.
-    pub fn memory(&self) -> &GuestMemoryMmap<AtomicBitmap> {
+    pub fn memory(&self) -> &GuestMemoryMmap<Written> {
         &self.memory
     }
 

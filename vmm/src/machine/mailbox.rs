@@ -5,12 +5,12 @@
 use super::state::MailboxState;
 use crate::wire::{Identity, Line};
 use firmware::abi::{self, BalloonState, ForkState, at, wake};
+use guest_mem::sys::Written;
 use std::collections::VecDeque;
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 /// Guest memory as the VMM writes to it.
-pub(super) type Memory = GuestMemoryMmap<AtomicBitmap>;
+pub(super) type Memory = GuestMemoryMmap<Written>;
 
 /// What waits for the monitor, and what it owes.
 #[derive(Debug, Default)]

@@ -1,7 +1,7 @@
 //! Which pages may have been written since the last freeze.
 
 use crate::addr::{Gfn, GfnRange};
-use vm_memory::bitmap::AtomicBitmap;
+use crate::sys::Written;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// What the caller of a freeze knows of the guest's writes.
@@ -49,65 +49,113 @@ const WORD: u64 = u64::BITS as u64;
 /// One bit per page of RAM.
 #[derive(Clone, Debug)]
 pub(super) struct DirtyMap {
-    slots: Vec<(GfnRange, Vec<u64>)>,
+    slots: Vec<Slot>,
+}
+
+/// One RAM range.
+#[derive(Clone, Debug)]
+struct Slot {
+    range: GfnRange,
+    words: Vec<u64>,
+    /// Bit `n` of word `w`: word `64·w + n` is not empty. Of a large guest most are, and it stands still meanwhile.
+    index: Vec<u64>,
+}
+
+impl Slot {
+    fn clean(range: GfnRange) -> Self {
+        let empty = |bits: u64| vec![0; bits.div_ceil(WORD) as usize];
+        let words: Vec<u64> = empty(range.count().0);
+        Self { range, index: empty(words.len() as u64), words }
+    }
+
+    fn mark(&mut self, word: usize, bits: u64) {
+        if let Some(at) = self.words.get_mut(word).filter(|_| bits != 0) {
+            *at |= bits;
+            self.index[word / WORD as usize] |= 1 << (word % WORD as usize);
+        }
+    }
+
+    fn mark_every(&mut self) {
+        (0..self.words.len()).for_each(|word| self.mark(word, u64::MAX));
+    }
+
+    fn clear(&mut self) {
+        for (at, index) in self.index.iter_mut().enumerate() {
+            ones(std::mem::take(index)).for_each(|bit| self.words[at * WORD as usize + bit] = 0);
+        }
+    }
+
+    /// The words that are not empty, with their numbers.
+    fn marked(&self) -> impl Iterator<Item = (usize, u64)> {
+        let words = |(at, &index): (usize, &u64)| ones(index).map(move |bit| at * WORD as usize + bit);
+        self.index.iter().enumerate().flat_map(words).map(|word| (word, self.words[word]))
+    }
+}
+
+/// Numbers of the bits that are set, from the lowest.
+fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+        bits &= bits - 1;
+        Some(bit)
+    })
 }
 
 impl DirtyMap {
     /// No page of `ram` is dirty.
     pub fn clean(ram: &[GfnRange]) -> Self {
-        let words = |range: &GfnRange| vec![0; range.count().0.div_ceil(WORD) as usize];
-        Self { slots: ram.iter().map(|range| (*range, words(range))).collect() }
+        Self { slots: ram.iter().map(|range| Slot::clean(*range)).collect() }
     }
 
     /// Marks pages, which lie in one RAM range.
     pub fn mark(&mut self, pages: GfnRange) {
-        let slot = self.slots.iter_mut().find(|(range, _)| range.contains(pages.start()));
-        let Some((range, words)) = slot else { return };
+        let slot = self.slots.iter_mut().find(|slot| slot.range.contains(pages.start()));
+        let Some(slot) = slot else { return };
         for gfn in pages.iter() {
-            let bit = gfn.0 - range.start().0;
-            words[(bit / WORD) as usize] |= 1 << (bit % WORD);
+            let bit = gfn.0 - slot.range.start().0;
+            slot.mark((bit / WORD) as usize, 1 << (bit % WORD));
         }
     }
 
     /// Every page of RAM is dirty.
     pub fn mark_every(&mut self) {
-        self.slots.iter_mut().for_each(|(_, words)| words.fill(u64::MAX));
+        self.slots.iter_mut().for_each(Slot::mark_every);
     }
 
     /// Marks what KVM's log of a slot says. A log that fits no RAM range marks nothing: there are no such slots.
     pub fn mark_log(&mut self, log: &SlotLog) {
-        let slot = self.slots.iter_mut().find(|(range, _)| range.start() == log.first);
+        let slot = self.slots.iter_mut().find(|slot| slot.range.start() == log.first);
         debug_assert!(slot.is_some(), "a dirty log of {:?}, which is no RAM", log.first);
-        if let Some((_, words)) = slot {
-            words.iter_mut().zip(&log.words).for_each(|(word, more)| *word |= more);
+        if let Some(slot) = slot {
+            let words = log.words.iter().enumerate().filter(|(_, bits)| **bits != 0);
+            words.for_each(|(word, bits)| slot.mark(word, *bits));
         }
     }
 
     /// Marks what the VMM wrote, and clears its record.
-    pub fn take_writes(&mut self, memory: &GuestMemoryMmap<AtomicBitmap>) {
-        for (range, words) in &mut self.slots {
-            let region = memory.find_region(GuestAddress(range.start().gpa()));
-            debug_assert!(region.is_some_and(|region| region.len() == range.len_bytes() as u64));
+    pub fn take_writes(&mut self, memory: &GuestMemoryMmap<Written>) {
+        for slot in &mut self.slots {
+            let region = memory.find_region(GuestAddress(slot.range.start().gpa()));
+            debug_assert!(region.is_some_and(|region| region.len() == slot.range.len_bytes() as u64));
             let Some(region) = region else { continue };
-            let written = std::ops::Deref::deref(region).bitmap().get_and_reset();
-            words.iter_mut().zip(written).for_each(|(word, more)| *word |= more);
+            std::ops::Deref::deref(region).bitmap().take(|word, bits| slot.mark(word, bits));
         }
     }
 
     /// No page is dirty.
     pub fn clear(&mut self) {
-        self.slots.iter_mut().for_each(|(_, words)| words.fill(0));
+        self.slots.iter_mut().for_each(Slot::clear);
     }
 
     /// Where to look for private pages: sorted ranges that hold all dirty pages, and clean ones between.
     pub fn candidates(&self) -> Vec<Candidate> {
         let mut candidates: Vec<Candidate> = Vec::new();
-        for (slot, words) in &self.slots {
+        for slot in &self.slots {
             let from = candidates.len();
-            for (index, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
-                let start = Gfn(slot.start().0 + index as u64 * WORD);
-                let pages = GfnRange::between(start, Gfn(start.0 + WORD).min(slot.end()));
-                let density = if *word == u64::MAX { Density::All } else { Density::Some };
+            for (index, word) in slot.marked() {
+                let start = Gfn(slot.range.start().0 + index as u64 * WORD);
+                let pages = GfnRange::between(start, Gfn(start.0 + WORD).min(slot.range.end()));
+                let density = if word == u64::MAX { Density::All } else { Density::Some };
                 let reach = match density {
                     Density::All => 0,
                     // Up to one clean word between: as cheap to look at as to ask again.
@@ -126,8 +174,8 @@ impl DirtyMap {
 
     /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.
     pub fn split(&self, pages: GfnRange, mut each: impl FnMut(GfnRange, Cleanness)) {
-        let slot = self.slots.iter().find(|(range, _)| range.contains(pages.start()));
-        let Some((range, words)) = slot else { return };
+        let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));
+        let Some(Slot { range, words, .. }) = slot else { return };
         let dirty = |frame: u64| {
             let bit = frame - range.start().0;
             words[(bit / WORD) as usize] >> (bit % WORD)
@@ -201,6 +249,16 @@ mod tests {
         map.mark_log(&SlotLog { first: Gfn(0), words: vec![0, u64::MAX, 0, 0] });
         let all = Candidate { pages: (64..128).into(), density: Density::All };
         assert_eq!(map.candidates(), [some(0..64), all, some(128..192)]);
+    }
+
+    #[test]
+    fn every_page_is_a_candidate_where_all_are_dirty_and_none_after_that() {
+        let all = |pages: std::ops::Range<u64>| Candidate { pages: pages.into(), density: Density::All };
+        let mut map = map_of(&[3, 130]);
+        map.mark_every();
+        assert_eq!(map.candidates(), [all(0..200), all(1000..1100)]);
+        map.clear();
+        assert_eq!(map.candidates(), []);
     }
 
     #[test]

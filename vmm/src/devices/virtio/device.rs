@@ -1,12 +1,12 @@
 //! What a device is to the transport.
 
+use guest_mem::sys::Written;
 use std::fmt::Debug;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
-use vm_memory::bitmap::AtomicBitmap;
 
 /// Guest memory; what is written is recorded.
-pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+pub type Memory = GuestMemoryMmap<Written>;
 
 /// What the guest put into a queue makes no sense: the device stops until the guest resets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,11 @@
 //! Random numbers: one queue, whose buffers are filled from the host's.
 
 use super::device::{Broken, Device, Memory};
+use guest_mem::sys::Written;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Deref;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 /// Most bytes for one request: a guest that asks for more takes the rest later.
@@ -29,10 +29,10 @@ impl Rng {
     fn fill<M>(
         &mut self,
         chain: virtio_queue::DescriptorChain<M>,
-        memory: &GuestMemoryMmap<AtomicBitmap>,
+        memory: &GuestMemoryMmap<Written>,
     ) -> Result<u32, Broken>
     where
-        M: Deref<Target = GuestMemoryMmap<AtomicBitmap>> + Clone,
+        M: Deref<Target = GuestMemoryMmap<Written>> + Clone,
     {
         let mut done = 0;
         for buffer in chain.writable() {
