@@ -6,6 +6,7 @@ use offshoot_tests::{Guest, Setup, TestHome, User, is_root, skip};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 use vmm::client::{ForkOptions, Vm};
 use vmm::units::ByteSize;
 
@@ -25,6 +26,8 @@ fn family(home: &TestHome) -> Vec<Vm> {
 fn no_vm_process_can_write_to_a_store() {
     let Some(home) = TestHome::new() else { return };
     let vms = family(&home);
+    // A clone's first moments are over: nobody speaks unasked.
+    std::thread::sleep(Duration::from_millis(200));
     let messages = || vms.iter().map(|vm| vm.stats().unwrap().messages).collect::<Vec<_>>();
     let before = messages();
     let report = home.client().check().unwrap();

@@ -94,11 +94,9 @@ pub enum Origin {
     Monitor,
     /// A Linux kernel, from its entry point; the descriptor of its file travels along, behind those of the stores.
     Linux(Box<Plan>),
-    /// A fork: the parent's state, and this child's number in its fork, from 1.
+    /// A fork. The parent's state follows, in a [`ToVm::Load`].
     Fork {
-        /// The parent's machine state.
-        state: Box<MachineState>,
-        /// This child's number.
+        /// This child's number in its fork, from 1.
         index: u32,
     },
 }
@@ -108,7 +106,8 @@ pub enum Origin {
 pub struct Start {
     /// Who it is.
     pub identity: Identity,
-    /// Its window; a descriptor for each store in `stores` travels along.
+    /// Its window, but for what it has of a [`ToVm::Expect`] as it is; a descriptor for each store in `stores` travels
+    /// along.
     pub runs: Vec<Run>,
     /// The stores that `runs` name, in the order of the descriptors.
     pub stores: Vec<StoreId>,
@@ -146,10 +145,19 @@ pub enum ToVm {
         /// The niceness to run with; the server may have a lower one.
         niceness: i32,
     },
-    /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`.
+    /// A start will follow, most likely with this window: a descriptor for each store in `stores` travels along.
+    Expect {
+        /// The window.
+        runs: Vec<Run>,
+        /// The stores that `runs` name, in the order of the descriptors.
+        stores: Vec<StoreId>,
+    },
+    /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`; a fork's after its `Load`.
     Start(Box<Start>),
+    /// The state that a fork starts from.
+    Load(Box<MachineState>),
     /// Stop the vCPUs, take all dirty private pages: move them out and put this store (its descriptor travels along) in
-    /// their place, or copy them; run on as before. Answered by `Frozen` or `FreezeFailed`.
+    /// their place, or copy them; run on as before. Answered by `Frozen` and `Saved`, or by `FreezeFailed`.
     ///
     /// Where a second descriptor comes along, a pipe, the process may make a copy of itself instead of moving pages. The
     /// copy lives until the other end of the pipe is closed.
@@ -215,8 +223,8 @@ pub enum Ending {
     Dead(String),
 }
 
-/// A freeze, done.
-#[derive(Debug, Serialize, Deserialize)]
+/// What a freeze has taken.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Frozen {
     /// The freeze's store.
     pub store: StoreId,
@@ -228,8 +236,6 @@ pub struct Frozen {
     pub copies: Gfn,
     /// The process that has the pages of the scratch range, if it is a copy of this one.
     pub copy: Option<i32>,
-    /// The machine as it stood.
-    pub state: Box<MachineState>,
     /// Whether the vCPUs run again. They do not if they stood still before, or if the host has no userfaultfd: then the
     /// server settles all pages first and sends `Resume`.
     pub activity: Activity,
@@ -283,14 +289,16 @@ pub enum FromVm {
     GuestStats(Vec<(u16, u64)>),
     /// The guest has told of all its free pages.
     Hinted,
-    /// A freeze, done.
+    /// A freeze, done, but for the machine's state: children can be given what they see.
     Frozen(Box<Frozen>),
-    /// After a `Frozen` that said that the vCPUs run again: they do.
-    WentOn {
+    /// After a `Frozen`: the machine as it stood.
+    Saved {
         /// The freeze's store.
         store: StoreId,
-        /// From the first vCPU kick to the last vCPU able to run again.
-        pause_ns: u64,
+        /// The state.
+        state: Box<MachineState>,
+        /// From the first vCPU kick to the last vCPU able to run again, if they run again.
+        pause_ns: Option<u64>,
     },
     /// A freeze that changed nothing, and why.
     FreezeFailed(String),

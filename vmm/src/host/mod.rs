@@ -4,6 +4,7 @@
 //! has a fallback, to test that.
 
 pub(crate) mod heap;
+pub(crate) mod latency;
 mod memory;
 mod probe;
 mod report;

@@ -1,7 +1,7 @@
 //! What `doctor` shows: each thing that matters on this host, and what follows for the user.
 
 use super::memory::{available_memory, cgroups};
-use super::{features, isolation, max_map_count, open_kvm, probe};
+use super::{features, isolation, latency, max_map_count, open_kvm, probe};
 use crate::units::{ByteSize, PAGE_BYTES};
 use crate::wire::Isolation;
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PRE_FAULT_MEMORY};
@@ -52,7 +52,7 @@ impl HostReport {
     pub fn probe() -> Self {
         let mut items = kvm();
         items.extend([virtualization(), kernel(), userfaultfd(), pagemap_scan(), isolation_kind(), memory()]);
-        items.extend([files(), processes(), mappings(), overcommit(), huge_pages(), page_sizes()]);
+        items.extend([files(), processes(), mappings(), overcommit(), huge_pages(), page_sizes(), wake_latency()]);
         Self { can_run: items.iter().all(|item| item.verdict != Verdict::Missing), items }
     }
 }
@@ -299,6 +299,16 @@ fn page_sizes() -> Item {
     kib.sort_unstable();
     let list: Vec<String> = kib.iter().map(|&kib| ByteSize(kib << 10).to_string()).collect();
     ok("page sizes", list.join(", "), "memory is shared in pages of 4K")
+}
+
+fn wake_latency() -> Item {
+    const NAME: &str = "wake-up latency";
+    match latency::probe() {
+        Ok(()) => ok(NAME, "can be asked for", "during a fork idle processors poll, which makes it faster"),
+        Err(e) => {
+            ok(NAME, format!("as it is: {e}"), "idle processors halt during a fork, which makes it a little slower")
+        }
+    }
 }
 
 fn sysctl(path: impl AsRef<Path>) -> Option<String> {

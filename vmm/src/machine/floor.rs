@@ -1,4 +1,7 @@
 //! Where the main thread and the vCPU threads meet: one lock, held for moments, never across a touch of guest memory.
+//!
+//! Whoever wakes somebody lets go of the lock first: a thread that wakes on the waker's processor takes it over at once,
+//! and would have to give it back until the lock is free.
 
 use super::kick::StopSwitch;
 use super::mailbox::{Mailbox, Wakeup};
@@ -29,6 +32,8 @@ pub(super) struct Shared {
     desks: Vec<Desk>,
     /// What is to be said once all vCPUs are where they are told to be.
     announce: Option<Activity>,
+    /// What comes after that.
+    next: NextNews,
     /// The monitor's mailbox.
     pub mailbox: Mailbox,
     /// The serial console.
@@ -53,6 +58,8 @@ struct Desk {
     load: Option<Load>,
     saved: Option<Result<VcpuState, String>>,
     at: Station,
+    /// Its guest waits, and its thread here: it is not in `KVM_RUN`.
+    waits: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +104,16 @@ pub(super) enum Load {
     Saved(Box<VcpuState>),
 }
 
+/// What the server hears of a guest that begins to run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum NextNews {
+    /// Nobody knows.
+    #[default]
+    Unknown,
+    /// Its first sign of life, at once.
+    FirstSign,
+}
+
 /// What a vCPU thread does next.
 #[derive(Debug)]
 pub(super) enum Task {
@@ -130,10 +147,12 @@ const CONSOLE_DELAY: [Duration; 2] = [Duration::from_millis(2), Duration::from_m
 impl Floor {
     /// A floor with a desk for each vCPU, whose threads are yet to come.
     pub fn new(switches: impl IntoIterator<Item = StopSwitch>, console: Console) -> io::Result<Self> {
-        let desk = |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Arriving };
+        let desk =
+            |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Arriving, waits: false };
         let shared = Shared {
             desks: switches.into_iter().map(desk).collect(),
             announce: None,
+            next: NextNews::default(),
             mailbox: Mailbox::default(),
             console,
             console_bell: TimerFd::new().map_err(io::Error::from)?,
@@ -168,8 +187,9 @@ impl Floor {
     }
 
     /// A message for the server.
-    pub fn tell(&self, shared: &mut Shared, message: FromVm) {
+    pub fn tell(&self, mut shared: MutexGuard<'_, Shared>, message: FromVm) {
         shared.out.push(message);
+        drop(shared);
         self.ring();
     }
 
@@ -191,11 +211,13 @@ impl Floor {
         (std::mem::take(&mut shared.out), shared.console.take_output())
     }
 
-    /// Main thread: gives every vCPU what it starts from, then as [`ask`](Self::ask).
-    pub fn start_from(&self, loads: Vec<Load>, activity: Activity) {
+    /// Main thread: gives every vCPU what it starts from, then as [`ask`](Self::ask). That they run is told with what the
+    /// guest has for the server then, if that is surely something: nobody is woken in between.
+    pub fn start_from(&self, loads: Vec<Load>, activity: Activity, next: NextNews) {
         let mut shared = self.lock();
         shared.load(loads);
-        self.ask_locked(&mut shared, activity);
+        shared.next = next;
+        self.ask_locked(shared, activity);
     }
 
     /// Main thread: gives every vCPU, which stands, what it starts from. They go on standing.
@@ -207,37 +229,49 @@ impl Floor {
     /// Main thread: has the vCPUs run or stand, and the server told when they do. Where they are to stand, the caller
     /// interrupts their threads.
     pub fn ask(&self, activity: Activity) {
-        self.ask_locked(&mut self.lock(), activity);
+        self.ask_locked(self.lock(), activity);
     }
 
-    fn ask_locked(&self, shared: &mut Shared, activity: Activity) {
+    fn ask_locked(&self, mut shared: MutexGuard<'_, Shared>, activity: Activity) {
         shared.wish(match activity {
             Activity::Running => Wish::Run,
             Activity::Paused => Wish::Stand,
         });
         shared.announce = Some(activity);
-        self.announce_standing(shared);
-        self.changed.notify_all();
+        let news = shared.announce_standing();
+        self.wake(shared, news);
     }
 
-    /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Tells what they did before.
-    /// The caller interrupts their threads, then waits with [`await_standing`](Self::await_standing).
-    pub fn stop_and_save(&self) -> Activity {
+    /// Wakes all who wait here, and, if there is news for the server, the main thread's loop.
+    fn wake(&self, shared: MutexGuard<'_, Shared>, news: bool) {
+        drop(shared);
+        self.changed.notify_all();
+        if news {
+            self.ring();
+        }
+    }
+
+    /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Tells what they did before, and
+    /// those whose threads the caller is to interrupt: others see it by themselves. Then it waits with
+    /// [`await_standing`](Self::await_standing).
+    pub fn stop_and_save(&self) -> (Activity, Vec<usize>) {
         self.stop_for(Wish::Save)
     }
 
     /// Main thread: the same, but for the registers.
-    pub fn stop(&self) -> Activity {
+    pub fn stop(&self) -> (Activity, Vec<usize>) {
         self.stop_for(Wish::Stand)
     }
 
-    fn stop_for(&self, wish: Wish) -> Activity {
+    fn stop_for(&self, wish: Wish) -> (Activity, Vec<usize>) {
         let mut shared = self.lock();
         let running = shared.desks.iter().any(|desk| desk.wish == Wish::Run);
         shared.wish(wish);
         shared.desks.iter_mut().for_each(|desk| desk.saved = None);
-        self.changed.notify_all();
-        if running { Activity::Running } else { Activity::Paused }
+        let busy = |desk: &Desk| matches!(desk.at, Station::Running { .. }) && !desk.waits;
+        let busy = shared.desks.iter().enumerate().filter(|(_, desk)| busy(desk)).map(|(number, _)| number).collect();
+        self.wake(shared, false);
+        (if running { Activity::Running } else { Activity::Paused }, busy)
     }
 
     /// Main thread: has a vCPU see to what the devices are asked for, when it runs. The caller interrupts its thread, the
@@ -384,8 +418,10 @@ impl Floor {
                 }
                 if desk.at != Station::Standing {
                     desk.at = Station::Standing;
-                    self.announce_standing(&mut shared);
-                    self.changed.notify_all();
+                    let news = shared.announce_standing();
+                    self.wake(shared, news);
+                    shared = self.lock();
+                    continue;
                 }
                 if shared.all_stand() && shared.desks[number].wish == Wish::Save {
                     shared.desks[number].wish = Wish::Stand;
@@ -405,17 +441,13 @@ impl Floor {
         }
         let since_ns = now_ns();
         desk.at = Station::Running { since_ns };
-        if shared.announce.take_if(|activity| *activity == Activity::Running).is_some() {
-            self.tell(&mut shared, FromVm::Running { at_ns: since_ns });
+        let news = shared.announce.take_if(|activity| *activity == Activity::Running).is_some();
+        if news {
+            shared.out.push(FromVm::Running { at_ns: since_ns });
         }
-        self.changed.notify_all();
+        let next = std::mem::take(&mut shared.next);
+        self.wake(shared, news && next == NextNews::Unknown);
         Task::Run
-    }
-
-    fn announce_standing(&self, shared: &mut Shared) {
-        if shared.all_stand() && shared.announce.take_if(|activity| *activity == Activity::Paused).is_some() {
-            self.tell(shared, FromVm::Paused);
-        }
     }
 
     /// vCPU thread: the registers are saved.
@@ -434,8 +466,8 @@ impl Floor {
             desk.stop.set();
             desk.at = Station::Ended;
         }
-        self.tell(&mut shared, message);
-        self.changed.notify_all();
+        shared.out.push(message);
+        self.wake(shared, true);
     }
 
     /// vCPU thread: the VM has ended.
@@ -454,12 +486,23 @@ impl Floor {
             if let Some(wakeup) = here.mailbox.collect(here.console.has_input()) {
                 return Some(wakeup);
             }
+            shared.desks[number].waits = true;
             shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
+            shared.desks[number].waits = false;
         }
     }
 }
 
 impl Shared {
+    /// Whether there is news for the server: that all stand, as asked.
+    fn announce_standing(&mut self) -> bool {
+        let stand = self.all_stand() && self.announce.take_if(|activity| *activity == Activity::Paused).is_some();
+        if stand {
+            self.out.push(FromVm::Paused);
+        }
+        stand
+    }
+
     /// vCPU thread: the guest writes a register of its console.
     pub fn write_console(&mut self, register: u8, data: &[u8]) {
         let silent = !self.console.has_output();
@@ -530,7 +573,7 @@ mod tests {
             });
             floor.ask(Activity::Running);
             floor.await_running().unwrap();
-            assert_eq!(floor.stop_and_save(), Activity::Running);
+            assert_eq!(floor.stop_and_save(), (Activity::Running, vec![0]));
             stopped.send(()).unwrap();
             let mut offered = Vec::new();
             let shared = floor.await_standing_and_accept(|pages| {

@@ -1,19 +1,20 @@
 //! The KVM VM of a VM process: memory slots and their dirty log.
-#![allow(unsafe_code)] // memory slots, and the one ioctl of the dirty log that kvm-ioctls lacks
+#![allow(unsafe_code)] // memory slots, and the ioctls of the dirty log, of which kvm-ioctls lacks one and allocates in the other
 
 use crate::wire::Machine;
 use guest_mem::GfnRange;
 use guest_mem::window::host::SlotLog;
 use kvm_bindings::{
     CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
-    kvm_pit_config, kvm_userspace_memory_region,
+    KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
 use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::{errno, ioctl_iowr_nr};
+use vmm_sys_util::{errno, ioctl_iow_nr, ioctl_iowr_nr};
 
+ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// Three pages that KVM on Intel hosts wants for itself, among the devices.
@@ -50,6 +51,8 @@ pub(super) struct KvmVm {
     slots: Vec<GfnRange>,
     window_base: u64,
     log: DirtyLog,
+    /// What the log said.
+    logs: Vec<SlotLog>,
 }
 
 impl KvmVm {
@@ -68,7 +71,8 @@ impl KvmVm {
         };
         vm.enable_cap(&manual).map_err(during("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(during("KVM_SET_TSS_ADDR"))?;
-        let mut this = Self { vm: Arc::new(vm), slots: ram.to_vec(), window_base, log: DirtyLog::Off };
+        let mut this =
+            Self { vm: Arc::new(vm), slots: ram.to_vec(), window_base, log: DirtyLog::Off, logs: Vec::new() };
         this.set_log(DirtyLog::On)?;
         if machine == Machine::Linux {
             this.vm.create_irq_chip().map_err(during("KVM_CREATE_IRQCHIP"))?;
@@ -108,21 +112,48 @@ impl KvmVm {
         Ok(())
     }
 
-    /// The log of every slot. It stays as it is until it is [cleared](Self::clear_log).
-    pub fn log_of_slots(&self) -> Result<Vec<SlotLog>, KvmError> {
-        let log = |(slot, pages): (usize, &GfnRange)| {
-            let log = self.vm.get_dirty_log(slot as u32, pages.len_bytes());
-            let words = log.map_err(slot_error("KVM_GET_DIRTY_LOG", *pages))?;
-            Ok(SlotLog { first: pages.start(), words })
-        };
-        self.slots.iter().enumerate().map(log).collect()
+    /// Reads the log of every slot, where there is one. It stays as it is until it is [cleared](Self::clear_log).
+    ///
+    /// It is read to where it was read before: fresh memory for it would take longer than reading it.
+    pub fn read_log(&mut self) -> Result<(), KvmError> {
+        if self.log == DirtyLog::Off {
+            self.forget_log();
+            return Ok(());
+        }
+        if self.logs.is_empty() {
+            let log = |pages: &GfnRange| {
+                let words = vec![0; pages.count().0.div_ceil(u64::BITS.into()) as usize];
+                SlotLog { first: pages.start(), words }
+            };
+            self.logs = self.slots.iter().map(log).collect();
+        }
+        for (slot, (pages, log)) in self.slots.iter().zip(&mut self.logs).enumerate() {
+            let bitmap = kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: log.words.as_mut_ptr().cast() };
+            let read = kvm_dirty_log { slot: slot as u32, padding1: 0, __bindgen_anon_1: bitmap };
+            // SAFETY: KVM writes one bit for each of the slot's pages, which the words have.
+            if unsafe { ioctl_with_ref(&self.vm, KVM_GET_DIRTY_LOG(), &read) } != 0 {
+                return Err(slot_error("KVM_GET_DIRTY_LOG", *pages)(errno::Error::last()));
+            }
+        }
+        Ok(())
     }
 
-    /// Clears what `logs` said, so that the next write to these pages is logged again. The vCPUs stand still since.
+    /// What was read last.
+    pub fn logs(&self) -> &[SlotLog] {
+        &self.logs
+    }
+
+    /// Gives the memory back that logs are read to.
+    pub fn forget_log(&mut self) {
+        self.logs = Vec::new();
+    }
+
+    /// Clears what the log said when it was [read](Self::read_log), so that the next write to these pages is logged again.
+    /// The vCPUs stand still since.
     ///
     /// Cheap once the pages have been moved out of the window: while they are mapped, KVM protects each of them anew.
-    pub fn clear_log(&self, logs: &[SlotLog]) -> Result<(), KvmError> {
-        for (slot, (pages, log)) in self.slots.iter().zip(logs).enumerate() {
+    pub fn clear_log(&self) -> Result<(), KvmError> {
+        for (slot, (pages, log)) in self.slots.iter().zip(&self.logs).enumerate() {
             // Large guests write little of their memory: the rest need not be gone through.
             let Some(first) = log.words.iter().position(|word| *word != 0) else { continue };
             let words = &log.words[first..=log.words.iter().rposition(|word| *word != 0).unwrap_or(first)];

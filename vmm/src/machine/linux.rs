@@ -47,15 +47,15 @@ impl Sink for GiveBack {
     }
 
     fn resized(&self, pages: u64) {
-        self.0.tell(&mut self.0.lock(), FromVm::BalloonSize { pages });
+        self.0.tell(self.0.lock(), FromVm::BalloonSize { pages });
     }
 
     fn statistics(&self, figures: Vec<(u16, u64)>) {
-        self.0.tell(&mut self.0.lock(), FromVm::GuestStats(figures));
+        self.0.tell(self.0.lock(), FromVm::GuestStats(figures));
     }
 
     fn hinted(&self) {
-        self.0.tell(&mut self.0.lock(), FromVm::Hinted);
+        self.0.tell(self.0.lock(), FromVm::Hinted);
     }
 }
 

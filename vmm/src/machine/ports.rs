@@ -20,6 +20,15 @@ pub(super) struct Ports {
     machine: Machine,
 }
 
+/// How a read went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Read {
+    /// It is answered, and the vCPU goes on.
+    Done,
+    /// The guest waits, and is told "nothing yet": the vCPU is to stop.
+    Stopping,
+}
+
 const COM1_LAST: u16 = COM1 + serial::PORTS - 1;
 
 impl Ports {
@@ -29,14 +38,17 @@ impl Ports {
     }
 
     /// vCPU `number` reads a port. A port that is nobody's reads as all ones.
-    pub fn read(&self, number: usize, port: u16, data: &mut [u8]) -> Result<(), GuestMemoryError> {
+    pub fn read(&self, number: usize, port: u16, data: &mut [u8]) -> Result<Read, GuestMemoryError> {
         data.fill(0xff);
         match (port, data.len()) {
             (WAIT, 4) if self.machine == Machine::Monitor => {
                 // Nothing yet, if the vCPU is to stop: the guest asks again.
                 let wakeup = self.floor.await_wakeup(number);
-                let bits = wakeup.map_or(Ok(0), |wakeup| wakeup.deliver(&self.memory))?;
-                data.copy_from_slice(&bits.to_le_bytes());
+                let Some(wakeup) = wakeup else {
+                    data.fill(0);
+                    return Ok(Read::Stopping);
+                };
+                data.copy_from_slice(&wakeup.deliver(&self.memory)?.to_le_bytes());
             }
             (COM1..=COM1_LAST, _) => {
                 let mut shared = self.floor.lock();
@@ -46,7 +58,7 @@ impl Ports {
             (SLEEP_STATUS, 1) if self.machine == Machine::Linux => data.fill(0),
             _ => log::debug!("{} bytes read from port {port:#x}, which is nobody's", data.len()),
         }
-        Ok(())
+        Ok(Read::Done)
     }
 
     /// A vCPU writes a port. What is written to a port that is nobody's is lost.
@@ -94,7 +106,7 @@ impl Ports {
                 let text = read_answer(&self.memory)?;
                 let mut shared = self.floor.lock();
                 match shared.mailbox.answered() {
-                    Some(tag) => self.floor.tell(&mut shared, FromVm::Answer(Line { tag, text })),
+                    Some(tag) => self.floor.tell(shared, FromVm::Answer(Line { tag, text })),
                     None => log::debug!("the guest answers no line"),
                 }
             }
@@ -102,20 +114,20 @@ impl Ports {
                 let at_ns = now_ns();
                 let mut shared = self.floor.lock();
                 if shared.mailbox.alive() {
-                    self.floor.tell(&mut shared, FromVm::FirstSign { at_ns });
+                    self.floor.tell(shared, FromVm::FirstSign { at_ns });
                 }
             }
             Doorbell::Fork => {
                 let count = read_fork_count(&self.memory)?;
                 let mut shared = self.floor.lock();
                 shared.mailbox.fork_asked();
-                self.floor.tell(&mut shared, FromVm::Fork { count });
+                self.floor.tell(shared, FromVm::Fork { count });
             }
             Doorbell::Inflate => self.inflate()?,
             Doorbell::Deflate => {
                 let pages = read_balloon(&self.memory)?.held;
                 write_balloon(&self.memory, BalloonState::Done)?;
-                self.floor.tell(&mut self.floor.lock(), FromVm::BalloonSize { pages });
+                self.floor.tell(self.floor.lock(), FromVm::BalloonSize { pages });
             }
             Doorbell::Halt => self.floor.end(FromVm::Ended(Ending::Off)),
         }
@@ -134,7 +146,7 @@ impl Ports {
             return write_balloon(&self.memory, BalloonState::Failed);
         }
         write_balloon(&self.memory, BalloonState::Done)?;
-        self.floor.tell(&mut self.floor.lock(), FromVm::BalloonSize { pages: request.held });
+        self.floor.tell(self.floor.lock(), FromVm::BalloonSize { pages: request.held });
         Ok(())
     }
 }

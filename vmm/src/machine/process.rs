@@ -3,10 +3,10 @@
 use super::facts::Known;
 use super::isolate;
 use super::probe::ways_to_write;
-use super::vm::{Preparation, Vm};
+use super::vm::{Preparation, Vm, VmError};
 use crate::link::Link;
 use crate::nice;
-use crate::wire::{Activity, FromVm, Origin, ToVm};
+use crate::wire::{Activity, FromVm, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::unistd::{Pid, close, getppid};
@@ -128,7 +128,7 @@ impl Process<'_> {
 
     /// Tells what a clone has written in its first moments.
     fn tell_writes(&mut self, last: bool) -> io::Result<()> {
-        let Some(vm) = &self.vm else { return Ok(()) };
+        let Some(vm) = &mut self.vm else { return Ok(()) };
         match vm.wrote() {
             Ok(pages) => self.link.send(&FromVm::Wrote { pages, last }, &[])?,
             Err(error) => log::debug!("what a clone wrote: {error}"),
@@ -166,13 +166,18 @@ impl Process<'_> {
         let floor = Arc::clone(vm.floor());
         match message {
             ToVm::Prepare { .. } => return Err(nonsense("a second Prepare")),
+            ToVm::Expect { runs, stores } => {
+                let mapped = vm.expect(&runs, &stores, &fds);
+                self.report_start(mapped)?;
+            }
             ToVm::Start(start) => {
-                let is_clone = matches!(start.origin, Origin::Fork { .. });
-                match vm.start(*start, &fds) {
-                    Ok(()) if is_clone => self.moments = Some(Moments { began: Instant::now(), answers: 0 }),
-                    Ok(()) => {}
-                    Err(error) => self.link.send(&FromVm::StartFailed(error.to_string()), &[])?,
-                }
+                let started = vm.start(*start, &fds);
+                self.report_start(started)?;
+            }
+            ToVm::Load(state) => {
+                let loaded = vm.load(*state);
+                self.moments = loaded.is_ok().then(|| Moments { began: Instant::now(), answers: 0 });
+                self.report_start(loaded)?;
             }
             ToVm::Freeze { store, max_runs, short } => {
                 let (file, lifeline) = match fds.as_slice() {
@@ -182,17 +187,7 @@ impl Process<'_> {
                 let link = &mut self.link;
                 let tell = |message: &FromVm| link.send(message, &[]);
                 match vm.freeze(store, file.as_fd(), lifeline, max_runs, short, tell) {
-                    Ok(frozen) => {
-                        let (activity, kicked_ns) = (frozen.activity, frozen.kicked_ns);
-                        // The children need not wait until the parent runs.
-                        self.link.send(&FromVm::Frozen(Box::new(frozen)), &[])?;
-                        if activity == Activity::Running {
-                            match vm.await_pause(kicked_ns) {
-                                Ok(pause_ns) => self.link.send(&FromVm::WentOn { store, pause_ns }, &[])?,
-                                Err(error) => floor.die(error.to_string()),
-                            }
-                        }
-                    }
+                    Ok(()) => {}
                     Err(error) => {
                         self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;
                         if error.is_fatal() {
@@ -243,6 +238,14 @@ impl Process<'_> {
         Ok(())
     }
 
+    /// Tells the server if a VM that is to start cannot.
+    fn report_start(&mut self, done: Result<(), VmError>) -> io::Result<()> {
+        match done {
+            Ok(()) => Ok(()),
+            Err(error) => self.link.send(&FromVm::StartFailed(error.to_string()), &[]),
+        }
+    }
+
     /// The first message makes the VM.
     fn prepare(&mut self, message: ToVm, ops: &mut EventOps<'_>) -> io::Result<()> {
         let ToVm::Prepare { shape, isolation, features, cage, server, niceness } = message else {
@@ -267,7 +270,7 @@ impl Process<'_> {
     }
 
     fn ask(&mut self, activity: Activity) {
-        let asked = self.vm.as_ref().map(|vm| vm.ask(activity));
+        let asked = self.vm.as_mut().map(|vm| vm.ask(activity));
         if let Some(Err(error)) = asked {
             log::warn!("asked to be {activity:?}: {error}");
         }

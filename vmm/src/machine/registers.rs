@@ -8,8 +8,8 @@
 use super::state::{Tsc, VcpuState};
 use crate::wire::Machine;
 use kvm_bindings::{
-    KVM_MAX_MSR_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, Xsave, kvm_device_attr, kvm_msr_entry,
-    kvm_xsave,
+    KVM_MAX_MSR_ENTRIES, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, Xsave, kvm_device_attr, kvm_msr_entry, kvm_sync_regs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::mem;
@@ -24,6 +24,9 @@ const IA32_TSC: u32 = 0x10;
 /// Whether, and where, KVM tells the guest of pages that are on their way, so that it can do something else meanwhile.
 const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
 const ASYNC_PF_ENABLED: u64 = 1;
+
+/// What `KVM_RUN` leaves behind, where it can.
+const SHARED: i32 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as i32;
 
 /// A register could not be read or set.
 #[derive(Debug, Error)]
@@ -55,6 +58,8 @@ pub(super) struct Access {
     xsave_words: usize,
     tsc: TscAccess,
     machine: Machine,
+    /// `KVM_RUN` can leave general and system registers and events behind.
+    shares: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +71,7 @@ enum TscAccess {
 impl Registers {
     /// Those of a vCPU that has its CPUID and has not run.
     pub fn of_fresh(access: Access, vcpu: &VcpuFd) -> Result<Self, RegistersError> {
-        let fresh = access.save(vcpu)?;
+        let fresh = access.save(vcpu, None)?;
         Ok(Self { access, fresh })
     }
 
@@ -75,9 +80,14 @@ impl Registers {
         &self.fresh
     }
 
-    /// Reads everything.
-    pub fn save(&self, vcpu: &VcpuFd) -> Result<VcpuState, RegistersError> {
-        self.access.save(vcpu)
+    /// Reads everything, but for what `KVM_RUN` has just left behind in `shared`.
+    pub fn save(&self, vcpu: &VcpuFd, shared: Option<&kvm_sync_regs>) -> Result<VcpuState, RegistersError> {
+        self.access.save(vcpu, shared)
+    }
+
+    /// Whether `KVM_RUN` can leave registers behind in memory that it shares with us.
+    pub fn can_share(&self) -> bool {
+        self.access.shares
     }
 
     /// Waits until KVM's workers touch no page any more on behalf of the vCPU, which has just stopped.
@@ -160,14 +170,21 @@ impl Access {
         let list = kvm.get_msr_index_list().map_err(during("KVM_GET_MSR_INDEX_LIST"))?;
         let wanted = list.as_slice().iter().copied().filter(|index| *index != IA32_TSC);
         let msrs = wanted.filter(|index| can_read_and_set(vcpu, *index)).collect();
-        Ok(Self { msrs, xsave_words, tsc, machine })
+        let shares = kvm.check_extension_int(Cap::SyncRegs) & SHARED == SHARED;
+        Ok(Self { msrs, xsave_words, tsc, machine, shares })
     }
 
-    fn save(&self, vcpu: &VcpuFd) -> Result<VcpuState, RegistersError> {
+    fn save(&self, vcpu: &VcpuFd, shared: Option<&kvm_sync_regs>) -> Result<VcpuState, RegistersError> {
         Ok(VcpuState {
             mp: vcpu.get_mp_state().map_err(during("KVM_GET_MP_STATE"))?,
-            regs: vcpu.get_regs().map_err(during("KVM_GET_REGS"))?,
-            sregs: vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?,
+            regs: match shared {
+                Some(shared) => shared.regs,
+                None => vcpu.get_regs().map_err(during("KVM_GET_REGS"))?,
+            },
+            sregs: match shared {
+                Some(shared) => shared.sregs,
+                None => vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?,
+            },
             xsave: self.read_xsave(vcpu)?,
             xcrs: vcpu.get_xcrs().map_err(during("KVM_GET_XCRS"))?,
             debug: vcpu.get_debug_regs().map_err(during("KVM_GET_DEBUGREGS"))?,
@@ -177,7 +194,10 @@ impl Access {
                 Machine::Monitor => None,
                 Machine::Linux => Some(vcpu.get_lapic().map_err(during("KVM_GET_LAPIC"))?),
             },
-            events: vcpu.get_vcpu_events().map_err(during("KVM_GET_VCPU_EVENTS"))?,
+            events: match shared {
+                Some(shared) => shared.events,
+                None => vcpu.get_vcpu_events().map_err(during("KVM_GET_VCPU_EVENTS"))?,
+            },
             tsc: match self.tsc {
                 TscAccess::Offset => Tsc::Offset(read_tsc_offset(vcpu).map_err(during("KVM_VCPU_TSC_OFFSET"))?),
                 TscAccess::Msr => Tsc::Value(read_msr(vcpu, IA32_TSC)?),

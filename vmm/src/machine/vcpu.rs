@@ -3,11 +3,11 @@
 use super::floor::{Floor, Load, Task};
 use super::kick::StopSwitch;
 use super::mmio::Mmio;
-use super::ports::Ports;
+use super::ports::{Ports, Read};
 use super::registers::{Registers, RegistersError};
 use crate::boot;
 use crate::wire::FromVm;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -25,13 +25,15 @@ pub(super) struct Vcpu {
     number: usize,
     fd: &'static mut VcpuFd,
     registers: Registers,
+    /// The last `KVM_RUN` has left registers behind.
+    shared: bool,
 }
 
 impl Vcpu {
     /// Takes a vCPU that has not run, for the life of the process; gives the switch that stops it as well.
     pub fn new(number: usize, fd: VcpuFd, registers: Registers) -> (Self, StopSwitch) {
         let (stop, fd) = StopSwitch::of(Box::leak(Box::new(fd)));
-        (Self { number, fd, registers }, stop)
+        (Self { number, fd, registers, shared: false }, stop)
     }
 
     /// Starts the thread, which waits on the floor for something to do.
@@ -56,7 +58,8 @@ impl Vcpu {
                     }
                 }
                 Task::Save => {
-                    let state = self.registers.save(self.fd);
+                    let shared = self.shared.then(|| self.fd.sync_regs());
+                    let state = self.registers.save(self.fd, shared.as_ref());
                     floor.saved(self.number, state.map_err(|error| error.to_string()));
                 }
                 Task::Attend => buses.mmio.attend(),
@@ -73,7 +76,8 @@ impl Vcpu {
         }
     }
 
-    fn load(&self, load: &Load) -> Result<(), RegistersError> {
+    fn load(&mut self, load: &Load) -> Result<(), RegistersError> {
+        self.shared = false;
         match load {
             Load::Saved(state) => self.registers.restore(self.fd, state),
             Load::Monitor => {
@@ -97,13 +101,17 @@ impl Vcpu {
     /// Runs until the vCPU is to stop. It stops only where `KVM_RUN` says that it was interrupted: KVM completes a port
     /// access in flight before it does.
     fn run(&mut self, Buses { ports, mmio }: &Buses) -> Result<(), String> {
+        self.shared = false;
         loop {
             match self.fd.run() {
                 Err(error) if error.errno() == libc::EINTR => return Ok(()),
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Err(error) => return Err(format!("KVM_RUN: {error}")),
                 Ok(VcpuExit::IoIn(port, data)) => {
-                    ports.read(self.number, port, data).map_err(|error| memory_error(&error))?;
+                    let read = ports.read(self.number, port, data).map_err(|error| memory_error(&error))?;
+                    if read == Read::Stopping && self.registers.can_share() {
+                        return self.finish_sharing();
+                    }
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
                     ports.write(port, data).map_err(|error| memory_error(&error))?;
@@ -113,6 +121,23 @@ impl Vcpu {
                 Ok(VcpuExit::Intr) => {}
                 Ok(exit) => return Err(describe(&exit)),
             }
+        }
+    }
+
+    /// Completes the access in flight, of a vCPU that is to stop, and has `KVM_RUN` leave registers behind as it does:
+    /// that saves three calls.
+    fn finish_sharing(&mut self) -> Result<(), String> {
+        let each = [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents];
+        each.into_iter().for_each(|reg| self.fd.set_sync_valid_reg(reg));
+        let left = self.fd.run().map(|exit| describe(&exit));
+        each.into_iter().for_each(|reg| self.fd.clear_sync_valid_reg(reg));
+        match left {
+            Err(error) if error.errno() == libc::EINTR => {
+                self.shared = true;
+                Ok(())
+            }
+            Err(error) => Err(format!("KVM_RUN: {error}")),
+            Ok(exit) => Err(format!("a vCPU that is to stop runs on: {exit}")),
         }
     }
 }

@@ -4,7 +4,7 @@ use super::WINDOW_BASE;
 use super::chips::Line;
 use super::cpuid::Cpuid;
 use super::facts::{Facts, Known};
-use super::floor::{Floor, Load, Shared, Unavailable};
+use super::floor::{Floor, Load, NextNews, Shared, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::kick::{install_handler, interrupt_thread};
 use super::kvm::{DirtyLog, KvmError, KvmVm};
@@ -25,7 +25,7 @@ use crate::wire::{Activity, FromVm, Frozen, HostFeatures, Identity, Isolation, M
 use guest_mem::window::host::{
     Dirty, Features, HostWindow, HugePages, MovedOut, Place, Shed, Short, SlotLog, WindowError,
 };
-use guest_mem::{Gfn, GfnRange, Harvest, StoreId, Window};
+use guest_mem::{Gfn, GfnRange, Harvest, Run, StoreId, Window};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -57,6 +57,8 @@ pub(super) enum VmError {
     Save(String),
     #[error("moved pages are lost: {0}")]
     Harvest(WindowError),
+    #[error("after the pages had moved: {0}")]
+    GoOn(Unavailable),
     #[error("isolation: {0}")]
     Isolate(#[from] IsolateError),
     #[error("keeper: {0}")]
@@ -90,7 +92,7 @@ pub(super) enum VmError {
 impl VmError {
     /// Whether the VM must not run on.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Save(_) | Self::Harvest(_) | Self::Window(WindowError::Torn { .. }))
+        matches!(self, Self::Save(_) | Self::Harvest(_) | Self::GoOn(_) | Self::Window(WindowError::Torn { .. }))
     }
 }
 
@@ -128,6 +130,8 @@ pub(super) struct Vm {
     /// Mappings the window may have.
     max_runs: u32,
     started: bool,
+    /// What a fork that has not got its state yet does then.
+    becoming: Option<Activity>,
     /// The log has every write since the last freeze.
     log_tells_all: bool,
 }
@@ -198,6 +202,7 @@ impl Vm {
             keeper,
             max_runs,
             started: false,
+            becoming: None,
             log_tells_all: false,
         })
     }
@@ -213,7 +218,22 @@ impl Vm {
         &self.floor
     }
 
-    /// Becomes the VM that `start` describes. The server is told when it runs, or stands.
+    /// Maps the window that the VM will most likely start with. Nobody touches it before.
+    pub fn expect(&mut self, runs: &[Run], stores: &[StoreId], fds: &[OwnedFd]) -> Result<(), VmError> {
+        let stores = self.named(stores, fds)?;
+        Ok(self.window.map(runs, &stores, HugePages::Never)?)
+    }
+
+    fn named<'a>(&self, stores: &[StoreId], fds: &'a [OwnedFd]) -> Result<Vec<(StoreId, BorrowedFd<'a>)>, VmError> {
+        if stores.len() != fds.len() {
+            let machine = self.shape.machine;
+            return Err(VmError::DescriptorCount { stores: stores.len(), fds: fds.len(), machine });
+        }
+        Ok(stores.iter().copied().zip(fds.iter().map(AsFd::as_fd)).collect())
+    }
+
+    /// Becomes the VM that `start` describes. The server is told when it runs, or stands; a fork does so when it has its
+    /// [state](Self::load).
     pub fn start(&mut self, start: Start, fds: &[OwnedFd]) -> Result<(), VmError> {
         if self.started {
             return Err(VmError::StartedTwice);
@@ -223,11 +243,7 @@ impl Vm {
             (Origin::Linux(_), [stores @ .., kernel]) => (stores, Some(kernel)),
             _ => (fds, None),
         };
-        if stores.len() != stores_fds.len() {
-            let machine = self.shape.machine;
-            return Err(VmError::DescriptorCount { stores: stores.len(), fds: fds.len(), machine });
-        }
-        let stores: Vec<_> = stores.into_iter().zip(stores_fds.iter().map(AsFd::as_fd)).collect();
+        let stores = self.named(&stores, stores_fds)?;
         let huge = match origin {
             Origin::Monitor | Origin::Linux(_) => HugePages::Advised,
             Origin::Fork { .. } => HugePages::Never,
@@ -239,34 +255,47 @@ impl Vm {
             // The first freeze turns the log on, and takes every private page: until then huge pages are worth more.
             self.kvm.set_log(DirtyLog::Off)?;
         }
+        self.started = true;
         match (origin, &mut self.linux, kernel) {
             (Origin::Monitor, None, _) => {
                 self.greet(&identity, None)?;
-                self.floor.start_from(vec![Load::Monitor; self.threads.len()], activity);
+                self.floor.start_from(vec![Load::Monitor; self.threads.len()], activity, NextNews::FirstSign);
             }
-            (Origin::Fork { state, index }, None, _) => {
+            (Origin::Fork { index }, None, _) => {
                 self.greet(&identity, Some(index))?;
-                let loads = self.loads(*state)?;
-                self.floor.start_from(loads, activity);
+                self.becoming = Some(activity);
             }
             (Origin::Linux(plan), Some(machine), Some(kernel)) => {
                 machine.renew_generation()?;
                 let entry = self.load_kernel(kernel, &plan)?;
                 let mut loads = vec![Load::Linux(None); self.threads.len()];
                 loads[0] = Load::Linux(Some(entry));
-                self.floor.start_from(loads, activity);
+                self.floor.start_from(loads, activity, NextNews::Unknown);
             }
-            (Origin::Fork { mut state, .. }, Some(machine), _) => {
+            (Origin::Fork { .. }, Some(machine), _) => {
                 machine.renew_generation()?;
-                let Some(beside) = state.linux.take() else { return Err(VmError::WrongMachine(Machine::Monitor)) };
-                self.start_linux_fork(*state, &beside, activity)?;
+                self.becoming = Some(activity);
             }
             (origin, ..) => {
                 let machine = if matches!(origin, Origin::Monitor) { Machine::Monitor } else { Machine::Linux };
                 return Err(VmError::WrongMachine(machine));
             }
         }
-        self.started = true;
+        Ok(())
+    }
+
+    /// Goes on from `state`, as the fork that was [started](Self::start).
+    pub fn load(&mut self, mut state: MachineState) -> Result<(), VmError> {
+        let activity = self.becoming.take().ok_or(VmError::NotStarted)?;
+        match (&self.linux, state.linux.take()) {
+            (None, None) => {
+                let loads = self.loads(state)?;
+                self.floor.start_from(loads, activity, NextNews::FirstSign);
+            }
+            (Some(machine), Some(beside)) => self.start_linux_fork(machine, state, &beside, activity)?,
+            (Some(_), None) => return Err(VmError::WrongMachine(Machine::Monitor)),
+            (None, Some(_)) => return Err(VmError::WrongMachine(Machine::Linux)),
+        }
         Ok(())
     }
 
@@ -281,8 +310,13 @@ impl Vm {
     }
 
     /// The vCPUs get their state first: what interrupts them then is not lost. Then they run.
-    fn start_linux_fork(&self, state: MachineState, beside: &LinuxState, activity: Activity) -> Result<(), VmError> {
-        let machine = self.linux.as_ref().ok_or(VmError::WrongMachine(Machine::Linux))?;
+    fn start_linux_fork(
+        &self,
+        machine: &LinuxMachine,
+        state: MachineState,
+        beside: &LinuxState,
+        activity: Activity,
+    ) -> Result<(), VmError> {
         self.floor.load(self.loads(state)?);
         drop(self.floor.await_standing()?);
         machine.restore(beside)?;
@@ -337,9 +371,13 @@ impl Vm {
     }
 
     /// Has the vCPUs run or stand. The server is told when they do.
-    pub fn ask(&self, activity: Activity) -> Result<(), VmError> {
+    pub fn ask(&mut self, activity: Activity) -> Result<(), VmError> {
         if !self.started {
             return Err(VmError::NotStarted);
+        }
+        if let Some(becoming) = &mut self.becoming {
+            *becoming = activity;
+            return Ok(());
         }
         self.floor.ask(activity);
         if activity == Activity::Paused {
@@ -352,6 +390,10 @@ impl Vm {
         self.threads.iter().for_each(interrupt_thread);
     }
 
+    fn interrupt_those(&self, vcpus: &[usize]) {
+        vcpus.iter().for_each(|&number| interrupt_thread(&self.threads[number]));
+    }
+
     /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps `file` in their place, or copies them.
     /// They run again at once if they ran and the host has traps; otherwise once the server says so.
     ///
@@ -359,7 +401,7 @@ impl Vm {
     /// copy of itself, and the pages stay.
     ///
     /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
-    /// all that the vCPUs have said, and that they stand.
+    /// all that the vCPUs have said, and that they stand; then what was taken; last the state, when they run.
     pub fn freeze(
         &mut self,
         store: StoreId,
@@ -367,8 +409,8 @@ impl Vm {
         lifeline: Option<BorrowedFd<'_>>,
         max_runs: u32,
         short: Short,
-        tell: impl FnMut(&FromVm) -> io::Result<()>,
-    ) -> Result<Frozen, VmError> {
+        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<(), VmError> {
         if !self.started {
             return Err(VmError::NotStarted);
         }
@@ -380,48 +422,44 @@ impl Vm {
             }
         }
         let kicked_ns = now_ns();
-        let before = self.floor.stop_and_save();
-        self.interrupt();
+        let (before, busy) = self.floor.stop_and_save();
+        self.interrupt_those(&busy);
         self.linux.iter().for_each(LinuxMachine::end_hinting);
-        let frozen = self.freeze_standing(store, file, lifeline, max_runs, short, tell);
-        let activity = match (&frozen, self.traps) {
-            (Ok(_), false) => Activity::Paused,
-            _ => before,
-        };
-        if !frozen.as_ref().is_err_and(VmError::is_fatal) {
-            self.floor.go_on(activity);
+        let activity = if self.traps { before } else { Activity::Paused };
+        let (harvest, scratch_base, copies, copy) = (Harvest::default(), 0, Gfn(0), None);
+        let begun = Frozen { store, harvest, scratch_base, copies, copy, activity, kicked_ns };
+        let standing = self.freeze_standing(&begun, file, lifeline, max_runs, short, &mut tell);
+        if !standing.as_ref().is_err_and(VmError::is_fatal) {
+            self.floor.go_on(if standing.is_ok() { activity } else { before });
         }
         self.linux.iter().for_each(LinuxMachine::announce_ended_hinting);
-        let (taken, state) = frozen?;
-        let (frozen, copy) = match taken {
-            Taken::Nothing => Default::default(),
-            Taken::Moved(moved) => (self.window.harvest(moved).map_err(VmError::Harvest)?, None),
+        let (taken, state) = standing?;
+        let frozen = match taken {
+            Taken::Nothing => None,
+            Taken::Moved(moved) => {
+                let taken = self.window.harvest(moved).map_err(VmError::Harvest)?;
+                let (harvest, scratch_base, copies) = (taken.harvest, taken.scratch_base, taken.copies);
+                Some(Frozen { harvest, scratch_base, copies, ..begun })
+            }
             Taken::InCopy(harvest, copy) => {
-                let scratch_base = self.window.base();
-                (guest_mem::window::host::Frozen { harvest, scratch_base, copies: Gfn(0) }, Some(copy.as_raw()))
+                Some(Frozen { harvest, scratch_base: self.window.base(), copy: Some(copy.as_raw()), ..begun })
             }
         };
-        Ok(Frozen {
-            store,
-            harvest: frozen.harvest,
-            scratch_base: frozen.scratch_base,
-            copies: frozen.copies,
-            copy,
-            state: Box::new(state),
-            activity,
-            kicked_ns,
-        })
+        if let Some(frozen) = frozen {
+            tell(&FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
+        }
+        let pause_ns = match activity {
+            Activity::Running => Some(self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns)),
+            Activity::Paused => None,
+        };
+        tell(&FromVm::Saved { store, state: Box::new(state), pause_ns }).map_err(VmError::Server)
     }
 
-    /// Waits until the vCPUs run again after a freeze that kicked them at `kicked_ns`. How long they were kept from it,
-    /// in nanoseconds.
-    pub fn await_pause(&self, kicked_ns: u64) -> Result<u64, VmError> {
-        Ok(self.floor.await_running()?.saturating_sub(kicked_ns))
-    }
-
+    /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
+    /// while the registers are read. Otherwise it is told when the parent runs again.
     fn freeze_standing(
         &mut self,
-        store: StoreId,
+        begun: &Frozen,
         file: BorrowedFd<'_>,
         lifeline: Option<BorrowedFd<'_>>,
         max_runs: u32,
@@ -435,26 +473,26 @@ impl Vm {
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
-        let logs = match self.kvm.log() {
-            DirtyLog::On => self.kvm.log_of_slots()?,
-            DirtyLog::Off => Vec::new(),
-        };
+        self.kvm.read_log()?;
         let in_copy = match lifeline.filter(|_| self.traps && !self.log_tells_all) {
-            Some(lifeline) => self.freeze_in_copy(lifeline, max_runs, &logs)?,
+            Some(lifeline) => self.freeze_in_copy(lifeline, max_runs)?,
             None => None,
         };
         let taken = match in_copy {
             Some(taken) => taken,
             None => {
-                let dirty = if self.log_tells_all { Dirty::Logged(&logs) } else { Dirty::Every };
-                let moved = self.window.move_out(dirty, store, file, max_runs, short)?;
+                let dirty = if self.log_tells_all { Dirty::Logged(self.kvm.logs()) } else { Dirty::Every };
+                let moved = self.window.move_out(dirty, begun.store, file, max_runs, short)?;
                 moved.map_or(Taken::Nothing, Taken::Moved)
             }
         };
+        if matches!(taken, Taken::Nothing) {
+            tell(&FromVm::Frozen(Box::new(begun.clone()))).map_err(VmError::Server)?;
+        }
         self.log_tells_all = match self.kvm.log() {
             DirtyLog::Off => false,
             DirtyLog::On => {
-                let cleared = self.kvm.clear_log(&logs);
+                let cleared = self.kvm.clear_log();
                 cleared.inspect_err(|error| log::warn!("the next freeze takes every private page: {error}")).is_ok()
             }
         };
@@ -482,12 +520,7 @@ impl Vm {
 
     /// Has a copy of this process keep the frozen pages. `None` where they are to be moved instead. What the guest has just
     /// written, it is likely to write again at once.
-    fn freeze_in_copy(
-        &mut self,
-        lifeline: BorrowedFd<'_>,
-        max_runs: u32,
-        written: &[SlotLog],
-    ) -> Result<Option<Taken>, VmError> {
+    fn freeze_in_copy(&mut self, lifeline: BorrowedFd<'_>, max_runs: u32) -> Result<Option<Taken>, VmError> {
         let mut copy = None;
         let made = self.window.freeze_in_copy(max_runs, || {
             copy = Some(keeper::copy(lifeline)?);
@@ -495,7 +528,7 @@ impl Vm {
         });
         match made {
             Ok(harvest) => {
-                let hot = written.iter().flat_map(SlotLog::pages).take(HOT_MOST);
+                let hot = self.kvm.logs().iter().flat_map(SlotLog::pages).take(HOT_MOST);
                 hot.for_each(|pages| self.window.copy_ahead(pages));
                 Ok(harvest.map(|harvest| copy.map_or(Taken::Nothing, |copy| Taken::InCopy(harvest, copy))))
             }
@@ -515,8 +548,8 @@ impl Vm {
         pages: &[GfnRange],
         tell: impl FnMut(&FromVm) -> io::Result<()>,
     ) -> Result<Vec<GfnRange>, VmError> {
-        let before = self.floor.stop();
-        self.interrupt();
+        let (before, busy) = self.floor.stop();
+        self.interrupt_those(&busy);
         let shed = self.shed_standing(store, file, pages, tell);
         if !shed.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(before);
@@ -534,13 +567,10 @@ impl Vm {
     ) -> Result<Shed, VmError> {
         let floor = Arc::clone(&self.floor);
         drop(self.await_standing(&floor, tell)?);
-        let logs = match self.kvm.log() {
-            DirtyLog::On => self.kvm.log_of_slots()?,
-            DirtyLog::Off => Vec::new(),
-        };
-        let dirty = if self.log_tells_all { Dirty::Logged(&logs) } else { Dirty::Every };
+        self.kvm.read_log()?;
+        let dirty = if self.log_tells_all { Dirty::Logged(self.kvm.logs()) } else { Dirty::Every };
         let shed = self.window.shed(dirty, store, file, pages)?;
-        if let Err(error) = self.kvm.clear_log(&logs) {
+        if let Err(error) = self.kvm.clear_log() {
             log::warn!("the next freeze takes every private page: {error}");
             self.log_tells_all = false;
         }
@@ -548,11 +578,12 @@ impl Vm {
     }
 
     /// What the guest has written since it was started or frozen; none where no log is kept.
-    pub fn wrote(&self) -> Result<Vec<GfnRange>, VmError> {
-        if self.kvm.log() == DirtyLog::Off {
-            return Ok(Vec::new());
-        }
-        Ok(self.kvm.log_of_slots()?.iter().flat_map(SlotLog::pages).collect())
+    pub fn wrote(&mut self) -> Result<Vec<GfnRange>, VmError> {
+        self.kvm.read_log()?;
+        let pages = self.kvm.logs().iter().flat_map(SlotLog::pages).collect();
+        // Most clones are never frozen.
+        self.kvm.forget_log();
+        Ok(pages)
     }
 
     /// Takes the pages that a vCPU gives back, if one does.

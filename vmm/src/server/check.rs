@@ -83,7 +83,9 @@ impl Server {
     fn check_window(&self, vm: &Vm, report: &mut CheckReport) {
         let Some((family, member)) = vm.memory else { return };
         let Some(process) = vm.process.and_then(|id| self.processes.get(&id)) else { return };
-        let Some(pid) = process.memory.main.get().filter(|_| process.ready && process.start.is_none()) else { return };
+        let Some(pid) = process.memory.main.get().filter(|_| process.ready && process.waiting.is_empty()) else {
+            return;
+        };
         let manager = &self.families[&family];
         let runs: Vec<Run> = manager.family().vm(member).runs().collect();
         if runs.len() > self.max_runs as usize {
@@ -120,7 +122,9 @@ impl Server {
                 Source::Store { store, .. } => manager.store(store),
                 Source::Anonymous => None,
             });
-            let Some(process) = self.processes.get_mut(&id).filter(|p| p.ready && p.start.is_none()) else { continue };
+            let Some(process) = self.processes.get_mut(&id).filter(|p| p.ready && p.waiting.is_empty()) else {
+                continue;
+            };
             if let Some(store) = store {
                 process.send(&ToVm::Probe, &[store.read_only()]);
                 awaited.insert(vm.generation);

@@ -118,7 +118,7 @@ impl Server {
             }
         }
         self.fail_forks(forks.into(), &why);
-        self.parent_is_gone(generation);
+        self.parent_is_gone(generation, &why);
         match before {
             Phase::Launching(Some(client)) => self.reply(client, Err(Failure::failed(why.clone()))),
             Phase::Forking(fork) => self.child_failed(fork, generation, why.clone()),

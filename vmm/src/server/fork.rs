@@ -5,10 +5,13 @@ use super::clients::ClientId;
 use super::guest_stats::can_tell;
 use super::idle::IdleBalloon;
 use super::launch::Beginning;
+use super::process::Parcel;
 use super::talk::Deadline;
 use super::vm::{FamilyId, Generation, Phase};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
+use crate::host::latency::LEASE;
+use crate::machine::state::MachineState;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::manager::SETTLE_BATCH;
@@ -70,8 +73,8 @@ pub struct ForkOp {
     /// The freeze's store, and the family it is of.
     store: Option<(FamilyId, StoreId)>,
     pause_ns: Option<u64>,
-    /// The parent is about to say how long it stood still.
-    pause_due: bool,
+    /// The parent is about to say how it stood, which is what the children start from, and for how long.
+    state_due: bool,
     moved: u64,
     children: Vec<Progress>,
     failure: Option<String>,
@@ -117,7 +120,7 @@ impl ForkOp {
             idle: IdleBalloon::default(),
             store: None,
             pause_ns: None,
-            pause_due: false,
+            state_due: false,
             moved: 0,
             children: Vec::new(),
             failure: None,
@@ -127,6 +130,7 @@ impl ForkOp {
 
 impl Server {
     pub(super) fn fork(&mut self, client: ClientId, fork: Fork) {
+        self.latency.lease(Instant::now() + LEASE);
         let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
         let prefix = fork.prefix.clone().unwrap_or_else(|| fork.name.clone());
         let checked = self.find_forkable(&fork.name).and_then(|parent| {
@@ -145,6 +149,7 @@ impl Server {
 
     /// The guest of `parent` rang for a fork.
     pub(super) fn fork_from_inside(&mut self, parent: Generation, count: u32) {
+        self.latency.lease(Instant::now() + LEASE);
         let asked_ns = monotonic_ns();
         let Some(vm) = self.vms.get(parent) else { return };
         let prefix = vm.name.clone();
@@ -190,7 +195,7 @@ impl Server {
             self.freeze(generation);
         }
         for name in names {
-            let process = self.take_process(shape);
+            let process = self.take_process(shape, Some(generation));
             let Some(op) = self.forks.get_mut(&id) else { return };
             match process {
                 Ok(process) => {
@@ -310,7 +315,7 @@ impl Server {
             self.sheds_later(parent, frozen.store);
         }
         let op = self.forks.get_mut(&fork).expect("a queued fork");
-        op.pause_due = frozen.activity == Activity::Running;
+        op.state_due = true;
         op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
         if !self.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
@@ -318,12 +323,12 @@ impl Server {
         if frozen.activity == Activity::Paused && !was_paused {
             self.resume_settled(parent, fork, &frozen);
         }
-        self.start_children(fork, (family, member), &frozen);
+        self.start_children(fork, (family, member));
         self.freeze(parent);
         self.finish_fork_if_there(fork);
     }
 
-    fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId), frozen: &Frozen) {
+    fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId)) {
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         for gfn in self.early.of(family) {
             if let Err(error) = manager.settle_at(parent, gfn) {
@@ -356,9 +361,30 @@ impl Server {
             (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);
             (vm.asked_balloon, vm.idle) = (asked_balloon, idle);
             self.child_mut(fork, generation, |child| child.runs = runs);
-            let origin = wire::Origin::Fork { state: frozen.state.clone(), index };
+            let origin = wire::Origin::Fork { index };
             self.start(generation, Beginning { origin, kernel: None, activity, ahead: ahead.clone() });
         }
+    }
+
+    /// The parent's state is there, and its children can run. It runs again itself, if it ran.
+    pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: &MachineState, pause_ns: Option<u64>) {
+        let Some(fork) = self.fork_of(parent, store) else { return };
+        let op = self.forks.get_mut(&fork).expect("just found");
+        op.state_due = false;
+        op.pause_ns = op.pause_ns.or(pause_ns);
+        let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
+        for process in children.iter().filter_map(|&child| self.vms.get(child).and_then(|vm| vm.process)) {
+            let message = ToVm::Load(Box::new(state.clone()));
+            let process = self.processes.get_mut(&process).expect("a VM's process");
+            process.send_when_ready(Parcel { message, descriptors: Vec::new() });
+        }
+        self.finish_fork_if_there(fork);
+    }
+
+    /// The fork that this freeze was for, if it is not over.
+    fn fork_of(&self, parent: Generation, store: StoreId) -> Option<ForkId> {
+        let of_freeze = |op: &ForkOp| op.parent == parent && op.store.is_some_and(|(_, of)| of == store);
+        self.forks.iter().find(|(_, op)| of_freeze(op)).map(|(&fork, _)| fork)
     }
 
     /// Without traps, nobody may run before all pages are where they belong. Whether they are; if not, the parent and the
@@ -391,20 +417,14 @@ impl Server {
         }
     }
 
-    /// The parent runs again.
-    pub(super) fn parent_went_on(&mut self, parent: Generation, store: StoreId, pause_ns: u64) {
-        let of_freeze = |op: &ForkOp| op.parent == parent && op.store.is_some_and(|(_, of)| of == store);
-        let Some((&fork, op)) = self.forks.iter_mut().find(|(_, op)| of_freeze(op)) else { return };
-        op.pause_ns = Some(pause_ns);
-        op.pause_due = false;
-        self.finish_fork_if_there(fork);
-    }
-
-    /// The parent has ended: how long it stood still does not matter any more.
-    pub(super) fn parent_is_gone(&mut self, parent: Generation) {
+    /// The parent has ended: children that wait for its state never get it.
+    pub(super) fn parent_is_gone(&mut self, parent: Generation, why: &str) {
         let forks: Vec<ForkId> = self.forks.iter().filter(|(_, op)| op.parent == parent).map(|(&id, _)| id).collect();
         for fork in forks {
-            self.forks.get_mut(&fork).expect("listed above").pause_due = false;
+            let op = self.forks.get_mut(&fork).expect("listed above");
+            if op.state_due {
+                op.failure.get_or_insert_with(|| why.to_owned());
+            }
             self.finish_fork_if_there(fork);
         }
     }
@@ -478,7 +498,7 @@ impl Server {
         let Some(op) = self.forks.get(&fork) else { return };
         let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
         let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
-        if frozen && settled && !op.pause_due && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
+        if frozen && settled && !op.state_due && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
             self.finish_fork(fork);
         }
     }

@@ -58,6 +58,11 @@ impl Server {
         match (message, process.role) {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
             (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
+            (FromVm::StartFailed(why), Role::Pooled) => {
+                log::error!("a prepared process cannot map what it is to expect: {why}");
+                self.pool.lost(self.processes[&id].shape, id);
+                self.end_process(id);
+            }
             (message, Role::Vm(generation)) => self.vm_says(generation, message),
             (message, role) => log::debug!("{id:?}, {role:?}, says {message:?}"),
         }
@@ -74,7 +79,7 @@ impl Server {
             process.trap_token = Some(self.watches.add(traps, EventSet::IN, Origin::Traps(id)));
         }
         match process.role {
-            Role::Vm(_) => self.send_start(id),
+            Role::Vm(_) => process.send_waiting(),
             Role::Preparing => {
                 process.role = Role::Pooled;
                 let shape = process.shape;
@@ -137,7 +142,7 @@ impl Server {
             FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
             FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
-            FromVm::WentOn { store, pause_ns } => self.parent_went_on(generation, store, pause_ns),
+            FromVm::Saved { store, state, pause_ns } => self.saved(generation, store, &state, pause_ns),
             FromVm::Shed { store, pages } => self.has_shed(generation, store, &pages),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),

@@ -1,10 +1,10 @@
 //! `launch`: a new VM of a new family.
 
-use super::Server;
 use super::clients::ClientId;
 use super::idle::IdleBalloon;
-use super::process::{ProcessId, Role};
+use super::process::{Parcel, ProcessId, Role};
 use super::vm::{FamilyId, Generation, Hold, Log, Phase, Vm};
+use super::{FamilyManager, Server};
 use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
 use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
@@ -17,7 +17,7 @@ use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Run, Source, Store
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 /// How a VM begins.
 #[derive(Debug)]
@@ -56,13 +56,6 @@ impl Guest {
         let plan = Plan::new(request).map_err(|e| Failure::bad_input(e.to_string()))?;
         Ok(Self { plan, kernel, initrd })
     }
-}
-
-/// A start that waits for its process to be prepared.
-#[derive(Debug)]
-pub(super) struct Prepared {
-    pub start: Start,
-    pub descriptors: Vec<OwnedFd>,
 }
 
 impl Server {
@@ -105,7 +98,7 @@ impl Server {
                 file.ensure(all).map_err(failed("read what is to be mapped"))?;
             }
         }
-        let process = self.take_process(shape).map_err(failed("start a VM process"))?;
+        let process = self.take_process(shape, None).map_err(failed("start a VM process"))?;
 
         let ram = ram_ranges(shape.ram);
         let span = PageCount(ram.last().expect("a VM has memory").end().0);
@@ -204,35 +197,22 @@ impl Server {
         let process = vm.process.expect("a VM that is to start has a process");
         let identity = Identity { name: vm.name.clone(), generation: generation.0 };
         let manager = &self.families[&family];
-        let runs: Vec<Run> = manager.family().vm(member).runs().collect();
-        let stores: BTreeSet<StoreId> = runs
-            .iter()
-            .filter_map(|run| match run.source {
-                Source::Store { store, .. } => Some(store),
-                Source::Anonymous => None,
-            })
-            .collect();
-        let stores: Vec<StoreId> = stores.into_iter().collect();
+        let expectation = std::mem::take(&mut self.processes.get_mut(&process).expect("a VM's process").expectation);
         let Beginning { origin, kernel, activity, ahead } = beginning;
-        let start = Start { identity, runs, stores, origin, activity, ahead };
-        // Duplicates: a store may be gone by the time the process is prepared, and its descriptor with it.
-        let descriptors: io::Result<Vec<OwnedFd>> = start.stores.iter().map(|&id| descriptor(manager, id)).collect();
-        match descriptors {
-            Ok(mut descriptors) => {
+        let runs = manager.family().vm(member).runs();
+        let runs = match origin {
+            wire::Origin::Fork { .. } => expectation.news(family, runs),
+            wire::Origin::Monitor | wire::Origin::Linux(_) => runs.collect(),
+        };
+        match stores_of(manager, &runs) {
+            Ok((stores, mut descriptors)) => {
+                let start = Start { identity, runs, stores, origin, activity, ahead };
                 descriptors.extend(kernel);
-                self.processes.get_mut(&process).expect("a VM's process").start = Some(Prepared { start, descriptors });
-                self.send_start(process);
+                let message = ToVm::Start(Box::new(start));
+                let process = self.processes.get_mut(&process).expect("a VM's process");
+                process.send_when_ready(Parcel { message, descriptors });
             }
             Err(e) => self.start_failed(generation, &format!("descriptors of its memory: {e}")),
-        }
-    }
-
-    /// Sends the start that waits for a process, if both are there.
-    pub(super) fn send_start(&mut self, id: ProcessId) {
-        let Some(process) = self.processes.get_mut(&id).filter(|process| process.ready) else { return };
-        if let Some(Prepared { start, descriptors }) = process.start.take() {
-            let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-            process.send(&ToVm::Start(Box::new(start)), &fds);
         }
     }
 
@@ -246,7 +226,19 @@ impl Server {
     }
 }
 
-fn descriptor(manager: &super::FamilyManager, id: StoreId) -> io::Result<OwnedFd> {
+/// The stores that supply `runs`, and a descriptor of each.
+pub(super) fn stores_of(manager: &FamilyManager, runs: &[Run]) -> io::Result<(Vec<StoreId>, Vec<OwnedFd>)> {
+    let store = |run: &Run| match run.source {
+        Source::Store { store, .. } => Some(store),
+        Source::Anonymous => None,
+    };
+    let stores: BTreeSet<StoreId> = runs.iter().filter_map(store).collect();
+    let descriptors = stores.iter().map(|&id| descriptor(manager, id)).collect::<io::Result<_>>()?;
+    Ok((stores.into_iter().collect(), descriptors))
+}
+
+/// A duplicate: a store may be gone by the time a process is prepared, and its descriptor with it.
+fn descriptor(manager: &FamilyManager, id: StoreId) -> io::Result<OwnedFd> {
     if let Some(store) = manager.store(id) {
         return store.read_only().try_clone_to_owned();
     }

@@ -7,9 +7,9 @@
 //! | file | has |
 //! | --- | --- |
 //! | `watch`, `clients` | the loop's descriptors, and who is connected |
-//! | `process`, `zygote`, `window`, `pool` | VM processes, who makes them, their memory, and the prepared ones |
+//! | `process`, `zygote`, `window`, `pool`, `expect` | VM processes, who makes them, their memory, and the prepared ones |
 //! | `files` | what is mapped into guests from files |
-//! | `vm` | the list of VMs |
+//! | `vm`, `roll` | the list of VMs, and its copy in the home |
 //! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
 //! | `idle` | balloons of VMs that do nothing |
@@ -22,6 +22,7 @@ mod budget;
 mod check;
 mod clients;
 mod end;
+mod expect;
 mod files;
 mod fork;
 mod guest_stats;
@@ -34,6 +35,7 @@ mod pool;
 mod process;
 mod reclaim;
 mod report;
+mod roll;
 mod settle;
 mod shed;
 mod swap;
@@ -46,6 +48,7 @@ mod zygote;
 use crate::api::{Answer, Failure, Greeting, Reply, Request};
 use crate::client::{Home, HomeError};
 use crate::clock::monotonic_ns;
+use crate::host::latency::WakeLatency;
 use crate::nice;
 use crate::wire::{HostFeatures, Isolation};
 use budget::Budget;
@@ -64,6 +67,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pool::Pool;
 use process::{ProcessId, VmProcess};
 use reclaim::Reclaims;
+use roll::Roll;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -158,6 +162,8 @@ struct Server {
     past: SwapCounts,
     files: Files,
     vms: Vms,
+    roll: Roll,
+    latency: WakeLatency,
     forks: BTreeMap<ForkId, ForkOp>,
     balloons: Vec<balloon::BalloonOp>,
     /// Clients that wait for what a guest says of its memory.
@@ -240,7 +246,7 @@ impl Server {
             true => Some(Arc::new(Userfaultfd::new().map_err(io("make a userfaultfd"))?)),
             false => None,
         };
-        let lost = read_names(&home);
+        let lost = Roll::left_at(&roll_path(&home));
         // After the swap's threads were made: they may wait.
         let niceness = nice::go_ahead();
         Ok(Self {
@@ -268,6 +274,8 @@ impl Server {
             past: SwapCounts::default(),
             files: Files::default(),
             vms: Vms::default(),
+            roll: Roll::at(roll_path(&home)),
+            latency: WakeLatency::open(),
             forks: BTreeMap::new(),
             balloons: Vec::new(),
             stats_waiters: Vec::new(),
@@ -297,6 +305,7 @@ impl Server {
     /// What is done when no event waits. How long the loop may wait for the next, in milliseconds.
     fn between_rounds(&mut self) -> i32 {
         let now = Instant::now();
+        self.latency.tend(now);
         if self.forks.is_empty() {
             self.record_names();
         }
@@ -337,7 +346,7 @@ impl Server {
         let pool = self.pool.next_look();
         let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
-        let next = next.chain(self.next_idle_look()).min();
+        let next = next.chain(self.next_idle_look()).chain(self.latency.until()).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
 
@@ -498,21 +507,11 @@ impl Server {
 
     /// Keeps, in the home, the names of what would be lost if this server died.
     fn record_names(&mut self) {
-        // Not while a fork waits for its answer.
-        if !self.forks.is_empty() || !std::mem::take(&mut self.vms.changed) {
-            return;
-        }
-        let names: Vec<&str> = self.vms.iter().map(|vm| vm.name.as_str()).collect();
-        let (path, new) = (names_path(&self.home), self.home.path().join("vms.new"));
-        let done = match names.is_empty() {
-            true => std::fs::remove_file(&path).or_else(|e| match e.kind() {
-                io::ErrorKind::NotFound => Ok(()),
-                _ => Err(e),
-            }),
-            false => std::fs::write(&new, names.join("\n")).and_then(|()| std::fs::rename(&new, &path)),
-        };
-        if let Err(error) = done {
-            log::error!("record of VMs in {}: {error}", path.display());
+        let news = std::mem::take(&mut self.vms.news);
+        if !news.is_empty()
+            && let Err(error) = self.roll.note(&news, self.vms.iter().map(|vm| vm.name.as_str()))
+        {
+            log::error!("record of VMs in {}: {error}", self.home.path().display());
         }
     }
 
@@ -547,12 +546,7 @@ fn listen(home: &Home) -> Result<UnixListener, Error> {
     listener.map_err(|source| Error::Io { operation: "listen on the home's socket", source })
 }
 
-fn names_path(home: &Home) -> PathBuf {
+/// Where the names of VMs are kept.
+fn roll_path(home: &Home) -> PathBuf {
     home.path().join("vms")
-}
-
-/// What an earlier server of this home did not get to remove.
-fn read_names(home: &Home) -> Vec<String> {
-    let names = std::fs::read_to_string(names_path(home)).unwrap_or_default();
-    names.lines().map(str::to_owned).collect()
 }

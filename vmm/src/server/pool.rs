@@ -4,7 +4,9 @@
 //! one each time it was found empty, and shrinks when it was not used for a while, or memory is short. An empty pool is slower, never an error.
 
 use super::Server;
+use super::expect::Favourite;
 use super::process::{ProcessId, Role, VmProcess};
+use super::vm::Generation;
 use super::window::RemoteWindow;
 use crate::wire::{Shape, ToVm};
 use std::collections::{BTreeMap, VecDeque};
@@ -27,6 +29,7 @@ struct Shelf {
     preparing: usize,
     wanted: usize,
     used: Instant,
+    favourite: Favourite,
 }
 
 impl Pool {
@@ -53,6 +56,16 @@ impl Pool {
         }
     }
 
+    /// VMs whose children prepared processes are to expect, with their shapes.
+    pub fn favourites(&self) -> impl Iterator<Item = (Shape, Generation)> {
+        self.0.iter().filter_map(|(&shape, shelf)| shelf.favourite.get().map(|parent| (shape, parent)))
+    }
+
+    /// Prepared processes of a shape, the next to be taken first.
+    pub fn ready(&self, shape: Shape) -> impl Iterator<Item = ProcessId> {
+        self.0.get(&shape).into_iter().flat_map(|shelf| shelf.ready.iter().copied())
+    }
+
     /// When the pool should be looked after next.
     pub fn next_look(&self) -> Option<Instant> {
         self.0.values().filter(|shelf| shelf.wanted > SMALLEST).map(|shelf| shelf.used + PATIENCE).min()
@@ -60,11 +73,16 @@ impl Pool {
 }
 
 impl Server {
-    /// A process for a VM of this shape: a prepared one, or one that starts to prepare itself now.
-    pub(super) fn take_process(&mut self, shape: Shape) -> io::Result<ProcessId> {
+    /// A process for a VM of this shape, a child of `parent`: a prepared one (best one that expects that, or nothing), or
+    /// one that starts to prepare itself now.
+    pub(super) fn take_process(&mut self, shape: Shape, parent: Option<Generation>) -> io::Result<ProcessId> {
         if let Some(shelf) = self.pool.0.get_mut(&shape) {
             shelf.used = Instant::now();
-            if let Some(id) = shelf.ready.pop_front() {
+            parent.into_iter().for_each(|parent| shelf.favourite.forked(parent));
+            let expects = |id: &ProcessId| self.processes[id].expectation.parent;
+            let find = |wanted| shelf.ready.iter().position(|id| expects(id) == wanted);
+            let best = parent.and_then(|parent| find(Some(parent))).or_else(|| find(None)).unwrap_or(0);
+            if let Some(id) = shelf.ready.remove(best) {
                 return Ok(id);
             }
             shelf.wanted = (shelf.wanted + 1).clamp(SMALLEST, LARGEST);
@@ -95,7 +113,13 @@ impl Server {
         if self.stopping.is_none() {
             let shapes: Vec<Shape> = self.vms.iter().filter(|vm| vm.is_alive()).map(|vm| vm.shape).collect();
             for shape in shapes {
-                let fresh = Shelf { ready: VecDeque::new(), preparing: 0, wanted: SMALLEST, used: now };
+                let fresh = Shelf {
+                    ready: VecDeque::new(),
+                    preparing: 0,
+                    wanted: SMALLEST,
+                    used: now,
+                    favourite: Favourite::default(),
+                };
                 self.pool.0.entry(shape).or_insert(fresh);
             }
         }
@@ -121,7 +145,10 @@ impl Server {
             self.end_process(id);
         }
         // While a fork is under way its own processes come first.
-        let Some(shape) = hungry.filter(|_| self.forks.is_empty()) else { return false };
+        if !self.forks.is_empty() {
+            return false;
+        }
+        let Some(shape) = hungry else { return !settling && self.tell_what_to_expect() };
         match self.spawn_process(shape) {
             Ok(_) => self.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1,
             Err(error) => {

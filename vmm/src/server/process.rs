@@ -1,6 +1,6 @@
 //! VM processes as the server sees them.
 
-use super::launch::Prepared;
+use super::expect::Expectation;
 use super::vm::Generation;
 use super::watch::Token;
 use super::window::{Memory, Wants};
@@ -10,7 +10,7 @@ use crate::wire::{Shape, ToVm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 /// Names a VM process of this server; never used twice.
@@ -28,6 +28,15 @@ pub enum Role {
     Vm(Generation),
     /// It is to end.
     Ending,
+}
+
+/// A message, and the descriptors that travel along.
+#[derive(Debug)]
+pub struct Parcel {
+    /// The message.
+    pub message: ToVm,
+    /// The descriptors.
+    pub descriptors: Vec<OwnedFd>,
 }
 
 /// A VM process and its keeper.
@@ -49,8 +58,10 @@ pub struct VmProcess {
     pub link_ended: Option<Token>,
     /// The watch on its traps.
     pub trap_token: Option<Token>,
-    /// The VM it is to become when it is ready.
-    pub start: Option<Prepared>,
+    /// What it was told to expect its window to show.
+    pub expectation: Expectation,
+    /// What it is told when it is ready.
+    pub waiting: Vec<Parcel>,
     /// Its memory.
     pub memory: Rc<Memory>,
     /// Messages both ways.
@@ -74,7 +85,8 @@ impl VmProcess {
             link_token: None,
             link_ended: None,
             trap_token: None,
-            start: None,
+            expectation: Expectation::default(),
+            waiting: Vec::new(),
             memory: Rc::new(Memory::new(id, pid, wants)),
             messages: 0,
         };
@@ -87,6 +99,22 @@ impl VmProcess {
         self.messages += 1;
         if let Err(error) = self.link.send(message, fds) {
             log::debug!("message to {:?}: {error}", self.id);
+        }
+    }
+
+    /// Sends a message when it is ready, and after all others that wait for that.
+    pub fn send_when_ready(&mut self, parcel: Parcel) {
+        self.waiting.push(parcel);
+        self.send_waiting();
+    }
+
+    /// Sends what waits, if it is ready.
+    pub fn send_waiting(&mut self) {
+        if self.ready {
+            for Parcel { message, descriptors } in std::mem::take(&mut self.waiting) {
+                let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+                self.send(&message, &fds);
+            }
         }
     }
 

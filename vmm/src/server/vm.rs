@@ -166,13 +166,22 @@ impl Vm {
     }
 }
 
+/// A change of the list of VMs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// This name is there from now on.
+    Came(String),
+    /// It is not.
+    Went(String),
+}
+
 /// All VMs, oldest first.
 #[derive(Debug, Default)]
 pub struct Vms {
     by_generation: BTreeMap<Generation, Vm>,
     names: HashMap<String, Generation>,
-    /// The set of names has changed since this was last cleared.
-    pub changed: bool,
+    /// What has changed since this was last taken, in order.
+    pub news: Vec<News>,
 }
 
 impl Vms {
@@ -180,15 +189,15 @@ impl Vms {
     pub fn insert(&mut self, vm: Vm) {
         let before = self.names.insert(vm.name.clone(), vm.generation);
         assert_eq!(before, None, "names are unique");
+        self.news.push(News::Came(vm.name.clone()));
         self.by_generation.insert(vm.generation, vm);
-        self.changed = true;
     }
 
     /// Forgets a VM.
     pub fn remove(&mut self, generation: Generation) -> Option<Vm> {
         let vm = self.by_generation.remove(&generation)?;
         self.names.remove(&vm.name);
-        self.changed = true;
+        self.news.push(News::Went(vm.name.clone()));
         Some(vm)
     }
 
@@ -213,7 +222,7 @@ impl Vms {
     }
 
     /// All of them, oldest first.
-    pub fn iter(&self) -> impl Iterator<Item = &Vm> {
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Vm> {
         self.by_generation.values()
     }
 }

@@ -2,8 +2,8 @@
 
 use crate::family::Family;
 use crate::worker::{ALL, Worker, read_memory};
-use guest_mem::PageCount;
 use guest_mem::window::host::Short;
+use guest_mem::{PageCount, Run};
 use nix::sys::signal::{Signal, kill};
 use std::fs;
 use std::os::fd::AsFd;
@@ -74,12 +74,39 @@ pub fn a_touch_of_what_has_not_settled_waits() {
     parent.worker.ok("fill 1000 100 1");
     let frozen = family.freeze(&mut parent);
     assert_eq!(frozen.activity, Activity::Running);
-    parent.worker.pause();
     let tag = parent.worker.post("verify 1000 100 1");
     let early = parent.worker.try_recv(Duration::from_millis(200));
     assert!(early.is_none(), "{early:?}");
     family.settle(&mut parent, &frozen);
     assert!(parent.worker.answer(tag).starts_with("ok"));
+}
+
+/// A prepared process maps what it expects, and at the fork what has come since over it: pages that the parent has written
+/// then, and nothing else.
+pub fn a_fork_finds_its_window_as_expected() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    parent.worker.ok("fill 1000 100 1");
+    let first = family.freeze(&mut parent);
+    family.settle(&mut parent, &first);
+    let before = parent.runs.clone();
+    let mut worker = family.prepare();
+    let (expected, fds) = family.start("nobody", &before, Origin::Monitor, Activity::Running);
+    worker.tell(&ToVm::Expect { runs: expected.runs, stores: expected.stores }, &fds);
+
+    parent.worker.ok("fill 1050 10 2");
+    let second = family.freeze(&mut parent);
+    family.settle(&mut parent, &second);
+    let news: Vec<Run> = parent.runs.iter().filter(|run| !before.contains(run)).copied().collect();
+    assert!(news.len() < parent.runs.len());
+    let (start, fds) = family.start("child", &news, Origin::Fork { index: 1 }, Activity::Running);
+    worker.start(start, &fds);
+    assert!(worker.try_recv(Duration::from_millis(50)).is_none(), "it has nothing to start from");
+    worker.load(&second.state);
+    worker.first_sign();
+    for line in ["verify 1000 50 1", "verify 1050 10 2", "verify 1060 40 1"] {
+        worker.ok(line);
+    }
 }
 
 pub fn a_fork_in_the_middle_of_a_command() {
@@ -134,9 +161,9 @@ pub fn a_paused_machine_stands_still() {
     assert!(root.worker.answer(tag).starts_with("ok"));
 
     let mut worker = family.prepare();
-    let origin = Origin::Fork { state: frozen.state, index: 1 };
-    let (start, fds) = family.start("asleep", &root.runs, origin, Activity::Paused);
+    let (start, fds) = family.start("asleep", &root.runs, Origin::Fork { index: 1 }, Activity::Paused);
     worker.start(start, &fds);
+    worker.load(&frozen.state);
     worker.expect(paused);
     // Shorter than a clone's first moments, at whose end it says what it wrote.
     assert!(worker.try_recv(Duration::from_millis(50)).is_none());

@@ -1,6 +1,6 @@
 //! What a server knows of the memory of a launched VM and its forks, kept as simply as can be.
 
-use crate::worker::{ALL, Worker};
+use crate::worker::{ALL, Taken, Worker};
 use guest_mem::sys::{Alias, Memfd, Userfaultfd};
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex, Run, Source, StoreId};
 use std::collections::BTreeMap;
@@ -110,7 +110,7 @@ impl Family {
     }
 
     /// Freezes the machine; its pages have not settled.
-    pub fn freeze(&mut self, machine: &mut Machine) -> Frozen {
+    pub fn freeze(&mut self, machine: &mut Machine) -> Taken {
         let store = self.new_store();
         machine.worker.freeze(store, self.file(store))
     }
@@ -143,9 +143,9 @@ impl Family {
 
     pub fn child(&mut self, name: &str, runs: &[Run], state: &MachineState, index: u32) -> Machine {
         let mut worker = self.prepare();
-        let origin = Origin::Fork { state: Box::new(state.clone()), index };
-        let (start, fds) = self.start(name, runs, origin, Activity::Running);
+        let (start, fds) = self.start(name, runs, Origin::Fork { index }, Activity::Running);
         worker.start(start, &fds);
+        worker.load(state);
         worker.running();
         worker.first_sign();
         Machine { worker, runs: runs.to_vec() }

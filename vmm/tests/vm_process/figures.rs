@@ -41,16 +41,16 @@ pub fn figures() {
                 parent.worker.ok(&format!("fill 1024 {pages} {round}"));
             }
             let frozen = family.freeze(&mut parent);
-            pauses.push(parent.worker.pause() / 1000);
+            pauses.push(frozen.pause_ns.unwrap() / 1000);
             moved = frozen.harvest.private.iter().map(|range| range.count().0).sum();
             if moved > 0 {
                 family.settle(&mut parent, &frozen);
             }
             let mut worker = family.prepare();
-            let origin = Origin::Fork { state: frozen.state.clone(), index: 1 };
-            let (start, fds) = family.start("child", &parent.runs, origin, Activity::Running);
+            let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Running);
             let asked = now_ns();
             worker.start(start, &fds);
+            worker.load(&frozen.state);
             let (running, alive) = (worker.running(), worker.first_sign());
             ready.push((running - asked) / 1000);
             sign.push((alive - asked) / 1000);

@@ -11,13 +11,15 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmm::link::Link;
-use vmm::wire::{FromVm, Frozen, HostFeatures, Isolation, Line, Shape, Start, ToVm};
+use vmm::machine::state::MachineState;
+use vmm::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Line, Shape, Start, ToVm};
 
 pub const CHILD: &str = "OFFSHOOT_TEST_VM_PROCESS";
 pub const SOCKET: i32 = 3;
@@ -138,6 +140,10 @@ impl Worker {
         self.tell(&ToVm::Start(Box::new(start)), stores);
     }
 
+    pub fn load(&mut self, state: &MachineState) {
+        self.tell(&ToVm::Load(Box::new(state.clone())), &[]);
+    }
+
     pub fn running(&mut self) -> u64 {
         self.expect(|message| match message {
             FromVm::Running { at_ns } => Some(*at_ns),
@@ -180,35 +186,24 @@ impl Worker {
         answer
     }
 
-    pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>) -> Frozen {
+    pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>) -> Taken {
         self.tell(&ToVm::Freeze { store, max_runs: 10_000, short: Short::Moved }, &[file]);
-        self.frozen()
+        self.taken()
     }
 
-    pub fn frozen(&mut self) -> Frozen {
-        let copy = |message: &FromVm| match message {
-            FromVm::Frozen(frozen) => Some(Frozen {
-                store: frozen.store,
-                harvest: frozen.harvest.clone(),
-                scratch_base: frozen.scratch_base,
-                copies: frozen.copies,
-                copy: frozen.copy,
-                state: frozen.state.clone(),
-                activity: frozen.activity,
-                kicked_ns: frozen.kicked_ns,
-            }),
+    pub fn taken(&mut self) -> Taken {
+        let frozen = self.expect(|message| match message {
+            FromVm::Frozen(frozen) => Some(frozen.clone()),
             FromVm::FreezeFailed(why) => panic!("{why}"),
             _ => None,
-        };
-        self.expect(copy)
-    }
-
-    /// How long a freeze whose guest runs again kept it from that, in nanoseconds.
-    pub fn pause(&mut self) -> u64 {
-        self.expect(|message| match message {
-            FromVm::WentOn { pause_ns, .. } => Some(*pause_ns),
+        });
+        let (state, pause_ns) = self.expect(|message| match message {
+            FromVm::Saved { store, state, pause_ns } if *store == frozen.store => Some((state.clone(), *pause_ns)),
+            FromVm::Ended(ending) => panic!("{ending:?}"),
             _ => None,
-        })
+        });
+        assert_eq!(pause_ns.is_some(), frozen.activity == Activity::Running);
+        Taken { frozen, state, pause_ns }
     }
 
     /// Reads moved pages through the keeper.
@@ -220,6 +215,22 @@ impl Worker {
         if let Some(traps) = &self.traps {
             traps.wake(self.window_base + pages.start().gpa(), pages.len_bytes()).unwrap();
         }
+    }
+}
+
+/// A freeze, done.
+pub struct Taken {
+    frozen: Box<Frozen>,
+    pub state: Box<MachineState>,
+    /// How long the guest was kept from running, if it runs again.
+    pub pause_ns: Option<u64>,
+}
+
+impl Deref for Taken {
+    type Target = Frozen;
+
+    fn deref(&self) -> &Frozen {
+        &self.frozen
     }
 }
 
