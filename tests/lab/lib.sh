@@ -76,6 +76,7 @@ at_most() {
 # shuts down over a page fault at the very instruction that it was resumed at. Such an exit is written down here, so that
 # what it breaks is told from what we break.
 _watched=/sys/kernel/tracing/instances/lab
+_crashes=/sys/kernel/tracing/instances/crashes
 _watch_emulation() {
   [ -d $_watched ] || {
     mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
@@ -86,6 +87,11 @@ _watch_emulation() {
   echo "(guest_rip >= $_run && guest_rip < $(printf '0x%x' $((_run + 0x400)))) || \
     (exit_reason == 0x7f && intr_info == 0x80000b0e && error_code == 0x10)" >$_watched/events/kvm/kvm_exit/filter
   echo 1 >$_watched/events/kvm/kvm_exit/enable
+  # Every guest that shut down, for whoever reads of a failure.
+  mkdir $_crashes 2>/dev/null || return
+  echo 16 >$_crashes/buffer_size_kb
+  echo "exit_reason == 0x7f" >$_crashes/events/kvm/kvm_exit/filter
+  echo 1 >$_crashes/events/kvm/kvm_exit/enable
 }
 _watch_emulation
 
@@ -102,6 +108,7 @@ _finish() {
     [ $_status -eq 0 ] || fail "the scenario itself ended with status $_status"
     # The line that `run` looks for to start the scenario again.
     lost_by_emulation && echo "after $passed passed, $failed failed" && echo "lost by the emulated processor" && exit 1
+    grep -h kvm_exit $_crashes/trace 2>/dev/null | tail -n 5 | sed 's/^ */        a guest shut down: /'
     echo "        offshoot ls:"
     offshoot ls 2>&1 | tail -n 30 | sed 's/^/        | /'
     echo "        server log:"
