@@ -1,0 +1,260 @@
+//! What is done to a VM's memory with its vCPUs stopped, and what it leaves behind.
+
+use super::super::floor::{Floor, Shared};
+use super::super::keeper;
+use super::super::kvm::DirtyLog;
+use super::super::linux::LinuxMachine;
+use super::super::now_ns;
+use super::super::state::MachineState;
+use super::{Vm, VmError};
+use crate::wire::{Activity, FromVm, Frozen};
+use guest_mem::window::host::{Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
+use guest_mem::{Gfn, GfnRange, Harvest, StoreId, Window};
+use nix::unistd::Pid;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+/// For how long a Linux guest is watched before its first freeze: two ticks of its clock. What it writes in that time it
+/// gets copies of before it runs again; each page that it would have to copy by itself then takes two exits.
+const WATCH: Duration = Duration::from_millis(8);
+/// Stretches of which it gets copies at most.
+const HOT_MOST: usize = 512;
+
+impl Vm {
+    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps `file` in their place, or copies them.
+    /// They run again at once if they ran and the host has traps; otherwise once the server says so.
+    ///
+    /// The first freeze of a VM is of all that it has written since it was launched: with a `lifeline`, this process makes a
+    /// copy of itself, and the pages stay.
+    ///
+    /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
+    /// all that the vCPUs have said, and that they stand; then what was taken; last the state, when they run.
+    pub fn freeze(
+        &mut self,
+        store: StoreId,
+        file: BorrowedFd<'_>,
+        lifeline: Option<BorrowedFd<'_>>,
+        max_runs: u32,
+        short: Short,
+        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<(), VmError> {
+        if !self.started {
+            return Err(VmError::NotStarted);
+        }
+        if self.kvm.log() == DirtyLog::Off {
+            match self.kvm.set_log(DirtyLog::On) {
+                Ok(()) if lifeline.is_some() && self.linux.is_some() => thread::sleep(WATCH),
+                Ok(()) => {}
+                Err(error) => log::warn!("freezes take every private page: {error}"),
+            }
+        }
+        let kicked_ns = now_ns();
+        let (before, busy) = self.floor.stop_and_save();
+        self.interrupt_those(&busy);
+        self.linux.iter().for_each(LinuxMachine::end_hinting);
+        let activity = if self.traps { before } else { Activity::Paused };
+        let (harvest, scratch_base, copies, copy) = (Harvest::default(), 0, Gfn(0), None);
+        let begun = Frozen { store, harvest, scratch_base, copies, copy, activity, kicked_ns };
+        let standing = self.freeze_standing(&begun, file, lifeline, max_runs, short, &mut tell);
+        if !standing.as_ref().is_err_and(VmError::is_fatal) {
+            self.floor.go_on(if standing.is_ok() { activity } else { before });
+        }
+        self.linux.iter().for_each(LinuxMachine::announce_ended_hinting);
+        let (taken, state) = standing?;
+        let frozen = match taken {
+            Taken::Nothing => None,
+            Taken::Moved(moved) => {
+                let taken = self.window.harvest(moved).map_err(VmError::Harvest)?;
+                let (harvest, scratch_base, copies) = (taken.harvest, taken.scratch_base, taken.copies);
+                Some(Frozen { harvest, scratch_base, copies, ..begun })
+            }
+            Taken::InCopy(harvest, copy) => {
+                Some(Frozen { harvest, scratch_base: self.window.base(), copy: Some(copy.as_raw()), ..begun })
+            }
+        };
+        if let Some(frozen) = frozen {
+            tell(&FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
+        }
+        let pause_ns = match activity {
+            Activity::Running => Some(self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns)),
+            Activity::Paused => None,
+        };
+        tell(&FromVm::Saved { store, state: Box::new(state), pause_ns }).map_err(VmError::Server)
+    }
+
+    /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
+    /// while the registers are read. Otherwise it is told when the parent runs again.
+    fn freeze_standing(
+        &mut self,
+        begun: &Frozen,
+        file: BorrowedFd<'_>,
+        lifeline: Option<BorrowedFd<'_>>,
+        max_runs: u32,
+        short: Short,
+        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<(Taken, MachineState), VmError> {
+        let floor = Arc::clone(&self.floor);
+        let mut shared = self.await_standing(&floor, &mut tell)?;
+        let said = shared.take_messages();
+        said.iter().chain([&FromVm::Standing]).try_for_each(&mut tell).map_err(VmError::Server)?;
+        let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
+        drop(shared);
+        let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
+        self.kvm.read_log()?;
+        let in_copy = match lifeline.filter(|_| self.traps && !self.log_tells_all) {
+            Some(lifeline) => self.freeze_in_copy(lifeline, max_runs)?,
+            None => None,
+        };
+        let taken = match in_copy {
+            Some(taken) => taken,
+            None => {
+                let dirty = if self.log_tells_all { Dirty::Logged(self.kvm.logs()) } else { Dirty::Every };
+                let moved = self.window.move_out(dirty, begun.store, file, max_runs, short)?;
+                moved.map_or(Taken::Nothing, Taken::Moved)
+            }
+        };
+        if matches!(taken, Taken::Nothing) {
+            tell(&FromVm::Frozen(Box::new(begun.clone()))).map_err(VmError::Server)?;
+        }
+        self.log_tells_all = match self.kvm.log() {
+            DirtyLog::Off => false,
+            DirtyLog::On => {
+                let cleared = self.kvm.clear_log();
+                cleared.inspect_err(|error| log::warn!("the next freeze takes every private page: {error}")).is_ok()
+            }
+        };
+        // The vCPU threads have read their registers meanwhile.
+        let saved = self.floor.await_saved().map_err(|error| error.to_string());
+        let vcpus = saved.and_then(|all| all.into_iter().collect()).map_err(VmError::Save)?;
+        Ok((taken, MachineState { vcpus, serial, mailbox, linux }))
+    }
+
+    /// Waits until the vCPUs stand, and takes what they give back before they do.
+    fn await_standing<'a>(
+        &mut self,
+        floor: &'a Floor,
+        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<MutexGuard<'a, Shared>, VmError> {
+        let mut told = Ok(());
+        let shared = floor.await_standing_and_accept(|pages| {
+            let (given, sent) = give_back(&mut self.window, pages, self.max_runs, &mut tell);
+            told = std::mem::replace(&mut told, Ok(())).and(sent);
+            given
+        })?;
+        told.map_err(VmError::Server)?;
+        Ok(shared)
+    }
+
+    /// Has a copy of this process keep the frozen pages. `None` where they are to be moved instead. What the guest has just
+    /// written, it is likely to write again at once.
+    fn freeze_in_copy(&mut self, lifeline: BorrowedFd<'_>, max_runs: u32) -> Result<Option<Taken>, VmError> {
+        let mut copy = None;
+        let made = self.window.freeze_in_copy(max_runs, || {
+            copy = Some(keeper::copy(lifeline)?);
+            Ok(())
+        });
+        match made {
+            Ok(harvest) => {
+                let hot = self.kvm.logs().iter().flat_map(SlotLog::pages).take(HOT_MOST);
+                hot.for_each(|pages| self.window.copy_ahead(pages));
+                Ok(harvest.map(|harvest| copy.map_or(Taken::Nothing, |copy| Taken::InCopy(harvest, copy))))
+            }
+            Err(error) => {
+                log::warn!("pages are moved instead: {error}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Maps `file`, which is `store`, in the place of pages that are kept since a freeze into it, with the vCPUs stopped.
+    /// Which it did.
+    pub fn shed(
+        &mut self,
+        store: StoreId,
+        file: BorrowedFd<'_>,
+        pages: &[GfnRange],
+        tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<Vec<GfnRange>, VmError> {
+        let (before, busy) = self.floor.stop();
+        self.interrupt_those(&busy);
+        let shed = self.shed_standing(store, file, pages, tell);
+        if !shed.as_ref().is_err_and(VmError::is_fatal) {
+            self.floor.go_on(before);
+        }
+        // Only now what was there is given back.
+        Ok(shed?.pages)
+    }
+
+    fn shed_standing(
+        &mut self,
+        store: StoreId,
+        file: BorrowedFd<'_>,
+        pages: &[GfnRange],
+        tell: impl FnMut(&FromVm) -> io::Result<()>,
+    ) -> Result<Shed, VmError> {
+        let floor = Arc::clone(&self.floor);
+        drop(self.await_standing(&floor, tell)?);
+        self.kvm.read_log()?;
+        let dirty = if self.log_tells_all { Dirty::Logged(self.kvm.logs()) } else { Dirty::Every };
+        let shed = self.window.shed(dirty, store, file, pages)?;
+        if let Err(error) = self.kvm.clear_log() {
+            log::warn!("the next freeze takes every private page: {error}");
+            self.log_tells_all = false;
+        }
+        Ok(shed)
+    }
+
+    /// What the guest has written since it was started or frozen; none where no log is kept.
+    pub fn wrote(&mut self) -> Result<Vec<GfnRange>, VmError> {
+        self.kvm.read_log()?;
+        let pages = self.kvm.logs().iter().flat_map(SlotLog::pages).collect();
+        // Most clones are never frozen.
+        self.kvm.forget_log();
+        Ok(pages)
+    }
+
+    /// Takes the pages that a vCPU gives back, if one does.
+    pub fn accept_gift(&mut self, mut tell: impl FnMut(&FromVm) -> io::Result<()>) -> io::Result<()> {
+        let mut told = Ok(());
+        self.floor.accept_gift(|pages| {
+            let given;
+            (given, told) = give_back(&mut self.window, pages, self.max_runs, &mut tell);
+            given
+        });
+        told
+    }
+
+    /// Some pages of the freeze into `store` have settled.
+    pub fn leave_scratch(&mut self, store: StoreId, pages: GfnRange) {
+        self.window.leave_scratch(store, pages);
+    }
+
+    /// The pages of the freeze into `store` have settled.
+    pub fn drop_scratch(&mut self, store: StoreId) {
+        self.window.drop_scratch(store);
+    }
+}
+
+/// What a freeze took.
+enum Taken {
+    Nothing,
+    /// Pages that are in a scratch range now.
+    Moved(MovedOut),
+    /// Pages that stayed, and are in this copy of the process as well.
+    InCopy(Harvest, Pid),
+}
+
+/// Takes pages out of the window, as far as it has mappings to spare, and tells the server.
+fn give_back(
+    window: &mut HostWindow,
+    pages: &[GfnRange],
+    max_runs: u32,
+    tell: &mut impl FnMut(&FromVm) -> io::Result<()>,
+) -> (Vec<GfnRange>, io::Result<()>) {
+    let given = window.balloon(pages, max_runs as usize);
+    let told = if given.is_empty() { Ok(()) } else { tell(&FromVm::Ballooned(given.clone())) };
+    (given, told)
+}
