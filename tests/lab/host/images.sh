@@ -118,7 +118,7 @@ inner_initrd() {
 # What does not depend on this repository's programs. Sets `images`, the directory, and `programs`, the one in it with QEMU.
 build_images() {
   local key
-  key=$(cat "$lab/host/images.sh" "$lab/outer/init" "$lab/inner/init" "$lab/stamp.c" "$debs"/{linux-6.1,linux-6.12,tools,qemu}.sha256 | sha256sum | cut -c 1-16)
+  key=$(cat "$lab/host/images.sh" "$lab/outer/init" "$lab/inner/init" "$lab"/*.c "$debs"/{linux-6.1,linux-6.12,tools,qemu}.sha256 | sha256sum | cut -c 1-16)
   images=$cache/images/$key
   programs=$images/programs
   # Touched, so that one in use is not taken for an old one.
@@ -146,6 +146,7 @@ make_images() {
   root=$work/outer
   busybox "$work/tools" "$root"
   cp "$lab/outer/init" "$root/init"
+  gcc -static -O2 -s -Wall -Werror -o "$root/bin/steady" "$lab/steady.c"
   for version in "${kernels[@]}"; do
     mkdir -p "$root/kernels/$version"
     cp "$work/out/vmlinuz-$version" "$root/kernels/$version/vmlinuz"
