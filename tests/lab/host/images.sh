@@ -4,7 +4,7 @@
 
 kernels=(6.1 6.12)
 # In the order in which they load. Of a module that a kernel has built in there is no file, which is fine.
-outer_modules="irqbypass kvm kvm-amd"
+outer_modules="irqbypass kvm kvm-amd loop dm-mod"
 inner_modules="virtio_ring virtio virtio_mmio rng-core virtio-rng virtio_balloon virtio_blk failover net_failover
   virtio_net vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libnvdimm nd_virtio virtio_pmem"
 # Libraries that stress-ng names and that its memory and CPU stressors do not use, 18 MB with what they need in turn:
@@ -128,7 +128,7 @@ build_images() {
 }
 
 make_images() {
-  local work version release root
+  local work version release root program
   work=$(mktemp -d "$cache/work.XXXXXX")
   trap "rm -rf '$work'" EXIT
   unpack tools "$work/tools"
@@ -146,7 +146,7 @@ make_images() {
   root=$work/outer
   busybox "$work/tools" "$root"
   cp "$lab/outer/init" "$root/init"
-  gcc -static -O2 -s -Wall -Werror -o "$root/bin/steady" "$lab/steady.c"
+  for program in steady dm; do gcc -static -O2 -s -Wall -Werror -o "$root/bin/$program" "$lab/$program.c"; done
   for version in "${kernels[@]}"; do
     mkdir -p "$root/kernels/$version"
     cp "$work/out/vmlinuz-$version" "$root/kernels/$version/vmlinuz"
