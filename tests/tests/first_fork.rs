@@ -146,3 +146,20 @@ fn a_copy_that_dies_takes_nothing_with_it_but_what_it_had() {
     }
     panic!("no copy was killed in time");
 }
+
+/// Two freezes of a VM had not settled when it was removed with all who saw them. Its window went with the first scratch
+/// range that was dropped; the copy of its process, which had the other, heard of nothing, and lived on: the removal was
+/// never answered.
+#[test]
+fn a_vm_can_go_before_its_forks_have_settled() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = home.launch("p", ByteSize::mib(1024));
+    vm.fill(1000..201_000, 1);
+    vm.fork(ForkOptions::new()).unwrap();
+    vm.fill(1000..21_000, 2);
+    vm.fork(ForkOptions::new()).unwrap();
+    let unsettled = home.totals().unsettled_pages;
+    home.client().remove_all().unwrap();
+    assert!(unsettled > 21_000, "{unsettled}: the first fork had settled, and this tests nothing");
+    assert_eq!(home.processes().len(), 0);
+}

@@ -125,9 +125,9 @@ impl VmProcess {
         }
     }
 
-    /// Ends the keeper, and copies that nobody needs.
+    /// Ends the keeper, and copies of the process: nobody needs the memory any more.
     pub fn kill_keeper(&self) {
-        self.memory.cut_lifeline();
+        self.memory.end_copies();
         if let Some(keeper) = self.memory.keeper.get() {
             signal(keeper);
         }

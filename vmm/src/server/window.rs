@@ -118,6 +118,12 @@ impl Memory {
         self.lifeline.take();
     }
 
+    /// Nobody needs the memory any more: copies of the process end.
+    pub fn end_copies(&self) {
+        self.cut_lifeline();
+        self.scratch.borrow_mut().clear();
+    }
+
     /// The process has made a copy of itself.
     pub fn note_copy(&self, pid: Pid) {
         self.copies.borrow_mut().push(pid);
