@@ -232,9 +232,14 @@ impl Vm {
         self.window.leave_scratch(store, pages);
     }
 
-    /// The pages of the freeze into `store` have settled.
+    /// The pages of the freeze into `store` have settled. What memory their copies had may be for the next freeze's.
     pub fn drop_scratch(&mut self, store: StoreId) {
         self.window.drop_scratch(store);
+    }
+
+    /// No freeze is likely to come soon.
+    pub fn drop_spare(&mut self) {
+        self.window.drop_spare();
     }
 }
 
