@@ -65,7 +65,7 @@ struct Process<'a> {
     vm: Option<Vm>,
     /// The first moments of a clone.
     moments: Option<Moments>,
-    /// When pages of a freeze had settled last, and left memory for the next.
+    /// When the last freeze began or had settled: there may be memory for the copies of the next.
     spare: Option<Instant>,
     /// How the process has ended.
     done: Option<Result<(), String>>,
@@ -208,6 +208,7 @@ impl Process<'_> {
                 };
                 let link = &mut self.link;
                 let tell = |message: &FromVm| link.send(message, &[]);
+                self.spare = Some(Instant::now());
                 match vm.freeze(store, file.as_fd(), lifeline, max_runs, short, tell) {
                     Ok(()) => {}
                     Err(error) => {

@@ -2,9 +2,9 @@
 //! copies them.
 
 use super::dirty::{Candidate, Cleanness, Density};
-use super::moves::{Plan, SHORT, Short, plan};
+use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
 use super::scratch::Draft;
-use super::{Dirty, HostWindow, WindowError, during};
+use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
@@ -54,6 +54,9 @@ pub(super) enum Trust {
     Nothing,
 }
 
+/// So many copies (1 MiB) get their memory before the guest stands still: as much as is supplied in about a millisecond.
+const MANY_COPIES: u64 = 256;
+
 /// Pages that left the window, with what lies beneath them: what it takes to put them back.
 type Moved = Vec<(GfnRange, Source)>;
 
@@ -73,6 +76,16 @@ impl HostWindow {
         match self.move_out(dirty, store, file, max_runs, short)? {
             Some(moved) => self.harvest(moved),
             None => Ok(Frozen::default()),
+        }
+    }
+
+    /// Gets memory for the copies of a freeze that is about to begin, if these logs tell of many: the guest may run, and
+    /// would stand still for longer than the copies themselves take. Whatever goes wrong here goes wrong again in the freeze.
+    pub fn prepare_copies(&mut self, logs: &[SlotLog]) {
+        let short = |pages: &GfnRange| pages.count().0 <= SHORT;
+        let copies = logs.iter().flat_map(SlotLog::pages).filter(short).map(|pages| pages.count().0).sum::<u64>();
+        if copies >= MANY_COPIES {
+            self.scratches.prepare(PageCount(copies.min(COPIED_MOST)));
         }
     }
 

@@ -86,6 +86,14 @@ impl Scratches {
         Ok(draft)
     }
 
+    /// Gets memory for the copies of the next freeze.
+    pub fn prepare(&mut self, copies: PageCount) {
+        match self.make_for(copies) {
+            Ok(draft) => self.spare = Some(draft),
+            Err(error) => log::debug!("memory for {copies:?} ahead of a freeze: {error}"),
+        }
+    }
+
     /// The frame of every scratch area where copies begin.
     pub fn copies(&self) -> Gfn {
         Gfn::of_gpa(Area::span(self.frames))

@@ -51,6 +51,10 @@ impl Vm {
                 Err(error) => log::warn!("freezes take every private page: {error}"),
             }
         }
+        if short == Short::Copied && self.log_tells_all {
+            self.kvm.read_log()?;
+            self.window.prepare_copies(self.kvm.logs());
+        }
         let kicked_ns = now_ns();
         let (before, busy) = self.floor.stop_and_save();
         self.interrupt_those(&busy);
