@@ -286,7 +286,7 @@ fn single_pages_of_a_store_trap_and_those_between_do_not() {
     let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
     let source = Source::Store { store: StoreId(1), origin: Gfn(0) };
     let run = |frame: u64| {
-        let source = if frame % 2 == 0 { source } else { Source::Anonymous };
+        let source = if frame.is_multiple_of(2) { source } else { Source::Anonymous };
         Run { pages: frames(frame..frame + 1), source }
     };
     let runs: Vec<Run> = (0..100).map(run).collect();
