@@ -98,6 +98,11 @@ impl Area {
         self.base
     }
 
+    /// All its frames.
+    pub fn frames(&self) -> GfnRange {
+        self.frames
+    }
+
     /// The host address where `range` starts, and its length in bytes.
     ///
     /// # Errors
@@ -118,6 +123,18 @@ impl Area {
         match self.place {
             Place::Fixed(_) => unmap_raw(self.base, self.frames.len_bytes()),
             Place::Anywhere => Ok(()),
+        }
+    }
+
+    /// Unmaps what is there; the addresses stay the area's.
+    ///
+    /// # Errors
+    /// Of `munmap` or `mmap`.
+    pub fn clear(&self, range: GfnRange) -> io::Result<()> {
+        let (start, len) = self.host(range)?;
+        match self.place {
+            Place::Fixed(_) => unmap_raw(start, len),
+            Place::Anywhere => self.map(range, Access::None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
         }
     }
 

@@ -13,6 +13,7 @@
 mod balloon;
 mod dirty;
 mod freeze;
+mod map;
 mod moves;
 mod runs;
 mod scratch;
@@ -27,9 +28,9 @@ pub use moves::Short;
 pub use snapshot::Shed;
 
 use super::{Run, Source, StoreId, Window};
-use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::sys::Written;
-use crate::sys::{Access, Advice, Area, Pagemap, ScanMethod, Userfaultfd};
+use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
 use rangemap::RangeSet;
 use runs::RunMap;
@@ -170,63 +171,6 @@ impl HostWindow {
         self.area.vacate().map_err(during("munmap", all))
     }
 
-    /// Maps `runs`, and traps touches of what their stores do not hold. Whoever could touch the window stands still,
-    /// and none of the pages is private.
-    ///
-    /// # Errors
-    /// A run is out of place, or a system call failed: runs before the one it names are mapped.
-    pub fn map(
-        &mut self,
-        runs: &[Run],
-        stores: &[(StoreId, BorrowedFd<'_>)],
-        huge: HugePages,
-    ) -> Result<(), WindowError> {
-        let mut trapping: Option<GfnRange> = None;
-        for run in runs {
-            self.map_run(run, stores, huge)?;
-            match (run.source, trapping) {
-                (Source::Store { .. }, Some(range)) if range.end() == run.pages.start() => {
-                    trapping = Some(GfnRange::between(range.start(), run.pages.end()));
-                }
-                (Source::Store { .. }, before) => {
-                    self.trap(before)?;
-                    trapping = Some(run.pages);
-                }
-                (Source::Anonymous, before) => {
-                    self.trap(before)?;
-                    trapping = None;
-                }
-            }
-        }
-        self.trap(trapping)
-    }
-
-    fn map_run(&mut self, run: &Run, stores: &[(StoreId, BorrowedFd<'_>)], huge: HugePages) -> Result<(), WindowError> {
-        let bad = || WindowError::BadRun(*run);
-        if run.pages.is_empty() || !self.ram.iter().any(|ram| ram.intersect(run.pages) == run.pages) {
-            return Err(bad());
-        }
-        match run.source {
-            Source::Anonymous => {
-                self.area.map_anonymous(run.pages).map_err(during("mmap", run.pages))?;
-                let advice = match huge {
-                    HugePages::Advised => Advice::Huge,
-                    HugePages::Never => Advice::Small,
-                };
-                // A kernel without huge pages refuses the advice, and needs none.
-                self.area.hint(run.pages, advice);
-            }
-            Source::Store { store, origin } => {
-                let (_, file) = stores.iter().find(|(id, _)| *id == store).ok_or_else(bad)?;
-                let first = run.pages.start().0.checked_sub(origin.0).ok_or_else(bad)?;
-                let map = self.area.map_private(run.pages, *file, PageIndex(first), Access::ReadWrite);
-                map.map_err(during("mmap", run.pages))?;
-            }
-        }
-        self.runs.mapped(run.pages, run.source);
-        Ok(())
-    }
-
     /// Makes private copies of pages that the guest is likely to write, and that nobody has to supply first: a batch costs a
     /// tenth of a copy at each first write. They are clean until the guest writes them. A kernel that does not know the
     /// call (before Linux 5.14) makes none.
@@ -234,23 +178,9 @@ impl HostWindow {
         self.area.hint(pages, Advice::Populate);
     }
 
-    fn trap(&self, pages: Option<GfnRange>) -> Result<(), WindowError> {
-        match pages {
-            Some(pages) => self.register(pages).map_err(during("UFFDIO_REGISTER", pages)),
-            None => Ok(()),
-        }
-    }
-
-    fn register(&self, pages: GfnRange) -> io::Result<()> {
-        let Some(uffd) = &self.uffd else { return Ok(()) };
-        let (start, len) = self.area.host(pages)?;
-        uffd.register(start, len)
-    }
-
-    fn unregister(&self, pages: GfnRange) -> io::Result<()> {
-        let Some(uffd) = &self.uffd else { return Ok(()) };
-        let (start, len) = self.area.host(pages)?;
-        uffd.unregister(start, len)
+    /// Gives back the memory that the copies of settled freezes have left for the next: worth it where none comes soon.
+    pub fn drop_spare(&mut self) {
+        self.scratches.drop_spare();
     }
 
     /// The guest's memory, for the VMM's own reads and writes: it records what is written. Only mapped frames may be

@@ -29,7 +29,15 @@ pub(super) fn run(socket: OwnedFd, known: &Known) -> Result<(), String> {
     let link = Link::new(socket);
     link.never_wait().map_err(|error| error.to_string())?;
     let mut events = EventManager::new().map_err(|error| error.to_string())?;
-    let process = events.add_subscriber(Process { link, known, vm: None, moments: None, done: None, backed_up: false });
+    let process = events.add_subscriber(Process {
+        link,
+        known,
+        vm: None,
+        moments: None,
+        spare: None,
+        done: None,
+        backed_up: false,
+    });
     let mut wait = -1;
     loop {
         events.run_with_timeout(wait).map_err(|error| error.to_string())?;
@@ -38,6 +46,7 @@ pub(super) fn run(socket: OwnedFd, known: &Known) -> Result<(), String> {
             return done;
         }
         process.end_moments().map_err(|error| format!("the server's socket: {error}"))?;
+        process.end_spare();
         wait = process.wait();
     }
 }
@@ -56,6 +65,8 @@ struct Process<'a> {
     vm: Option<Vm>,
     /// The first moments of a clone.
     moments: Option<Moments>,
+    /// When the last freeze began or had settled: there may be memory for the copies of the next.
+    spare: Option<Instant>,
     /// How the process has ended.
     done: Option<Result<(), String>>,
     /// The socket did not take everything: wait until it does.
@@ -71,6 +82,9 @@ struct Moments {
 
 /// How long the first moments are.
 const FIRST_MOMENTS: Duration = Duration::from_millis(100);
+/// For how long after a freeze memory is kept for the copies of the next: a VM that is forked again and again has it, and
+/// one that is forked now and then gives it back.
+const SPARE: Duration = Duration::from_secs(10);
 /// A clone is looked at after so many answers, and at the end of its first moments.
 const FIRST_ANSWERS: u32 = 2;
 
@@ -138,8 +152,16 @@ impl Process<'_> {
 
     /// How long nothing has to be done if nothing happens, in milliseconds; -1 for ever.
     fn wait(&self) -> i32 {
-        let left = |moments: &Moments| FIRST_MOMENTS.saturating_sub(moments.began.elapsed()).as_millis() as i32 + 1;
-        self.moments.as_ref().map_or(-1, left)
+        let moments = self.moments.as_ref().map(|moments| moments.began + FIRST_MOMENTS);
+        let next = moments.into_iter().chain(self.spare.map(|since| since + SPARE)).min();
+        next.map_or(-1, |next| next.saturating_duration_since(Instant::now()).as_millis() as i32 + 1)
+    }
+
+    /// Gives memory back that no freeze has come for.
+    fn end_spare(&mut self) {
+        if let (Some(_), Some(vm)) = (self.spare.take_if(|since| since.elapsed() >= SPARE), &mut self.vm) {
+            vm.drop_spare();
+        }
     }
 
     /// Ends a clone's first moments when they are over.
@@ -186,6 +208,7 @@ impl Process<'_> {
                 };
                 let link = &mut self.link;
                 let tell = |message: &FromVm| link.send(message, &[]);
+                self.spare = Some(Instant::now());
                 match vm.freeze(store, file.as_fd(), lifeline, max_runs, short, tell) {
                     Ok(()) => {}
                     Err(error) => {
@@ -211,7 +234,10 @@ impl Process<'_> {
                 }
             }
             ToVm::LeaveScratch { store, pages } => vm.leave_scratch(store, pages),
-            ToVm::DropScratch(store) => vm.drop_scratch(store),
+            ToVm::DropScratch(store) => {
+                vm.drop_scratch(store);
+                self.spare = Some(Instant::now());
+            }
             ToVm::Pause => self.ask(Activity::Paused),
             ToVm::Resume => self.ask(Activity::Running),
             ToVm::Input(line) => {

@@ -2,8 +2,9 @@
 //! copies them.
 
 use super::dirty::{Candidate, Cleanness, Density};
-use super::moves::{Plan, SHORT, Short, plan};
-use super::{Dirty, HostWindow, WindowError, during};
+use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
+use super::scratch::Draft;
+use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
@@ -27,7 +28,7 @@ pub struct Frozen {
 #[must_use = "the moved pages are known to nobody until they are harvested"]
 pub struct MovedOut {
     store: StoreId,
-    scratch: Area,
+    scratch: Draft,
     plan: Plan,
     /// Private pages that were found before the move.
     found: Vec<GfnRange>,
@@ -53,6 +54,9 @@ pub(super) enum Trust {
     Nothing,
 }
 
+/// So many copies (1 MiB) get their memory before the guest stands still: as much as is supplied in about a millisecond.
+const MANY_COPIES: u64 = 256;
+
 /// Pages that left the window, with what lies beneath them: what it takes to put them back.
 type Moved = Vec<(GfnRange, Source)>;
 
@@ -72,6 +76,16 @@ impl HostWindow {
         match self.move_out(dirty, store, file, max_runs, short)? {
             Some(moved) => self.harvest(moved),
             None => Ok(Frozen::default()),
+        }
+    }
+
+    /// Gets memory for the copies of a freeze that is about to begin, if these logs tell of many: the guest may run, and
+    /// would stand still for longer than the copies themselves take. Whatever goes wrong here goes wrong again in the freeze.
+    pub fn prepare_copies(&mut self, logs: &[SlotLog]) {
+        let short = |pages: &GfnRange| pages.count().0 <= SHORT;
+        let copies = logs.iter().flat_map(SlotLog::pages).filter(short).map(|pages| pages.count().0).sum::<u64>();
+        if copies >= MANY_COPIES {
+            self.scratches.prepare(PageCount(copies.min(COPIED_MOST)));
         }
     }
 
@@ -116,16 +130,16 @@ impl HostWindow {
         }
 
         let plan = plan(&found.dirty, &self.ram, limit, short);
-        let scratch = self.scratches.make().map_err(WindowError::NoScratch)?;
-        self.copy(&scratch, &plan.copies)?;
-        self.exchange(&scratch, &plan.moves, file, |_| Ok(()))?;
+        let copies = PageCount(plan.copies.iter().map(|pages| pages.count().0).sum());
+        let scratch = self.scratches.make_for(copies).map_err(WindowError::NoScratch)?;
+        self.copy(&scratch.area, &plan.copies)?;
+        self.exchange(&scratch.area, &plan.moves, file, |_| Ok(()))?;
 
         let source = Source::Store { store, origin: Gfn(0) };
         for pages in &plan.moves {
             self.runs.mapped(*pages, source);
             self.kept.remove(pages.raw());
         }
-        plan.copies.iter().for_each(|pages| self.kept.insert(pages.raw()));
         self.forget_dirty();
         Ok(Some(MovedOut { store, scratch, plan, found: found.dirty, told: found.told }))
     }
@@ -146,24 +160,9 @@ impl HostWindow {
         trust
     }
 
-    /// Copies pages into a scratch range, one after the other. Nobody else knows of it yet: it is huge pages' best case.
+    /// Copies pages into a scratch range that has memory for them, one after the other.
     fn copy(&self, scratch: &Area, copies: &[GfnRange]) -> Result<(), WindowError> {
-        const HUGE: u64 = 512;
-        let count: u64 = copies.iter().map(|pages| pages.count().0).sum();
-        if count == 0 {
-            return Ok(());
-        }
-        let mut room = GfnRange::new(self.scratches.copies(), PageCount(count));
-        if count >= HUGE / 2 {
-            room = GfnRange::new(room.start(), PageCount(count.next_multiple_of(HUGE)));
-        }
-        scratch.map_anonymous(room).map_err(during("mmap", room))?;
-        if count >= HUGE / 2 {
-            scratch.hint(room, Advice::Huge);
-        }
-        // Where the kernel does not know the call, each page is supplied when it is written.
-        scratch.hint(room, Advice::Populate);
-        let mut at = room.start();
+        let mut at = self.scratches.copies();
         for pages in copies {
             self.area.copy_to(*pages, scratch, at).map_err(during("copying", *pages))?;
             at = Gfn(at.0 + pages.count().0);
@@ -187,11 +186,15 @@ impl HostWindow {
     /// The pagemap cannot be read: the moved pages are lost, and the VM must not run on.
     pub fn harvest(&mut self, out: MovedOut) -> Result<Frozen, WindowError> {
         let MovedOut { store, scratch, plan, found, told } = out;
+        // What was given back meanwhile has not stayed.
+        for pages in &plan.copies {
+            self.given_back.gaps(&pages.raw()).for_each(|part| self.kept.insert(part));
+        }
         let mut private = without(&found, &told);
         for range in &told {
-            let (start, len) = scratch.host(*range).map_err(during("looking up", *range))?;
+            let (start, len) = scratch.area.host(*range).map_err(during("looking up", *range))?;
             let scan = self.pagemap.private(start..start + len as u64, |bytes| {
-                private.push(frames(&bytes, scratch.base()));
+                private.push(frames(&bytes, scratch.area.base()));
             });
             scan.map_err(during("scanning the pagemap", *range))?;
         }
@@ -199,7 +202,7 @@ impl HostWindow {
         let mut joined = Vec::with_capacity(private.len());
         private.into_iter().for_each(|range| push(&mut joined, range));
 
-        let (scratch_base, copies) = (scratch.base(), self.scratches.copies());
+        let (scratch_base, copies) = (scratch.area.base(), self.scratches.copies());
         self.scratches.keep(store, scratch, joined.clone(), &plan.copies);
         let harvest = Harvest { moved: plan.moves, copied: plan.copies, private: joined };
         Ok(Frozen { harvest, scratch_base, copies })

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// touches it, and cuts the window's mappings.
 pub(super) const SHORT: u64 = 16;
 /// Pages that one freeze copies at most (64 MiB): as long as they stay in the window, they are in memory twice.
-const COPIED_MOST: u64 = 16 << 10;
+pub(super) const COPIED_MOST: u64 = 16 << 10;
 
 /// What becomes of dirty private pages while their short stretches may stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

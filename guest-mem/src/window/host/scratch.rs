@@ -14,6 +14,8 @@ pub(super) struct Scratches {
     row: Option<Row>,
     frames: PageCount,
     areas: BTreeMap<StoreId, Scratch>,
+    /// Memory for the copies of the next freeze: those of one before it have settled.
+    spare: Option<Draft>,
 }
 
 #[derive(Debug)]
@@ -24,10 +26,22 @@ struct Row {
 
 #[derive(Debug)]
 struct Scratch {
-    area: Area,
+    draft: Draft,
     private: Vec<GfnRange>,
     places: ScratchRange,
+    copies: PageCount,
 }
+
+/// A scratch area whose first `room` pages for copies have memory.
+#[derive(Debug)]
+pub(super) struct Draft {
+    pub area: Area,
+    room: PageCount,
+}
+
+/// Pages of copies whose memory stays for the next freeze at most (16 MiB). To be supplied with new memory while the VM
+/// stands still takes up to twenty times as long as to copy.
+const SPARE_MOST: PageCount = PageCount(4096);
 
 /// Fixed areas end below this, far from where the kernel places mappings of its own choice.
 const FIXED_END: u64 = 0x4000_0000_0000;
@@ -41,21 +55,43 @@ impl Scratches {
             Place::Fixed(_) => Some(Row { first: area.base() + stride, stride }),
             Place::Anywhere => None,
         };
-        Self { row, frames, areas: BTreeMap::new() }
+        Self { row, frames, areas: BTreeMap::new(), spare: None }
     }
 
     /// A new, empty scratch area.
     pub fn make(&self) -> io::Result<Area> {
         let room = PageCount(self.copies().0 + self.frames.0);
         let Some(row) = &self.row else { return Area::reserve(Place::Anywhere, room) };
+        let taken = || self.areas.values().map(|scratch| &scratch.draft).chain(&self.spare);
         let free = (row.first..)
             .step_by(row.stride as usize)
             .take_while(|base| base + row.stride <= FIXED_END)
-            .find(|base| self.areas.values().all(|scratch| scratch.area.base() != *base));
+            .find(|base| taken().all(|draft| draft.area.base() != *base));
         let base = free.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let area = Area::reserve(Place::Fixed(base), room)?;
         area.vacate()?;
         Ok(area)
+    }
+
+    /// A scratch area with memory for so many copies.
+    pub fn make_for(&mut self, copies: PageCount) -> io::Result<Draft> {
+        let mut draft = match self.spare.take() {
+            Some(spare) => spare,
+            None => Draft { area: self.make()?, room: PageCount(0) },
+        };
+        let missing = copies.0.saturating_sub(draft.room.0);
+        if missing > 0 {
+            draft.supply(Gfn(self.copies().0 + draft.room.0), PageCount(missing))?;
+        }
+        Ok(draft)
+    }
+
+    /// Gets memory for the copies of the next freeze.
+    pub fn prepare(&mut self, copies: PageCount) {
+        match self.make_for(copies) {
+            Ok(draft) => self.spare = Some(draft),
+            Err(error) => log::debug!("memory for {copies:?} ahead of a freeze: {error}"),
+        }
     }
 
     /// The frame of every scratch area where copies begin.
@@ -63,10 +99,11 @@ impl Scratches {
         Gfn::of_gpa(Area::span(self.frames))
     }
 
-    /// `area` now holds the pages that the freeze into `store` took; the `private` ones may be read.
-    pub fn keep(&mut self, store: StoreId, area: Area, private: Vec<GfnRange>, copied: &[GfnRange]) {
-        let places = ScratchRange::new(area.base(), self.copies(), copied);
-        let before = self.areas.insert(store, Scratch { area, private, places });
+    /// `draft` now holds the pages that the freeze into `store` took; the `private` ones may be read.
+    pub fn keep(&mut self, store: StoreId, draft: Draft, private: Vec<GfnRange>, copied: &[GfnRange]) {
+        let places = ScratchRange::new(draft.area.base(), self.copies(), copied);
+        let copies = PageCount(copied.iter().map(|pages| pages.count().0).sum());
+        let before = self.areas.insert(store, Scratch { draft, private, places, copies });
         debug_assert!(before.is_none(), "a store takes one freeze");
     }
 
@@ -80,22 +117,74 @@ impl Scratches {
             let what = format!("guest pages {pages:?} were not harvested into {store:?}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        scratch.area.copy_out(scratch.places.frame(first), buf)
+        scratch.draft.area.copy_out(scratch.places.frame(first), buf)
     }
 
-    /// Gives the memory of pages back that were moved together, or copied.
+    /// Gives the memory of pages back that were moved together, or copied, unless it is for the next freeze.
     pub fn leave(&mut self, store: StoreId, pages: GfnRange) {
-        let Some(Scratch { area, places, .. }) = self.areas.get(&store) else { return };
+        let stays = self.spare_most();
+        let Some(Scratch { draft, places, .. }) = self.areas.get(&store) else { return };
         let there = GfnRange::new(places.frame(pages.start()), pages.count());
-        if let Err(error) = area.advise(there, Advice::DropPrivate) {
+        if stays.intersect(there) == there {
+            return;
+        }
+        if let Err(error) = draft.area.advise(there, Advice::DropPrivate) {
             log::warn!("memory of settled pages {pages:?} stays: {error}");
         }
     }
 
-    /// Unmaps the scratch area of the freeze into `store`.
+    /// Unmaps the scratch area of the freeze into `store`. As much memory as its copies took is for the next freeze.
     pub fn drop(&mut self, store: StoreId) {
-        if self.areas.remove(&store).is_none() {
-            log::warn!("{store:?} has no scratch range to drop");
+        let stays = self.spare_most();
+        let Some(Scratch { mut draft, copies, .. }) = self.areas.remove(&store) else {
+            return log::warn!("{store:?} has no scratch range to drop");
+        };
+        let room = draft.room.min(copies).min(stays.count());
+        if self.spare.as_ref().is_some_and(|spare| spare.room >= room) || room == PageCount(0) {
+            return;
         }
+        match draft.keep_only(GfnRange::new(stays.start(), room)) {
+            Ok(()) => self.spare = Some(draft),
+            Err(error) => log::warn!("memory of settled copies is not used again: {error}"),
+        }
+    }
+
+    /// Gives back the memory that is for the next freeze.
+    pub fn drop_spare(&mut self) {
+        self.spare = None;
+    }
+
+    /// What a spare may have memory for.
+    fn spare_most(&self) -> GfnRange {
+        GfnRange::new(self.copies(), SPARE_MOST)
+    }
+}
+
+impl Draft {
+    /// Maps memory behind what is there already. Nobody else knows of it: it is huge pages' best case.
+    fn supply(&mut self, from: Gfn, mut count: PageCount) -> io::Result<()> {
+        const HUGE: u64 = 512;
+        let huge = count.0 >= HUGE / 2;
+        if huge {
+            count = PageCount((from.0 + count.0).next_multiple_of(HUGE) - from.0);
+        }
+        let pages = GfnRange::new(from, count);
+        self.area.map_anonymous(pages)?;
+        if huge {
+            self.area.hint(pages, Advice::Huge);
+        }
+        // Where the kernel does not know the call, each page is supplied when it is written.
+        self.area.hint(pages, Advice::Populate);
+        self.room = PageCount(self.room.0 + count.0);
+        Ok(())
+    }
+
+    /// Unmaps all but these pages, the first of its room.
+    fn keep_only(&mut self, pages: GfnRange) -> io::Result<()> {
+        let all = self.area.frames();
+        self.area.clear(GfnRange::between(all.start(), pages.start()))?;
+        self.area.clear(GfnRange::between(pages.end(), all.end()))?;
+        self.room = pages.count();
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! The window on a real kernel.
 
 use super::*;
-use crate::addr::PageCount;
+use crate::addr::{PageCount, PageIndex};
 use crate::sys::{Alias, Memfd, inject};
 use crate::window::Harvest;
 use std::sync::Arc;
@@ -222,6 +222,93 @@ fn many_copies() {
 
 /// The log's last word told of pages beyond the end of RAM, as it does after a freeze that took every page and failed:
 /// pages that are not there were to be copied.
+/// Pages of this process's memory from `start` on that are private.
+fn private_pages(start: u64, pages: u64) -> u64 {
+    let mut count = 0;
+    let mut pagemap = Pagemap::open(ScanMethod::Scan).unwrap();
+    pagemap.private(start..start + (pages << 12), |bytes| count += (bytes.end - bytes.start) >> 12).unwrap();
+    count
+}
+
+#[test]
+fn memory_of_settled_copies_is_for_the_next_freeze() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let scattered: Vec<u64> = (10..800).step_by(10).collect();
+    let count = scattered.len() as u64;
+    let freeze = |rig: &mut Rig, store: u32, frames: &[u64]| {
+        frames.iter().for_each(|frame| rig.write(*frame, u64::from(store) * 10_000 + frame));
+        let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), store, 1000, Short::Copied);
+        assert_eq!(frozen.harvest.copied.len(), frames.len());
+        for frame in frames {
+            assert_eq!(rig.scratch_word(store, *frame).unwrap(), u64::from(store) * 10_000 + frame);
+            rig.window.leave_scratch(StoreId(store), frozen.harvest.copied[0]);
+        }
+        frozen.scratch_base + frozen.copies.gpa()
+    };
+    let first = freeze(&mut rig, 1, &scattered);
+    rig.window.drop_scratch(StoreId(1));
+    assert_eq!(private_pages(first, count), count);
+    let mut second = freeze(&mut rig, 2, &scattered);
+    assert_eq!(second, first, "the memory is used again");
+    // One that comes before that has settled has memory of its own, and of both the larger stays.
+    let third = freeze(&mut rig, 3, &scattered[..5]);
+    assert_ne!(third, second);
+    rig.window.drop_scratch(StoreId(2));
+    rig.window.drop_scratch(StoreId(3));
+    second = freeze(&mut rig, 4, &scattered[..5]);
+    assert_eq!(second, first);
+    rig.window.drop_scratch(StoreId(4));
+    assert_eq!(private_pages(first, count), 5, "what a freeze did not need is given back");
+    rig.window.drop_spare();
+    assert_eq!(private_pages(first, count), 0);
+}
+
+#[test]
+fn a_freeze_has_its_memory_before_if_it_is_to_copy_much() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let scattered: Vec<u64> = (0..2 * PAGES).step_by(4).collect();
+    let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
+    for (log, has_memory) in [(log_of(0..2 * PAGES), false), (log_of(scattered.iter().copied()), true)] {
+        scattered.iter().for_each(|frame| rig.write(*frame, 3000 + frame));
+        rig.window.prepare_copies(&log);
+        // Neither an address nor a page is asked for any more.
+        inject::fail_after(0);
+        let frozen = rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), 10_000, Short::Copied);
+        let failed = inject::stop();
+        assert_eq!((frozen.is_ok(), failed), (has_memory, !has_memory), "{frozen:?}");
+    }
+    assert!(scattered.iter().all(|frame| rig.scratch_word(1, *frame).unwrap() == 3000 + frame));
+}
+
+#[test]
+fn single_pages_of_a_store_trap_and_those_between_do_not() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
+    let source = Source::Store { store: StoreId(1), origin: Gfn(0) };
+    let run = |frame: u64| {
+        let source = if frame.is_multiple_of(2) { source } else { Source::Anonymous };
+        Run { pages: frames(frame..frame + 1), source }
+    };
+    let runs: Vec<Run> = (0..100).map(run).collect();
+    rig.window.map(&runs, &[(StoreId(1), file.as_fd())], HugePages::Never).unwrap();
+    (0..50).for_each(|half| assert_eq!(rig.word(2 * half + 1), 0));
+    assert_eq!(rig.word(200), 200, "what was mapped behind them is");
+    let mut traps = Vec::new();
+    let uffd = Userfaultfd::from_fd(rig.window.userfaultfd().unwrap().try_clone_to_owned().unwrap());
+    uffd.read(&mut traps, 16).unwrap();
+    assert_eq!(traps, []);
+    for frame in [0, 42, 98] {
+        let memory = rig.window.memory().clone();
+        let reader = thread::spawn(move || memory.read_obj::<u64>(GuestAddress(frame << 12)).unwrap());
+        while traps.is_empty() {
+            uffd.read(&mut traps, 16).unwrap();
+        }
+        assert_eq!(traps.drain(..).map(|trap| trap.address).collect::<Vec<_>>(), [rig.window.base() + (frame << 12)]);
+        rig.window.zero(frames(frame..frame + 1));
+        assert_eq!(reader.join().unwrap(), 0);
+    }
+}
+
 #[test]
 fn only_pages_that_were_seen_are_copied() {
     let Some(rig) = Rig::new(ALL) else { return };

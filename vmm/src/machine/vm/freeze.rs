@@ -51,6 +51,10 @@ impl Vm {
                 Err(error) => log::warn!("freezes take every private page: {error}"),
             }
         }
+        if short == Short::Copied && self.log_tells_all {
+            self.kvm.read_log()?;
+            self.window.prepare_copies(self.kvm.logs());
+        }
         let kicked_ns = now_ns();
         let (before, busy) = self.floor.stop_and_save();
         self.interrupt_those(&busy);
@@ -232,9 +236,14 @@ impl Vm {
         self.window.leave_scratch(store, pages);
     }
 
-    /// The pages of the freeze into `store` have settled.
+    /// The pages of the freeze into `store` have settled. What memory their copies had may be for the next freeze's.
     pub fn drop_scratch(&mut self, store: StoreId) {
         self.window.drop_scratch(store);
+    }
+
+    /// No freeze is likely to come soon.
+    pub fn drop_spare(&mut self) {
+        self.window.drop_spare();
     }
 }
 

@@ -1,0 +1,90 @@
+//! Maps runs.
+
+use super::{HostWindow, HugePages, WindowError, during};
+use crate::addr::{GfnRange, PageIndex};
+use crate::sys::{Access, Advice};
+use crate::window::{Run, Source, StoreId};
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// Pages of a huge page.
+const HUGE: u64 = 512;
+
+impl HostWindow {
+    /// Maps `runs`, and traps touches of what their stores do not hold. Whoever could touch the window stands still,
+    /// and none of the pages is private.
+    ///
+    /// # Errors
+    /// A run is out of place, or a system call failed: the window may show anything where the runs are.
+    pub fn map(
+        &mut self,
+        runs: &[Run],
+        stores: &[(StoreId, BorrowedFd<'_>)],
+        huge: HugePages,
+    ) -> Result<(), WindowError> {
+        if let Some(bad) = runs.iter().find(|run| !self.has_room(run.pages)) {
+            return Err(WindowError::BadRun(*bad));
+        }
+        // All stores come first, since one call registers however many mappings stand in a row, and what lies between them
+        // is mapped anew, untrapped, behind it.
+        for adjacent in runs.chunk_by(|run, next| run.pages.end() == next.pages.start()) {
+            let stores_run = |run: &&Run| matches!(run.source, Source::Store { .. });
+            for run in adjacent.iter().filter(stores_run) {
+                self.map_run(run, stores, huge)?;
+            }
+            let trapping = adjacent.iter().find(stores_run).zip(adjacent.iter().rfind(stores_run));
+            if let Some((first, last)) = trapping {
+                let pages = GfnRange::between(first.pages.start(), last.pages.end());
+                self.register(pages).map_err(during("UFFDIO_REGISTER", pages))?;
+            }
+            for run in adjacent.iter().filter(|run| run.source == Source::Anonymous) {
+                self.map_run(run, stores, huge)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn has_room(&self, pages: GfnRange) -> bool {
+        !pages.is_empty() && self.ram.iter().any(|ram| ram.intersect(pages) == pages)
+    }
+
+    fn map_run(&mut self, run: &Run, stores: &[(StoreId, BorrowedFd<'_>)], huge: HugePages) -> Result<(), WindowError> {
+        let bad = || WindowError::BadRun(*run);
+        match run.source {
+            Source::Anonymous => {
+                self.area.map_anonymous(run.pages).map_err(during("mmap", run.pages))?;
+                // A kernel without huge pages refuses the advice, and needs none.
+                match huge {
+                    HugePages::Advised => self.area.hint(run.pages, Advice::Huge),
+                    HugePages::Never if has_room_for_huge(run.pages) => self.area.hint(run.pages, Advice::Small),
+                    HugePages::Never => {}
+                }
+            }
+            Source::Store { store, origin } => {
+                let (_, file) = stores.iter().find(|(id, _)| *id == store).ok_or_else(bad)?;
+                let first = run.pages.start().0.checked_sub(origin.0).ok_or_else(bad)?;
+                let map = self.area.map_private(run.pages, *file, PageIndex(first), Access::ReadWrite);
+                map.map_err(during("mmap", run.pages))?;
+            }
+        }
+        self.runs.mapped(run.pages, run.source);
+        Ok(())
+    }
+
+    pub(super) fn register(&self, pages: GfnRange) -> io::Result<()> {
+        let Some(uffd) = &self.uffd else { return Ok(()) };
+        let (start, len) = self.area.host(pages)?;
+        uffd.register(start, len)
+    }
+
+    pub(super) fn unregister(&self, pages: GfnRange) -> io::Result<()> {
+        let Some(uffd) = &self.uffd else { return Ok(()) };
+        let (start, len) = self.area.host(pages)?;
+        uffd.unregister(start, len)
+    }
+}
+
+/// Whether a huge page fits in.
+fn has_room_for_huge(pages: GfnRange) -> bool {
+    pages.start().0.next_multiple_of(HUGE) + HUGE <= pages.end().0
+}
