@@ -4,7 +4,7 @@
 //! for a packet), its descriptors ride on it and, past what one packet carries, on packets that follow.
 
 use crate::boot::linux::Plan;
-use crate::machine::state::MachineState;
+use crate::machine::state::{MachineState, VcpuState};
 use guest_mem::window::host::Short;
 use guest_mem::window::{Harvest, Run};
 use guest_mem::{Gfn, GfnRange, PageCount, StoreId};
@@ -119,6 +119,18 @@ pub struct Start {
     pub ahead: Vec<GfnRange>,
 }
 
+/// What a prepared VM process can have ready of a start that will most likely follow.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Expect {
+    /// Its window, but for what the process has of an earlier [`ToVm::Expect`]; a descriptor for each store in `stores`
+    /// travels along.
+    pub runs: Vec<Run>,
+    /// The stores that `runs` name, in the order of the descriptors.
+    pub stores: Vec<StoreId>,
+    /// Its vCPUs; none where they are not known.
+    pub vcpus: Vec<VcpuState>,
+}
+
 /// Server to zygote: make a VM process. Its socket travels along.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Make;
@@ -145,13 +157,8 @@ pub enum ToVm {
         /// The niceness to run with; the server may have a lower one.
         niceness: i32,
     },
-    /// A start will follow, most likely with this window: a descriptor for each store in `stores` travels along.
-    Expect {
-        /// The window.
-        runs: Vec<Run>,
-        /// The stores that `runs` name, in the order of the descriptors.
-        stores: Vec<StoreId>,
-    },
+    /// A start will follow, most likely like this.
+    Expect(Box<Expect>),
     /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`; a fork's after its `Load`.
     Start(Box<Start>),
     /// The state that a fork starts from.
@@ -297,8 +304,13 @@ pub enum FromVm {
         store: StoreId,
         /// The state.
         state: Box<MachineState>,
-        /// From the first vCPU kick to the last vCPU able to run again, if they run again.
-        pause_ns: Option<u64>,
+    },
+    /// After a `Saved`, if the vCPUs run again: they do.
+    WentOn {
+        /// The freeze's store.
+        store: StoreId,
+        /// From the first vCPU kick to the last vCPU able to run again.
+        pause_ns: u64,
     },
     /// A freeze that changed nothing, and why.
     FreezeFailed(String),

@@ -100,6 +100,8 @@ pub(super) enum Load {
     Monitor,
     /// A Linux kernel's entry, at this address, or, where another vCPU is to start it, what firmware leaves.
     Linux(Option<u64>),
+    /// A vCPU that was saved before; one that is like it follows, most likely.
+    Expected(Box<VcpuState>),
     /// A saved vCPU.
     Saved(Box<VcpuState>),
 }

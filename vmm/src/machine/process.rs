@@ -166,9 +166,9 @@ impl Process<'_> {
         let floor = Arc::clone(vm.floor());
         match message {
             ToVm::Prepare { .. } => return Err(nonsense("a second Prepare")),
-            ToVm::Expect { runs, stores } => {
-                let mapped = vm.expect(&runs, &stores, &fds);
-                self.report_start(mapped)?;
+            ToVm::Expect(expected) => {
+                let ready = vm.expect(*expected, &fds);
+                self.report_start(ready)?;
             }
             ToVm::Start(start) => {
                 let started = vm.start(*start, &fds);

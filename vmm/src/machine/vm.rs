@@ -23,9 +23,9 @@ use crate::boot::linux::{self, LoadError, Plan};
 use crate::devices::serial::Console;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
-use crate::wire::{Activity, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
+use crate::wire::{Activity, Expect, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
+use guest_mem::StoreId;
 use guest_mem::window::host::{Features, HostWindow, HugePages, Place, WindowError};
-use guest_mem::{Run, StoreId};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -211,10 +211,17 @@ impl Vm {
         &self.floor
     }
 
-    /// Maps the window that the VM will most likely start with. Nobody touches it before.
-    pub fn expect(&mut self, runs: &[Run], stores: &[StoreId], fds: &[OwnedFd]) -> Result<(), VmError> {
-        let stores = self.named(stores, fds)?;
-        Ok(self.window.map(runs, &stores, HugePages::Never)?)
+    /// Maps the window that the VM will most likely start with, which nobody touches before, and gives the vCPUs what they
+    /// will most likely start from.
+    pub fn expect(&mut self, expected: Expect, fds: &[OwnedFd]) -> Result<(), VmError> {
+        if self.started {
+            return Err(VmError::StartedTwice);
+        }
+        let Expect { runs, stores, vcpus } = expected;
+        let stores = self.named(&stores, fds)?;
+        self.window.map(&runs, &stores, HugePages::Never)?;
+        self.floor.load(vcpus.into_iter().map(|vcpu| Load::Expected(Box::new(vcpu))).collect());
+        Ok(())
     }
 
     fn named<'a>(&self, stores: &[StoreId], fds: &'a [OwnedFd]) -> Result<Vec<(StoreId, BorrowedFd<'a>)>, VmError> {

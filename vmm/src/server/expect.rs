@@ -1,14 +1,17 @@
-//! What prepared processes are told to expect: the window of the next child of the VM that is forked again and again.
+//! What prepared processes are told to expect: the window and the registers of the next child of the VM that is forked
+//! again and again.
 //!
-//! Mapping a window takes as long as all else that a prepared process does before its first instruction. So it is done
-//! while there is time; at the fork only what has changed since is mapped, over it. Nobody touches such a window, and
-//! whoever frees pages of a store punches them out, so that it keeps none of them in memory.
+//! Mapping a window and setting registers takes as long as all else that a prepared process does before its first
+//! instruction. So it is done while there is time; at the fork only what has changed since is mapped, over it, and set.
+//! Nobody touches such a window, and whoever frees pages of a store punches them out, so that it keeps none of them in
+//! memory.
 
 use super::Server;
 use super::launch::stores_of;
 use super::process::{Parcel, ProcessId};
 use super::vm::{FamilyId, Generation};
-use crate::wire::{Shape, ToVm};
+use crate::machine::state::VcpuState;
+use crate::wire::{Expect, Shape, ToVm};
 use guest_mem::{Run, Source};
 use rangemap::RangeMap;
 
@@ -50,22 +53,39 @@ impl Expectation {
 }
 
 /// Which VM of a shape is forked again and again, if one is.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Favourite {
     last: Option<Generation>,
     /// It was forked at least twice in a row.
     again: bool,
+    /// Its vCPUs, as they were when it was last forked.
+    vcpus: Vec<VcpuState>,
 }
 
 impl Favourite {
     /// `parent` is forked.
     pub fn forked(&mut self, parent: Generation) {
         self.again = self.last.replace(parent) == Some(parent);
+        if !self.again {
+            self.vcpus = Vec::new();
+        }
+    }
+
+    /// The children of `parent` begin as this.
+    pub fn saved(&mut self, parent: Generation, vcpus: &[VcpuState]) {
+        if self.get() == Some(parent) {
+            self.vcpus = vcpus.to_vec();
+        }
+    }
+
+    /// How the children of the VM have begun last; empty where that is not known.
+    pub fn vcpus(&self) -> &[VcpuState] {
+        &self.vcpus
     }
 
     /// Whose child prepared processes are to expect. A wrong guess costs the child that suffers it more than a right one
     /// gains: where parents take turns there is none.
-    pub fn get(self) -> Option<Generation> {
+    pub fn get(&self) -> Option<Generation> {
         self.last.filter(|_| self.again)
     }
 }
@@ -75,14 +95,14 @@ impl Server {
     pub(super) fn tell_what_to_expect(&mut self) -> bool {
         let untold = |(shape, parent): (Shape, Generation)| {
             let other = |id: &ProcessId| self.processes[id].expectation.parent != Some(parent);
-            self.pool.ready(shape).find(other).map(|process| (parent, process))
+            self.pool.ready(shape).find(other).map(|process| (shape, parent, process))
         };
-        let Some((parent, process)) = self.pool.favourites().find_map(untold) else { return false };
-        self.expect(parent, process);
+        let Some((shape, parent, process)) = self.pool.favourites().find_map(untold) else { return false };
+        self.expect(shape, parent, process);
         true
     }
 
-    fn expect(&mut self, parent: Generation, process: ProcessId) {
+    fn expect(&mut self, shape: Shape, parent: Generation, process: ProcessId) {
         let memory = self.vms.get(parent).and_then(|parent| parent.memory);
         let process = self.processes.get_mut(&process).expect("a process of the pool");
         let before =
@@ -94,7 +114,8 @@ impl Server {
         // Where descriptors are short, it expects nothing.
         if let Ok((stores, descriptors)) = stores_of(manager, &news) {
             process.expectation = Expectation::new(parent, family, &runs);
-            process.send_when_ready(Parcel { message: ToVm::Expect { runs: news, stores }, descriptors });
+            let expect = Expect { runs: news, stores, vcpus: self.pool.vcpus_to_expect(shape).to_vec() };
+            process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
         }
     }
 }

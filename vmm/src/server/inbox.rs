@@ -59,8 +59,11 @@ impl Server {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
             (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
             (FromVm::StartFailed(why), Role::Pooled) => {
-                log::error!("a prepared process cannot map what it is to expect: {why}");
-                self.pool.lost(self.processes[&id].shape, id);
+                log::error!("a prepared process cannot become what it is to expect: {why}");
+                let shape = self.processes[&id].shape;
+                self.pool.lost(shape, id);
+                // The next would fare no better.
+                self.pool.forget_favourite(shape);
                 self.end_process(id);
             }
             (message, Role::Vm(generation)) => self.vm_says(generation, message),
@@ -142,7 +145,8 @@ impl Server {
             FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
             FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
-            FromVm::Saved { store, state, pause_ns } => self.saved(generation, store, &state, pause_ns),
+            FromVm::Saved { store, state } => self.saved(generation, store, &state),
+            FromVm::WentOn { store, pause_ns } => self.went_on(generation, store, pause_ns),
             FromVm::Shed { store, pages } => self.has_shed(generation, store, &pages),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),

@@ -8,6 +8,7 @@ use super::expect::Favourite;
 use super::process::{ProcessId, Role, VmProcess};
 use super::vm::Generation;
 use super::window::RemoteWindow;
+use crate::machine::state::VcpuState;
 use crate::wire::{Shape, ToVm};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -59,6 +60,25 @@ impl Pool {
     /// VMs whose children prepared processes are to expect, with their shapes.
     pub fn favourites(&self) -> impl Iterator<Item = (Shape, Generation)> {
         self.0.iter().filter_map(|(&shape, shelf)| shelf.favourite.get().map(|parent| (shape, parent)))
+    }
+
+    /// The children of `parent`, a VM of this shape, begin as this.
+    pub fn saved(&mut self, shape: Shape, parent: Generation, vcpus: &[VcpuState]) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.favourite.saved(parent, vcpus);
+        }
+    }
+
+    /// Prepared processes of a shape are to expect nothing, until a VM has been forked again and again anew.
+    pub fn forget_favourite(&mut self, shape: Shape) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.favourite = Favourite::default();
+        }
+    }
+
+    /// What vCPUs of prepared processes of a shape are to expect.
+    pub fn vcpus_to_expect(&self, shape: Shape) -> &[VcpuState] {
+        self.0.get(&shape).map_or(&[], |shelf| shelf.favourite.vcpus())
     }
 
     /// Prepared processes of a shape, the next to be taken first.

@@ -197,12 +197,19 @@ impl Worker {
             FromVm::FreezeFailed(why) => panic!("{why}"),
             _ => None,
         });
-        let (state, pause_ns) = self.expect(|message| match message {
-            FromVm::Saved { store, state, pause_ns } if *store == frozen.store => Some((state.clone(), *pause_ns)),
+        let state = self.expect(|message| match message {
+            FromVm::Saved { store, state } if *store == frozen.store => Some(state.clone()),
             FromVm::Ended(ending) => panic!("{ending:?}"),
             _ => None,
         });
-        assert_eq!(pause_ns.is_some(), frozen.activity == Activity::Running);
+        let mut pause_ns = || {
+            self.expect(|message| match message {
+                FromVm::WentOn { store, pause_ns } if *store == frozen.store => Some(*pause_ns),
+                FromVm::Ended(ending) => panic!("{ending:?}"),
+                _ => None,
+            })
+        };
+        let pause_ns = (frozen.activity == Activity::Running).then(&mut pause_ns);
         Taken { frozen, state, pause_ns }
     }
 

@@ -31,7 +31,8 @@ impl Vm {
     /// copy of itself, and the pages stay.
     ///
     /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
-    /// all that the vCPUs have said, and that they stand; then what was taken; last the state, when they run.
+    /// all that the vCPUs have said, and that they stand; then what was taken; then the state, which children wait for; last
+    /// that the vCPUs run.
     pub fn freeze(
         &mut self,
         store: StoreId,
@@ -78,11 +79,12 @@ impl Vm {
         if let Some(frozen) = frozen {
             tell(&FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
         }
-        let pause_ns = match activity {
-            Activity::Running => Some(self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns)),
-            Activity::Paused => None,
-        };
-        tell(&FromVm::Saved { store, state: Box::new(state), pause_ns }).map_err(VmError::Server)
+        tell(&FromVm::Saved { store, state: Box::new(state) }).map_err(VmError::Server)?;
+        if activity == Activity::Running {
+            let pause_ns = self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns);
+            tell(&FromVm::WentOn { store, pause_ns }).map_err(VmError::Server)?;
+        }
+        Ok(())
     }
 
     /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
@@ -99,9 +101,9 @@ impl Vm {
         let floor = Arc::clone(&self.floor);
         let mut shared = self.await_standing(&floor, &mut tell)?;
         let said = shared.take_messages();
-        said.iter().chain([&FromVm::Standing]).try_for_each(&mut tell).map_err(VmError::Server)?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
+        said.iter().chain([&FromVm::Standing]).try_for_each(&mut tell).map_err(VmError::Server)?;
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
         self.kvm.read_log()?;
         let in_copy = match lifeline.filter(|_| self.traps && !self.log_tells_all) {
