@@ -60,6 +60,20 @@ struct Desk {
     at: Station,
     /// Its guest waits, and its thread here: it is not in `KVM_RUN`.
     waits: bool,
+    rest: Rest,
+}
+
+/// A guest that waits when it is stopped is told that there is nothing yet, and would do no more than ask again. So it is
+/// not run until there is something: meanwhile it is stopped, and goes on, at once, and its registers are known.
+#[derive(Debug, Default)]
+enum Rest {
+    /// It runs, or is to.
+    #[default]
+    Not,
+    /// It was told that there is nothing yet.
+    Told,
+    /// It has not run since, and has these registers.
+    Resting(Box<VcpuState>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,8 +163,15 @@ const CONSOLE_DELAY: [Duration; 2] = [Duration::from_millis(2), Duration::from_m
 impl Floor {
     /// A floor with a desk for each vCPU, whose threads are yet to come.
     pub fn new(switches: impl IntoIterator<Item = StopSwitch>, console: Console) -> io::Result<Self> {
-        let desk =
-            |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Arriving, waits: false };
+        let desk = |stop| Desk {
+            stop,
+            wish: Wish::Stand,
+            load: None,
+            saved: None,
+            at: Station::Arriving,
+            waits: false,
+            rest: Rest::Not,
+        };
         let shared = Shared {
             desks: switches.into_iter().map(desk).collect(),
             announce: None,
@@ -240,6 +261,9 @@ impl Floor {
             Activity::Paused => Wish::Stand,
         });
         shared.announce = Some(activity);
+        if activity == Activity::Running {
+            shared.desks.iter_mut().for_each(|desk| desk.rest = Rest::Not);
+        }
         let news = shared.announce_standing();
         self.wake(shared, news);
     }
@@ -269,10 +293,12 @@ impl Floor {
         let mut shared = self.lock();
         let running = shared.desks.iter().any(|desk| desk.wish == Wish::Run);
         shared.wish(wish);
-        shared.desks.iter_mut().for_each(|desk| desk.saved = None);
+        shared.desks.iter_mut().for_each(Desk::stop_resting);
         let busy = |desk: &Desk| matches!(desk.at, Station::Running { .. }) && !desk.waits;
         let busy = shared.desks.iter().enumerate().filter(|(_, desk)| busy(desk)).map(|(number, _)| number).collect();
-        self.wake(shared, false);
+        if !shared.all_rest() {
+            self.wake(shared, false);
+        }
         (if running { Activity::Running } else { Activity::Paused }, busy)
     }
 
@@ -289,11 +315,19 @@ impl Floor {
     /// Main thread: has the vCPUs do what they did before [`stop`](Self::stop) or
     /// [`stop_and_save`](Self::stop_and_save).
     pub fn go_on(&self, before: Activity) {
-        self.lock().wish(match before {
+        let mut shared = self.lock();
+        shared.wish(match before {
             Activity::Running => Wish::Run,
             Activity::Paused => Wish::Stand,
         });
-        self.changed.notify_all();
+        if before == Activity::Running {
+            let since_ns = now_ns();
+            let resting = shared.desks.iter_mut().filter(|desk| matches!(desk.rest, Rest::Resting(_)));
+            resting.for_each(|desk| desk.at = Station::Running { since_ns });
+        }
+        if !shared.all_rest() || shared.has_news() {
+            self.wake(shared, false);
+        }
     }
 
     /// Main thread: waits until all vCPUs stand.
@@ -410,7 +444,10 @@ impl Floor {
                     desk.at = Station::Arriving;
                     return Task::Load(load);
                 }
-                if desk.wish == Wish::Run {
+                let rests = matches!(desk.rest, Rest::Resting(_));
+                if desk.wish == Wish::Run && (!rests || shared.has_news()) {
+                    let desk = &mut shared.desks[number];
+                    desk.rest = Rest::Not;
                     // Not on its way from a freeze: the errand may wait for pages, and a pause is not to.
                     let runs = matches!(desk.at, Station::Running { .. });
                     if runs && std::mem::take(&mut shared.errand) {
@@ -418,16 +455,24 @@ impl Floor {
                     }
                     return self.set_running(shared, number);
                 }
-                if desk.at != Station::Standing {
-                    desk.at = Station::Standing;
-                    let news = shared.announce_standing();
-                    self.wake(shared, news);
-                    shared = self.lock();
-                    continue;
-                }
-                if shared.all_stand() && shared.desks[number].wish == Wish::Save {
-                    shared.desks[number].wish = Wish::Stand;
-                    return Task::Save;
+                if shared.desks[number].wish != Wish::Run {
+                    let before = std::mem::replace(&mut shared.desks[number].at, Station::Standing);
+                    let save = shared.desks[number].wish == Wish::Save && shared.all_stand();
+                    if save {
+                        shared.desks[number].wish = Wish::Stand;
+                    }
+                    if before != Station::Standing {
+                        let news = shared.announce_standing();
+                        self.wake(shared, news);
+                        if save {
+                            return Task::Save;
+                        }
+                        shared = self.lock();
+                        continue;
+                    }
+                    if save {
+                        return Task::Save;
+                    }
                 }
             }
             shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
@@ -454,8 +499,15 @@ impl Floor {
 
     /// vCPU thread: the registers are saved.
     pub fn saved(&self, number: usize, state: Result<VcpuState, String>) {
-        self.lock().desks[number].saved = Some(state);
-        self.changed.notify_all();
+        let mut shared = self.lock();
+        let desk = &mut shared.desks[number];
+        if let (Rest::Told, Ok(registers)) = (&desk.rest, &state)
+            && registers.tsc.stands_still()
+        {
+            desk.rest = Rest::Resting(Box::new(registers.clone()));
+        }
+        desk.saved = Some(state);
+        self.wake(shared, false);
     }
 
     /// vCPU thread: the VM has come to its end, or did not get to its start. All its vCPUs stop.
@@ -466,7 +518,7 @@ impl Floor {
         }
         for desk in &mut shared.desks {
             desk.stop.set();
-            desk.at = Station::Ended;
+            (desk.at, desk.rest) = (Station::Ended, Rest::Not);
         }
         shared.out.push(message);
         self.wake(shared, true);
@@ -483,6 +535,7 @@ impl Floor {
         loop {
             let here = &mut *shared;
             if here.desks[number].wish != Wish::Run || here.desks[number].at == Station::Ended {
+                here.desks[number].rest = Rest::Told;
                 return None;
             }
             if let Some(wakeup) = here.mailbox.collect(here.console.has_input()) {
@@ -495,7 +548,30 @@ impl Floor {
     }
 }
 
+impl Desk {
+    /// A vCPU that rests stands as soon as it is to.
+    fn stop_resting(&mut self) {
+        self.saved = None;
+        if let Rest::Resting(registers) = &self.rest {
+            self.at = Station::Standing;
+            if self.wish == Wish::Save {
+                (self.wish, self.saved) = (Wish::Stand, Some(Ok((**registers).clone())));
+            }
+        }
+    }
+}
+
 impl Shared {
+    /// Whether no vCPU has anything to do.
+    fn all_rest(&self) -> bool {
+        self.desks.iter().all(|desk| matches!(desk.rest, Rest::Resting(_)))
+    }
+
+    /// Whether there is something for a guest that waits.
+    fn has_news(&mut self) -> bool {
+        self.mailbox.has_news(self.console.has_input())
+    }
+
     /// Whether there is news for the server: that all stand, as asked.
     fn announce_standing(&mut self) -> bool {
         let stand = self.all_stand() && self.announce.take_if(|activity| *activity == Activity::Paused).is_some();
@@ -520,6 +596,7 @@ impl Shared {
     fn load(&mut self, loads: Vec<Load>) {
         for (desk, load) in self.desks.iter_mut().zip(loads) {
             desk.load = Some(load);
+            desk.rest = Rest::Not;
         }
     }
 
@@ -548,7 +625,10 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use super::super::state::Tsc;
     use super::*;
+    use crate::wire::Line;
+    use kvm_bindings::{kvm_debugregs, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs};
     use std::sync::mpsc::channel;
     use std::thread;
 
@@ -603,6 +683,122 @@ mod tests {
             drop(floor.await_standing().unwrap());
             floor.ask(Activity::Running);
             floor.await_running().unwrap();
+        });
+    }
+
+    /// A vCPU that runs whenever it may, of a guest that only waits. Tells what it is woken up with.
+    fn run_waiting_guest(floor: &Floor, registers: &VcpuState) -> Wakeup {
+        loop {
+            match floor.next_task(0) {
+                Task::Run => {
+                    if let Some(wakeup) = floor.await_wakeup(0) {
+                        return wakeup;
+                    }
+                }
+                Task::Save => floor.saved(0, Ok(registers.clone())),
+                task => panic!("{task:?}"),
+            }
+        }
+    }
+
+    fn registers(tsc: Tsc) -> VcpuState {
+        VcpuState {
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: Vec::new(),
+            xcrs: kvm_xcrs::default(),
+            debug: kvm_debugregs::default(),
+            msrs: Vec::new(),
+            lapic: None,
+            events: kvm_vcpu_events::default(),
+            mp: kvm_mp_state::default(),
+            tsc,
+        }
+    }
+
+    fn freeze(floor: &Floor) -> (Activity, VcpuState) {
+        let (before, _) = floor.stop_and_save();
+        drop(floor.await_standing().unwrap());
+        let saved = floor.await_saved().unwrap().remove(0).unwrap();
+        floor.go_on(before);
+        if before == Activity::Running {
+            floor.await_running().unwrap();
+        }
+        (before, saved)
+    }
+
+    #[test]
+    fn a_guest_that_waits_runs_no_more_until_there_is_something() {
+        let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Offset(7))));
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
+            for _ in 0..3 {
+                assert_eq!(freeze(floor), (Activity::Running, registers(Tsc::Offset(7))));
+                assert!(matches!(floor.lock().desks[0].rest, Rest::Resting(_)));
+            }
+            floor.lock().mailbox.post(Line { tag: 1, text: "mem".into() });
+            floor.notify();
+            assert_ne!(vcpu.join().unwrap(), Wakeup::default());
+        });
+    }
+
+    #[test]
+    fn what_comes_while_a_resting_guest_is_frozen_is_not_lost() {
+        let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Offset(7))));
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
+            freeze(floor);
+            floor.stop_and_save();
+            floor.lock().mailbox.post(Line { tag: 1, text: "mem".into() });
+            floor.notify();
+            drop(floor.await_standing().unwrap());
+            floor.await_saved().unwrap();
+            floor.go_on(Activity::Running);
+            assert_ne!(vcpu.join().unwrap(), Wakeup::default());
+        });
+    }
+
+    /// It is paused, frozen and resumed: the server hears of each.
+    #[test]
+    fn a_resting_guest_can_be_paused_and_resumed() {
+        let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Offset(7))));
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
+            freeze(floor);
+            floor.ask(Activity::Paused);
+            drop(floor.await_standing().unwrap());
+            assert_eq!(freeze(floor).0, Activity::Paused);
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
+            let told = floor.lock().take_messages();
+            let [FromVm::Running { .. }, FromVm::Paused, FromVm::Running { .. }] = &told[..] else {
+                panic!("{told:?}");
+            };
+            floor.lock().mailbox.stop();
+            floor.notify();
+            vcpu.join().unwrap();
+        });
+    }
+
+    /// Its children would have the time of when it was told that there is nothing.
+    #[test]
+    fn a_guest_whose_clock_is_a_value_does_not_rest() {
+        let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Value(7))));
+            floor.ask(Activity::Running);
+            floor.await_running().unwrap();
+            freeze(floor);
+            assert!(matches!(floor.lock().desks[0].rest, Rest::Not));
+            floor.lock().mailbox.stop();
+            floor.notify();
+            vcpu.join().unwrap();
         });
     }
 

@@ -80,6 +80,13 @@ pub enum Tsc {
     Value(u64),
 }
 
+impl Tsc {
+    /// Whether it is right for as long as the vCPU does not run.
+    pub fn stands_still(self) -> bool {
+        matches!(self, Self::Offset(_))
+    }
+}
+
 /// What is under way between the monitor and the server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MailboxState {
