@@ -4,7 +4,7 @@
 //! for a packet), its descriptors ride on it and, past what one packet carries, on packets that follow.
 
 use crate::boot::linux::Plan;
-use crate::machine::state::{MachineState, VcpuState};
+use crate::machine::state::PackedState;
 use guest_mem::window::host::Short;
 use guest_mem::window::{Harvest, Run};
 use guest_mem::{Gfn, GfnRange, PageCount, StoreId};
@@ -94,7 +94,7 @@ pub enum Origin {
     Monitor,
     /// A Linux kernel, from its entry point; the descriptor of its file travels along, behind those of the stores.
     Linux(Box<Plan>),
-    /// A fork. The parent's state follows, in a [`ToVm::Load`].
+    /// A fork. The parent's state follows, in a [`ToVm::Load`] or as a [`ToVm::LoadExpected`].
     Fork {
         /// This child's number in its fork, from 1.
         index: u32,
@@ -127,8 +127,8 @@ pub struct Expect {
     pub runs: Vec<Run>,
     /// The stores that `runs` name, in the order of the descriptors.
     pub stores: Vec<StoreId>,
-    /// Its vCPUs; none where they are not known.
-    pub vcpus: Vec<VcpuState>,
+    /// The state that it will start from, where that can be told.
+    pub state: Option<PackedState>,
 }
 
 /// Server to zygote: make a VM process. Its socket travels along.
@@ -159,10 +159,12 @@ pub enum ToVm {
     },
     /// A start will follow, most likely like this.
     Expect(Box<Expect>),
-    /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`; a fork's after its `Load`.
+    /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`; a fork's after its `Load` or `LoadExpected`.
     Start(Box<Start>),
     /// The state that a fork starts from.
-    Load(Box<MachineState>),
+    Load(PackedState),
+    /// A fork starts from the state that was last [expected](Self::Expect).
+    LoadExpected,
     /// Stop the vCPUs, take all dirty private pages: move them out and put this store (its descriptor travels along) in
     /// their place, or copy them; run on as before. Answered by `Frozen` and `Saved`, or by `FreezeFailed`.
     ///
@@ -303,7 +305,7 @@ pub enum FromVm {
         /// The freeze's store.
         store: StoreId,
         /// The state.
-        state: Box<MachineState>,
+        state: PackedState,
     },
     /// After a `Saved`, if the vCPUs run again: they do.
     WentOn {

@@ -175,9 +175,12 @@ impl Process<'_> {
                 self.report_start(started)?;
             }
             ToVm::Load(state) => {
-                let loaded = vm.load(*state);
-                self.moments = loaded.is_ok().then(|| Moments { began: Instant::now(), answers: 0 });
-                self.report_start(loaded)?;
+                let loaded = vm.load(&state);
+                self.begin_moments(loaded)?;
+            }
+            ToVm::LoadExpected => {
+                let loaded = vm.load_expected();
+                self.begin_moments(loaded)?;
             }
             ToVm::Freeze { store, max_runs, short } => {
                 let (file, lifeline) = match fds.as_slice() {
@@ -236,6 +239,12 @@ impl Process<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A clone has its state, and begins to run.
+    fn begin_moments(&mut self, loaded: Result<(), VmError>) -> io::Result<()> {
+        self.moments = loaded.is_ok().then(|| Moments { began: Instant::now(), answers: 0 });
+        self.report_start(loaded)
     }
 
     /// Tells the server if a VM that is to start cannot.

@@ -16,7 +16,7 @@ use super::mailbox::Greeting;
 use super::mmio::Mmio;
 use super::ports::Ports;
 use super::registers::{Registers, RegistersError};
-use super::state::{LinuxState, MachineState};
+use super::state::{LinuxState, MachineState, PackedState};
 use super::vcpu::{Buses, Vcpu};
 use crate::api::MAX_VCPUS;
 use crate::boot::linux::{self, LoadError, Plan};
@@ -80,6 +80,10 @@ pub(super) enum VmError {
     Linux(#[from] LinuxError),
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error("no state was expected")]
+    NothingExpected,
+    #[error("a state that means nothing: {0}")]
+    State(#[from] postcard::Error),
     #[error("a state of {state} vCPUs for a machine of {machine}")]
     StateShape { state: usize, machine: usize },
     #[error("event page: {0}")]
@@ -123,6 +127,8 @@ pub(super) struct Vm {
     /// Mappings the window may have.
     max_runs: u32,
     started: bool,
+    /// The state that a fork most likely starts from.
+    expected: Option<MachineState>,
     /// What a fork that has not got its state yet does then.
     becoming: Option<Activity>,
     /// The log has every write since the last freeze.
@@ -195,6 +201,7 @@ impl Vm {
             keeper,
             max_runs,
             started: false,
+            expected: None,
             becoming: None,
             log_tells_all: false,
         })
@@ -217,10 +224,12 @@ impl Vm {
         if self.started {
             return Err(VmError::StartedTwice);
         }
-        let Expect { runs, stores, vcpus } = expected;
+        let Expect { runs, stores, state } = expected;
         let stores = self.named(&stores, fds)?;
         self.window.map(&runs, &stores, HugePages::Never)?;
-        self.floor.load(vcpus.into_iter().map(|vcpu| Load::Expected(Box::new(vcpu))).collect());
+        self.expected = state.map(|state| state.unpack()).transpose()?;
+        let vcpus = self.expected.iter().flat_map(|state| &state.vcpus);
+        self.floor.load(vcpus.map(|vcpu| Load::Expected(Box::new(vcpu.clone()))).collect());
         Ok(())
     }
 
@@ -285,7 +294,18 @@ impl Vm {
     }
 
     /// Goes on from `state`, as the fork that was [started](Self::start).
-    pub fn load(&mut self, mut state: MachineState) -> Result<(), VmError> {
+    pub fn load(&mut self, state: &PackedState) -> Result<(), VmError> {
+        self.go_on_from(state.unpack()?)
+    }
+
+    /// The same, from the state that was last [expected](Self::expect).
+    pub fn load_expected(&mut self) -> Result<(), VmError> {
+        let state = self.expected.take().ok_or(VmError::NothingExpected)?;
+        self.go_on_from(state)
+    }
+
+    fn go_on_from(&mut self, mut state: MachineState) -> Result<(), VmError> {
+        self.expected = None;
         let activity = self.becoming.take().ok_or(VmError::NotStarted)?;
         match (&self.linux, state.linux.take()) {
             (None, None) => {

@@ -10,10 +10,11 @@ use super::Server;
 use super::launch::stores_of;
 use super::process::{Parcel, ProcessId};
 use super::vm::{FamilyId, Generation};
-use crate::machine::state::VcpuState;
+use crate::machine::state::PackedState;
 use crate::wire::{Expect, Shape, ToVm};
 use guest_mem::{Run, Source};
 use rangemap::RangeMap;
+use std::rc::Rc;
 
 /// What a process expects.
 #[derive(Debug, Default)]
@@ -22,12 +23,24 @@ pub struct Expectation {
     pub parent: Option<Generation>,
     /// What it has mapped, and of which family the stores are: others have stores of the same names.
     window: Option<(FamilyId, RangeMap<u64, Source>)>,
+    /// The state that it has ready.
+    state: Option<Rc<PackedState>>,
 }
 
 impl Expectation {
     fn new(parent: Generation, family: FamilyId, runs: &[Run]) -> Self {
         let runs = runs.iter().map(|run| (run.pages.raw(), run.source)).collect();
-        Self { parent: Some(parent), window: Some((family, runs)) }
+        Self { parent: Some(parent), window: Some((family, runs)), state: None }
+    }
+
+    /// The process is about to become a child of somebody: its window is another from now on.
+    pub fn forget_window(&mut self) {
+        self.window = None;
+    }
+
+    /// The state that it has ready, when it gets one.
+    pub fn take_state(&mut self) -> Option<Rc<PackedState>> {
+        self.state.take()
     }
 
     /// Those parts of `runs` of a member of `family` that are to be mapped: they are not as expected.
@@ -58,8 +71,8 @@ pub struct Favourite {
     last: Option<Generation>,
     /// It was forked at least twice in a row.
     again: bool,
-    /// Its vCPUs, as they were when it was last forked.
-    vcpus: Vec<VcpuState>,
+    /// What its children started from when it was last forked.
+    state: Option<Rc<PackedState>>,
 }
 
 impl Favourite {
@@ -67,20 +80,20 @@ impl Favourite {
     pub fn forked(&mut self, parent: Generation) {
         self.again = self.last.replace(parent) == Some(parent);
         if !self.again {
-            self.vcpus = Vec::new();
+            self.state = None;
         }
     }
 
-    /// The children of `parent` begin as this.
-    pub fn saved(&mut self, parent: Generation, vcpus: &[VcpuState]) {
-        if self.get() == Some(parent) {
-            self.vcpus = vcpus.to_vec();
+    /// Children of `parent` start from this.
+    pub fn saved(&mut self, parent: Generation, state: PackedState) {
+        if self.get() == Some(parent) && self.state.as_deref() != Some(&state) {
+            self.state = Some(Rc::new(state));
         }
     }
 
-    /// How the children of the VM have begun last; empty where that is not known.
-    pub fn vcpus(&self) -> &[VcpuState] {
-        &self.vcpus
+    /// What children of the VM have started from last, if that is known.
+    pub fn state(&self) -> Option<Rc<PackedState>> {
+        self.state.clone()
     }
 
     /// Whose child prepared processes are to expect. A wrong guess costs the child that suffers it more than a right one
@@ -113,8 +126,9 @@ impl Server {
         let news = before.news(family, runs.iter().copied());
         // Where descriptors are short, it expects nothing.
         if let Ok((stores, descriptors)) = stores_of(manager, &news) {
-            process.expectation = Expectation::new(parent, family, &runs);
-            let expect = Expect { runs: news, stores, vcpus: self.pool.vcpus_to_expect(shape).to_vec() };
+            let state = self.pool.state_to_expect(shape);
+            let expect = Expect { runs: news, stores, state: state.as_deref().cloned() };
+            process.expectation = Expectation { state, ..Expectation::new(parent, family, &runs) };
             process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
         }
     }

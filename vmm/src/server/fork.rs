@@ -11,7 +11,7 @@ use super::vm::{FamilyId, Generation, Phase};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::host::latency::LEASE;
-use crate::machine::state::MachineState;
+use crate::machine::state::PackedState;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::manager::SETTLE_BATCH;
@@ -371,18 +371,19 @@ impl Server {
     }
 
     /// The parent's state is there, and its children can run.
-    pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: &MachineState) {
+    pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: PackedState) {
         let Some(fork) = self.fork_of(parent, store) else { return };
         let op = self.forks.get_mut(&fork).expect("just found");
         op.state_due = false;
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for process in children.iter().filter_map(|&child| self.vms.get(child).and_then(|vm| vm.process)) {
-            let message = ToVm::Load(Box::new(state.clone()));
             let process = self.processes.get_mut(&process).expect("a VM's process");
+            let expected = process.expectation.take_state().is_some_and(|expected| *expected == state);
+            let message = if expected { ToVm::LoadExpected } else { ToVm::Load(state.clone()) };
             process.send_when_ready(Parcel { message, descriptors: Vec::new() });
         }
         if let Some(vm) = self.vms.get(parent) {
-            self.pool.saved(vm.shape, parent, &state.vcpus);
+            self.pool.saved(vm.shape, parent, state);
         }
         self.finish_fork_if_there(fork);
     }

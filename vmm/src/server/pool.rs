@@ -8,7 +8,7 @@ use super::expect::Favourite;
 use super::process::{ProcessId, Role, VmProcess};
 use super::vm::Generation;
 use super::window::RemoteWindow;
-use crate::machine::state::VcpuState;
+use crate::machine::state::PackedState;
 use crate::wire::{Shape, ToVm};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -63,9 +63,9 @@ impl Pool {
     }
 
     /// The children of `parent`, a VM of this shape, begin as this.
-    pub fn saved(&mut self, shape: Shape, parent: Generation, vcpus: &[VcpuState]) {
+    pub fn saved(&mut self, shape: Shape, parent: Generation, state: PackedState) {
         if let Some(shelf) = self.0.get_mut(&shape) {
-            shelf.favourite.saved(parent, vcpus);
+            shelf.favourite.saved(parent, state);
         }
     }
 
@@ -76,9 +76,9 @@ impl Pool {
         }
     }
 
-    /// What vCPUs of prepared processes of a shape are to expect.
-    pub fn vcpus_to_expect(&self, shape: Shape) -> &[VcpuState] {
-        self.0.get(&shape).map_or(&[], |shelf| shelf.favourite.vcpus())
+    /// The state that prepared processes of a shape are to expect.
+    pub fn state_to_expect(&self, shape: Shape) -> Option<Rc<PackedState>> {
+        self.0.get(&shape).and_then(|shelf| shelf.favourite.state())
     }
 
     /// Prepared processes of a shape, the next to be taken first.

@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use std::fs;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use vmm::machine::state::{MachineState, VcpuState};
+use vmm::machine::state::{MachineState, PackedState, VcpuState};
 use vmm::wire::{Activity, Ending, Expect, FromVm, HostFeatures, Isolation, Origin, ToVm};
 
 const MEM: u64 = 64 << 20;
@@ -93,7 +93,8 @@ pub fn a_fork_finds_its_window_as_expected() {
     let before = parent.runs.clone();
     let mut worker = family.prepare();
     let (expected, fds) = family.start("nobody", &before, Origin::Monitor, Activity::Running);
-    let expected = Expect { runs: expected.runs, stores: expected.stores, vcpus: first.state.vcpus.clone() };
+    let expected =
+        Expect { runs: expected.runs, stores: expected.stores, state: Some(PackedState::pack(&first.state)) };
     worker.tell(&ToVm::Expect(Box::new(expected)), &fds);
 
     parent.worker.ok("fill 1050 10 2");
@@ -128,13 +129,17 @@ pub fn a_fork_starts_from_its_own_registers_whatever_was_expected() {
         (vec![&other, &one], &other),
     ] {
         let mut worker = family.prepare();
+        let state = |vcpu: &VcpuState| MachineState { vcpus: vec![vcpu.clone()], ..*frozen.state.clone() };
         for vcpu in &expected {
-            let vcpus = vec![VcpuState::clone(vcpu)];
-            worker.tell(&ToVm::Expect(Box::new(Expect { runs: vec![], stores: vec![], vcpus })), &[]);
+            let state = Some(PackedState::pack(&state(vcpu)));
+            worker.tell(&ToVm::Expect(Box::new(Expect { runs: vec![], stores: vec![], state })), &[]);
         }
         let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Paused);
         worker.start(start, &fds);
-        worker.load(&MachineState { vcpus: vec![given.clone()], ..*frozen.state.clone() });
+        match expected.last() {
+            Some(last) if *last == given => worker.tell(&ToVm::LoadExpected, &[]),
+            _ => worker.load(&state(given)),
+        }
         let mut child = Machine { worker, runs: parent.runs.clone() };
         let got = family.freeze(&mut child).state.vcpus.remove(0);
         assert!(got == *given, "{given:?}\nis expected to be, after {expected:?}\n{got:?}");

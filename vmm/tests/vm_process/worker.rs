@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmm::link::Link;
-use vmm::machine::state::MachineState;
+use vmm::machine::state::{MachineState, PackedState};
 use vmm::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Line, Shape, Start, ToVm};
 
 pub const CHILD: &str = "OFFSHOOT_TEST_VM_PROCESS";
@@ -141,7 +141,7 @@ impl Worker {
     }
 
     pub fn load(&mut self, state: &MachineState) {
-        self.tell(&ToVm::Load(Box::new(state.clone())), &[]);
+        self.tell(&ToVm::Load(PackedState::pack(state)), &[]);
     }
 
     pub fn running(&mut self) -> u64 {
@@ -198,7 +198,7 @@ impl Worker {
             _ => None,
         });
         let state = self.expect(|message| match message {
-            FromVm::Saved { store, state } if *store == frozen.store => Some(state.clone()),
+            FromVm::Saved { store, state } if *store == frozen.store => Some(Box::new(state.unpack().unwrap())),
             FromVm::Ended(ending) => panic!("{ending:?}"),
             _ => None,
         });

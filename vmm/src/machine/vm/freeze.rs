@@ -5,7 +5,7 @@ use super::super::keeper;
 use super::super::kvm::DirtyLog;
 use super::super::linux::LinuxMachine;
 use super::super::now_ns;
-use super::super::state::MachineState;
+use super::super::state::{MachineState, PackedState};
 use super::{Vm, VmError};
 use crate::wire::{Activity, FromVm, Frozen};
 use guest_mem::window::host::{Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
@@ -79,7 +79,7 @@ impl Vm {
         if let Some(frozen) = frozen {
             tell(&FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
         }
-        tell(&FromVm::Saved { store, state: Box::new(state) }).map_err(VmError::Server)?;
+        tell(&FromVm::Saved { store, state: PackedState::pack(&state) }).map_err(VmError::Server)?;
         if activity == Activity::Running {
             let pause_ns = self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns);
             tell(&FromVm::WentOn { store, pause_ns }).map_err(VmError::Server)?;
