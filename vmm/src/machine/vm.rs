@@ -218,15 +218,16 @@ impl Vm {
         &self.floor
     }
 
-    /// Maps the window that the VM will most likely start with, which nobody touches before, and gives the vCPUs what they
-    /// will most likely start from.
+    /// Maps the window that the VM will most likely start with, with copies of what it will most likely write, and gives the
+    /// vCPUs what they will most likely start from.
     pub fn expect(&mut self, expected: Expect, fds: &[OwnedFd]) -> Result<(), VmError> {
         if self.started {
             return Err(VmError::StartedTwice);
         }
-        let Expect { runs, stores, state } = expected;
+        let Expect { runs, stores, ahead, state } = expected;
         let stores = self.named(&stores, fds)?;
         self.window.map(&runs, &stores, HugePages::Never)?;
+        ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
         self.expected = state.map(|state| state.unpack()).transpose()?;
         let vcpus = self.expected.iter().flat_map(|state| &state.vcpus);
         self.floor.load(vcpus.map(|vcpu| Load::Expected(Box::new(vcpu.clone()))).collect());

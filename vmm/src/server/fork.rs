@@ -16,7 +16,7 @@ use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::manager::SETTLE_BATCH;
 use guest_mem::window::host::Short;
-use guest_mem::{Destination, Gfn, GfnRange, StoreId, VmId};
+use guest_mem::{Destination, Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -344,9 +344,7 @@ impl Server {
             return;
         }
         let parent_generation = op.parent;
-        let likely: Vec<GfnRange> = self.learned.of(parent_generation).collect();
-        let family_books = self.families[&family].family();
-        let ahead: Vec<GfnRange> = likely.iter().flat_map(|pages| family_books.at_hand(parent, *pages)).collect();
+        let ahead = self.learned.at_hand(parent_generation, self.families[&family].family(), parent);
         let Some(parent_vm) = self.vms.get(op.parent) else { return };
         let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
         let (asked_balloon, idle) = (op.asked_balloon, op.idle.of_child(Instant::now()));
