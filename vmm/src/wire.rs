@@ -255,7 +255,10 @@ pub struct Frozen {
     pub kicked_ns: u64,
 }
 
-/// VM process to server. Times are `CLOCK_MONOTONIC` nanoseconds.
+/// VM process to server: those of a packet, one after the other. Descriptors that travel along are the first one's.
+pub type Said = Vec<FromVm>;
+
+/// One message of a VM process to the server. Times are `CLOCK_MONOTONIC` nanoseconds.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromVm {
     /// Prepared; the window's userfaultfd travels along, if the host has one.

@@ -143,6 +143,17 @@ pub(super) enum Task {
     Run,
 }
 
+/// What vCPUs did that are to stop.
+#[derive(Debug)]
+pub(super) struct Stopped {
+    /// What they were told to do.
+    pub before: Activity,
+    /// Those whose threads are to be interrupted: others see it by themselves.
+    pub busy: Vec<usize>,
+    /// None has run since its registers were last read.
+    pub rested: bool,
+}
+
 /// Why a vCPU cannot be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unavailable {
@@ -277,29 +288,29 @@ impl Floor {
         }
     }
 
-    /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Tells what they did before, and
-    /// those whose threads the caller is to interrupt: others see it by themselves. Then it waits with
+    /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Then it waits with
     /// [`await_standing`](Self::await_standing).
-    pub fn stop_and_save(&self) -> (Activity, Vec<usize>) {
+    pub fn stop_and_save(&self) -> Stopped {
         self.stop_for(Wish::Save)
     }
 
     /// Main thread: the same, but for the registers.
-    pub fn stop(&self) -> (Activity, Vec<usize>) {
+    pub fn stop(&self) -> Stopped {
         self.stop_for(Wish::Stand)
     }
 
-    fn stop_for(&self, wish: Wish) -> (Activity, Vec<usize>) {
+    fn stop_for(&self, wish: Wish) -> Stopped {
         let mut shared = self.lock();
         let running = shared.desks.iter().any(|desk| desk.wish == Wish::Run);
         shared.wish(wish);
         shared.desks.iter_mut().for_each(Desk::stop_resting);
         let busy = |desk: &Desk| matches!(desk.at, Station::Running { .. }) && !desk.waits;
         let busy = shared.desks.iter().enumerate().filter(|(_, desk)| busy(desk)).map(|(number, _)| number).collect();
-        if !shared.all_rest() {
+        let rested = shared.all_rest();
+        if !rested {
             self.wake(shared, false);
         }
-        (if running { Activity::Running } else { Activity::Paused }, busy)
+        Stopped { before: if running { Activity::Running } else { Activity::Paused }, busy, rested }
     }
 
     /// Main thread: has a vCPU see to what the devices are asked for, when it runs. The caller interrupts its thread, the
@@ -655,7 +666,8 @@ mod tests {
             });
             floor.ask(Activity::Running);
             floor.await_running().unwrap();
-            assert_eq!(floor.stop_and_save(), (Activity::Running, vec![0]));
+            let Stopped { before, busy, .. } = floor.stop_and_save();
+            assert_eq!((before, busy), (Activity::Running, vec![0]));
             stopped.send(()).unwrap();
             let mut offered = Vec::new();
             let shared = floor.await_standing_and_accept(|pages| {
@@ -717,7 +729,7 @@ mod tests {
     }
 
     fn freeze(floor: &Floor) -> (Activity, VcpuState) {
-        let (before, _) = floor.stop_and_save();
+        let Stopped { before, .. } = floor.stop_and_save();
         drop(floor.await_standing().unwrap());
         let saved = floor.await_saved().unwrap().remove(0).unwrap();
         floor.go_on(before);
@@ -738,6 +750,8 @@ mod tests {
                 assert_eq!(freeze(floor), (Activity::Running, registers(Tsc::Offset(7))));
                 assert!(matches!(floor.lock().desks[0].rest, Rest::Resting(_)));
             }
+            assert!(floor.stop().rested);
+            floor.go_on(Activity::Running);
             floor.lock().mailbox.post(Line { tag: 1, text: "mem".into() });
             floor.notify();
             assert_ne!(vcpu.join().unwrap(), Wakeup::default());

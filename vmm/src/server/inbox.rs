@@ -5,7 +5,7 @@ use super::process::{ProcessId, Role};
 use super::vm::{Generation, Hold, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
-use crate::wire::{Ending, FromVm, Line, Machine};
+use crate::wire::{Ending, FromVm, Line, Machine, Said};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -23,11 +23,11 @@ impl Server {
                 let events = if pending { EventSet::IN | EventSet::OUT } else { EventSet::IN };
                 self.watches.modify(token, events);
             }
-            match process.link.recv::<FromVm>() {
+            match process.link.recv::<Said>() {
                 Ok(None) => return,
-                Ok(Some((message, fds))) => {
-                    process.messages += 1;
-                    self.heard(id, message, fds);
+                Ok(Some((said, mut fds))) => {
+                    process.messages += said.len() as u64;
+                    said.into_iter().for_each(|message| self.heard(id, message, std::mem::take(&mut fds)));
                 }
                 Err(error) => return self.link_ended(id, &error),
             }
@@ -49,7 +49,7 @@ impl Server {
     }
 
     fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) {
-        let process = &self.processes[&id];
+        let Some(process) = self.processes.get(&id) else { return };
         if let FromVm::Frozen(frozen) = &message
             && let Some(copy) = frozen.copy
         {

@@ -19,7 +19,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmm::link::Link;
 use vmm::machine::state::{MachineState, PackedState};
-use vmm::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Line, Shape, Start, ToVm};
+use vmm::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Line, Said, Shape, Start, ToVm};
 
 pub const CHILD: &str = "OFFSHOOT_TEST_VM_PROCESS";
 pub const SOCKET: i32 = 3;
@@ -31,6 +31,8 @@ pub struct Worker {
     pub keeper: Pid,
     pub window_base: u64,
     pub traps: Option<Userfaultfd>,
+    /// Messages that came behind others.
+    unpacked: VecDeque<FromVm>,
     /// Messages that came while we waited for others.
     early: VecDeque<FromVm>,
     next_tag: u64,
@@ -82,6 +84,7 @@ impl Worker {
             keeper: Pid::from_raw(0),
             window_base: 0,
             traps: None,
+            unpacked: VecDeque::new(),
             early: VecDeque::new(),
             next_tag: 1,
             cage,
@@ -110,8 +113,14 @@ impl Worker {
     pub fn try_recv(&mut self, patience: Duration) -> Option<(FromVm, Vec<OwnedFd>)> {
         let deadline = Instant::now() + patience;
         loop {
-            if let Some(got) = self.link.recv().unwrap() {
-                return Some(got);
+            if let Some(message) = self.unpacked.pop_front() {
+                return Some((message, Vec::new()));
+            }
+            if let Some((said, fds)) = self.link.recv::<Said>().unwrap() {
+                let mut said = said.into_iter();
+                let first = said.next().expect("a packet says something");
+                self.unpacked.extend(said);
+                return Some((first, fds));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
