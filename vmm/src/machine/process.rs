@@ -4,7 +4,7 @@ use super::facts::Known;
 use super::isolate;
 use super::outbox::{self, Outbox};
 use super::probe::ways_to_write;
-use super::vm::{Preparation, Vm, VmError};
+use super::vm::{Freeze, Preparation, Vm, VmError};
 use crate::link::Link;
 use crate::nice;
 use crate::wire::{Activity, FromVm, ToVm};
@@ -189,7 +189,7 @@ impl Process<'_> {
                     fds => (one(fds)?, None),
                 };
                 let mut out = Outbox::new(&mut self.link);
-                match vm.freeze(store, file.as_fd(), lifeline, max_runs, short, &mut out) {
+                match vm.freeze(&Freeze { store, file: file.as_fd(), lifeline, max_runs, short }, &mut out) {
                     Ok(()) => {}
                     Err(error) => {
                         out.tell(FromVm::FreezeFailed(error.to_string()))?;

@@ -2,6 +2,8 @@
 
 mod freeze;
 
+pub(super) use freeze::Freeze;
+
 use super::WINDOW_BASE;
 use super::chips::Line;
 use super::cpuid::Cpuid;

@@ -158,6 +158,7 @@ impl Server {
         memory: impl Into<Option<(FamilyId, VmId)>>,
     ) -> Generation {
         let generation = Generation(self.fresh_id());
+        self.pool.used(shape);
         self.processes.get_mut(&process).expect("a process just taken").role = Role::Vm(generation);
         self.vms.insert(Vm {
             fresh: parent.is_none(),

@@ -34,6 +34,17 @@ struct Shelf {
 }
 
 impl Pool {
+    /// There is a VM of this shape.
+    pub fn used(&mut self, shape: Shape) {
+        self.0.entry(shape).or_insert_with(|| Shelf {
+            ready: VecDeque::new(),
+            preparing: 0,
+            wanted: SMALLEST,
+            used: Instant::now(),
+            favourite: Favourite::default(),
+        });
+    }
+
     /// A process has prepared itself. Whether there is a place for it.
     pub fn put(&mut self, shape: Shape, process: ProcessId) -> bool {
         let Some(shelf) = self.0.get_mut(&shape) else { return false };
@@ -130,19 +141,6 @@ impl Server {
     /// Fills the pool by at most one process, or empties it. Whether there is more to do at once. `settling`: guests wait
     /// for pages, or soon will, and come first; but an empty pool is filled.
     pub(super) fn tend_pool(&mut self, now: Instant, settling: bool) -> bool {
-        if self.stopping.is_none() {
-            let shapes: Vec<Shape> = self.vms.iter().filter(|vm| vm.is_alive()).map(|vm| vm.shape).collect();
-            for shape in shapes {
-                let fresh = Shelf {
-                    ready: VecDeque::new(),
-                    preparing: 0,
-                    wanted: SMALLEST,
-                    used: now,
-                    favourite: Favourite::default(),
-                };
-                self.pool.0.entry(shape).or_insert(fresh);
-            }
-        }
         self.end_unused();
         let mut surplus = Vec::new();
         let mut hungry = None;

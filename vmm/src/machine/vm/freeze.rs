@@ -24,8 +24,23 @@ const WATCH: Duration = Duration::from_millis(8);
 /// Stretches of which it gets copies at most.
 const HOT_MOST: usize = 512;
 
+/// What a freeze is told.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct Freeze<'a> {
+    /// The store that takes the pages' place,
+    pub store: StoreId,
+    /// and its file.
+    pub file: BorrowedFd<'a>,
+    /// Where pages may stay: the pipe that a copy of this process lives on.
+    pub lifeline: Option<BorrowedFd<'a>>,
+    /// Mappings that the window may have afterwards.
+    pub max_runs: u32,
+    /// What becomes of short stretches.
+    pub short: Short,
+}
+
 impl Vm {
-    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps `file` in their place, or copies them.
+    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps the file in their place, or copies them.
     /// They run again at once if they ran and the host has traps; otherwise once the server says so.
     ///
     /// The first freeze of a VM is of all that it has written since it was launched: with a `lifeline`, this process makes a
@@ -34,15 +49,8 @@ impl Vm {
     /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
     /// all that the vCPUs have said, and that they stand; then what was taken; then the state, which children wait for; last
     /// that the vCPUs run. Of vCPUs that have rested all that is known at once, and told at once.
-    pub fn freeze(
-        &mut self,
-        store: StoreId,
-        file: BorrowedFd<'_>,
-        lifeline: Option<BorrowedFd<'_>>,
-        max_runs: u32,
-        short: Short,
-        out: &mut Outbox<'_>,
-    ) -> Result<(), VmError> {
+    pub fn freeze(&mut self, freeze: &Freeze<'_>, out: &mut Outbox<'_>) -> Result<(), VmError> {
+        let &Freeze { store, lifeline, .. } = freeze;
         if !self.started {
             return Err(VmError::NotStarted);
         }
@@ -60,7 +68,7 @@ impl Vm {
         let activity = if self.traps { before } else { Activity::Paused };
         let (harvest, scratch_base, copies, copy) = (Harvest::default(), 0, Gfn(0), None);
         let begun = Frozen { store, harvest, scratch_base, copies, copy, activity, kicked_ns };
-        let standing = self.freeze_standing(&begun, file, lifeline, max_runs, short, rested, out);
+        let standing = self.freeze_standing(&begun, freeze, rested, out);
         if !standing.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(if standing.is_ok() { activity } else { before });
         }
@@ -96,13 +104,11 @@ impl Vm {
     fn freeze_standing(
         &mut self,
         begun: &Frozen,
-        file: BorrowedFd<'_>,
-        lifeline: Option<BorrowedFd<'_>>,
-        max_runs: u32,
-        short: Short,
+        freeze: &Freeze<'_>,
         rested: bool,
         out: &mut Outbox<'_>,
     ) -> Result<(Taken, MachineState), VmError> {
+        let &Freeze { file, lifeline, max_runs, short, .. } = freeze;
         let floor = Arc::clone(&self.floor);
         let mut shared = self.await_standing(&floor, |message| out.tell(message))?;
         let said = shared.take_messages();
