@@ -71,10 +71,12 @@ at_most() {
 
 # --- The emulated processor -------------------------------------------------------------------------------------------
 
-# QEMU's SVM emulation now and then leaves or enters a guest with one side's page tables and the other's registers, and
-# loses the guest (QEMU's own as well as ours). It shows: the guest's exit is at an address of the host's own VMRUN, or it
-# shuts down over a page fault at the very instruction that it was resumed at. Such an exit is written down here, so that
-# what it breaks is told from what we break.
+# QEMU's SVM emulation loses guests, its own as well as ours. An interrupt that is injected when a guest is entered stays
+# noted as the processor's exception, and is delivered once more, wherever the guest is by then, if the thread that
+# emulates it is kicked without another interrupt before the guest exits. Linux does not survive that everywhere. The
+# guest then shuts down, most often over a page fault at the very instruction that it was resumed at, or it exits at an
+# address of the host's own VMRUN. These exits are written down, so that what the emulation breaks is told from what we
+# break.
 _watched=/sys/kernel/tracing/instances/lab
 _crashes=/sys/kernel/tracing/instances/crashes
 _watch_emulation() {
@@ -95,7 +97,7 @@ _watch_emulation() {
 }
 _watch_emulation
 
-# lost_by_emulation: whether the emulated processor has lost a guest since this was last asked.
+# lost_by_emulation: whether the emulated processor has lost a guest since this was last asked: it shows.
 lost_by_emulation() {
   grep -q kvm_exit $_watched/trace 2>/dev/null || return 1
   echo >$_watched/trace
@@ -106,9 +108,10 @@ _finish() {
   _status=$?
   if [ $failed -gt 0 ] || [ $_status -ne 0 ]; then
     [ $_status -eq 0 ] || fail "the scenario itself ended with status $_status"
-    # The line that `run` looks for to start the scenario again.
+    # The lines that `run` looks for to start the scenario again: as often as it takes, or once.
     lost_by_emulation && echo "after $passed passed, $failed failed" && echo "lost by the emulated processor" && exit 1
     grep -h kvm_exit $_crashes/trace 2>/dev/null | tail -n 5 | sed 's/^ */        a guest shut down: /'
+    grep -q kvm_exit $_crashes/trace 2>/dev/null && echo "perhaps lost by the emulated processor"
     echo "        offshoot ls:"
     offshoot ls 2>&1 | tail -n 30 | sed 's/^/        | /'
     echo "        server log:"

@@ -126,6 +126,11 @@ impl Userfaultfd {
         Ok(())
     }
 
+    /// Whether the address space is gone. `start` is a page of it that may get zeros if it is not.
+    pub fn is_orphaned(&self, start: u64) -> bool {
+        self.zero(start, PAGE_SIZE).is_err_and(|error| error.raw_os_error() == Some(libc::ESRCH))
+    }
+
     /// Puts a copy of whole pages, in memory of the process that calls, where no page is mapped in these registered bytes.
     /// Where a file is mapped privately they are private pages, as if they had been written, whatever the file has there.
     /// Wakes nobody.

@@ -4,7 +4,7 @@
 
 kernels=(6.1 6.12)
 # In the order in which they load. Of a module that a kernel has built in there is no file, which is fine.
-outer_modules="irqbypass kvm kvm-amd"
+outer_modules="irqbypass kvm kvm-amd loop dm-mod"
 inner_modules="virtio_ring virtio virtio_mmio rng-core virtio-rng virtio_balloon virtio_blk failover net_failover
   virtio_net vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libnvdimm nd_virtio virtio_pmem"
 # Libraries that stress-ng names and that its memory and CPU stressors do not use, 18 MB with what they need in turn:
@@ -118,7 +118,7 @@ inner_initrd() {
 # What does not depend on this repository's programs. Sets `images`, the directory, and `programs`, the one in it with QEMU.
 build_images() {
   local key
-  key=$(cat "$lab/host/images.sh" "$lab/outer/init" "$lab/inner/init" "$lab/stamp.c" "$debs"/{linux-6.1,linux-6.12,tools,qemu}.sha256 | sha256sum | cut -c 1-16)
+  key=$(cat "$lab/host/images.sh" "$lab/outer/init" "$lab/inner/init" "$lab"/*.c "$debs"/{linux-6.1,linux-6.12,tools,qemu}.sha256 | sha256sum | cut -c 1-16)
   images=$cache/images/$key
   programs=$images/programs
   # Touched, so that one in use is not taken for an old one.
@@ -128,7 +128,7 @@ build_images() {
 }
 
 make_images() {
-  local work version release root
+  local work version release root program
   work=$(mktemp -d "$cache/work.XXXXXX")
   trap "rm -rf '$work'" EXIT
   unpack tools "$work/tools"
@@ -146,6 +146,7 @@ make_images() {
   root=$work/outer
   busybox "$work/tools" "$root"
   cp "$lab/outer/init" "$root/init"
+  for program in steady dm; do gcc -static -O2 -s -Wall -Werror -o "$root/bin/$program" "$lab/$program.c"; done
   for version in "${kernels[@]}"; do
     mkdir -p "$root/kernels/$version"
     cp "$work/out/vmlinuz-$version" "$root/kernels/$version/vmlinuz"

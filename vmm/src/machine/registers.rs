@@ -22,7 +22,6 @@ ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 const IA32_TSC: u32 = 0x10;
 /// Whether, and where, KVM tells the guest of pages that are on their way, so that it can do something else meanwhile.
 const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
-const ASYNC_PF_ENABLED: u64 = 1;
 
 /// What `KVM_RUN` leaves behind, where it can.
 const SHARED: i32 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as i32;
@@ -93,16 +92,17 @@ impl Registers {
 
     /// Waits until KVM's workers touch no page any more on behalf of the vCPU, which has just stopped.
     ///
-    /// A Linux guest lets KVM wait for a page in a worker while it runs something else. Such a worker does not stop with
-    /// the vCPU, and in the middle of a freeze it would find a page where no trap is yet. Turning the feature off ends all
-    /// workers; turning it on again has the guest look again for everything that it waits for.
+    /// KVM waits for a page in a worker, while a Linux guest that knows of it runs something else, and one that does not
+    /// rests until its next interrupt. Such a worker does not stop with the vCPU, and in the middle of a freeze it would find
+    /// a page where no trap is yet. Turning the feature off, even where it is off, ends all workers; turning it on again has
+    /// the guest look again for everything that it waits for.
     pub fn end_page_workers(&self, vcpu: &VcpuFd) -> Result<(), RegistersError> {
         if self.access.machine == Machine::Monitor || !self.access.msrs.contains(&KVM_ASYNC_PF_EN) {
             return Ok(());
         }
         let was = read_msr(vcpu, KVM_ASYNC_PF_EN)?;
-        if was & ASYNC_PF_ENABLED != 0 {
-            write_msr(vcpu, KVM_ASYNC_PF_EN, 0)?;
+        write_msr(vcpu, KVM_ASYNC_PF_EN, 0)?;
+        if was != 0 {
             write_msr(vcpu, KVM_ASYNC_PF_EN, was)?;
         }
         Ok(())

@@ -235,10 +235,27 @@ impl Server {
         }
     }
 
+    /// Looks after processes that have ended and whose memory has not.
+    pub(super) fn tend_lingering(&mut self) {
+        let lingering: Vec<ProcessId> = self.lingering.iter().copied().collect();
+        for id in lingering {
+            if let Some(process) = self.processes.get(&id) {
+                process.memory.dismiss_traps();
+            }
+            self.forget_process_if_gone(id);
+        }
+    }
+
     fn forget_process_if_gone(&mut self, id: ProcessId) {
-        if !self.processes.get(&id).is_some_and(|process| process.memory.is_gone()) {
+        let Some(memory) = self.processes.get(&id).map(|process| &process.memory) else { return };
+        if !memory.is_left() {
             return;
         }
+        if !memory.is_gone() {
+            self.lingering.insert(id);
+            return;
+        }
+        self.lingering.remove(&id);
         let process = self.processes.remove(&id).expect("looked at above");
         if let Some(token) = process.trap_token {
             self.watches.remove(token, Rc::clone(&process.memory));

@@ -69,13 +69,13 @@ use process::{ProcessId, VmProcess};
 use reclaim::Reclaims;
 use roll::Roll;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use swap::HostSwap;
 use vm::{FamilyId, Generation, Vms};
 use watch::Watches;
@@ -120,6 +120,9 @@ pub enum Error {
     Loop(event_manager::Error),
 }
 
+/// How soon a memory that outlives its process is looked at again.
+const LINGER: Duration = Duration::from_millis(5);
+
 /// What an event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
@@ -147,6 +150,8 @@ struct Server {
     signals: SignalFd,
     clients: BTreeMap<ClientId, Client>,
     processes: BTreeMap<ProcessId, VmProcess>,
+    /// Those that have ended, and whose memory a worker of KVM's holds on to.
+    lingering: BTreeSet<ProcessId>,
     zygote: Zygote,
     wants: Wants,
     pool: Pool,
@@ -260,6 +265,7 @@ impl Server {
             signals,
             clients: BTreeMap::new(),
             processes: BTreeMap::new(),
+            lingering: BTreeSet::new(),
             // After the niceness: the server waits for it.
             zygote: Zygote::start(),
             wants: Wants::default(),
@@ -324,6 +330,7 @@ impl Server {
         self.grant_wants();
         let bringing = self.bring_ahead();
         let filling = self.tend_pool(now, settling || bringing);
+        self.tend_lingering();
         self.finish_removals();
         self.finish_checks();
         let past = &mut self.past;
@@ -346,7 +353,8 @@ impl Server {
         let pool = self.pool.next_look();
         let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
-        let next = next.chain(self.next_idle_look()).chain(self.latency.until()).min();
+        let lingering = (!self.lingering.is_empty()).then(|| now + LINGER);
+        let next = next.chain(self.next_idle_look()).chain(self.latency.until()).chain(lingering).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
 

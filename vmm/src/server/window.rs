@@ -7,7 +7,7 @@
 use super::process::ProcessId;
 use crate::wire::Frozen;
 use guest_mem::sys::Userfaultfd;
-use guest_mem::{Gfn, GfnRange, ScratchRange, StoreId, Window};
+use guest_mem::{Gfn, GfnRange, PAGE_SIZE, ScratchRange, StoreId, Window};
 use nix::fcntl::OFlag;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::{Pid, pipe2};
@@ -140,9 +140,28 @@ impl Memory {
         }
     }
 
-    /// Whether no process has the memory any more.
-    pub fn is_gone(&self) -> bool {
+    /// Whether no process is left that has the memory.
+    pub fn is_left(&self) -> bool {
         self.main.get().is_none() && self.keeper.get().is_none() && self.copies.borrow().is_empty()
+    }
+
+    /// Whether the memory itself is gone. A worker of KVM's that waits for a page holds on to it, and outlives the process;
+    /// without traps it would put a page of zeros into a store that others map.
+    pub fn is_gone(&self) -> bool {
+        self.is_left() && self.traps.get().is_none_or(|traps| traps.is_orphaned(self.base.get()))
+    }
+
+    /// Answers all traps with zeros: the process is about to end, or has ended, and no guest sees them. Who waits would keep
+    /// it from ending.
+    pub fn dismiss_traps(&self) {
+        let Some(source) = self.traps.get() else { return };
+        let mut traps = Vec::new();
+        while source.read(&mut traps, 64).is_ok() && !traps.is_empty() {
+            for trap in traps.drain(..) {
+                let answered = source.zero(trap.address, PAGE_SIZE).and(source.wake(trap.address, PAGE_SIZE));
+                answered.unwrap_or_else(|error| log::debug!("a trap of {:?}, which ends: {error}", self.process));
+            }
+        }
     }
 
     fn is_in_copy(&self, scratch: StoreId) -> bool {
