@@ -117,8 +117,7 @@ impl Registers {
         if self.access.machine == Machine::Linux {
             return Ok(());
         }
-        let Self { fresh, .. } = self;
-        let state = VcpuState { mp: fresh.mp, events: fresh.events, ..state };
+        let state = VcpuState { mp: self.fresh.mp, events: self.fresh.events, ..state };
         self.restore(vcpu, &state)?;
         self.expected = Some(state);
         Ok(())
@@ -129,8 +128,10 @@ impl Registers {
     /// The order matters: the TSC before the MSRs that refer to it, system registers (which place the LAPIC) before the
     /// LAPIC, that (which says what kind of timer it is) before the MSR of its deadline, events last, because setting
     /// system registers drops them.
-    pub fn restore(&self, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), RegistersError> {
-        let has = self.expected.as_ref().unwrap_or(&self.fresh);
+    pub fn restore(&mut self, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), RegistersError> {
+        // It is of no use afterwards, and there are many clones.
+        let expected = self.expected.take();
+        let has = expected.as_ref().unwrap_or(&self.fresh);
         if state.tsc != has.tsc {
             set_tsc(vcpu, state.tsc)?;
         }
