@@ -4,7 +4,7 @@
 //! for a packet), its descriptors ride on it and, past what one packet carries, on packets that follow.
 
 use crate::boot::linux::Plan;
-use crate::machine::state::MachineState;
+use crate::machine::state::PackedState;
 use guest_mem::window::host::Short;
 use guest_mem::window::{Harvest, Run};
 use guest_mem::{Gfn, GfnRange, PageCount, StoreId};
@@ -94,7 +94,7 @@ pub enum Origin {
     Monitor,
     /// A Linux kernel, from its entry point; the descriptor of its file travels along, behind those of the stores.
     Linux(Box<Plan>),
-    /// A fork. The parent's state follows, in a [`ToVm::Load`].
+    /// A fork. The parent's state follows, in a [`ToVm::Load`] or as a [`ToVm::LoadExpected`].
     Fork {
         /// This child's number in its fork, from 1.
         index: u32,
@@ -115,8 +115,23 @@ pub struct Start {
     pub origin: Origin,
     /// Whether it runs at once.
     pub activity: Activity,
-    /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs.
+    /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs. But for
+    /// those of which it has copies since a [`ToVm::Expect`].
     pub ahead: Vec<GfnRange>,
+}
+
+/// What a prepared VM process can have ready of a start that will most likely follow.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Expect {
+    /// Its window, but for what the process has of an earlier [`ToVm::Expect`]; a descriptor for each store in `stores`
+    /// travels along.
+    pub runs: Vec<Run>,
+    /// The stores that `runs` name, in the order of the descriptors.
+    pub stores: Vec<StoreId>,
+    /// Pages of which it is to have copies, all of which are in their stores.
+    pub ahead: Vec<GfnRange>,
+    /// The state that it will start from, where that can be told.
+    pub state: Option<PackedState>,
 }
 
 /// Server to zygote: make a VM process. Its socket travels along.
@@ -145,17 +160,14 @@ pub enum ToVm {
         /// The niceness to run with; the server may have a lower one.
         niceness: i32,
     },
-    /// A start will follow, most likely with this window: a descriptor for each store in `stores` travels along.
-    Expect {
-        /// The window.
-        runs: Vec<Run>,
-        /// The stores that `runs` name, in the order of the descriptors.
-        stores: Vec<StoreId>,
-    },
-    /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`; a fork's after its `Load`.
+    /// A start will follow, most likely like this.
+    Expect(Box<Expect>),
+    /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`; a fork's after its `Load` or `LoadExpected`.
     Start(Box<Start>),
     /// The state that a fork starts from.
-    Load(Box<MachineState>),
+    Load(PackedState),
+    /// A fork starts from the state that was last [expected](Self::Expect).
+    LoadExpected,
     /// Stop the vCPUs, take all dirty private pages: move them out and put this store (its descriptor travels along) in
     /// their place, or copy them; run on as before. Answered by `Frozen` and `Saved`, or by `FreezeFailed`.
     ///
@@ -243,7 +255,10 @@ pub struct Frozen {
     pub kicked_ns: u64,
 }
 
-/// VM process to server. Times are `CLOCK_MONOTONIC` nanoseconds.
+/// VM process to server: those of a packet, one after the other. Descriptors that travel along are the first one's.
+pub type Said = Vec<FromVm>;
+
+/// One message of a VM process to the server. Times are `CLOCK_MONOTONIC` nanoseconds.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromVm {
     /// Prepared; the window's userfaultfd travels along, if the host has one.
@@ -296,9 +311,14 @@ pub enum FromVm {
         /// The freeze's store.
         store: StoreId,
         /// The state.
-        state: Box<MachineState>,
-        /// From the first vCPU kick to the last vCPU able to run again, if they run again.
-        pause_ns: Option<u64>,
+        state: PackedState,
+    },
+    /// After a `Saved`, if the vCPUs run again: they do.
+    WentOn {
+        /// The freeze's store.
+        store: StoreId,
+        /// From the first vCPU kick to the last vCPU able to run again.
+        pause_ns: u64,
     },
     /// A freeze that changed nothing, and why.
     FreezeFailed(String),

@@ -3,6 +3,10 @@
 //! Whoever wakes somebody lets go of the lock first: a thread that wakes on the waker's processor takes it over at once,
 //! and would have to give it back until the lock is free.
 
+mod desk;
+#[cfg(test)]
+mod tests;
+
 use super::kick::StopSwitch;
 use super::mailbox::{Mailbox, Wakeup};
 use super::now_ns;
@@ -10,6 +14,7 @@ use super::panic::PanicWatch;
 use super::state::VcpuState;
 use crate::devices::serial::Console;
 use crate::wire::{Activity, Ending, FromVm};
+use desk::{Desk, Rest, Station, Wish};
 use guest_mem::GfnRange;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -50,39 +55,6 @@ pub(super) struct Shared {
     out: Vec<FromVm>,
 }
 
-/// One vCPU: what it is told, and where it stands.
-#[derive(Debug)]
-struct Desk {
-    stop: StopSwitch,
-    wish: Wish,
-    load: Option<Load>,
-    saved: Option<Result<VcpuState, String>>,
-    at: Station,
-    /// Its guest waits, and its thread here: it is not in `KVM_RUN`.
-    waits: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
-    Stand,
-    /// Stand, and save the registers once all vCPUs stand: until then others may send it interrupts.
-    Save,
-    Run,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Station {
-    /// Its thread has not come to the floor yet, or sets its registers.
-    Arriving,
-    Standing,
-    /// In or about to enter `KVM_RUN`, or on an errand.
-    Running {
-        since_ns: u64,
-    },
-    /// It will never run again.
-    Ended,
-}
-
 /// Pages that a vCPU gives back, on their way through the main thread, whose the window is. There are never two: the
 /// monitor has one vCPU, and of a Linux guest's vCPUs one has the balloon device.
 #[derive(Debug, Default)]
@@ -100,6 +72,8 @@ pub(super) enum Load {
     Monitor,
     /// A Linux kernel's entry, at this address, or, where another vCPU is to start it, what firmware leaves.
     Linux(Option<u64>),
+    /// A vCPU that was saved before; one that is like it follows, most likely.
+    Expected(Box<VcpuState>),
     /// A saved vCPU.
     Saved(Box<VcpuState>),
 }
@@ -127,6 +101,17 @@ pub(super) enum Task {
     Run,
 }
 
+/// What vCPUs did that are to stop.
+#[derive(Debug)]
+pub(super) struct Stopped {
+    /// What they were told to do.
+    pub before: Activity,
+    /// Those whose threads are to be interrupted: others see it by themselves.
+    pub busy: Vec<usize>,
+    /// None has run since its registers were last read.
+    pub rested: bool,
+}
+
 /// Why a vCPU cannot be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unavailable {
@@ -147,8 +132,15 @@ const CONSOLE_DELAY: [Duration; 2] = [Duration::from_millis(2), Duration::from_m
 impl Floor {
     /// A floor with a desk for each vCPU, whose threads are yet to come.
     pub fn new(switches: impl IntoIterator<Item = StopSwitch>, console: Console) -> io::Result<Self> {
-        let desk =
-            |stop| Desk { stop, wish: Wish::Stand, load: None, saved: None, at: Station::Arriving, waits: false };
+        let desk = |stop| Desk {
+            stop,
+            wish: Wish::Stand,
+            load: None,
+            saved: None,
+            at: Station::Arriving,
+            waits: false,
+            rest: Rest::Not,
+        };
         let shared = Shared {
             desks: switches.into_iter().map(desk).collect(),
             announce: None,
@@ -238,6 +230,9 @@ impl Floor {
             Activity::Paused => Wish::Stand,
         });
         shared.announce = Some(activity);
+        if activity == Activity::Running {
+            shared.desks.iter_mut().for_each(|desk| desk.rest = Rest::Not);
+        }
         let news = shared.announce_standing();
         self.wake(shared, news);
     }
@@ -251,27 +246,29 @@ impl Floor {
         }
     }
 
-    /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Tells what they did before, and
-    /// those whose threads the caller is to interrupt: others see it by themselves. Then it waits with
+    /// Main thread: stops the vCPUs and has their registers saved, while the caller goes on. Then it waits with
     /// [`await_standing`](Self::await_standing).
-    pub fn stop_and_save(&self) -> (Activity, Vec<usize>) {
+    pub fn stop_and_save(&self) -> Stopped {
         self.stop_for(Wish::Save)
     }
 
     /// Main thread: the same, but for the registers.
-    pub fn stop(&self) -> (Activity, Vec<usize>) {
+    pub fn stop(&self) -> Stopped {
         self.stop_for(Wish::Stand)
     }
 
-    fn stop_for(&self, wish: Wish) -> (Activity, Vec<usize>) {
+    fn stop_for(&self, wish: Wish) -> Stopped {
         let mut shared = self.lock();
         let running = shared.desks.iter().any(|desk| desk.wish == Wish::Run);
         shared.wish(wish);
-        shared.desks.iter_mut().for_each(|desk| desk.saved = None);
+        shared.desks.iter_mut().for_each(Desk::stop_resting);
         let busy = |desk: &Desk| matches!(desk.at, Station::Running { .. }) && !desk.waits;
         let busy = shared.desks.iter().enumerate().filter(|(_, desk)| busy(desk)).map(|(number, _)| number).collect();
-        self.wake(shared, false);
-        (if running { Activity::Running } else { Activity::Paused }, busy)
+        let rested = shared.all_rest();
+        if !rested {
+            self.wake(shared, false);
+        }
+        Stopped { before: if running { Activity::Running } else { Activity::Paused }, busy, rested }
     }
 
     /// Main thread: has a vCPU see to what the devices are asked for, when it runs. The caller interrupts its thread, the
@@ -287,11 +284,19 @@ impl Floor {
     /// Main thread: has the vCPUs do what they did before [`stop`](Self::stop) or
     /// [`stop_and_save`](Self::stop_and_save).
     pub fn go_on(&self, before: Activity) {
-        self.lock().wish(match before {
+        let mut shared = self.lock();
+        shared.wish(match before {
             Activity::Running => Wish::Run,
             Activity::Paused => Wish::Stand,
         });
-        self.changed.notify_all();
+        if before == Activity::Running {
+            let since_ns = now_ns();
+            let resting = shared.desks.iter_mut().filter(|desk| matches!(desk.rest, Rest::Resting(_)));
+            resting.for_each(|desk| desk.at = Station::Running { since_ns });
+        }
+        if !shared.all_rest() || shared.has_news() {
+            self.wake(shared, false);
+        }
     }
 
     /// Main thread: waits until all vCPUs stand.
@@ -408,7 +413,10 @@ impl Floor {
                     desk.at = Station::Arriving;
                     return Task::Load(load);
                 }
-                if desk.wish == Wish::Run {
+                let rests = matches!(desk.rest, Rest::Resting(_));
+                if desk.wish == Wish::Run && (!rests || shared.has_news()) {
+                    let desk = &mut shared.desks[number];
+                    desk.rest = Rest::Not;
                     // Not on its way from a freeze: the errand may wait for pages, and a pause is not to.
                     let runs = matches!(desk.at, Station::Running { .. });
                     if runs && std::mem::take(&mut shared.errand) {
@@ -416,16 +424,24 @@ impl Floor {
                     }
                     return self.set_running(shared, number);
                 }
-                if desk.at != Station::Standing {
-                    desk.at = Station::Standing;
-                    let news = shared.announce_standing();
-                    self.wake(shared, news);
-                    shared = self.lock();
-                    continue;
-                }
-                if shared.all_stand() && shared.desks[number].wish == Wish::Save {
-                    shared.desks[number].wish = Wish::Stand;
-                    return Task::Save;
+                if shared.desks[number].wish != Wish::Run {
+                    let before = std::mem::replace(&mut shared.desks[number].at, Station::Standing);
+                    let save = shared.desks[number].wish == Wish::Save && shared.all_stand();
+                    if save {
+                        shared.desks[number].wish = Wish::Stand;
+                    }
+                    if before != Station::Standing {
+                        let news = shared.announce_standing();
+                        self.wake(shared, news);
+                        if save {
+                            return Task::Save;
+                        }
+                        shared = self.lock();
+                        continue;
+                    }
+                    if save {
+                        return Task::Save;
+                    }
                 }
             }
             shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
@@ -452,8 +468,15 @@ impl Floor {
 
     /// vCPU thread: the registers are saved.
     pub fn saved(&self, number: usize, state: Result<VcpuState, String>) {
-        self.lock().desks[number].saved = Some(state);
-        self.changed.notify_all();
+        let mut shared = self.lock();
+        let desk = &mut shared.desks[number];
+        if let (Rest::Told, Ok(registers)) = (&desk.rest, &state)
+            && registers.tsc.stands_still()
+        {
+            desk.rest = Rest::Resting(Box::new(registers.clone()));
+        }
+        desk.saved = Some(state);
+        self.wake(shared, false);
     }
 
     /// vCPU thread: the VM has come to its end, or did not get to its start. All its vCPUs stop.
@@ -464,7 +487,7 @@ impl Floor {
         }
         for desk in &mut shared.desks {
             desk.stop.set();
-            desk.at = Station::Ended;
+            (desk.at, desk.rest) = (Station::Ended, Rest::Not);
         }
         shared.out.push(message);
         self.wake(shared, true);
@@ -481,6 +504,7 @@ impl Floor {
         loop {
             let here = &mut *shared;
             if here.desks[number].wish != Wish::Run || here.desks[number].at == Station::Ended {
+                here.desks[number].rest = Rest::Told;
                 return None;
             }
             if let Some(wakeup) = here.mailbox.collect(here.console.has_input()) {
@@ -494,6 +518,16 @@ impl Floor {
 }
 
 impl Shared {
+    /// Whether no vCPU has anything to do.
+    fn all_rest(&self) -> bool {
+        self.desks.iter().all(|desk| matches!(desk.rest, Rest::Resting(_)))
+    }
+
+    /// Whether there is something for a guest that waits.
+    fn has_news(&mut self) -> bool {
+        self.mailbox.has_news(self.console.has_input())
+    }
+
     /// Whether there is news for the server: that all stand, as asked.
     fn announce_standing(&mut self) -> bool {
         let stand = self.all_stand() && self.announce.take_if(|activity| *activity == Activity::Paused).is_some();
@@ -518,6 +552,7 @@ impl Shared {
     fn load(&mut self, loads: Vec<Load>) {
         for (desk, load) in self.desks.iter_mut().zip(loads) {
             desk.load = Some(load);
+            desk.rest = Rest::Not;
         }
     }
 
@@ -541,77 +576,5 @@ impl Shared {
                 desk.stop.set();
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::mpsc::channel;
-    use std::thread;
-
-    fn pages(range: std::ops::Range<u64>) -> Vec<GfnRange> {
-        vec![range.into()]
-    }
-
-    /// The main thread waits for a vCPU to stand, which waits for the main thread to take its pages.
-    #[test]
-    fn pages_are_taken_before_their_vcpu_stands() {
-        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
-        thread::scope(|scope| {
-            let (stopped, told) = channel();
-            let floor = &floor;
-            let vcpu = scope.spawn(move || {
-                assert!(matches!(floor.next_task(0), Task::Run));
-                told.recv().unwrap();
-                // The main thread waits by now, or soon.
-                thread::sleep(Duration::from_millis(20));
-                let given = floor.give_back(pages(5..9));
-                assert!(matches!(floor.next_task(0), Task::Save));
-                floor.saved(0, Err("as the test has it".into()));
-                given
-            });
-            floor.ask(Activity::Running);
-            floor.await_running().unwrap();
-            assert_eq!(floor.stop_and_save(), (Activity::Running, vec![0]));
-            stopped.send(()).unwrap();
-            let mut offered = Vec::new();
-            let shared = floor.await_standing_and_accept(|pages| {
-                offered.push(pages.to_vec());
-                super::tests::pages(5..7)
-            });
-            drop(shared.unwrap());
-            assert_eq!(offered, [pages(5..9)]);
-            floor.await_saved().unwrap();
-            assert_eq!(vcpu.join().unwrap(), pages(5..7));
-        });
-    }
-
-    /// A vCPU that goes on after a freeze counts as running before it runs an errand.
-    #[test]
-    fn an_errand_is_run_between_two_runs() {
-        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
-        floor.send_errand();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                assert!(matches!(floor.next_task(0), Task::Run));
-                assert!(matches!(floor.next_task(0), Task::Attend));
-                assert!(matches!(floor.next_task(0), Task::Run));
-            });
-            drop(floor.await_standing().unwrap());
-            floor.ask(Activity::Running);
-            floor.await_running().unwrap();
-        });
-    }
-
-    #[test]
-    fn nobody_waits_for_a_main_thread_that_ends_the_vm() {
-        let floor = Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
-        thread::scope(|scope| {
-            let vcpu = scope.spawn(|| floor.give_back(pages(5..9)));
-            floor.end(FromVm::Ended(Ending::Off));
-            assert_eq!(vcpu.join().unwrap(), []);
-            assert_eq!(floor.await_standing_and_accept(<[GfnRange]>::to_vec).unwrap_err(), Unavailable::Ended);
-        });
     }
 }

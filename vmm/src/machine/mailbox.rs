@@ -86,6 +86,13 @@ impl Mailbox {
         self.state = MailboxState { fork_pending: false, ..state };
     }
 
+    /// Whether there is something for a guest that waits.
+    pub fn has_news(&self, serial_has_input: bool) -> bool {
+        let line = !self.state.fork_pending && !self.lines.is_empty();
+        let nudge = self.sign == Sign::Nudge;
+        self.fork_outcome.is_some() || self.news || line || serial_has_input || self.stop || nudge
+    }
+
     /// What there is for a guest that waits; `None` lets it wait on.
     ///
     /// A guest that waits has done with the line before, answered or not, unless it waits for a fork.

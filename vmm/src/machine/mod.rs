@@ -31,6 +31,7 @@ mod kvm;
 mod linux;
 mod mailbox;
 mod mmio;
+mod outbox;
 mod panic;
 mod ports;
 mod probe;

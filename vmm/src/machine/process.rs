@@ -2,8 +2,9 @@
 
 use super::facts::Known;
 use super::isolate;
+use super::outbox::{self, Outbox};
 use super::probe::ways_to_write;
-use super::vm::{Preparation, Vm, VmError};
+use super::vm::{Freeze, Preparation, Vm, VmError};
 use crate::link::Link;
 use crate::nice;
 use crate::wire::{Activity, FromVm, ToVm};
@@ -126,7 +127,7 @@ impl Process<'_> {
         let Some(vm) = &mut self.vm else { return Ok(()) };
         let (messages, console) = vm.floor().take_messages();
         if !console.is_empty() {
-            self.link.send(&FromVm::Console(console), &[])?;
+            outbox::tell(&mut self.link, &FromVm::Console(console), &[])?;
         }
         let answers = messages.iter().filter(|message| matches!(message, FromVm::Answer(_))).count() as u32;
         if let Some(moments) = self.moments.as_mut().filter(|moments| answers > 0 && moments.answers < FIRST_ANSWERS) {
@@ -136,15 +137,15 @@ impl Process<'_> {
         }
         let Some(vm) = &mut self.vm else { return Ok(()) };
         let link = &mut self.link;
-        messages.iter().try_for_each(|message| link.send(message, &[]))?;
-        vm.accept_gift(|message| link.send(message, &[]))
+        messages.iter().try_for_each(|message| outbox::tell(link, message, &[]))?;
+        vm.accept_gift(|message| outbox::tell(link, &message, &[]))
     }
 
     /// Tells what a clone has written in its first moments.
     fn tell_writes(&mut self, last: bool) -> io::Result<()> {
         let Some(vm) = &mut self.vm else { return Ok(()) };
         match vm.wrote() {
-            Ok(pages) => self.link.send(&FromVm::Wrote { pages, last }, &[])?,
+            Ok(pages) => outbox::tell(&mut self.link, &FromVm::Wrote { pages, last }, &[])?,
             Err(error) => log::debug!("what a clone wrote: {error}"),
         }
         Ok(())
@@ -188,31 +189,33 @@ impl Process<'_> {
         let floor = Arc::clone(vm.floor());
         match message {
             ToVm::Prepare { .. } => return Err(nonsense("a second Prepare")),
-            ToVm::Expect { runs, stores } => {
-                let mapped = vm.expect(&runs, &stores, &fds);
-                self.report_start(mapped)?;
+            ToVm::Expect(expected) => {
+                let ready = vm.expect(*expected, &fds);
+                self.report_start(ready)?;
             }
             ToVm::Start(start) => {
                 let started = vm.start(*start, &fds);
                 self.report_start(started)?;
             }
             ToVm::Load(state) => {
-                let loaded = vm.load(*state);
-                self.moments = loaded.is_ok().then(|| Moments { began: Instant::now(), answers: 0 });
-                self.report_start(loaded)?;
+                let loaded = vm.load(&state);
+                self.begin_moments(loaded)?;
+            }
+            ToVm::LoadExpected => {
+                let loaded = vm.load_expected();
+                self.begin_moments(loaded)?;
             }
             ToVm::Freeze { store, max_runs, short } => {
                 let (file, lifeline) = match fds.as_slice() {
                     [file, lifeline] => (file, Some(lifeline.as_fd())),
                     fds => (one(fds)?, None),
                 };
-                let link = &mut self.link;
-                let tell = |message: &FromVm| link.send(message, &[]);
                 self.spare = Some(Instant::now());
-                match vm.freeze(store, file.as_fd(), lifeline, max_runs, short, tell) {
+                let mut out = Outbox::new(&mut self.link);
+                match vm.freeze(&Freeze { store, file: file.as_fd(), lifeline, max_runs, short }, &mut out) {
                     Ok(()) => {}
                     Err(error) => {
-                        self.link.send(&FromVm::FreezeFailed(error.to_string()), &[])?;
+                        out.tell(FromVm::FreezeFailed(error.to_string()))?;
                         if error.is_fatal() {
                             floor.die(error.to_string());
                         }
@@ -222,13 +225,13 @@ impl Process<'_> {
             ToVm::Shed { store, pages } => {
                 let file = one(&fds)?;
                 let link = &mut self.link;
-                let shed = vm.shed(store, file.as_fd(), &pages, |message| link.send(message, &[]));
+                let shed = vm.shed(store, file.as_fd(), &pages, |message| outbox::tell(link, &message, &[]));
                 let fatal = shed.as_ref().err().filter(|error| error.is_fatal()).map(ToString::to_string);
                 let pages = shed.unwrap_or_else(|error| {
                     log::warn!("pages {pages:?} stay in memory twice: {error}");
                     Vec::new()
                 });
-                self.link.send(&FromVm::Shed { store, pages }, &[])?;
+                outbox::tell(&mut self.link, &FromVm::Shed { store, pages }, &[])?;
                 if let Some(why) = fatal {
                     floor.die(why);
                 }
@@ -258,17 +261,23 @@ impl Process<'_> {
             ToVm::Stop => vm.stop(),
             ToVm::Probe => {
                 let ways = ways_to_write(one(&fds)?.as_fd());
-                self.link.send(&FromVm::Probed(ways), &[])?;
+                outbox::tell(&mut self.link, &FromVm::Probed(ways), &[])?;
             }
         }
         Ok(())
+    }
+
+    /// A clone has its state, and begins to run.
+    fn begin_moments(&mut self, loaded: Result<(), VmError>) -> io::Result<()> {
+        self.moments = loaded.is_ok().then(|| Moments { began: Instant::now(), answers: 0 });
+        self.report_start(loaded)
     }
 
     /// Tells the server if a VM that is to start cannot.
     fn report_start(&mut self, done: Result<(), VmError>) -> io::Result<()> {
         match done {
             Ok(()) => Ok(()),
-            Err(error) => self.link.send(&FromVm::StartFailed(error.to_string()), &[]),
+            Err(error) => outbox::tell(&mut self.link, &FromVm::StartFailed(error.to_string()), &[]),
         }
     }
 
@@ -287,10 +296,10 @@ impl Process<'_> {
                 let console = Events::with_data_raw(vm.floor().console_bell(), CONSOLE, EventSet::IN);
                 ops.add(console).map_err(io::Error::other)?;
                 let (ready, traps) = vm.ready();
-                self.link.send(&ready, traps.as_slice())?;
+                outbox::tell(&mut self.link, &ready, traps.as_slice())?;
                 self.vm = Some(vm);
             }
-            Err(error) => self.link.send(&FromVm::PrepareFailed(error.to_string()), &[])?,
+            Err(error) => outbox::tell(&mut self.link, &FromVm::PrepareFailed(error.to_string()), &[])?,
         }
         Ok(())
     }

@@ -1,8 +1,7 @@
-//! A vCPU's registers: saved whole, and restored as far as they differ from a fresh vCPU's.
+//! A vCPU's registers: saved whole, and restored as far as they differ from what the vCPU has.
 //!
 //! A vCPU ioctl takes 6–10 µs on some hosts, and a fork restores into a vCPU that has never run. So a [`Registers`]
-//! remembers the vCPU as it was made, and restoring leaves out what is the same: most of the time all but the general
-//! and system registers.
+//! remembers the vCPU as it was made, or as it was expected to become, and restoring leaves out what is the same.
 #![allow(unsafe_code)] // XSAVE areas of variable length, and the vCPU device attribute that kvm-ioctls lacks
 
 use super::state::{Tsc, VcpuState};
@@ -48,6 +47,8 @@ fn during(call: &'static str) -> impl FnOnce(errno::Error) -> RegistersError {
 pub(super) struct Registers {
     access: Access,
     fresh: VcpuState,
+    /// What it was given when it was made ready for a state to come.
+    expected: Option<VcpuState>,
 }
 
 /// What this host can read and set.
@@ -71,7 +72,7 @@ impl Registers {
     /// Those of a vCPU that has its CPUID and has not run.
     pub fn of_fresh(access: Access, vcpu: &VcpuFd) -> Result<Self, RegistersError> {
         let fresh = access.save(vcpu, None)?;
-        Ok(Self { access, fresh })
+        Ok(Self { access, fresh, expected: None })
     }
 
     /// The vCPU as it was before it ran.
@@ -107,49 +108,57 @@ impl Registers {
         Ok(())
     }
 
+    /// Makes the vCPU, which has not run, what `state` says, but for what may not wait or is lost: what is pending comes
+    /// with [`restore`](Self::restore). A state to come will most likely be like this one.
+    ///
+    /// A vCPU with an interrupt controller is left as it is: its timer runs, also while it does not, and MSRs that name
+    /// guest memory make KVM touch that, which is not there yet.
+    pub fn expect(&mut self, vcpu: &VcpuFd, state: VcpuState) -> Result<(), RegistersError> {
+        if self.access.machine == Machine::Linux {
+            return Ok(());
+        }
+        let state = VcpuState { mp: self.fresh.mp, events: self.fresh.events, ..state };
+        self.restore(vcpu, &state)?;
+        self.expected = Some(state);
+        Ok(())
+    }
+
     /// Makes the vCPU, which has not run, what `state` says.
     ///
     /// The order matters: the TSC before the MSRs that refer to it, system registers (which place the LAPIC) before the
     /// LAPIC, that (which says what kind of timer it is) before the MSR of its deadline, events last, because setting
     /// system registers drops them.
-    pub fn restore(&self, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), RegistersError> {
-        let fresh = &self.fresh;
-        if state.tsc != fresh.tsc {
+    pub fn restore(&mut self, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), RegistersError> {
+        // It is of no use afterwards, and there are many clones.
+        let expected = self.expected.take();
+        let has = expected.as_ref().unwrap_or(&self.fresh);
+        if state.tsc != has.tsc {
             set_tsc(vcpu, state.tsc)?;
         }
-        if state.sregs != fresh.sregs {
+        if state.sregs != has.sregs {
             vcpu.set_sregs(&state.sregs).map_err(during("KVM_SET_SREGS"))?;
         }
-        vcpu.set_regs(&state.regs).map_err(during("KVM_SET_REGS"))?;
-        if state.xcrs != fresh.xcrs {
+        if state.regs != has.regs {
+            vcpu.set_regs(&state.regs).map_err(during("KVM_SET_REGS"))?;
+        }
+        if state.xcrs != has.xcrs {
             vcpu.set_xcrs(&state.xcrs).map_err(during("KVM_SET_XCRS"))?;
         }
-        if state.xsave != fresh.xsave {
+        if state.xsave != has.xsave {
             self.access.write_xsave(vcpu, &state.xsave)?;
         }
-        if state.debug != fresh.debug {
+        if state.debug != has.debug {
             vcpu.set_debug_regs(&state.debug).map_err(during("KVM_SET_DEBUGREGS"))?;
         }
-        if let Some(lapic) = state.lapic.as_ref().filter(|_| state.lapic != fresh.lapic) {
+        if let Some(lapic) = state.lapic.as_ref().filter(|_| state.lapic != has.lapic) {
             vcpu.set_lapic(lapic).map_err(during("KVM_SET_LAPIC"))?;
         }
-        self.write_msrs(vcpu, &state.msrs)?;
-        if state.mp != fresh.mp {
+        write_msrs(vcpu, &state.msrs, &has.msrs)?;
+        if state.mp != has.mp {
             vcpu.set_mp_state(state.mp).map_err(during("KVM_SET_MP_STATE"))?;
         }
-        if state.events != fresh.events {
+        if state.events != has.events {
             vcpu.set_vcpu_events(&state.events).map_err(during("KVM_SET_VCPU_EVENTS"))?;
-        }
-        Ok(())
-    }
-
-    fn write_msrs(&self, vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), RegistersError> {
-        let differ: Vec<_> = entries.iter().filter(|entry| !self.fresh.msrs.contains(entry)).copied().collect();
-        for entries in differ.chunks(KVM_MAX_MSR_ENTRIES) {
-            let set = vcpu.set_msrs(&batch(entries)).map_err(during("KVM_SET_MSRS"))?;
-            if let Some(entry) = entries.get(set) {
-                return Err(RegistersError::Msr { call: "KVM_SET_MSRS", index: entry.index });
-            }
         }
         Ok(())
     }
@@ -264,6 +273,20 @@ fn can_read_and_set(vcpu: &VcpuFd, index: u32) -> bool {
         log::debug!("MSR {index:#x} cannot be read and set: left out");
     }
     works
+}
+
+/// Sets those that the vCPU does not have.
+fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry], has: &[kvm_msr_entry]) -> Result<(), RegistersError> {
+    // Both are in the order of KVM's list.
+    let differ = entries.iter().enumerate().filter(|&(place, entry)| has.get(place) != Some(entry));
+    let differ: Vec<_> = differ.map(|(_, entry)| *entry).collect();
+    for entries in differ.chunks(KVM_MAX_MSR_ENTRIES) {
+        let set = vcpu.set_msrs(&batch(entries)).map_err(during("KVM_SET_MSRS"))?;
+        if let Some(entry) = entries.get(set) {
+            return Err(RegistersError::Msr { call: "KVM_SET_MSRS", index: entry.index });
+        }
+    }
+    Ok(())
 }
 
 fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<u64, RegistersError> {

@@ -5,7 +5,8 @@ use kvm_bindings::{
     kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs,
     kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-use serde::{Deserialize, Serialize};
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Everything of a VM but its memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -18,6 +19,56 @@ pub struct MachineState {
     pub mailbox: MailboxState,
     /// What only a Linux guest's machine has.
     pub linux: Option<LinuxState>,
+}
+
+/// A [`MachineState`] on its way from a VM to its children: the server passes it on, and does not look into it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PackedState(Vec<u8>);
+
+impl PackedState {
+    /// Packs a state.
+    pub fn pack(state: &MachineState) -> Self {
+        Self(postcard::to_allocvec(state).expect("plain data can be encoded"))
+    }
+
+    /// What is in it.
+    ///
+    /// # Errors
+    /// It is no state: a VM process is broken or hostile.
+    pub fn unpack(&self) -> Result<MachineState, postcard::Error> {
+        postcard::from_bytes(&self.0)
+    }
+}
+
+impl std::fmt::Debug for PackedState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PackedState({} bytes)", self.0.len())
+    }
+}
+
+// As bytes, and not one by one.
+impl Serialize for PackedState {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for PackedState {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bytes;
+        impl Visitor<'_> for Bytes {
+            type Value = PackedState;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("bytes")
+            }
+
+            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<PackedState, E> {
+                Ok(PackedState(bytes.to_vec()))
+            }
+        }
+        deserializer.deserialize_bytes(Bytes)
+    }
 }
 
 /// The parts of a Linux guest's machine that are not a vCPU's.
@@ -78,6 +129,13 @@ pub enum Tsc {
     Offset(u64),
     /// The value when it was saved, for hosts that do not tell the offset. It stands still from save to restore.
     Value(u64),
+}
+
+impl Tsc {
+    /// Whether it is right for as long as the vCPU does not run.
+    pub fn stands_still(self) -> bool {
+        matches!(self, Self::Offset(_))
+    }
 }
 
 /// What is under way between the monitor and the server.

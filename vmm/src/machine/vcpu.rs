@@ -53,13 +53,14 @@ impl Vcpu {
         loop {
             match floor.next_task(self.number) {
                 Task::Load(load) => {
-                    if let Err(error) = self.load(&load) {
+                    if let Err(error) = self.load(load) {
                         floor.end(FromVm::StartFailed(format!("registers of vCPU {}: {error}", self.number)));
                     }
                 }
                 Task::Save => {
                     let shared = self.shared.then(|| self.fd.sync_regs());
                     let state = self.registers.save(self.fd, shared.as_ref());
+
                     floor.saved(self.number, state.map_err(|error| error.to_string()));
                 }
                 Task::Attend => buses.mmio.attend(),
@@ -76,10 +77,11 @@ impl Vcpu {
         }
     }
 
-    fn load(&mut self, load: &Load) -> Result<(), RegistersError> {
+    fn load(&mut self, load: Load) -> Result<(), RegistersError> {
         self.shared = false;
         match load {
-            Load::Saved(state) => self.registers.restore(self.fd, state),
+            Load::Expected(state) => self.registers.expect(self.fd, *state),
+            Load::Saved(state) => self.registers.restore(self.fd, &state),
             Load::Monitor => {
                 let mut state = self.registers.fresh().clone();
                 state.regs = boot::monitor::registers(&mut state.sregs);
@@ -91,7 +93,7 @@ impl Vcpu {
                     state.msrs.iter_mut().filter(|msr| msr.index == set.index).for_each(|msr| msr.data = set.data);
                 }
                 if let Some(entry) = entry {
-                    state.regs = boot::linux::registers(*entry, &mut state.sregs);
+                    state.regs = boot::linux::registers(entry, &mut state.sregs);
                 }
                 self.registers.restore(self.fd, &state)
             }

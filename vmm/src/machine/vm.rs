@@ -2,6 +2,8 @@
 
 mod freeze;
 
+pub(super) use freeze::Freeze;
+
 use super::WINDOW_BASE;
 use super::chips::Line;
 use super::cpuid::Cpuid;
@@ -16,16 +18,16 @@ use super::mailbox::Greeting;
 use super::mmio::Mmio;
 use super::ports::Ports;
 use super::registers::{Registers, RegistersError};
-use super::state::{LinuxState, MachineState};
+use super::state::{LinuxState, MachineState, PackedState};
 use super::vcpu::{Buses, Vcpu};
 use crate::api::MAX_VCPUS;
 use crate::boot::linux::{self, LoadError, Plan};
 use crate::devices::serial::Console;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
-use crate::wire::{Activity, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
+use crate::wire::{Activity, Expect, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
+use guest_mem::StoreId;
 use guest_mem::window::host::{Features, HostWindow, HugePages, Place, WindowError};
-use guest_mem::{Run, StoreId};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -80,6 +82,10 @@ pub(super) enum VmError {
     Linux(#[from] LinuxError),
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error("no state was expected")]
+    NothingExpected,
+    #[error("a state that means nothing: {0}")]
+    State(#[from] postcard::Error),
     #[error("a state of {state} vCPUs for a machine of {machine}")]
     StateShape { state: usize, machine: usize },
     #[error("event page: {0}")]
@@ -123,6 +129,8 @@ pub(super) struct Vm {
     /// Mappings the window may have.
     max_runs: u32,
     started: bool,
+    /// The state that a fork most likely starts from.
+    expected: Option<MachineState>,
     /// What a fork that has not got its state yet does then.
     becoming: Option<Activity>,
     /// The log has every write since the last freeze.
@@ -195,6 +203,7 @@ impl Vm {
             keeper,
             max_runs,
             started: false,
+            expected: None,
             becoming: None,
             log_tells_all: false,
         })
@@ -211,10 +220,20 @@ impl Vm {
         &self.floor
     }
 
-    /// Maps the window that the VM will most likely start with. Nobody touches it before.
-    pub fn expect(&mut self, runs: &[Run], stores: &[StoreId], fds: &[OwnedFd]) -> Result<(), VmError> {
-        let stores = self.named(stores, fds)?;
-        Ok(self.window.map(runs, &stores, HugePages::Never)?)
+    /// Maps the window that the VM will most likely start with, with copies of what it will most likely write, and gives the
+    /// vCPUs what they will most likely start from.
+    pub fn expect(&mut self, expected: Expect, fds: &[OwnedFd]) -> Result<(), VmError> {
+        if self.started {
+            return Err(VmError::StartedTwice);
+        }
+        let Expect { runs, stores, ahead, state } = expected;
+        let stores = self.named(&stores, fds)?;
+        self.window.map(&runs, &stores, HugePages::Never)?;
+        ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
+        self.expected = state.map(|state| state.unpack()).transpose()?;
+        let vcpus = self.expected.iter().flat_map(|state| &state.vcpus);
+        self.floor.load(vcpus.map(|vcpu| Load::Expected(Box::new(vcpu.clone()))).collect());
+        Ok(())
     }
 
     fn named<'a>(&self, stores: &[StoreId], fds: &'a [OwnedFd]) -> Result<Vec<(StoreId, BorrowedFd<'a>)>, VmError> {
@@ -278,7 +297,18 @@ impl Vm {
     }
 
     /// Goes on from `state`, as the fork that was [started](Self::start).
-    pub fn load(&mut self, mut state: MachineState) -> Result<(), VmError> {
+    pub fn load(&mut self, state: &PackedState) -> Result<(), VmError> {
+        self.go_on_from(state.unpack()?)
+    }
+
+    /// The same, from the state that was last [expected](Self::expect).
+    pub fn load_expected(&mut self) -> Result<(), VmError> {
+        let state = self.expected.take().ok_or(VmError::NothingExpected)?;
+        self.go_on_from(state)
+    }
+
+    fn go_on_from(&mut self, mut state: MachineState) -> Result<(), VmError> {
+        self.expected = None;
         let activity = self.becoming.take().ok_or(VmError::NotStarted)?;
         match (&self.linux, state.linux.take()) {
             (None, None) => {

@@ -1,16 +1,20 @@
-//! What prepared processes are told to expect: the window of the next child of the VM that is forked again and again.
+//! What prepared processes are told to expect: the window and the registers of the next child of the VM that is forked
+//! again and again, and copies of what it will most likely write.
 //!
-//! Mapping a window takes as long as all else that a prepared process does before its first instruction. So it is done
-//! while there is time; at the fork only what has changed since is mapped, over it. Nobody touches such a window, and
-//! whoever frees pages of a store punches them out, so that it keeps none of them in memory.
+//! All this takes as long as all else that a prepared process does before its first instruction. So it is done while there
+//! is time; at the fork only what has changed since is mapped, over it, and set. Nobody else touches such a window, and
+//! whoever frees pages of a store punches them out, so that it keeps none of them in memory but its copies, which count as
+//! any other memory of a prepared process.
 
 use super::Server;
 use super::launch::stores_of;
 use super::process::{Parcel, ProcessId};
 use super::vm::{FamilyId, Generation};
-use crate::wire::{Shape, ToVm};
-use guest_mem::{Run, Source};
-use rangemap::RangeMap;
+use crate::machine::state::PackedState;
+use crate::wire::{Expect, Shape, ToVm};
+use guest_mem::{GfnRange, Run, Source};
+use rangemap::{RangeMap, RangeSet};
+use std::rc::Rc;
 
 /// What a process expects.
 #[derive(Debug, Default)]
@@ -19,12 +23,34 @@ pub struct Expectation {
     pub parent: Option<Generation>,
     /// What it has mapped, and of which family the stores are: others have stores of the same names.
     window: Option<(FamilyId, RangeMap<u64, Source>)>,
+    /// Pages of that of which it has copies.
+    ahead: RangeSet<u64>,
+    /// The state that it has ready.
+    state: Option<Rc<PackedState>>,
 }
 
 impl Expectation {
     fn new(parent: Generation, family: FamilyId, runs: &[Run]) -> Self {
         let runs = runs.iter().map(|run| (run.pages.raw(), run.source)).collect();
-        Self { parent: Some(parent), window: Some((family, runs)) }
+        Self { parent: Some(parent), window: Some((family, runs)), ..Self::default() }
+    }
+
+    /// The process is about to become a child of somebody: its window is another from now on.
+    pub fn forget_window(&mut self) {
+        self.window = None;
+        self.ahead = RangeSet::new();
+    }
+
+    /// Those of the pages `ahead` of which it has no copy any more once `news` are mapped.
+    pub fn left_ahead(&self, ahead: &[GfnRange], news: &[Run]) -> Vec<GfnRange> {
+        let mut has = self.ahead.clone();
+        news.iter().for_each(|run| has.remove(run.pages.raw()));
+        ahead.iter().flat_map(|pages| has.gaps(&pages.raw()).map(GfnRange::from).collect::<Vec<_>>()).collect()
+    }
+
+    /// The state that it has ready, when it gets one.
+    pub fn take_state(&mut self) -> Option<Rc<PackedState>> {
+        self.state.take()
     }
 
     /// Those parts of `runs` of a member of `family` that are to be mapped: they are not as expected.
@@ -50,22 +76,39 @@ impl Expectation {
 }
 
 /// Which VM of a shape is forked again and again, if one is.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Favourite {
     last: Option<Generation>,
     /// It was forked at least twice in a row.
     again: bool,
+    /// What its children started from when it was last forked.
+    state: Option<Rc<PackedState>>,
 }
 
 impl Favourite {
     /// `parent` is forked.
     pub fn forked(&mut self, parent: Generation) {
         self.again = self.last.replace(parent) == Some(parent);
+        if !self.again {
+            self.state = None;
+        }
+    }
+
+    /// Children of `parent` start from this.
+    pub fn saved(&mut self, parent: Generation, state: PackedState) {
+        if self.get() == Some(parent) && self.state.as_deref() != Some(&state) {
+            self.state = Some(Rc::new(state));
+        }
+    }
+
+    /// What children of the VM have started from last, if that is known.
+    pub fn state(&self) -> Option<Rc<PackedState>> {
+        self.state.clone()
     }
 
     /// Whose child prepared processes are to expect. A wrong guess costs the child that suffers it more than a right one
     /// gains: where parents take turns there is none.
-    pub fn get(self) -> Option<Generation> {
+    pub fn get(&self) -> Option<Generation> {
         self.last.filter(|_| self.again)
     }
 }
@@ -75,14 +118,14 @@ impl Server {
     pub(super) fn tell_what_to_expect(&mut self) -> bool {
         let untold = |(shape, parent): (Shape, Generation)| {
             let other = |id: &ProcessId| self.processes[id].expectation.parent != Some(parent);
-            self.pool.ready(shape).find(other).map(|process| (parent, process))
+            self.pool.ready(shape).find(other).map(|process| (shape, parent, process))
         };
-        let Some((parent, process)) = self.pool.favourites().find_map(untold) else { return false };
-        self.expect(parent, process);
+        let Some((shape, parent, process)) = self.pool.favourites().find_map(untold) else { return false };
+        self.expect(shape, parent, process);
         true
     }
 
-    fn expect(&mut self, parent: Generation, process: ProcessId) {
+    fn expect(&mut self, shape: Shape, parent: Generation, process: ProcessId) {
         let memory = self.vms.get(parent).and_then(|parent| parent.memory);
         let process = self.processes.get_mut(&process).expect("a process of the pool");
         let before =
@@ -93,8 +136,16 @@ impl Server {
         let news = before.news(family, runs.iter().copied());
         // Where descriptors are short, it expects nothing.
         if let Ok((stores, descriptors)) = stores_of(manager, &news) {
-            process.expectation = Expectation::new(parent, family, &runs);
-            process.send_when_ready(Parcel { message: ToVm::Expect { runs: news, stores }, descriptors });
+            let state = self.pool.state_to_expect(shape);
+            let ahead = self.learned.at_hand(parent, manager.family(), member);
+            let expected = Expectation::new(parent, family, &runs);
+            process.expectation = Expectation {
+                state: state.clone(),
+                ahead: ahead.iter().map(|pages| pages.raw()).collect(),
+                ..expected
+            };
+            let expect = Expect { runs: news, stores, ahead, state: state.as_deref().cloned() };
+            process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
         }
     }
 }
@@ -134,6 +185,18 @@ mod tests {
         // The runs of now may be longer than those of then.
         let joined = runs(&[(0, 10, Source::Anonymous), (10, 300, store(1))]);
         assert_eq!(expectation.news(FAMILY, joined.into_iter()), runs(&[(100, 200, store(1))]));
+    }
+
+    #[test]
+    fn copies_that_are_mapped_over_are_made_again() {
+        let pages = |raw: &[(u64, u64)]| raw.iter().map(|&(start, end)| (start..end).into()).collect::<Vec<GfnRange>>();
+        let before = Expectation::new(PARENT, FAMILY, &runs(&[(0, 100, store(1))]));
+        let expectation = Expectation { ahead: [10..20, 50..60].into_iter().collect(), ..before };
+        let ahead = pages(&[(10, 20), (55, 70)]);
+        assert_eq!(expectation.left_ahead(&ahead, &[]), pages(&[(60, 70)]));
+        let news = runs(&[(12, 14, store(2)), (30, 40, store(2))]);
+        assert_eq!(expectation.left_ahead(&ahead, &news), pages(&[(12, 14), (60, 70)]));
+        assert_eq!(Expectation::default().left_ahead(&ahead, &[]), ahead);
     }
 
     #[test]

@@ -11,12 +11,12 @@ use super::vm::{FamilyId, Generation, Phase};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::host::latency::LEASE;
-use crate::machine::state::MachineState;
+use crate::machine::state::PackedState;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::manager::SETTLE_BATCH;
 use guest_mem::window::host::Short;
-use guest_mem::{Destination, Gfn, GfnRange, StoreId, VmId};
+use guest_mem::{Destination, Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -73,8 +73,10 @@ pub struct ForkOp {
     /// The freeze's store, and the family it is of.
     store: Option<(FamilyId, StoreId)>,
     pause_ns: Option<u64>,
-    /// The parent is about to say how it stood, which is what the children start from, and for how long.
+    /// The parent is about to say how it stood, which is what the children start from.
     state_due: bool,
+    /// It is about to say for how long.
+    pause_due: bool,
     moved: u64,
     children: Vec<Progress>,
     failure: Option<String>,
@@ -121,6 +123,7 @@ impl ForkOp {
             store: None,
             pause_ns: None,
             state_due: false,
+            pause_due: false,
             moved: 0,
             children: Vec::new(),
             failure: None,
@@ -316,6 +319,7 @@ impl Server {
         }
         let op = self.forks.get_mut(&fork).expect("a queued fork");
         op.state_due = true;
+        op.pause_due = frozen.activity == Activity::Running;
         op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
         if !self.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
@@ -340,9 +344,7 @@ impl Server {
             return;
         }
         let parent_generation = op.parent;
-        let likely: Vec<GfnRange> = self.learned.of(parent_generation).collect();
-        let family_books = self.families[&family].family();
-        let ahead: Vec<GfnRange> = likely.iter().flat_map(|pages| family_books.at_hand(parent, *pages)).collect();
+        let ahead = self.learned.at_hand(parent_generation, self.families[&family].family(), parent);
         let Some(parent_vm) = self.vms.get(op.parent) else { return };
         let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
         let (asked_balloon, idle) = (op.asked_balloon, op.idle.of_child(Instant::now()));
@@ -366,18 +368,29 @@ impl Server {
         }
     }
 
-    /// The parent's state is there, and its children can run. It runs again itself, if it ran.
-    pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: &MachineState, pause_ns: Option<u64>) {
+    /// The parent's state is there, and its children can run.
+    pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: PackedState) {
         let Some(fork) = self.fork_of(parent, store) else { return };
         let op = self.forks.get_mut(&fork).expect("just found");
         op.state_due = false;
-        op.pause_ns = op.pause_ns.or(pause_ns);
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for process in children.iter().filter_map(|&child| self.vms.get(child).and_then(|vm| vm.process)) {
-            let message = ToVm::Load(Box::new(state.clone()));
             let process = self.processes.get_mut(&process).expect("a VM's process");
+            let expected = process.expectation.take_state().is_some_and(|expected| *expected == state);
+            let message = if expected { ToVm::LoadExpected } else { ToVm::Load(state.clone()) };
             process.send_when_ready(Parcel { message, descriptors: Vec::new() });
         }
+        if let Some(vm) = self.vms.get(parent) {
+            self.pool.saved(vm.shape, parent, state);
+        }
+        self.finish_fork_if_there(fork);
+    }
+
+    /// The parent runs again.
+    pub(super) fn went_on(&mut self, parent: Generation, store: StoreId, pause_ns: u64) {
+        let Some(fork) = self.fork_of(parent, store) else { return };
+        let op = self.forks.get_mut(&fork).expect("just found");
+        (op.pause_due, op.pause_ns) = (false, Some(pause_ns));
         self.finish_fork_if_there(fork);
     }
 
@@ -425,6 +438,7 @@ impl Server {
             if op.state_due {
                 op.failure.get_or_insert_with(|| why.to_owned());
             }
+            op.pause_due = false;
             self.finish_fork_if_there(fork);
         }
     }
@@ -498,7 +512,8 @@ impl Server {
         let Some(op) = self.forks.get(&fork) else { return };
         let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
         let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
-        if frozen && settled && !op.state_due && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
+        let told = !op.state_due && !op.pause_due;
+        if frozen && settled && told && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
             self.finish_fork(fork);
         }
     }

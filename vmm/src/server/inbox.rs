@@ -5,7 +5,7 @@ use super::process::{ProcessId, Role};
 use super::vm::{Generation, Hold, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
-use crate::wire::{Ending, FromVm, Line, Machine};
+use crate::wire::{Ending, FromVm, Line, Machine, Said};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -23,11 +23,11 @@ impl Server {
                 let events = if pending { EventSet::IN | EventSet::OUT } else { EventSet::IN };
                 self.watches.modify(token, events);
             }
-            match process.link.recv::<FromVm>() {
+            match process.link.recv::<Said>() {
                 Ok(None) => return,
-                Ok(Some((message, fds))) => {
-                    process.messages += 1;
-                    self.heard(id, message, fds);
+                Ok(Some((said, mut fds))) => {
+                    process.messages += said.len() as u64;
+                    said.into_iter().for_each(|message| self.heard(id, message, std::mem::take(&mut fds)));
                 }
                 Err(error) => return self.link_ended(id, &error),
             }
@@ -49,7 +49,7 @@ impl Server {
     }
 
     fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) {
-        let process = &self.processes[&id];
+        let Some(process) = self.processes.get(&id) else { return };
         if let FromVm::Frozen(frozen) = &message
             && let Some(copy) = frozen.copy
         {
@@ -59,8 +59,11 @@ impl Server {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
             (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
             (FromVm::StartFailed(why), Role::Pooled) => {
-                log::error!("a prepared process cannot map what it is to expect: {why}");
-                self.pool.lost(self.processes[&id].shape, id);
+                log::error!("a prepared process cannot become what it is to expect: {why}");
+                let shape = self.processes[&id].shape;
+                self.pool.lost(shape, id);
+                // The next would fare no better.
+                self.pool.forget_favourite(shape);
                 self.end_process(id);
             }
             (message, Role::Vm(generation)) => self.vm_says(generation, message),
@@ -142,7 +145,8 @@ impl Server {
             FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
             FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
-            FromVm::Saved { store, state, pause_ns } => self.saved(generation, store, &state, pause_ns),
+            FromVm::Saved { store, state } => self.saved(generation, store, state),
+            FromVm::WentOn { store, pause_ns } => self.went_on(generation, store, pause_ns),
             FromVm::Shed { store, pages } => self.has_shed(generation, store, &pages),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
             FromVm::Answer(line) => self.guest_answered(generation, line),

@@ -158,6 +158,7 @@ impl Server {
         memory: impl Into<Option<(FamilyId, VmId)>>,
     ) -> Generation {
         let generation = Generation(self.fresh_id());
+        self.pool.used(shape);
         self.processes.get_mut(&process).expect("a process just taken").role = Role::Vm(generation);
         self.vms.insert(Vm {
             fresh: parent.is_none(),
@@ -197,13 +198,15 @@ impl Server {
         let process = vm.process.expect("a VM that is to start has a process");
         let identity = Identity { name: vm.name.clone(), generation: generation.0 };
         let manager = &self.families[&family];
-        let expectation = std::mem::take(&mut self.processes.get_mut(&process).expect("a VM's process").expectation);
+        let expectation = &mut self.processes.get_mut(&process).expect("a VM's process").expectation;
         let Beginning { origin, kernel, activity, ahead } = beginning;
         let runs = manager.family().vm(member).runs();
         let runs = match origin {
             wire::Origin::Fork { .. } => expectation.news(family, runs),
             wire::Origin::Monitor | wire::Origin::Linux(_) => runs.collect(),
         };
+        let ahead = expectation.left_ahead(&ahead, &runs);
+        expectation.forget_window();
         match stores_of(manager, &runs) {
             Ok((stores, mut descriptors)) => {
                 let start = Start { identity, runs, stores, origin, activity, ahead };

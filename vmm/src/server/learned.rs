@@ -5,7 +5,8 @@
 //! not shared.
 
 use super::vm::Generation;
-use guest_mem::GfnRange;
+use guest_mem::family::Family;
+use guest_mem::{GfnRange, VmId};
 use rangemap::{RangeMap, RangeSet};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -34,6 +35,11 @@ impl Learned {
     pub fn of(&self, parent: Generation) -> impl Iterator<Item = GfnRange> {
         let known = self.0.get(&parent).into_iter().flat_map(|known| known.iter());
         known.filter(|(_, page)| matches!(page, Page::Likely(_))).map(|(pages, _)| pages.clone().into())
+    }
+
+    /// The same, but for those that are not in stores: `member` is the parent in the books of its family.
+    pub fn at_hand(&self, parent: Generation, books: &Family, member: VmId) -> Vec<GfnRange> {
+        self.of(parent).flat_map(|pages| books.at_hand(member, pages)).collect()
     }
 
     /// A child of `parent` has written these pages so far.

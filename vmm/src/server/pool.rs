@@ -8,6 +8,7 @@ use super::expect::Favourite;
 use super::process::{ProcessId, Role, VmProcess};
 use super::vm::Generation;
 use super::window::RemoteWindow;
+use crate::machine::state::PackedState;
 use crate::wire::{Shape, ToVm};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -33,6 +34,17 @@ struct Shelf {
 }
 
 impl Pool {
+    /// There is a VM of this shape.
+    pub fn used(&mut self, shape: Shape) {
+        self.0.entry(shape).or_insert_with(|| Shelf {
+            ready: VecDeque::new(),
+            preparing: 0,
+            wanted: SMALLEST,
+            used: Instant::now(),
+            favourite: Favourite::default(),
+        });
+    }
+
     /// A process has prepared itself. Whether there is a place for it.
     pub fn put(&mut self, shape: Shape, process: ProcessId) -> bool {
         let Some(shelf) = self.0.get_mut(&shape) else { return false };
@@ -59,6 +71,25 @@ impl Pool {
     /// VMs whose children prepared processes are to expect, with their shapes.
     pub fn favourites(&self) -> impl Iterator<Item = (Shape, Generation)> {
         self.0.iter().filter_map(|(&shape, shelf)| shelf.favourite.get().map(|parent| (shape, parent)))
+    }
+
+    /// The children of `parent`, a VM of this shape, begin as this.
+    pub fn saved(&mut self, shape: Shape, parent: Generation, state: PackedState) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.favourite.saved(parent, state);
+        }
+    }
+
+    /// Prepared processes of a shape are to expect nothing, until a VM has been forked again and again anew.
+    pub fn forget_favourite(&mut self, shape: Shape) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.favourite = Favourite::default();
+        }
+    }
+
+    /// The state that prepared processes of a shape are to expect.
+    pub fn state_to_expect(&self, shape: Shape) -> Option<Rc<PackedState>> {
+        self.0.get(&shape).and_then(|shelf| shelf.favourite.state())
     }
 
     /// Prepared processes of a shape, the next to be taken first.
@@ -110,19 +141,6 @@ impl Server {
     /// Fills the pool by at most one process, or empties it. Whether there is more to do at once. `settling`: guests wait
     /// for pages, or soon will, and come first; but an empty pool is filled.
     pub(super) fn tend_pool(&mut self, now: Instant, settling: bool) -> bool {
-        if self.stopping.is_none() {
-            let shapes: Vec<Shape> = self.vms.iter().filter(|vm| vm.is_alive()).map(|vm| vm.shape).collect();
-            for shape in shapes {
-                let fresh = Shelf {
-                    ready: VecDeque::new(),
-                    preparing: 0,
-                    wanted: SMALLEST,
-                    used: now,
-                    favourite: Favourite::default(),
-                };
-                self.pool.0.entry(shape).or_insert(fresh);
-            }
-        }
         self.end_unused();
         let mut surplus = Vec::new();
         let mut hungry = None;

@@ -1,6 +1,6 @@
 //! The cases.
 
-use crate::family::Family;
+use crate::family::{Family, Machine};
 use crate::worker::{ALL, Worker, read_memory};
 use guest_mem::window::host::Short;
 use guest_mem::{PageCount, Run};
@@ -8,7 +8,8 @@ use nix::sys::signal::{Signal, kill};
 use std::fs;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use vmm::wire::{Activity, Ending, FromVm, HostFeatures, Isolation, Origin, ToVm};
+use vmm::machine::state::{MachineState, PackedState, VcpuState};
+use vmm::wire::{Activity, Ending, Expect, FromVm, HostFeatures, Isolation, Origin, ToVm};
 
 const MEM: u64 = 64 << 20;
 
@@ -92,7 +93,13 @@ pub fn a_fork_finds_its_window_as_expected() {
     let before = parent.runs.clone();
     let mut worker = family.prepare();
     let (expected, fds) = family.start("nobody", &before, Origin::Monitor, Activity::Running);
-    worker.tell(&ToVm::Expect { runs: expected.runs, stores: expected.stores }, &fds);
+    let expected = Expect {
+        runs: expected.runs,
+        stores: expected.stores,
+        ahead: vec![(1040..1060).into()],
+        state: Some(PackedState::pack(&first.state)),
+    };
+    worker.tell(&ToVm::Expect(Box::new(expected)), &fds);
 
     parent.worker.ok("fill 1050 10 2");
     let second = family.freeze(&mut parent);
@@ -107,6 +114,57 @@ pub fn a_fork_finds_its_window_as_expected() {
     for line in ["verify 1000 50 1", "verify 1050 10 2", "verify 1060 40 1"] {
         worker.ok(line);
     }
+}
+
+/// The registers that a process has got ready are those of its parent's last fork, or of another parent's.
+pub fn a_fork_starts_from_its_own_registers_whatever_was_expected() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    let frozen = family.freeze(&mut parent);
+    family.settle(&mut parent, &frozen);
+    let one = frozen.state.vcpus[0].clone();
+    let other = different_in_every_group(&one);
+    for (expected, given) in [
+        (vec![], &other),
+        (vec![&one], &one),
+        (vec![&one], &other),
+        (vec![&other], &one),
+        (vec![&one, &other], &one),
+        (vec![&other, &one], &other),
+    ] {
+        let mut worker = family.prepare();
+        let state = |vcpu: &VcpuState| MachineState { vcpus: vec![vcpu.clone()], ..*frozen.state.clone() };
+        for vcpu in &expected {
+            let state = Some(PackedState::pack(&state(vcpu)));
+            worker.tell(&ToVm::Expect(Box::new(Expect { runs: vec![], stores: vec![], ahead: vec![], state })), &[]);
+        }
+        let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Paused);
+        worker.start(start, &fds);
+        match expected.last() {
+            Some(last) if *last == given => worker.tell(&ToVm::LoadExpected, &[]),
+            _ => worker.load(&state(given)),
+        }
+        let mut child = Machine { worker, runs: parent.runs.clone() };
+        let got = family.freeze(&mut child).state.vcpus.remove(0);
+        assert!(got == *given, "{given:?}\nis expected to be, after {expected:?}\n{got:?}");
+    }
+}
+
+/// But for the TSC: not every host keeps another offset.
+fn different_in_every_group(vcpu: &VcpuState) -> VcpuState {
+    const XMM0: usize = 160 / 4;
+    const COMPONENTS_IN_USE: usize = 512 / 4;
+    const LSTAR: u32 = 0xc000_0082;
+    let mut other = vcpu.clone();
+    other.regs.rbx ^= 1;
+    other.sregs.fs.base ^= 0x1000;
+    other.xsave[XMM0] ^= 1;
+    other.xsave[COMPONENTS_IN_USE] |= 2;
+    other.xcrs.xcrs[0].value ^= 2;
+    other.debug.db[0] ^= 0x1000;
+    other.msrs.iter_mut().filter(|msr| msr.index == LSTAR).for_each(|msr| msr.data ^= 0x1000);
+    other.events.nmi.masked ^= 1;
+    other
 }
 
 pub fn a_fork_in_the_middle_of_a_command() {

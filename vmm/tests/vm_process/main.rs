@@ -20,6 +20,10 @@ const CASES: &[Case] = &[
     ("an idle fork moves nothing", cases::an_idle_fork_moves_nothing),
     ("a touch of what has not settled waits", cases::a_touch_of_what_has_not_settled_waits),
     ("a fork finds its window as expected", cases::a_fork_finds_its_window_as_expected),
+    (
+        "a fork starts from its own registers whatever was expected",
+        cases::a_fork_starts_from_its_own_registers_whatever_was_expected,
+    ),
     ("a fork in the middle of a command", cases::a_fork_in_the_middle_of_a_command),
     ("a fork that the guest asks for", cases::a_fork_that_the_guest_asks_for),
     ("a paused machine stands still", cases::a_paused_machine_stands_still),

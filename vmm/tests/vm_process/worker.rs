@@ -18,8 +18,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmm::link::Link;
-use vmm::machine::state::MachineState;
-use vmm::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Line, Shape, Start, ToVm};
+use vmm::machine::state::{MachineState, PackedState};
+use vmm::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Line, Said, Shape, Start, ToVm};
 
 pub const CHILD: &str = "OFFSHOOT_TEST_VM_PROCESS";
 pub const SOCKET: i32 = 3;
@@ -31,6 +31,8 @@ pub struct Worker {
     pub keeper: Pid,
     pub window_base: u64,
     pub traps: Option<Userfaultfd>,
+    /// Messages that came behind others.
+    unpacked: VecDeque<FromVm>,
     /// Messages that came while we waited for others.
     early: VecDeque<FromVm>,
     next_tag: u64,
@@ -82,6 +84,7 @@ impl Worker {
             keeper: Pid::from_raw(0),
             window_base: 0,
             traps: None,
+            unpacked: VecDeque::new(),
             early: VecDeque::new(),
             next_tag: 1,
             cage,
@@ -110,8 +113,14 @@ impl Worker {
     pub fn try_recv(&mut self, patience: Duration) -> Option<(FromVm, Vec<OwnedFd>)> {
         let deadline = Instant::now() + patience;
         loop {
-            if let Some(got) = self.link.recv().unwrap() {
-                return Some(got);
+            if let Some(message) = self.unpacked.pop_front() {
+                return Some((message, Vec::new()));
+            }
+            if let Some((said, fds)) = self.link.recv::<Said>().unwrap() {
+                let mut said = said.into_iter();
+                let first = said.next().expect("a packet says something");
+                self.unpacked.extend(said);
+                return Some((first, fds));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -141,7 +150,7 @@ impl Worker {
     }
 
     pub fn load(&mut self, state: &MachineState) {
-        self.tell(&ToVm::Load(Box::new(state.clone())), &[]);
+        self.tell(&ToVm::Load(PackedState::pack(state)), &[]);
     }
 
     pub fn running(&mut self) -> u64 {
@@ -197,12 +206,19 @@ impl Worker {
             FromVm::FreezeFailed(why) => panic!("{why}"),
             _ => None,
         });
-        let (state, pause_ns) = self.expect(|message| match message {
-            FromVm::Saved { store, state, pause_ns } if *store == frozen.store => Some((state.clone(), *pause_ns)),
+        let state = self.expect(|message| match message {
+            FromVm::Saved { store, state } if *store == frozen.store => Some(Box::new(state.unpack().unwrap())),
             FromVm::Ended(ending) => panic!("{ending:?}"),
             _ => None,
         });
-        assert_eq!(pause_ns.is_some(), frozen.activity == Activity::Running);
+        let mut pause_ns = || {
+            self.expect(|message| match message {
+                FromVm::WentOn { store, pause_ns } if *store == frozen.store => Some(*pause_ns),
+                FromVm::Ended(ending) => panic!("{ending:?}"),
+                _ => None,
+            })
+        };
+        let pause_ns = (frozen.activity == Activity::Running).then(&mut pause_ns);
         Taken { frozen, state, pause_ns }
     }
 

@@ -1,11 +1,12 @@
 //! What is done to a VM's memory with its vCPUs stopped, and what it leaves behind.
 
-use super::super::floor::{Floor, Shared};
+use super::super::floor::{Floor, Shared, Stopped};
 use super::super::keeper;
 use super::super::kvm::DirtyLog;
 use super::super::linux::LinuxMachine;
 use super::super::now_ns;
-use super::super::state::MachineState;
+use super::super::outbox::Outbox;
+use super::super::state::{MachineState, PackedState};
 use super::{Vm, VmError};
 use crate::wire::{Activity, FromVm, Frozen};
 use guest_mem::window::host::{Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
@@ -23,24 +24,33 @@ const WATCH: Duration = Duration::from_millis(8);
 /// Stretches of which it gets copies at most.
 const HOT_MOST: usize = 512;
 
+/// What a freeze is told.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct Freeze<'a> {
+    /// The store that takes the pages' place,
+    pub store: StoreId,
+    /// and its file.
+    pub file: BorrowedFd<'a>,
+    /// Where pages may stay: the pipe that a copy of this process lives on.
+    pub lifeline: Option<BorrowedFd<'a>>,
+    /// Mappings that the window may have afterwards.
+    pub max_runs: u32,
+    /// What becomes of short stretches.
+    pub short: Short,
+}
+
 impl Vm {
-    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps `file` in their place, or copies them.
+    /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps the file in their place, or copies them.
     /// They run again at once if they ran and the host has traps; otherwise once the server says so.
     ///
     /// The first freeze of a VM is of all that it has written since it was launched: with a `lifeline`, this process makes a
     /// copy of itself, and the pages stay.
     ///
     /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
-    /// all that the vCPUs have said, and that they stand; then what was taken; last the state, when they run.
-    pub fn freeze(
-        &mut self,
-        store: StoreId,
-        file: BorrowedFd<'_>,
-        lifeline: Option<BorrowedFd<'_>>,
-        max_runs: u32,
-        short: Short,
-        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
-    ) -> Result<(), VmError> {
+    /// all that the vCPUs have said, and that they stand; then what was taken; then the state, which children wait for; last
+    /// that the vCPUs run. Of vCPUs that have rested all that is known at once, and told at once.
+    pub fn freeze(&mut self, freeze: &Freeze<'_>, out: &mut Outbox<'_>) -> Result<(), VmError> {
+        let &Freeze { store, lifeline, short, .. } = freeze;
         if !self.started {
             return Err(VmError::NotStarted);
         }
@@ -56,13 +66,13 @@ impl Vm {
             self.window.prepare_copies(self.kvm.logs());
         }
         let kicked_ns = now_ns();
-        let (before, busy) = self.floor.stop_and_save();
+        let Stopped { before, busy, rested } = self.floor.stop_and_save();
         self.interrupt_those(&busy);
         self.linux.iter().for_each(LinuxMachine::end_hinting);
         let activity = if self.traps { before } else { Activity::Paused };
         let (harvest, scratch_base, copies, copy) = (Harvest::default(), 0, Gfn(0), None);
         let begun = Frozen { store, harvest, scratch_base, copies, copy, activity, kicked_ns };
-        let standing = self.freeze_standing(&begun, file, lifeline, max_runs, short, &mut tell);
+        let standing = self.freeze_standing(&begun, freeze, rested, out);
         if !standing.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(if standing.is_ok() { activity } else { before });
         }
@@ -80,13 +90,17 @@ impl Vm {
             }
         };
         if let Some(frozen) = frozen {
-            tell(&FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
+            out.tell(FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
         }
-        let pause_ns = match activity {
-            Activity::Running => Some(self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns)),
-            Activity::Paused => None,
-        };
-        tell(&FromVm::Saved { store, state: Box::new(state), pause_ns }).map_err(VmError::Server)
+        out.hold(FromVm::Saved { store, state: PackedState::pack(&state) });
+        if !rested {
+            out.send().map_err(VmError::Server)?;
+        }
+        if activity == Activity::Running {
+            let pause_ns = self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns);
+            out.hold(FromVm::WentOn { store, pause_ns });
+        }
+        out.send().map_err(VmError::Server)
     }
 
     /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
@@ -94,18 +108,20 @@ impl Vm {
     fn freeze_standing(
         &mut self,
         begun: &Frozen,
-        file: BorrowedFd<'_>,
-        lifeline: Option<BorrowedFd<'_>>,
-        max_runs: u32,
-        short: Short,
-        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
+        freeze: &Freeze<'_>,
+        rested: bool,
+        out: &mut Outbox<'_>,
     ) -> Result<(Taken, MachineState), VmError> {
+        let &Freeze { file, lifeline, max_runs, short, .. } = freeze;
         let floor = Arc::clone(&self.floor);
-        let mut shared = self.await_standing(&floor, &mut tell)?;
+        let mut shared = self.await_standing(&floor, |message| out.tell(message))?;
         let said = shared.take_messages();
-        said.iter().chain([&FromVm::Standing]).try_for_each(&mut tell).map_err(VmError::Server)?;
         let (serial, mailbox) = (shared.console.save(), shared.mailbox.save());
         drop(shared);
+        said.into_iter().chain([FromVm::Standing]).for_each(|message| out.hold(message));
+        if !rested {
+            out.send().map_err(VmError::Server)?;
+        }
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
         self.kvm.read_log()?;
         let in_copy = match lifeline.filter(|_| self.traps && !self.log_tells_all) {
@@ -121,7 +137,11 @@ impl Vm {
             }
         };
         if matches!(taken, Taken::Nothing) {
-            tell(&FromVm::Frozen(Box::new(begun.clone()))).map_err(VmError::Server)?;
+            out.hold(FromVm::Frozen(Box::new(begun.clone())));
+        }
+        // Before a vCPU runs that may trap.
+        if !rested || !matches!(taken, Taken::Nothing) {
+            out.send().map_err(VmError::Server)?;
         }
         self.log_tells_all = match self.kvm.log() {
             DirtyLog::Off => false,
@@ -140,7 +160,7 @@ impl Vm {
     fn await_standing<'a>(
         &mut self,
         floor: &'a Floor,
-        mut tell: impl FnMut(&FromVm) -> io::Result<()>,
+        mut tell: impl FnMut(FromVm) -> io::Result<()>,
     ) -> Result<MutexGuard<'a, Shared>, VmError> {
         let mut told = Ok(());
         let shared = floor.await_standing_and_accept(|pages| {
@@ -180,9 +200,9 @@ impl Vm {
         store: StoreId,
         file: BorrowedFd<'_>,
         pages: &[GfnRange],
-        tell: impl FnMut(&FromVm) -> io::Result<()>,
+        tell: impl FnMut(FromVm) -> io::Result<()>,
     ) -> Result<Vec<GfnRange>, VmError> {
-        let (before, busy) = self.floor.stop();
+        let Stopped { before, busy, .. } = self.floor.stop();
         self.interrupt_those(&busy);
         let shed = self.shed_standing(store, file, pages, tell);
         if !shed.as_ref().is_err_and(VmError::is_fatal) {
@@ -197,7 +217,7 @@ impl Vm {
         store: StoreId,
         file: BorrowedFd<'_>,
         pages: &[GfnRange],
-        tell: impl FnMut(&FromVm) -> io::Result<()>,
+        tell: impl FnMut(FromVm) -> io::Result<()>,
     ) -> Result<Shed, VmError> {
         let floor = Arc::clone(&self.floor);
         drop(self.await_standing(&floor, tell)?);
@@ -221,7 +241,7 @@ impl Vm {
     }
 
     /// Takes the pages that a vCPU gives back, if one does.
-    pub fn accept_gift(&mut self, mut tell: impl FnMut(&FromVm) -> io::Result<()>) -> io::Result<()> {
+    pub fn accept_gift(&mut self, mut tell: impl FnMut(FromVm) -> io::Result<()>) -> io::Result<()> {
         let mut told = Ok(());
         self.floor.accept_gift(|pages| {
             let given;
@@ -261,9 +281,9 @@ fn give_back(
     window: &mut HostWindow,
     pages: &[GfnRange],
     max_runs: u32,
-    tell: &mut impl FnMut(&FromVm) -> io::Result<()>,
+    tell: &mut impl FnMut(FromVm) -> io::Result<()>,
 ) -> (Vec<GfnRange>, io::Result<()>) {
     let given = window.balloon(pages, max_runs as usize);
-    let told = if given.is_empty() { Ok(()) } else { tell(&FromVm::Ballooned(given.clone())) };
+    let told = if given.is_empty() { Ok(()) } else { tell(FromVm::Ballooned(given.clone())) };
     (given, told)
 }

@@ -1,0 +1,46 @@
+//! What a VM process has to say to the server: several messages in one packet, where nobody waits for the first.
+//!
+//! Every packet wakes the server, which takes as long as anything that is done between two of them.
+
+use crate::link::Link;
+use crate::wire::{FromVm, Said};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::slice;
+
+/// Messages that are on their way, in order.
+#[derive(Debug)]
+pub(super) struct Outbox<'a> {
+    link: &'a mut Link,
+    held: Said,
+}
+
+impl<'a> Outbox<'a> {
+    /// Messages for `link`.
+    pub fn new(link: &'a mut Link) -> Self {
+        Self { link, held: Said::new() }
+    }
+
+    /// Keeps a message until the next is sent.
+    pub fn hold(&mut self, message: FromVm) {
+        self.held.push(message);
+    }
+
+    /// Sends a message, behind all that are held.
+    pub fn tell(&mut self, message: FromVm) -> io::Result<()> {
+        self.hold(message);
+        self.send()
+    }
+
+    /// Sends what is held.
+    pub fn send(&mut self) -> io::Result<()> {
+        let held: Said = std::mem::take(&mut self.held);
+        if held.is_empty() { Ok(()) } else { self.link.send(&held, &[]) }
+    }
+}
+
+/// Sends one message, and descriptors.
+pub(super) fn tell(link: &mut Link, message: &FromVm, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    // As a `Said` of one.
+    link.send(&slice::from_ref(message), fds)
+}
