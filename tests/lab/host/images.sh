@@ -128,7 +128,7 @@ build_images() {
 }
 
 make_images() {
-  local work version release root program
+  local work version release root
   work=$(mktemp -d "$cache/work.XXXXXX")
   trap "rm -rf '$work'" EXIT
   unpack tools "$work/tools"
@@ -146,7 +146,7 @@ make_images() {
   root=$work/outer
   busybox "$work/tools" "$root"
   cp "$lab/outer/init" "$root/init"
-  for program in steady dm; do gcc -static -O2 -s -Wall -Werror -o "$root/bin/$program" "$lab/$program.c"; done
+  gcc -static -O2 -s -Wall -Werror -o "$root/bin/dm" "$lab/dm.c"
   for version in "${kernels[@]}"; do
     mkdir -p "$root/kernels/$version"
     cp "$work/out/vmlinuz-$version" "$root/kernels/$version/vmlinuz"

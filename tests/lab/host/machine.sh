@@ -1,6 +1,4 @@
-# The outer machine: QEMU without acceleration, an AMD processor with SVM and nested paging. It has no CMPXCHG16B: the
-# emulated one works with flags of an earlier instruction, and an interrupt right after it saves, and brings back, whatever
-# they are (Linux allocates memory with it, outside and inside). Its console goes to a file;
+# The outer machine: QEMU without acceleration, an AMD processor with SVM and nested paging. Its console goes to a file;
 # what runs inside speaks over a second serial port of its own, so that no kernel message gets between its words.
 # shellcheck shell=bash
 
@@ -25,7 +23,7 @@ run_inside() {
   # In the background, because a shell that waits for a pipeline heeds no signal until it ends.
   mkfifo "$run/out"
   timeout --foreground --kill-after=5 "$limit" "$programs/run" qemu-system-x86_64 -L "$programs" \
-    -M q35 -accel tcg,thread=multi -cpu max,+svm,-cx16 -smp 2 -m "$memory" -nodefaults -no-user-config -display none -no-reboot \
+    -M q35 -accel tcg,thread=multi -cpu max,+svm -smp 2 -m "$memory" -nodefaults -no-user-config -display none -no-reboot \
     -serial "file:$run/console" -serial stdio \
     -kernel "$images/vmlinuz-$kernel" -initrd "$run/initramfs" \
     -append "console=ttyS0 panic=-1 mitigations=off quiet ${OFFSHOOT_LAB_APPEND:-}" \
