@@ -60,7 +60,6 @@ impl Vcpu {
                 Task::Save => {
                     let shared = self.shared.then(|| self.fd.sync_regs());
                     let state = self.registers.save(self.fd, shared.as_ref());
-
                     floor.saved(self.number, state.map_err(|error| error.to_string()));
                 }
                 Task::Attend => buses.mmio.attend(),

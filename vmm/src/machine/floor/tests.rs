@@ -92,6 +92,18 @@ fn registers(tsc: Tsc) -> VcpuState {
     }
 }
 
+/// Has a guest run that waits, until it gets what `act` has for it.
+fn with_waiting_guest(tsc: Tsc, act: impl FnOnce(&Floor)) -> Wakeup {
+    let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
+    thread::scope(|scope| {
+        let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(tsc)));
+        floor.ask(Activity::Running);
+        floor.await_running().unwrap();
+        act(floor);
+        vcpu.join().unwrap()
+    })
+}
+
 fn freeze(floor: &Floor) -> (Activity, VcpuState) {
     let Stopped { before, .. } = floor.stop_and_save();
     drop(floor.await_standing().unwrap());
@@ -105,11 +117,7 @@ fn freeze(floor: &Floor) -> (Activity, VcpuState) {
 
 #[test]
 fn a_guest_that_waits_runs_no_more_until_there_is_something() {
-    let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
-    thread::scope(|scope| {
-        let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Offset(7))));
-        floor.ask(Activity::Running);
-        floor.await_running().unwrap();
+    let woken = with_waiting_guest(Tsc::Offset(7), |floor| {
         for _ in 0..3 {
             assert_eq!(freeze(floor), (Activity::Running, registers(Tsc::Offset(7))));
             assert!(matches!(floor.lock().desks[0].rest, Rest::Resting(_)));
@@ -118,17 +126,13 @@ fn a_guest_that_waits_runs_no_more_until_there_is_something() {
         floor.go_on(Activity::Running);
         floor.lock().mailbox.post(Line { tag: 1, text: "mem".into() });
         floor.notify();
-        assert_ne!(vcpu.join().unwrap(), Wakeup::default());
     });
+    assert_ne!(woken, Wakeup::default());
 }
 
 #[test]
 fn what_comes_while_a_resting_guest_is_frozen_is_not_lost() {
-    let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
-    thread::scope(|scope| {
-        let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Offset(7))));
-        floor.ask(Activity::Running);
-        floor.await_running().unwrap();
+    let woken = with_waiting_guest(Tsc::Offset(7), |floor| {
         freeze(floor);
         floor.stop_and_save();
         floor.lock().mailbox.post(Line { tag: 1, text: "mem".into() });
@@ -136,18 +140,14 @@ fn what_comes_while_a_resting_guest_is_frozen_is_not_lost() {
         drop(floor.await_standing().unwrap());
         floor.await_saved().unwrap();
         floor.go_on(Activity::Running);
-        assert_ne!(vcpu.join().unwrap(), Wakeup::default());
     });
+    assert_ne!(woken, Wakeup::default());
 }
 
 /// It is paused, frozen and resumed: the server hears of each.
 #[test]
 fn a_resting_guest_can_be_paused_and_resumed() {
-    let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
-    thread::scope(|scope| {
-        let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Offset(7))));
-        floor.ask(Activity::Running);
-        floor.await_running().unwrap();
+    with_waiting_guest(Tsc::Offset(7), |floor| {
         freeze(floor);
         floor.ask(Activity::Paused);
         drop(floor.await_standing().unwrap());
@@ -160,23 +160,17 @@ fn a_resting_guest_can_be_paused_and_resumed() {
         };
         floor.lock().mailbox.stop();
         floor.notify();
-        vcpu.join().unwrap();
     });
 }
 
 /// Its children would have the time of when it was told that there is nothing.
 #[test]
 fn a_guest_whose_clock_is_a_value_does_not_rest() {
-    let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
-    thread::scope(|scope| {
-        let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(Tsc::Value(7))));
-        floor.ask(Activity::Running);
-        floor.await_running().unwrap();
+    with_waiting_guest(Tsc::Value(7), |floor| {
         freeze(floor);
         assert!(matches!(floor.lock().desks[0].rest, Rest::Not));
         floor.lock().mailbox.stop();
         floor.notify();
-        vcpu.join().unwrap();
     });
 }
 
