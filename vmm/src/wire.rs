@@ -115,8 +115,7 @@ pub struct Start {
     pub origin: Origin,
     /// Whether it runs at once.
     pub activity: Activity,
-    /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs. But for
-    /// those of which it has copies since a [`ToVm::Expect`].
+    /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs.
     pub ahead: Vec<GfnRange>,
 }
 
@@ -128,8 +127,6 @@ pub struct Expect {
     pub runs: Vec<Run>,
     /// The stores that `runs` name, in the order of the descriptors.
     pub stores: Vec<StoreId>,
-    /// Pages of which it is to have copies, all of which are in their stores.
-    pub ahead: Vec<GfnRange>,
     /// The state that it will start from, where that can be told.
     pub state: Option<PackedState>,
 }

@@ -1,10 +1,10 @@
 //! What prepared processes are told to expect: the window and the registers of the next child of the VM that is forked
-//! again and again, and copies of what it will most likely write.
+//! again and again.
 //!
 //! All this takes as long as all else that a prepared process does before its first instruction. So it is done while there
-//! is time; at the fork only what has changed since is mapped, over it, and set. Nobody else touches such a window, and
-//! whoever frees pages of a store punches them out, so that it keeps none of them in memory but its copies, which count as
-//! any other memory of a prepared process.
+//! is time; at the fork only what has changed since is mapped, over it, and set. Nobody touches such a window, not even to
+//! copy what the child will most likely write: the page may have left its store by then, and nobody answers the trap of a
+//! process that is no VM yet. Whoever frees pages of a store punches them out, so that it keeps none of them in memory.
 
 use super::Server;
 use super::launch::stores_of;
@@ -12,8 +12,8 @@ use super::process::{Parcel, ProcessId};
 use super::vm::{FamilyId, Generation};
 use crate::machine::state::PackedState;
 use crate::wire::{Expect, Shape, ToVm};
-use guest_mem::{GfnRange, Run, Source};
-use rangemap::{RangeMap, RangeSet};
+use guest_mem::{Run, Source};
+use rangemap::RangeMap;
 use std::rc::Rc;
 
 /// What a process expects.
@@ -23,8 +23,6 @@ pub struct Expectation {
     pub parent: Option<Generation>,
     /// What it has mapped, and of which family the stores are: others have stores of the same names.
     window: Option<(FamilyId, RangeMap<u64, Source>)>,
-    /// Pages of that of which it has copies.
-    ahead: RangeSet<u64>,
     /// The state that it has ready.
     state: Option<Rc<PackedState>>,
 }
@@ -38,14 +36,6 @@ impl Expectation {
     /// The process is about to become a child of somebody: its window is another from now on.
     pub fn forget_window(&mut self) {
         self.window = None;
-        self.ahead = RangeSet::new();
-    }
-
-    /// Those of the pages `ahead` of which it has no copy any more once `news` are mapped.
-    pub fn left_ahead(&self, ahead: &[GfnRange], news: &[Run]) -> Vec<GfnRange> {
-        let mut has = self.ahead.clone();
-        news.iter().for_each(|run| has.remove(run.pages.raw()));
-        ahead.iter().flat_map(|pages| has.gaps(&pages.raw()).map(GfnRange::from).collect::<Vec<_>>()).collect()
     }
 
     /// The state that it has ready, when it gets one.
@@ -137,14 +127,8 @@ impl Server {
         // Where descriptors are short, it expects nothing.
         if let Ok((stores, descriptors)) = stores_of(manager, &news) {
             let state = self.pool.state_to_expect(shape);
-            let ahead = self.learned.at_hand(parent, manager.family(), member);
-            let expected = Expectation::new(parent, family, &runs);
-            process.expectation = Expectation {
-                state: state.clone(),
-                ahead: ahead.iter().map(|pages| pages.raw()).collect(),
-                ..expected
-            };
-            let expect = Expect { runs: news, stores, ahead, state: state.as_deref().cloned() };
+            process.expectation = Expectation { state: state.clone(), ..Expectation::new(parent, family, &runs) };
+            let expect = Expect { runs: news, stores, state: state.as_deref().cloned() };
             process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
         }
     }
@@ -185,18 +169,6 @@ mod tests {
         // The runs of now may be longer than those of then.
         let joined = runs(&[(0, 10, Source::Anonymous), (10, 300, store(1))]);
         assert_eq!(expectation.news(FAMILY, joined.into_iter()), runs(&[(100, 200, store(1))]));
-    }
-
-    #[test]
-    fn copies_that_are_mapped_over_are_made_again() {
-        let pages = |raw: &[(u64, u64)]| raw.iter().map(|&(start, end)| (start..end).into()).collect::<Vec<GfnRange>>();
-        let before = Expectation::new(PARENT, FAMILY, &runs(&[(0, 100, store(1))]));
-        let expectation = Expectation { ahead: [10..20, 50..60].into_iter().collect(), ..before };
-        let ahead = pages(&[(10, 20), (55, 70)]);
-        assert_eq!(expectation.left_ahead(&ahead, &[]), pages(&[(60, 70)]));
-        let news = runs(&[(12, 14, store(2)), (30, 40, store(2))]);
-        assert_eq!(expectation.left_ahead(&ahead, &news), pages(&[(12, 14), (60, 70)]));
-        assert_eq!(Expectation::default().left_ahead(&ahead, &[]), ahead);
     }
 
     #[test]

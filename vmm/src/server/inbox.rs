@@ -248,7 +248,7 @@ impl Server {
 
     fn forget_process_if_gone(&mut self, id: ProcessId) {
         let Some(memory) = self.processes.get(&id).map(|process| &process.memory) else { return };
-        if !memory.is_left() {
+        if !memory.is_unattended() {
             return;
         }
         if !memory.is_gone() {

@@ -54,7 +54,12 @@ impl Server {
     /// A VM's guests wait for pages.
     pub(super) fn serve_traps(&mut self, id: ProcessId) {
         let Some(process) = self.processes.get(&id) else { return };
-        let Role::Vm(generation) = process.role else { return process.memory.dismiss_traps() };
+        let generation = match process.role {
+            Role::Vm(generation) => generation,
+            Role::Ending => return process.memory.dismiss_traps(),
+            // Nobody touches its window.
+            Role::Preparing | Role::Pooled => return,
+        };
         let mut traps = Vec::new();
         let memory = Rc::clone(&process.memory);
         if let Some(source) = memory.traps.get()

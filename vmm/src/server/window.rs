@@ -147,14 +147,14 @@ impl Memory {
     }
 
     /// Whether no process is left that has the memory.
-    pub fn is_left(&self) -> bool {
+    pub fn is_unattended(&self) -> bool {
         self.main.get().is_none() && self.keeper.get().is_none() && self.copies.borrow().is_empty()
     }
 
     /// Whether the memory itself is gone. A worker of KVM's that waits for a page holds on to it, and outlives the process;
     /// without traps it would put a page of zeros into a store that others map.
     pub fn is_gone(&self) -> bool {
-        self.is_left() && self.traps.get().is_none_or(|traps| traps.is_orphaned(self.base.get()))
+        self.is_unattended() && self.traps.get().is_none_or(|traps| traps.is_orphaned(self.base.get()))
     }
 
     /// Answers all traps with zeros: the process is about to end, or has ended, and no guest sees them. Who waits would keep
