@@ -2,7 +2,7 @@
 
 use offshoot_tests::{Guest, TEN_SECONDS, TestHome, wait_until};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm::client::{ForkOptions, Vm};
 use vmm::units::ByteSize;
 
@@ -48,4 +48,38 @@ fn a_clone_starts_with_copies_of_what_its_siblings_wrote_until_they_write_it_no_
         child.remove().expect("remove");
         unborn(&parent).1 <= 64
     });
+}
+
+/// Prepared processes have copies of what the next child will write. A page may leave its store while one copies it: the
+/// process waited for ever, or showed its guest zeros.
+#[test]
+fn pages_leave_while_prepared_processes_copy_them() {
+    let Some(home) = TestHome::new() else { return };
+    let parent = home.launch("p", ByteSize::mib(64));
+    parent.fill(1000..5000, 1);
+    parent.fork(ForkOptions::new().wait_settled(true)).expect("fork").remove(0).vm.remove().expect("remove");
+    let end = Instant::now() + Duration::from_secs(4);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while Instant::now() < end {
+                home.client().reclaim_all(ByteSize::mib(64)).expect("reclaim");
+            }
+        });
+        let mut rounds = 0;
+        while Instant::now() < end || rounds < 5 {
+            let child = parent.fork(ForkOptions::new()).expect("fork").remove(0).vm;
+            child.fill(2000..2500, 9);
+            child.verify(1900..2000, 1);
+            child.verify(2000..2500, 9);
+            child.remove().expect("remove");
+            let (child, _) = unborn(&parent);
+            child.resume().expect("resume");
+            child.verify(1900..2600, 1);
+            child.remove().expect("remove");
+            rounds += 1;
+        }
+        println!("{rounds} rounds");
+    });
+    parent.verify(1000..5000, 1);
+    home.check();
 }

@@ -115,7 +115,8 @@ pub struct Start {
     pub origin: Origin,
     /// Whether it runs at once.
     pub activity: Activity,
-    /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs.
+    /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs. But for
+    /// those of which it has copies since a [`ToVm::Expect`].
     pub ahead: Vec<GfnRange>,
 }
 
@@ -127,6 +128,8 @@ pub struct Expect {
     pub runs: Vec<Run>,
     /// The stores that `runs` name, in the order of the descriptors.
     pub stores: Vec<StoreId>,
+    /// Pages of which it is to have copies, all of which are in their stores, or were.
+    pub ahead: Vec<GfnRange>,
     /// The state that it will start from, where that can be told.
     pub state: Option<PackedState>,
 }
@@ -157,7 +160,7 @@ pub enum ToVm {
         /// The niceness to run with; the server may have a lower one.
         niceness: i32,
     },
-    /// A start will follow, most likely like this.
+    /// A start will follow, most likely like this. Answered by `Expecting`, or `StartFailed`.
     Expect(Box<Expect>),
     /// Become this VM. Answered by `Running` (or `Paused`), or `StartFailed`; a fork's after its `Load` or `LoadExpected`.
     Start(Box<Start>),
@@ -267,6 +270,8 @@ pub enum FromVm {
     },
     /// It could not be prepared.
     PrepareFailed(String),
+    /// It has ready what it was told to expect.
+    Expecting,
     /// The first vCPU is about to enter `KVM_RUN`.
     Running {
         /// When.

@@ -190,8 +190,11 @@ impl Process<'_> {
         match message {
             ToVm::Prepare { .. } => return Err(nonsense("a second Prepare")),
             ToVm::Expect(expected) => {
-                let ready = vm.expect(*expected, &fds);
-                self.report_start(ready)?;
+                let message = match vm.expect(*expected, &fds) {
+                    Ok(()) => FromVm::Expecting,
+                    Err(error) => FromVm::StartFailed(error.to_string()),
+                };
+                outbox::tell(&mut self.link, &message, &[])?;
             }
             ToVm::Start(start) => {
                 let started = vm.start(*start, &fds);

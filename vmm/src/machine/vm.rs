@@ -226,9 +226,10 @@ impl Vm {
         if self.started {
             return Err(VmError::StartedTwice);
         }
-        let Expect { runs, stores, state } = expected;
+        let Expect { runs, stores, ahead, state } = expected;
         let stores = self.named(&stores, fds)?;
         self.window.map(&runs, &stores, HugePages::Never)?;
+        ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
         self.expected = state.map(|state| state.unpack()).transpose()?;
         let vcpus = self.expected.iter().flat_map(|state| &state.vcpus);
         self.floor.load(vcpus.map(|vcpu| Load::Expected(Box::new(vcpu.clone()))).collect());

@@ -1,19 +1,22 @@
 //! What prepared processes are told to expect: the window and the registers of the next child of the VM that is forked
-//! again and again.
+//! again and again, and copies of what it will most likely write.
 //!
 //! All this takes as long as all else that a prepared process does before its first instruction. So it is done while there
-//! is time; at the fork only what has changed since is mapped, over it, and set. Nobody touches such a window, not even to
-//! copy what the child will most likely write: the page may have left its store by then, and nobody answers the trap of a
-//! process that is no VM yet. Whoever frees pages of a store punches them out, so that it keeps none of them in memory.
+//! is time; at the fork only what has changed since is mapped, over it, and set. Nobody else touches such a window, and
+//! whoever frees pages of a store punches them out, so that it keeps none of them in memory but its copies, which count as
+//! any other memory of a prepared process.
+//!
+//! A page may leave its store before it is copied: the process then waits for it, and nobody can say what it should get,
+//! for it is no VM yet. So it is out of the pool until it has said that it is done, and ends if it waits for a page.
 
 use super::Server;
 use super::launch::stores_of;
-use super::process::{Parcel, ProcessId};
+use super::process::{Parcel, ProcessId, Role};
 use super::vm::{FamilyId, Generation};
 use crate::machine::state::PackedState;
 use crate::wire::{Expect, Shape, ToVm};
-use guest_mem::{Run, Source};
-use rangemap::RangeMap;
+use guest_mem::{GfnRange, Run, Source};
+use rangemap::{RangeMap, RangeSet};
 use std::rc::Rc;
 
 /// What a process expects.
@@ -23,6 +26,8 @@ pub struct Expectation {
     pub parent: Option<Generation>,
     /// What it has mapped, and of which family the stores are: others have stores of the same names.
     window: Option<(FamilyId, RangeMap<u64, Source>)>,
+    /// Pages of that of which it has copies.
+    ahead: RangeSet<u64>,
     /// The state that it has ready.
     state: Option<Rc<PackedState>>,
 }
@@ -36,6 +41,14 @@ impl Expectation {
     /// The process is about to become a child of somebody: its window is another from now on.
     pub fn forget_window(&mut self) {
         self.window = None;
+        self.ahead = RangeSet::new();
+    }
+
+    /// Those of the pages `ahead` of which it has no copy any more once `news` are mapped.
+    pub fn left_ahead(&self, ahead: &[GfnRange], news: &[Run]) -> Vec<GfnRange> {
+        let mut has = self.ahead.clone();
+        news.iter().for_each(|run| has.remove(run.pages.raw()));
+        ahead.iter().flat_map(|pages| has.gaps(&pages.raw()).map(GfnRange::from).collect::<Vec<_>>()).collect()
     }
 
     /// The state that it has ready, when it gets one.
@@ -104,33 +117,47 @@ impl Favourite {
 }
 
 impl Server {
-    /// Tells one prepared process what to expect, if there is one that does not. Whether there was.
+    /// Tells one prepared process what to expect, if there is one that does not, and no other gets ready meanwhile. Whether
+    /// there was.
     pub(super) fn tell_what_to_expect(&mut self) -> bool {
         let untold = |(shape, parent): (Shape, Generation)| {
             let other = |id: &ProcessId| self.processes[id].expectation.parent != Some(parent);
             self.pool.ready(shape).find(other).map(|process| (shape, parent, process))
         };
-        let Some((shape, parent, process)) = self.pool.favourites().find_map(untold) else { return false };
-        self.expect(shape, parent, process);
+        let Some((shape, parent, process)) =
+            self.pool.favourites().filter(|&(shape, _)| !self.pool.prepares(shape)).find_map(untold)
+        else {
+            return false;
+        };
+        if self.expect(shape, parent, process) {
+            self.pool.withdraw(shape, process);
+            self.processes.get_mut(&process).expect("a process of the pool").role = Role::Preparing;
+        }
         true
     }
 
-    fn expect(&mut self, shape: Shape, parent: Generation, process: ProcessId) {
+    /// Tells a process whose child it most likely becomes. Whether there is something that it is to get ready.
+    fn expect(&mut self, shape: Shape, parent: Generation, process: ProcessId) -> bool {
         let memory = self.vms.get(parent).and_then(|parent| parent.memory);
         let process = self.processes.get_mut(&process).expect("a process of the pool");
         let before =
             std::mem::replace(&mut process.expectation, Expectation { parent: Some(parent), ..Expectation::default() });
-        let Some((family, member)) = memory else { return };
+        let Some((family, member)) = memory else { return false };
         let manager = &self.families[&family];
         let runs = manager.runs_of_child(member);
         let news = before.news(family, runs.iter().copied());
         // Where descriptors are short, it expects nothing.
-        if let Ok((stores, descriptors)) = stores_of(manager, &news) {
-            let state = self.pool.state_to_expect(shape);
-            process.expectation = Expectation { state: state.clone(), ..Expectation::new(parent, family, &runs) };
-            let expect = Expect { runs: news, stores, state: state.as_deref().cloned() };
-            process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
-        }
+        let Ok((stores, descriptors)) = stores_of(manager, &news) else { return false };
+        let state = self.pool.state_to_expect(shape);
+        let ahead = self.learned.at_hand(parent, manager.family(), member);
+        process.expectation = Expectation {
+            state: state.clone(),
+            ahead: ahead.iter().map(|pages| pages.raw()).collect(),
+            ..Expectation::new(parent, family, &runs)
+        };
+        let expect = Expect { runs: news, stores, ahead, state: state.as_deref().cloned() };
+        process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
+        true
     }
 }
 
@@ -169,6 +196,18 @@ mod tests {
         // The runs of now may be longer than those of then.
         let joined = runs(&[(0, 10, Source::Anonymous), (10, 300, store(1))]);
         assert_eq!(expectation.news(FAMILY, joined.into_iter()), runs(&[(100, 200, store(1))]));
+    }
+
+    #[test]
+    fn copies_that_are_mapped_over_are_made_again() {
+        let pages = |raw: &[(u64, u64)]| raw.iter().map(|&(start, end)| (start..end).into()).collect::<Vec<GfnRange>>();
+        let before = Expectation::new(PARENT, FAMILY, &runs(&[(0, 100, store(1))]));
+        let expectation = Expectation { ahead: [10..20, 50..60].into_iter().collect(), ..before };
+        let ahead = pages(&[(10, 20), (55, 70)]);
+        assert_eq!(expectation.left_ahead(&ahead, &[]), pages(&[(60, 70)]));
+        let news = runs(&[(12, 14, store(2)), (30, 40, store(2))]);
+        assert_eq!(expectation.left_ahead(&ahead, &news), pages(&[(12, 14), (60, 70)]));
+        assert_eq!(Expectation::default().left_ahead(&ahead, &[]), ahead);
     }
 
     #[test]

@@ -58,10 +58,11 @@ impl Server {
         match (message, process.role) {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
             (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
-            (FromVm::StartFailed(why), Role::Pooled) => {
+            (FromVm::Expecting, Role::Preparing) => self.offer(id),
+            (FromVm::StartFailed(why), Role::Preparing) => {
                 log::error!("a prepared process cannot become what it is to expect: {why}");
                 let shape = self.processes[&id].shape;
-                self.pool.lost(shape, id);
+                self.pool.ended(shape);
                 // The next would fare no better.
                 self.pool.forget_favourite(shape);
                 self.end_process(id);
@@ -83,14 +84,18 @@ impl Server {
         }
         match process.role {
             Role::Vm(_) => process.send_waiting(),
-            Role::Preparing => {
-                process.role = Role::Pooled;
-                let shape = process.shape;
-                if !self.pool.put(shape, id) {
-                    self.end_process(id);
-                }
-            }
+            Role::Preparing => self.offer(id),
             Role::Pooled | Role::Ending => self.end_process(id),
+        }
+    }
+
+    /// A process is prepared, and has ready what it expects.
+    fn offer(&mut self, id: ProcessId) {
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        process.role = Role::Pooled;
+        let shape = process.shape;
+        if !self.pool.put(shape, id) {
+            self.end_process(id);
         }
     }
 
@@ -110,7 +115,7 @@ impl Server {
     fn vm_says(&mut self, generation: Generation, message: FromVm) {
         let Some(vm) = self.vms.get_mut(generation) else { return };
         match message {
-            FromVm::Ready { .. } | FromVm::PrepareFailed(_) => {}
+            FromVm::Ready { .. } | FromVm::PrepareFailed(_) | FromVm::Expecting => {}
             FromVm::Running { .. } if vm.hold == Hold::Releasing => self.released(generation),
             FromVm::Paused if vm.hold == Hold::Stopping => vm.hold = Hold::Held,
             FromVm::Running { at_ns } => {
@@ -230,6 +235,7 @@ impl Server {
             Role::Preparing => {
                 log::error!("a VM process {how} while it was prepared");
                 self.pool.failed(process.shape);
+                self.end_process(id);
             }
             Role::Ending => {}
         }

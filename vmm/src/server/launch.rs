@@ -205,6 +205,7 @@ impl Server {
             wire::Origin::Fork { .. } => expectation.news(family, runs),
             wire::Origin::Monitor | wire::Origin::Linux(_) => runs.collect(),
         };
+        let ahead = expectation.left_ahead(&ahead, &runs);
         expectation.forget_window();
         match stores_of(manager, &runs) {
             Ok((stores, mut descriptors)) => {

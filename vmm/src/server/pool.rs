@@ -53,6 +53,21 @@ impl Pool {
         true
     }
 
+    /// A prepared process is to get something ready first.
+    pub fn withdraw(&mut self, shape: Shape, process: ProcessId) {
+        self.lost(shape, process);
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.preparing += 1;
+        }
+    }
+
+    /// A process that was to be put here ends instead.
+    pub fn ended(&mut self, shape: Shape) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.preparing = shelf.preparing.saturating_sub(1);
+        }
+    }
+
     /// A prepared process has died.
     pub fn lost(&mut self, shape: Shape, process: ProcessId) {
         if let Some(shelf) = self.0.get_mut(&shape) {
@@ -62,8 +77,8 @@ impl Pool {
 
     /// A process could not prepare itself: the pool stays empty until a process is taken from it again.
     pub fn failed(&mut self, shape: Shape) {
+        self.ended(shape);
         if let Some(shelf) = self.0.get_mut(&shape) {
-            shelf.preparing = shelf.preparing.saturating_sub(1);
             shelf.wanted = 0;
         }
     }
@@ -90,6 +105,11 @@ impl Pool {
     /// The state that prepared processes of a shape are to expect.
     pub fn state_to_expect(&self, shape: Shape) -> Option<Rc<PackedState>> {
         self.0.get(&shape).and_then(|shelf| shelf.favourite.state())
+    }
+
+    /// Whether processes of a shape are on their way.
+    pub fn prepares(&self, shape: Shape) -> bool {
+        self.0.get(&shape).is_some_and(|shelf| shelf.preparing > 0)
     }
 
     /// Prepared processes of a shape, the next to be taken first.

@@ -20,7 +20,7 @@ pub struct ProcessId(pub u64);
 /// What a VM process is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// It makes its KVM VM, for the pool.
+    /// It makes its KVM VM, for the pool, or gets ready what it is to expect.
     Preparing,
     /// It waits for a VM to become.
     Pooled,

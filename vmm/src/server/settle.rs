@@ -57,8 +57,13 @@ impl Server {
         let generation = match process.role {
             Role::Vm(generation) => generation,
             Role::Ending => return process.memory.dismiss_traps(),
+            Role::Preparing => {
+                log::debug!("{id:?} was to copy a page that has left its store meanwhile");
+                self.pool.ended(process.shape);
+                return self.end_process(id);
+            }
             // Nobody touches its window.
-            Role::Preparing | Role::Pooled => return,
+            Role::Pooled => return,
         };
         let mut traps = Vec::new();
         let memory = Rc::clone(&process.memory);

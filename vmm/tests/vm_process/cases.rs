@@ -93,9 +93,14 @@ pub fn a_fork_finds_its_window_as_expected() {
     let before = parent.runs.clone();
     let mut worker = family.prepare();
     let (expected, fds) = family.start("nobody", &before, Origin::Monitor, Activity::Running);
-    let expected =
-        Expect { runs: expected.runs, stores: expected.stores, state: Some(PackedState::pack(&first.state)) };
+    let expected = Expect {
+        runs: expected.runs,
+        stores: expected.stores,
+        ahead: vec![(1040..1060).into()],
+        state: Some(PackedState::pack(&first.state)),
+    };
     worker.tell(&ToVm::Expect(Box::new(expected)), &fds);
+    worker.expect(|message| matches!(message, FromVm::Expecting).then_some(()));
 
     parent.worker.ok("fill 1050 10 2");
     let second = family.freeze(&mut parent);
@@ -132,7 +137,7 @@ pub fn a_fork_starts_from_its_own_registers_whatever_was_expected() {
         let state = |vcpu: &VcpuState| MachineState { vcpus: vec![vcpu.clone()], ..*frozen.state.clone() };
         for vcpu in &expected {
             let state = Some(PackedState::pack(&state(vcpu)));
-            worker.tell(&ToVm::Expect(Box::new(Expect { runs: vec![], stores: vec![], state })), &[]);
+            worker.tell(&ToVm::Expect(Box::new(Expect { runs: vec![], stores: vec![], ahead: vec![], state })), &[]);
         }
         let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Paused);
         worker.start(start, &fds);
