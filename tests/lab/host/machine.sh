@@ -26,7 +26,7 @@ run_inside() {
     -M q35 -accel tcg,thread=multi -cpu max,+svm -smp 2 -m "$memory" -nodefaults -no-user-config -display none -no-reboot \
     -serial "file:$run/console" -serial stdio \
     -kernel "$images/vmlinuz-$kernel" -initrd "$run/initramfs" \
-    -append "console=ttyS0 panic=-1 mitigations=off quiet ${OFFSHOOT_LAB_APPEND:-}" \
+    -append "console=ttyS0 panic=-1 oops=panic mitigations=off quiet ${OFFSHOOT_LAB_APPEND:-}" \
     </dev/null >"$run/out" 2>"$run/qemu" &
   machine=$!
   on_exit "kill $machine 2>/dev/null"
