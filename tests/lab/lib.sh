@@ -74,9 +74,9 @@ at_most() {
 # QEMU's SVM emulation loses guests, its own as well as ours. An interrupt that is injected when a guest is entered stays
 # noted as the processor's exception, and is delivered once more, wherever the guest is by then, if the thread that
 # emulates it is kicked without another interrupt before the guest exits. Linux does not survive that everywhere. The
-# guest then shuts down, most often over a page fault at the very instruction that it was resumed at, or it exits at an
-# address of the host's own VMRUN. These exits are written down, so that what the emulation breaks is told from what we
-# break.
+# guest then shuts down, most often over a page fault at the very instruction that it was resumed at, in the kernel or in a
+# program, or it exits at an address of the host's own VMRUN. These exits are written down, so that what the emulation
+# breaks is told from what we break.
 _watched=/sys/kernel/tracing/instances/lab
 _crashes=/sys/kernel/tracing/instances/crashes
 _watch_emulation() {
@@ -87,7 +87,7 @@ _watch_emulation() {
   _run=0x$(grep -m 1 ' __svm_vcpu_run' /proc/kallsyms | cut -d ' ' -f 1)
   echo 16 >$_watched/buffer_size_kb
   echo "(guest_rip >= $_run && guest_rip < $(printf '0x%x' $((_run + 0x400)))) || \
-    (exit_reason == 0x7f && intr_info == 0x80000b0e && error_code == 0x10)" >$_watched/events/kvm/kvm_exit/filter
+    (exit_reason == 0x7f && intr_info == 0x80000b0e && (error_code == 0x10 || error_code == 0x14))" >$_watched/events/kvm/kvm_exit/filter
   echo 1 >$_watched/events/kvm/kvm_exit/enable
   # Every guest that shut down, for whoever reads of a failure.
   mkdir $_crashes 2>/dev/null || return
