@@ -14,7 +14,7 @@ use crate::store::swap::SharedSwap;
 use crate::sys::Userfaultfd;
 use crate::sys::Written;
 use crate::window::host::{Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
-use crate::window::{Run, Source, StoreId};
+use crate::window::{Run, Source, StoreId, Window};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -114,7 +114,13 @@ impl Local {
         }
         let window = HostWindow::reserve(&self.ram, Place::Anywhere, self.features)?;
         let child = self.manager.fork(parent, window);
-        self.open(child, HugePages::Never)
+        let child = self.open(child, HugePages::Never)?;
+        // Whoever touches them has nobody to answer once all has settled.
+        let zeros: Vec<GfnRange> =
+            self.ram.iter().flat_map(|&ram| self.manager.family().trapping_zeros(child, ram)).collect();
+        let window = self.manager.window_mut(child).expect("a VM has a window");
+        zeros.into_iter().for_each(|pages| window.zero(pages));
+        Ok(child)
     }
 
     fn freeze(&mut self, vm: VmId, store: StoreId) -> Result<crate::Harvest, WindowError> {

@@ -14,7 +14,7 @@ use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, FileMapping, VmId};
 use crate::object::Loss;
-use crate::ops::{Destination, Trap};
+use crate::ops::{Destination, Trap, ZERO_CLUSTER};
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
@@ -30,7 +30,7 @@ pub const SETTLE_BATCH: PageCount = PageCount(64);
 const FREED_BATCH: PageCount = PageCount(512);
 /// Pages whose memory a scratch range gives back at a time.
 const LEFT_BATCH: PageCount = PageCount(512);
-/// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a mapping.
+/// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a trap.
 const ZERO_RUN: u64 = 16;
 
 /// Mappings a window may have: a quarter of `vm.max_map_count`, as the kernel has it by default.
@@ -199,7 +199,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Second half of a freeze: the window has moved pages out.
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest) {
         let mut effects = Effects::default();
-        self.family.finish_freeze(vm, harvest, &mut effects);
+        // Without traps a hole in a store would be filled by whoever reads it.
+        let bridge = if self.zero_run == u64::MAX { PageCount(0) } else { ZERO_CLUSTER };
+        self.family.finish_freeze(vm, harvest, bridge, &mut effects);
         let can_wait = |effect: &Effect| matches!(effect, Effect::Punch(..) | Effect::DropStore(_));
         let (hidden, rest): (Vec<_>, Vec<_>) = effects.0.into_iter().partition(can_wait);
         self.carry_out(Effects(rest));
@@ -333,9 +335,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             answer => answer,
         };
         self.window_do(vm, |window| match answer {
-            Trap::Zero(pages) => {
-                window.zero(pages);
-                window.wake(pages);
+            Trap::Zero(zeros) => {
+                zeros.iter().for_each(|&pages| window.zero(pages));
+                zeros.iter().chain([&GfnRange::new(gfn, PageCount(1))]).for_each(|&pages| window.wake(pages));
             }
             Trap::Lost(loss) => window.fail(&lost(gfn, loss)),
             Trap::Outside => window.fail("a trap outside of its memory"),

@@ -98,6 +98,17 @@ struct Owner {
     stores: BTreeSet<StoreId>,
 }
 
+/// How many of the pages that windows take from a store are known to be zero, and not in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Zeros {
+    /// None that it was to get.
+    None,
+    /// Perhaps some.
+    Some,
+    /// All: it has gone.
+    All,
+}
+
 /// Pages that have not settled.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scratch {
@@ -488,8 +499,12 @@ impl Objects {
         self.scratches.contains_key(&holder)
     }
 
-    /// Whether pages that windows take from `store` may be known to be zero.
-    pub(crate) fn has_zeros(&self, store: StoreId) -> bool {
-        self.stores.get(&store).is_none_or(|account| account.zeros)
+    /// Whether pages that windows take from `store` are known to be zero.
+    pub(crate) fn zeros(&self, store: StoreId) -> Zeros {
+        match self.stores.get(&store) {
+            Some(account) if account.zeros => Zeros::Some,
+            Some(_) => Zeros::None,
+            None => Zeros::All,
+        }
     }
 }

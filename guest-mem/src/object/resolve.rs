@@ -23,6 +23,13 @@ pub struct Found {
     pub slot: Slot,
 }
 
+impl Segment {
+    /// Whether the pages are known to be zero.
+    pub fn is_zero(&self) -> bool {
+        self.found.is_none_or(|found| found.slot == Slot::Zero)
+    }
+}
+
 impl Found {
     /// Indexes, in the object, of guest frames.
     pub fn indexes(&self, pages: GfnRange) -> GfnRange {

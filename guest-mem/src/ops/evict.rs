@@ -159,6 +159,7 @@ mod tests {
             family.finish_freeze(
                 vm,
                 &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+                PageCount(0),
                 &mut effects,
             );
             if index % 2 == 1 {

@@ -2,9 +2,11 @@
 
 use crate::addr::GfnRange;
 use crate::family::{Family, Pace, Vm, VmId};
-use crate::object::{Segment, Slot};
+use crate::object::Zeros;
+use crate::ops::ZERO_CLUSTER;
 use crate::window::{Run, Source};
 use rangemap::{RangeMap, RangeSet};
+use std::ops::Range;
 
 impl Family {
     /// A child of `parent`. It shares the parent's stage-2 tables, root and all, and its objects: parent and child are
@@ -23,7 +25,15 @@ impl Family {
         }
         let root = self.stage2.share(root);
         let runs = self.fresh_runs(parent, max_runs);
-        self.insert_vm(Vm { map, root, runs, kept: RangeSet::new(), freezing: None, pace: Pace::Running })
+        self.insert_vm(Vm {
+            map,
+            root,
+            runs,
+            kept: RangeSet::new(),
+            bridged: RangeMap::new(),
+            freezing: None,
+            pace: Pace::Running,
+        })
     }
 
     /// The runs that a child of `vm` would have if it was forked now, without a freeze.
@@ -41,22 +51,24 @@ impl Family {
         runs
     }
 
-    /// The runs of a new window on what `vm` sees: as its own, but with the stores where it keeps copies, and anonymous
-    /// where pages have turned out zero, the longest stretches first. What there are no runs left for traps once, and is zero then.
+    /// The runs of a new window on what `vm` sees: as its own, but with the stores where it keeps copies and between those,
+    /// and anonymous where pages have turned out zero, the longest stretches first. Short ones, and what there are no runs
+    /// left for, trap once, and are zero then.
     fn fresh_runs(&self, vm: VmId, max_runs: usize) -> RangeMap<u64, Source> {
         let vm = self.vm(vm);
         let mut runs = self.runs_beneath(vm);
+        vm.bridged.iter().for_each(|(pages, source)| runs.insert(pages.clone(), *source));
         let mut zeros: Vec<GfnRange> = Vec::new();
-        let has_zeros =
-            |source: &Source| matches!(source, Source::Store { store, .. } if self.objects.has_zeros(*store));
-        for (run, _) in runs.iter().filter(|(_, source)| has_zeros(source)) {
-            for (pages, entry) in vm.map.iter() {
-                let run = GfnRange::from(run.clone()).intersect(pages);
-                let segments = self.objects.resolve(entry.object, entry.origin, run);
-                let zero = |segment: &Segment| segment.found.is_some_and(|found| found.slot == Slot::Zero);
-                zeros.extend(segments.iter().filter(|segment| zero(segment)).map(|segment| segment.pages));
+        let mut gone: Vec<Range<u64>> = Vec::new();
+        for (run, source) in runs.iter() {
+            let Source::Store { store, .. } = source else { continue };
+            match self.objects.zeros(*store) {
+                Zeros::None => {}
+                Zeros::Some => zeros.extend(self.long_zeros(vm, run.clone().into())),
+                Zeros::All => gone.push(run.clone()),
             }
         }
+        gone.into_iter().for_each(|pages| runs.insert(pages, Source::Anonymous));
         zeros.sort_unstable_by_key(|pages| std::cmp::Reverse(pages.count()));
         for pages in zeros {
             // A run in the middle of another makes three of one.
@@ -66,6 +78,18 @@ impl Family {
             runs.insert(pages.raw(), Source::Anonymous);
         }
         runs
+    }
+
+    /// The stretches of zeros among `pages` that are worth a mapping.
+    fn long_zeros(&self, vm: &Vm, pages: GfnRange) -> Vec<GfnRange> {
+        let entries = vm.map.iter();
+        let segments = entries
+            .flat_map(|(bounds, entry)| self.objects.resolve(entry.object, entry.origin, pages.intersect(bounds)));
+        let zeros: RangeSet<u64> = segments
+            .filter(|segment| segment.is_zero() && !segment.pages.is_empty())
+            .map(|segment| segment.pages.raw())
+            .collect();
+        zeros.into_iter().map(GfnRange::from).filter(|stretch| stretch.count() >= ZERO_CLUSTER).collect()
     }
 }
 
@@ -82,7 +106,7 @@ mod tests {
     /// stretch of zeros, however many there were.
     #[test]
     fn zeros_make_no_more_runs_than_a_window_may_have() {
-        let ram = GfnRange::new(Gfn(0), PageCount(1024));
+        let ram = GfnRange::new(Gfn(0), PageCount(32 * 1024));
         let mut family = Family::new(Shape::X86_64);
         let mut effects = Effects::default();
         let parent = family.launch(&[ram], &[]);
@@ -90,10 +114,11 @@ mod tests {
         family.finish_freeze(
             parent,
             &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+            PageCount(0),
             &mut effects,
         );
-        while let Some(job) = family.next_job(PageCount(32)) {
-            let middle = Gfn(job.pages.start().0 + 16);
+        while let Some(job) = family.next_job(PageCount(1024)) {
+            let middle = Gfn(job.pages.start().0 + 512);
             let zero = GfnRange::between(job.pages.start(), middle);
             let stored = GfnRange::between(middle, job.pages.end());
             family.settled(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut effects);

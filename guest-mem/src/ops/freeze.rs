@@ -3,13 +3,14 @@
 //! In two halves around the window's part, which takes time and can fail: [`begin`](Family::begin_freeze) reserves,
 //! [`finish`](Family::finish_freeze) cannot fail, [`abort`](Family::abort_freeze) leaves no trace.
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, Freezing, VmId};
 use crate::map::MapEntry;
 use crate::object::{Backing, ObjectId, Slot};
 use crate::stage2::Cursor;
 use crate::window::{Harvest, Run, Source, StoreId};
+use rangemap::RangeSet;
 
 /// Where the pages of a freeze go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,8 +51,8 @@ impl Family {
     }
 
     /// The window has taken `harvest`: makes it the top of the VM's chains. Where nothing was private, no object is
-    /// made.
-    pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, effects: &mut Effects) {
+    /// made. Stretches of zeros shorter than `bridge` between pages that stayed become part of what is shown of them.
+    pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, bridge: PageCount, effects: &mut Effects) {
         let store = self.end_freeze(vm);
         if harvest.is_empty() {
             effects.push(Effect::DropStore(store));
@@ -73,6 +74,10 @@ impl Family {
                 below => self.stack_top(vm, pages, below, entry.origin),
             };
             self.fill_top(top, &taken, &private, store, effects);
+            for zeros in self.zeros_between(top, &within(&harvest.copied, pages).collect::<Vec<_>>(), bridge) {
+                self.hold_zeros(top, zeros);
+                self.vm_mut(vm).bridged.insert(zeros.raw(), source);
+            }
             if let Some(below) = entry.object.filter(|&below| below != top) {
                 let pace = self.vm(vm).pace;
                 self.objects.unmap(below, pace, effects);
@@ -86,6 +91,7 @@ impl Family {
             books.runs.insert(pages.raw(), source);
             books.kept.remove(pages.raw());
         }
+        all_taken.iter().for_each(|pages| books.bridged.remove(pages.raw()));
         harvest.copied.iter().for_each(|pages| books.kept.insert(pages.raw()));
         for (_, entry) in books.map.iter() {
             if let Some(top) = entry.object {
@@ -125,6 +131,30 @@ impl Family {
         }
     }
 
+    /// The stretches of less than `most` pages between neighbours of `copied`, all of which the chain from `top` down says
+    /// are zero.
+    fn zeros_between(&self, top: ObjectId, copied: &[GfnRange], most: PageCount) -> Vec<GfnRange> {
+        let Some((first, last)) = copied.first().zip(copied.last()) else { return Vec::new() };
+        let mut zeros = RangeSet::new();
+        for segment in self.objects.resolve(Some(top), Gfn(0), GfnRange::between(first.start(), last.end())) {
+            if segment.is_zero() {
+                zeros.insert(segment.pages.raw());
+            }
+        }
+        let gaps = copied.windows(2).map(|pair| GfnRange::between(pair[0].end(), pair[1].start()));
+        gaps.filter(|gap| gap.count() < most && zeros.get(&gap.start().0).is_some_and(|all| all.end >= gap.end().0))
+            .collect()
+    }
+
+    /// Says of zeros that nothing holds that they are zero.
+    fn hold_zeros(&mut self, top: ObjectId, zeros: GfnRange) {
+        for segment in self.objects.resolve(Some(top), Gfn(0), zeros) {
+            if segment.found.is_none() {
+                self.objects.put(top, segment.pages.raw(), Slot::Zero);
+            }
+        }
+    }
+
     fn put_between(&mut self, top: ObjectId, from: Gfn, to: Gfn, slot: Slot) {
         if from < to {
             self.objects.put(top, from.0..to.0, slot);
@@ -139,4 +169,99 @@ fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Item = GfnRang
         .iter()
         .take_while(move |range| range.start() < bounds.end())
         .map(move |range| range.intersect(bounds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{Placed, Trap};
+    use crate::stage2::Shape;
+
+    const SPAN: u64 = 2048;
+
+    fn ranges(raw: &[(u64, u64)]) -> Vec<GfnRange> {
+        raw.iter().map(|&(start, end)| (start..end).into()).collect()
+    }
+
+    fn launched() -> (Family, VmId) {
+        let mut family = Family::new(Shape::X86_64);
+        let vm = family.launch(&[GfnRange::from(0..SPAN)], &[]);
+        (family, vm)
+    }
+
+    fn freeze(family: &mut Family, vm: VmId, moved: &[(u64, u64)], copied: &[(u64, u64)]) -> StoreId {
+        let mut effects = Effects::default();
+        let store = family.begin_freeze(vm);
+        let [moved, copied] = [moved, copied].map(ranges);
+        let harvest = Harvest { private: [moved.clone(), copied.clone()].concat(), moved, copied };
+        family.finish_freeze(vm, &harvest, PageCount(512), &mut effects);
+        family.check_invariants().unwrap();
+        store
+    }
+
+    fn child_runs(family: &Family, vm: VmId) -> Vec<(u64, u64, Option<StoreId>)> {
+        let store = |source| match source {
+            Source::Store { store, .. } => Some(store),
+            Source::Anonymous => None,
+        };
+        let runs = family.runs_of_child(vm, 1000).into_iter();
+        runs.map(|run| (run.pages.start().0, run.pages.end().0, store(run.source))).collect()
+    }
+
+    /// A parent that wrote single pages all over its memory: its children's windows had two mappings for each.
+    #[test]
+    fn zeros_between_pages_that_stayed_take_no_mappings_of_their_own() {
+        let (mut family, parent) = launched();
+        let store = freeze(&mut family, parent, &[], &[(100, 101), (110, 112), (620, 621), (1200, 1201)]);
+        let all =
+            [(0, 100, None), (100, 621, Some(store)), (621, 1200, None), (1200, 1201, Some(store)), (1201, SPAN, None)];
+        assert_eq!(child_runs(&family, parent), all);
+        let child = family.fork(parent, 1000);
+        family.check_invariants().unwrap();
+        // Its parent maps none of it; the child waits once for all zeros around.
+        assert_eq!(family.trap(child, Gfn(300)), Trap::Zero(ranges(&[(101, 110), (112, 512)])));
+        assert_eq!(family.trap(parent, Gfn(300)), Trap::Zero(vec![]));
+        // The same pages once more, with the child there: all is in the new store.
+        let again = freeze(&mut family, parent, &[], &[(100, 101), (110, 112), (620, 621)]);
+        assert_eq!(child_runs(&family, parent)[1], (100, 621, Some(again)));
+        assert_eq!(family.vm(child).runs().nth(1).unwrap().source, Source::Store { store, origin: Gfn(0) });
+    }
+
+    #[test]
+    fn what_is_no_zero_any_more_is_not_bridged() {
+        let (mut family, parent) = launched();
+        let first = freeze(&mut family, parent, &[], &[(100, 101), (120, 121), (140, 141)]);
+        let second = freeze(&mut family, parent, &[(105, 106)], &[(130, 131)]);
+        let all = [
+            (0, 100, None),
+            (100, 105, Some(first)),
+            (105, 106, Some(second)),
+            (106, 130, Some(first)),
+            (130, 131, Some(second)),
+            (131, 141, Some(first)),
+            (141, SPAN, None),
+        ];
+        assert_eq!(child_runs(&family, parent), all);
+        let third = freeze(&mut family, parent, &[], &[(100, 101), (110, 111)]);
+        assert_eq!(child_runs(&family, parent)[1..3], [(100, 101, Some(third)), (101, 105, Some(first))]);
+        let mut effects = Effects::default();
+        family.balloon(parent, &ranges(&[(100, 141)]), &mut effects);
+        family.check_invariants().unwrap();
+        assert_eq!(child_runs(&family, parent), [(0, SPAN, None)]);
+    }
+
+    /// A store goes with its last page. Zeros between those may be mapped from it still.
+    #[test]
+    fn zeros_are_not_mapped_from_a_store_that_has_gone() {
+        let (mut family, parent) = launched();
+        let first = freeze(&mut family, parent, &[], &[(100, 101), (120, 121)]);
+        while let Some(job) = family.next_job(PageCount(64)) {
+            family.settled(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+        }
+        freeze(&mut family, parent, &[(100, 101), (120, 121)], &[]);
+        assert!(!family.objects().stores.contains_key(&first));
+        assert!(child_runs(&family, parent).iter().all(|(.., store)| *store != Some(first)));
+        family.fork(parent, 1000);
+        family.check_invariants().unwrap();
+    }
 }

@@ -24,8 +24,15 @@ impl Family {
             }
         }
         let root = self.stage2.new_root();
-        let mut vm =
-            Vm { map, root, runs: RangeMap::new(), kept: RangeSet::new(), freezing: None, pace: Pace::Running };
+        let mut vm = Vm {
+            map,
+            root,
+            runs: RangeMap::new(),
+            kept: RangeSet::new(),
+            bridged: RangeMap::new(),
+            freezing: None,
+            pace: Pace::Running,
+        };
         for run in self.chain_runs(&vm.map) {
             Cursor::new(&mut self.stage2, &mut vm.root).set(run, &mut Vec::new());
             vm.runs.insert(run.pages.raw(), run.source);

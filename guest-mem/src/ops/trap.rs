@@ -6,18 +6,20 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Freezing, VmId};
 use crate::object::{Kind, Loss, Slot};
 use crate::swap::CLUSTER;
-use crate::window::StoreId;
+use crate::window::{Source, StoreId};
+use rangemap::RangeSet;
 
-/// Zero pages supplied together: 2 MiB.
-const ZERO_CLUSTER: PageCount = PageCount(512);
+/// Zero pages are supplied together with all others around, of so many pages (2 MiB). Whoever has fewer in a row waits once
+/// for them, which costs less than mappings of their own in every window.
+pub(crate) const ZERO_CLUSTER: PageCount = PageCount(512);
 
 /// What a trap needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trap {
     /// The page is there: wake who waits.
     Wake(GfnRange),
-    /// These pages are zero.
-    Zero(GfnRange),
+    /// These pages are zero, and its window maps stores there.
+    Zero(Vec<GfnRange>),
     /// The VM stands still for a freeze, or has just gone on, and this page may have been moved out: wait until the freeze is
     /// over, and look again.
     Wait,
@@ -95,19 +97,24 @@ impl Family {
     fn zeros(&self, vm: VmId, gfn: Gfn) -> Trap {
         if self.vm(vm).freezing.is_some() {
             // Nothing but the page that keeps the guest from being stopped: others may be moved out meanwhile.
-            return Trap::Zero(aligned(gfn, PageCount(1)));
+            return Trap::Zero(vec![aligned(gfn, PageCount(1))]);
         }
-        let (entry_pages, entry) = self.vm(vm).map.get(gfn).expect("a trap within the VM's memory");
-        let around = aligned(gfn, ZERO_CLUSTER).intersect(entry_pages);
-        let mut zeros = rangemap::RangeSet::new();
-        for segment in self.objects.resolve(entry.object, entry.origin, around) {
-            if segment.found.is_none_or(|found| found.slot == Slot::Zero) {
-                zeros.insert(segment.pages.raw());
+        Trap::Zero(self.trapping_zeros(vm, aligned(gfn, ZERO_CLUSTER)))
+    }
+
+    /// Those of `pages` that are zero, and that the window of `vm` takes from stores: a touch traps.
+    pub fn trapping_zeros(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
+        let vm = self.vm(vm);
+        let mut zeros = RangeSet::new();
+        for (run, source) in vm.runs.overlapping(pages.raw()) {
+            let run = GfnRange::from(run.clone()).intersect(pages);
+            for (bounds, entry) in vm.map.iter().filter(|_| *source != Source::Anonymous) {
+                let segments = self.objects.resolve(entry.object, entry.origin, run.intersect(bounds)).into_iter();
+                let zero = segments.filter(|segment| segment.is_zero() && !segment.pages.is_empty());
+                zero.for_each(|segment| zeros.insert(segment.pages.raw()));
             }
         }
-        let zeros = GfnRange::from(zeros.get(&gfn.0).expect("the page is zero").clone());
-        let run = self.vm(vm).runs.get_key_value(&gfn.0).expect("a trap within the window").0;
-        Trap::Zero(zeros.intersect(run.clone().into()))
+        zeros.into_iter().map(GfnRange::from).collect()
     }
 }
 
@@ -135,10 +142,15 @@ mod tests {
         let page = GfnRange::new(Gfn(5), PageCount(1));
 
         family.begin_freeze(vm);
-        assert_eq!(family.trap(vm, Gfn(5)), Trap::Zero(page), "a guest that waits cannot be stopped");
+        assert_eq!(family.trap(vm, Gfn(5)), Trap::Zero(vec![page]), "a guest that waits cannot be stopped");
         family.stands(vm);
         assert_eq!(family.trap(vm, Gfn(5)), Trap::Wait);
-        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() }, &mut effects);
+        family.finish_freeze(
+            vm,
+            &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+            PageCount(0),
+            &mut effects,
+        );
         assert!(matches!(family.trap(vm, Gfn(5)), Trap::Settle(_)));
     }
 
@@ -152,7 +164,12 @@ mod tests {
         let vm = family.launch(&[ram], &[]);
         let other = family.fork(vm, 1000);
         family.begin_freeze(vm);
-        family.finish_freeze(vm, &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() }, &mut effects);
+        family.finish_freeze(
+            vm,
+            &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+            PageCount(0),
+            &mut effects,
+        );
         let child = family.fork(vm, 1000);
         family.begin_freeze(vm);
         let job = family.next_job(PageCount(64)).unwrap();
