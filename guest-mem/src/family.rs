@@ -28,8 +28,9 @@ pub struct Vm {
     pub(crate) runs: RangeMap<u64, Source>,
     /// Frozen pages of which its window has a copy of its own. It maps something older there, and never traps.
     pub(crate) kept: RangeSet<u64>,
-    /// Zeros between pages that were frozen where they are, and the store of those: windows of children map it there too.
-    pub(crate) bridged: RangeMap<u64, Source>,
+    /// Stretches of frozen pages that stayed in its window, all from one store, with nothing but zeros between: windows of
+    /// children map that store throughout.
+    pub(crate) spans: RangeMap<u64, Source>,
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,
     pub(crate) pace: Pace,

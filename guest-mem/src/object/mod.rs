@@ -311,6 +311,9 @@ impl Objects {
     /// Makes pages absent and frees their storage: nobody sees them.
     pub(crate) fn vacate(&mut self, id: ObjectId, pages: GfnRange, effects: &mut Effects) {
         let old: Vec<(GfnRange, Slot)> = self.slots_in(id, pages).collect();
+        if old.is_empty() {
+            return;
+        }
         self.get_mut(id).slots.remove(pages.raw());
         for (part, slot) in old {
             if let Some(store) = slot.resident()

@@ -78,6 +78,6 @@ impl Family {
         }
         books.runs.insert(pages.raw(), Source::Anonymous);
         books.kept.remove(pages.raw());
-        books.bridged.remove(pages.raw());
+        books.spans.remove(pages.raw());
     }
 }

@@ -30,7 +30,7 @@ impl Family {
             root,
             runs,
             kept: RangeSet::new(),
-            bridged: RangeMap::new(),
+            spans: RangeMap::new(),
             freezing: None,
             pace: Pace::Running,
         })
@@ -56,8 +56,14 @@ impl Family {
     /// left for, trap once, and are zero then.
     fn fresh_runs(&self, vm: VmId, max_runs: usize) -> RangeMap<u64, Source> {
         let vm = self.vm(vm);
-        let mut runs = self.runs_beneath(vm);
-        vm.bridged.iter().for_each(|(pages, source)| runs.insert(pages.clone(), *source));
+        let mut runs = vm.runs.clone();
+        let alone = vm
+            .kept()
+            .filter(|pages| vm.spans.get_key_value(&pages.start().0).is_none_or(|(span, _)| span.end < pages.end().0));
+        for run in alone.flat_map(|pages| self.stage2.runs(vm.root, pages)) {
+            runs.insert(run.pages.raw(), run.source);
+        }
+        vm.spans.iter().for_each(|(pages, source)| runs.insert(pages.clone(), *source));
         let mut zeros: Vec<GfnRange> = Vec::new();
         let mut gone: Vec<Range<u64>> = Vec::new();
         for (run, source) in runs.iter() {

@@ -10,7 +10,6 @@ use crate::map::MapEntry;
 use crate::object::{Backing, ObjectId, Slot};
 use crate::stage2::Cursor;
 use crate::window::{Harvest, Run, Source, StoreId};
-use rangemap::RangeSet;
 
 /// Where the pages of a freeze go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,7 +50,7 @@ impl Family {
     }
 
     /// The window has taken `harvest`: makes it the top of the VM's chains. Where nothing was private, no object is
-    /// made. Stretches of zeros shorter than `bridge` between pages that stayed become part of what is shown of them.
+    /// made. Children get one mapping of pages that stayed where fewer than `bridge` zeros lie between them.
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, bridge: PageCount, effects: &mut Effects) {
         let store = self.end_freeze(vm);
         if harvest.is_empty() {
@@ -74,25 +73,24 @@ impl Family {
                 below => self.stack_top(vm, pages, below, entry.origin),
             };
             self.fill_top(top, &taken, &private, store, effects);
-            for zeros in self.zeros_between(top, &within(&harvest.copied, pages).collect::<Vec<_>>(), bridge) {
-                self.hold_zeros(top, zeros);
-                self.vm_mut(vm).bridged.insert(zeros.raw(), source);
-            }
             if let Some(below) = entry.object.filter(|&below| below != top) {
                 let pace = self.vm(vm).pace;
                 self.objects.unmap(below, pace, effects);
             }
         }
+        let spans = self.spans(vm, &harvest.copied, store, bridge);
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
-        for &pages in &all_taken {
-            Cursor::new(&mut self.stage2, &mut books.root).set(Run { pages, source }, &mut replaced);
-        }
+        let mut cursor = Cursor::new(&mut self.stage2, &mut books.root);
+        all_taken.iter().for_each(|&pages| cursor.set(Run { pages, source }, &mut replaced));
         for pages in &harvest.moved {
             books.runs.insert(pages.raw(), source);
             books.kept.remove(pages.raw());
         }
-        all_taken.iter().for_each(|pages| books.bridged.remove(pages.raw()));
-        harvest.copied.iter().for_each(|pages| books.kept.insert(pages.raw()));
+        let is_new = |pages: &&GfnRange| books.kept.get(&pages.start().0).is_none_or(|kept| kept.end < pages.end().0);
+        let stay: Vec<GfnRange> = harvest.copied.iter().filter(is_new).copied().collect();
+        stay.into_iter().for_each(|pages| books.kept.insert(pages.raw()));
+        without(&all_taken, &spans).into_iter().for_each(|pages| books.spans.remove(pages.raw()));
+        spans.into_iter().for_each(|pages| books.spans.insert(pages.raw(), source));
         for (_, entry) in books.map.iter() {
             if let Some(top) = entry.object {
                 self.objects.shorten(top, effects);
@@ -131,28 +129,34 @@ impl Family {
         }
     }
 
-    /// The stretches of less than `most` pages between neighbours of `copied`, all of which the chain from `top` down says
-    /// are zero.
-    fn zeros_between(&self, top: ObjectId, copied: &[GfnRange], most: PageCount) -> Vec<GfnRange> {
-        let Some((first, last)) = copied.first().zip(copied.last()) else { return Vec::new() };
-        let mut zeros = RangeSet::new();
-        for segment in self.objects.resolve(Some(top), Gfn(0), GfnRange::between(first.start(), last.end())) {
-            if segment.is_zero() {
-                zeros.insert(segment.pages.raw());
+    /// Stretches from one of `copied`, whose slots name `store`, to another, over less than `most` zeros between each two.
+    fn spans(&self, vm: VmId, copied: &[GfnRange], store: StoreId, most: PageCount) -> Vec<GfnRange> {
+        let mut spans: Vec<GfnRange> = Vec::new();
+        for (bounds, entry) in self.vm(vm).map.iter() {
+            let copied: Vec<GfnRange> = within(copied, bounds).collect();
+            let Some((first, last)) = copied.first().zip(copied.last()) else { continue };
+            let all = GfnRange::between(first.start(), last.end());
+            // Where what came before can go on: behind pages of the store and a few zeros.
+            let mut open = None;
+            for segment in self.objects.resolve(entry.object, entry.origin, all) {
+                let pages = segment.pages;
+                if segment.found.is_some_and(|found| found.slot == Slot::Unsettled(store)) {
+                    match spans.last_mut() {
+                        Some(span) if open == Some(pages.start()) => {
+                            *span = GfnRange::between(span.start(), pages.end())
+                        }
+                        _ => spans.push(pages),
+                    }
+                    open = Some(pages.end());
+                } else {
+                    let end = spans.last().map_or(Gfn(0), |span| span.end());
+                    let goes_on = open == Some(pages.start()) && segment.is_zero() && pages.end().0 - end.0 < most.0;
+                    open = goes_on.then_some(pages.end());
+                }
             }
         }
-        let gaps = copied.windows(2).map(|pair| GfnRange::between(pair[0].end(), pair[1].start()));
-        gaps.filter(|gap| gap.count() < most && zeros.get(&gap.start().0).is_some_and(|all| all.end >= gap.end().0))
-            .collect()
-    }
-
-    /// Says of zeros that nothing holds that they are zero.
-    fn hold_zeros(&mut self, top: ObjectId, zeros: GfnRange) {
-        for segment in self.objects.resolve(Some(top), Gfn(0), zeros) {
-            if segment.found.is_none() {
-                self.objects.put(top, segment.pages.raw(), Slot::Zero);
-            }
-        }
+        spans.retain(|span| within(copied, *span).nth(1).is_some());
+        spans
     }
 
     fn put_between(&mut self, top: ObjectId, from: Gfn, to: Gfn, slot: Slot) {
@@ -160,6 +164,12 @@ impl Family {
             self.objects.put(top, from.0..to.0, slot);
         }
     }
+}
+
+/// What of sorted `ranges` lies outside of sorted `others`.
+fn without(ranges: &[GfnRange], others: &[GfnRange]) -> Vec<GfnRange> {
+    let overlaps = |pages: &&GfnRange| within(others, **pages).next().is_some();
+    ranges.iter().filter(|pages| !overlaps(pages)).copied().collect()
 }
 
 /// The parts of sorted ranges that lie within `bounds`.

@@ -29,7 +29,7 @@ impl Family {
             root,
             runs: RangeMap::new(),
             kept: RangeSet::new(),
-            bridged: RangeMap::new(),
+            spans: RangeMap::new(),
             freezing: None,
             pace: Pace::Running,
         };

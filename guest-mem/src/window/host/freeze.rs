@@ -11,6 +11,7 @@ use crate::window::{Harvest, Source, StoreId};
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::thread;
 
 /// What a freeze took out of a window.
 #[derive(Debug, Default)]
@@ -56,6 +57,17 @@ pub(super) enum Trust {
 
 /// So many copies (1 MiB) get their memory before the guest stands still: as much as is supplied in about a millisecond.
 const MANY_COPIES: u64 = 256;
+
+/// From so many copies on (2 MiB) two threads share them: a new thread costs as much as copying a few hundred pages.
+const SHARED_COPIES: u64 = 512;
+
+fn copy_in_turn(window: &Area, scratch: &Area, mut at: Gfn, copies: &[GfnRange]) -> Result<(), WindowError> {
+    for pages in copies {
+        window.copy_to(*pages, scratch, at).map_err(during("copying", *pages))?;
+        at = Gfn(at.0 + pages.count().0);
+    }
+    Ok(())
+}
 
 /// Pages that left the window, with what lies beneath them: what it takes to put them back.
 type Moved = Vec<(GfnRange, Source)>;
@@ -162,12 +174,23 @@ impl HostWindow {
 
     /// Copies pages into a scratch range that has memory for them, one after the other.
     fn copy(&self, scratch: &Area, copies: &[GfnRange]) -> Result<(), WindowError> {
-        let mut at = self.scratches.copies();
-        for pages in copies {
-            self.area.copy_to(*pages, scratch, at).map_err(during("copying", *pages))?;
-            at = Gfn(at.0 + pages.count().0);
+        let (window, at) = (&self.area, self.scratches.copies());
+        let (one, other) = copies.split_at(copies.len() / 2);
+        let [count, rest] = [one, other].map(|part| part.iter().map(|pages| pages.count().0).sum::<u64>());
+        if count + rest < SHARED_COPIES {
+            return copy_in_turn(window, scratch, at, copies);
         }
-        Ok(())
+        let middle = Gfn(at.0 + count);
+        thread::scope(|scope| {
+            let helper =
+                thread::Builder::new().spawn_scoped(scope, || copy_in_turn(window, scratch, middle, other)).ok();
+            let mine = copy_in_turn(window, scratch, at, one);
+            let others = match helper {
+                Some(helper) => helper.join().expect("copies do not panic"),
+                None => copy_in_turn(window, scratch, middle, other),
+            };
+            mine.and(others)
+        })
     }
 
     /// Frozen pages that stayed are to be taken again.
