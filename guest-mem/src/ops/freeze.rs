@@ -274,4 +274,23 @@ mod tests {
         family.fork(parent, 1000);
         family.check_invariants().unwrap();
     }
+
+    /// Zeros in a row that a window takes from two stores were supplied by one call, which the kernel refuses for two
+    /// mappings: the guest waited for ever.
+    #[test]
+    fn zeros_of_two_mappings_are_supplied_to_each() {
+        let (mut family, parent) = launched();
+        freeze(&mut family, parent, &[], &[(110, 111), (125, 126)]);
+        freeze(&mut family, parent, &[(125, 140)], &[]);
+        while let Some(job) = family.next_job(PageCount(64)) {
+            let zero = job.pages.intersect((125..138).into());
+            let placed = match zero.is_empty() {
+                true => vec![(job.pages, Placed::Stored)],
+                false => vec![(zero, Placed::Zero), ((138..140).into(), Placed::Stored)],
+            };
+            family.settled(&job, &placed, &mut Effects::default());
+        }
+        let child = family.fork(parent, 1000);
+        assert_eq!(family.trap(child, Gfn(112)), Trap::Zero(ranges(&[(111, 125), (125, 138)])));
+    }
 }

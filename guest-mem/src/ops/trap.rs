@@ -4,10 +4,9 @@ use super::settle::Job;
 use super::swap_in::SwapIn;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Freezing, VmId};
-use crate::object::{Kind, Loss, Slot};
+use crate::object::{Kind, Loss, Segment, Slot};
 use crate::swap::CLUSTER;
 use crate::window::{Source, StoreId};
-use rangemap::RangeSet;
 
 /// Zero pages are supplied together with all others around, of so many pages (2 MiB). Whoever has fewer in a row waits once
 /// for them, which costs less than mappings of their own in every window.
@@ -102,19 +101,27 @@ impl Family {
         Trap::Zero(self.trapping_zeros(vm, aligned(gfn, ZERO_CLUSTER)))
     }
 
-    /// Those of `pages` that are zero, and that the window of `vm` takes from stores: a touch traps.
+    /// Those of `pages` that are zero, and that the window of `vm` takes from stores: a touch traps. Stretches that lie in one
+    /// run each, since no call supplies zeros to two mappings.
     pub fn trapping_zeros(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
         let vm = self.vm(vm);
-        let mut zeros = RangeSet::new();
-        for (run, source) in vm.runs.overlapping(pages.raw()) {
+        let mut zeros: Vec<GfnRange> = Vec::new();
+        for (run, _) in vm.runs.overlapping(pages.raw()).filter(|(_, source)| **source != Source::Anonymous) {
             let run = GfnRange::from(run.clone()).intersect(pages);
-            for (bounds, entry) in vm.map.iter().filter(|_| *source != Source::Anonymous) {
+            let from = zeros.len();
+            for (bounds, entry) in vm.map.iter() {
                 let segments = self.objects.resolve(entry.object, entry.origin, run.intersect(bounds)).into_iter();
-                let zero = segments.filter(|segment| segment.is_zero() && !segment.pages.is_empty());
-                zero.for_each(|segment| zeros.insert(segment.pages.raw()));
+                for Segment { pages, .. } in segments.filter(|it| it.is_zero() && !it.pages.is_empty()) {
+                    match zeros[from..].last_mut() {
+                        Some(last) if last.end() == pages.start() => {
+                            *last = GfnRange::between(last.start(), pages.end())
+                        }
+                        _ => zeros.push(pages),
+                    }
+                }
             }
         }
-        zeros.into_iter().map(GfnRange::from).collect()
+        zeros
     }
 }
 
