@@ -17,6 +17,7 @@ use crate::machine::state::PackedState;
 use crate::wire::{Expect, Shape, ToVm};
 use guest_mem::{GfnRange, Run, Source};
 use rangemap::{RangeMap, RangeSet};
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 /// What a process expects.
@@ -78,57 +79,88 @@ impl Expectation {
     }
 }
 
-/// Which VM of a shape is forked again and again, if one is.
+/// Which VMs of a shape are forked again and again: each has a prepared process that expects to become its child.
 #[derive(Debug, Default)]
-pub struct Favourite {
-    last: Option<Generation>,
-    /// It was forked at least twice in a row.
-    again: bool,
-    /// What its children started from when it was last forked.
-    state: Option<Rc<PackedState>>,
+pub struct Favourites {
+    /// The parents of the last forks, the last one first.
+    forks: VecDeque<Generation>,
+    /// What their children started from when they were last forked.
+    states: BTreeMap<Generation, Rc<PackedState>>,
 }
 
-impl Favourite {
+impl Favourites {
+    /// Forks that are looked back upon.
+    const FORKS: usize = 32;
+    /// There are no more of them than this.
+    const MOST: usize = 8;
+
     /// `parent` is forked.
     pub fn forked(&mut self, parent: Generation) {
-        self.again = self.last.replace(parent) == Some(parent);
-        if !self.again {
-            self.state = None;
-        }
+        self.forks.push_front(parent);
+        self.forks.truncate(Self::FORKS);
+    }
+
+    /// Forgets VMs that are gone.
+    pub fn retain(&mut self, lives: impl Fn(Generation) -> bool) {
+        let Self { forks, states } = self;
+        forks.retain(|&parent| lives(parent));
+        states.retain(|parent, _| forks.contains(parent));
     }
 
     /// Children of `parent` start from this.
     pub fn saved(&mut self, parent: Generation, state: PackedState) {
-        if self.get() == Some(parent) && self.state.as_deref() != Some(&state) {
-            self.state = Some(Rc::new(state));
+        if self.is_one(parent) && self.states.get(&parent).is_none_or(|before| **before != state) {
+            self.states.insert(parent, Rc::new(state));
         }
     }
 
     /// What children of the VM have started from last, if that is known.
-    pub fn state(&self) -> Option<Rc<PackedState>> {
-        self.state.clone()
+    pub fn state(&self, parent: Generation) -> Option<Rc<PackedState>> {
+        self.states.get(&parent).cloned()
     }
 
-    /// Whose child prepared processes are to expect. A wrong guess costs the child that suffers it more than a right one
-    /// gains: where parents take turns there is none.
-    pub fn get(&self) -> Option<Generation> {
-        self.last.filter(|_| self.again)
+    /// Those that were forked more than once lately, the last one first. A wrong guess costs the child that suffers it more
+    /// than a right one gains: who was forked once is none.
+    pub fn all(&self) -> Vec<Generation> {
+        let mut all = Vec::new();
+        for &parent in &self.forks {
+            if all.len() < Self::MOST && !all.contains(&parent) && self.is_one(parent) {
+                all.push(parent);
+            }
+        }
+        all
+    }
+
+    fn is_one(&self, parent: Generation) -> bool {
+        self.forks.iter().filter(|&&forked| forked == parent).count() > 1
+    }
+
+    /// Which of processes that expect to become children of `expected` is to expect another parent, and which.
+    fn to_tell(&self, expected: &[Option<Generation>]) -> Option<(usize, Generation)> {
+        let all = self.all();
+        let expecting = |parent| expected.iter().filter(|&&other| other == Some(parent)).count();
+        let free = |parent: &Option<Generation>| parent.is_none_or(|parent| !all.contains(&parent));
+        let spare = |parent: &Option<Generation>| free(parent) || parent.is_some_and(|parent| expecting(parent) > 1);
+        let missing = all.iter().find(|&&parent| expecting(parent) == 0);
+        match missing {
+            Some(&parent) => {
+                expected.iter().position(free).or_else(|| expected.iter().position(spare)).map(|at| (at, parent))
+            }
+            None => expected.iter().position(free).zip(all.first().copied()),
+        }
     }
 }
 
 impl Server {
-    /// Tells one prepared process what to expect, if there is one that does not, and no other gets ready meanwhile. Whether
-    /// there was.
+    /// Tells one prepared process what to expect, if there is one that is to expect something else, and no other gets ready
+    /// meanwhile. Whether there was.
     pub(super) fn tell_what_to_expect(&mut self) -> bool {
-        let untold = |(shape, parent): (Shape, Generation)| {
-            let other = |id: &ProcessId| self.processes[id].expectation.parent != Some(parent);
-            self.pool.ready(shape).find(other).map(|process| (shape, parent, process))
+        let to_tell = |(shape, favourites): (Shape, &Favourites)| {
+            let ready: Vec<ProcessId> = self.pool.ready(shape).collect();
+            let expected: Vec<_> = ready.iter().map(|id| self.processes[id].expectation.parent).collect();
+            favourites.to_tell(&expected).map(|(at, parent)| (shape, parent, ready[at]))
         };
-        let Some((shape, parent, process)) =
-            self.pool.favourites().filter(|&(shape, _)| !self.pool.prepares(shape)).find_map(untold)
-        else {
-            return false;
-        };
+        let Some((shape, parent, process)) = self.pool.favourites().find_map(to_tell) else { return false };
         if self.expect(shape, parent, process) {
             self.pool.withdraw(shape, process);
             self.processes.get_mut(&process).expect("a process of the pool").role = Role::Preparing;
@@ -148,7 +180,7 @@ impl Server {
         let news = before.news(family, runs.iter().copied());
         // Where descriptors are short, it expects nothing.
         let Ok((stores, descriptors)) = stores_of(manager, &news) else { return false };
-        let state = self.pool.state_to_expect(shape);
+        let state = self.pool.state_to_expect(shape, parent);
         let ahead = self.learned.at_hand(parent, manager.family(), member);
         process.expectation = Expectation {
             state: state.clone(),
@@ -225,14 +257,37 @@ mod tests {
     }
 
     #[test]
-    fn parents_that_take_turns_have_no_favourite_among_them() {
-        let mut favourite = Favourite::default();
-        favourite.forked(Generation(1));
-        assert_eq!(favourite.get(), None);
-        favourite.forked(Generation(1));
-        assert_eq!(favourite.get(), Some(Generation(1)));
-        favourite.forked(Generation(2));
-        favourite.forked(Generation(1));
-        assert_eq!(favourite.get(), None);
+    fn who_is_forked_more_than_once_is_a_favourite() {
+        let [one, two, three] = [1, 2, 3].map(Generation);
+        let mut favourites = Favourites::default();
+        favourites.forked(one);
+        assert_eq!(favourites.all(), []);
+        favourites.forked(one);
+        favourites.forked(two);
+        assert_eq!(favourites.all(), [one]);
+        favourites.forked(two);
+        assert_eq!(favourites.all(), [two, one]);
+        (0..Favourites::FORKS).for_each(|_| favourites.forked(three));
+        assert_eq!(favourites.all(), [three]);
+        for parent in 10..30 {
+            favourites.forked(Generation(parent));
+            favourites.forked(Generation(parent));
+        }
+        assert_eq!(favourites.all().len(), Favourites::MOST);
+    }
+
+    #[test]
+    fn each_favourite_has_a_process_that_expects_it() {
+        let [one, two, gone] = [1, 2, 9].map(Generation);
+        let mut favourites = Favourites::default();
+        assert_eq!(favourites.to_tell(&[None, Some(gone)]), None);
+        [one, one, two, two].into_iter().for_each(|parent| favourites.forked(parent));
+        assert_eq!(favourites.to_tell(&[None, None]), Some((0, two)));
+        assert_eq!(favourites.to_tell(&[Some(two), None]), Some((1, one)));
+        assert_eq!(favourites.to_tell(&[Some(two), Some(gone)]), Some((1, one)));
+        assert_eq!(favourites.to_tell(&[Some(two), Some(two)]), Some((0, one)));
+        assert_eq!(favourites.to_tell(&[Some(two), Some(one), None]), Some((2, two)));
+        assert_eq!(favourites.to_tell(&[Some(two), Some(one), Some(two)]), None);
+        assert_eq!(favourites.to_tell(&[Some(one)]), None, "it is as likely as the other");
     }
 }

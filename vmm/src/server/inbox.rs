@@ -64,7 +64,7 @@ impl Server {
                 let shape = self.processes[&id].shape;
                 self.pool.ended(shape);
                 // The next would fare no better.
-                self.pool.forget_favourite(shape);
+                self.pool.forget_favourites(shape);
                 self.end_process(id);
             }
             (message, Role::Vm(generation)) => self.vm_says(generation, message),

@@ -4,7 +4,7 @@
 //! one each time it was found empty, and shrinks when it was not used for a while, or memory is short. An empty pool is slower, never an error.
 
 use super::Server;
-use super::expect::Favourite;
+use super::expect::Favourites;
 use super::process::{ProcessId, Role, VmProcess};
 use super::vm::Generation;
 use super::window::RemoteWindow;
@@ -30,7 +30,7 @@ struct Shelf {
     preparing: usize,
     wanted: usize,
     used: Instant,
-    favourite: Favourite,
+    favourites: Favourites,
 }
 
 impl Pool {
@@ -41,7 +41,7 @@ impl Pool {
             preparing: 0,
             wanted: SMALLEST,
             used: Instant::now(),
-            favourite: Favourite::default(),
+            favourites: Favourites::default(),
         });
     }
 
@@ -83,33 +83,34 @@ impl Pool {
         }
     }
 
-    /// VMs whose children prepared processes are to expect, with their shapes.
-    pub fn favourites(&self) -> impl Iterator<Item = (Shape, Generation)> {
-        self.0.iter().filter_map(|(&shape, shelf)| shelf.favourite.get().map(|parent| (shape, parent)))
+    /// VMs whose children prepared processes are to expect, by their shapes, but for those of which processes are on their
+    /// way.
+    pub fn favourites(&self) -> impl Iterator<Item = (Shape, &Favourites)> {
+        self.0.iter().filter(|(_, shelf)| shelf.preparing == 0).map(|(&shape, shelf)| (shape, &shelf.favourites))
     }
 
     /// The children of `parent`, a VM of this shape, begin as this.
     pub fn saved(&mut self, shape: Shape, parent: Generation, state: PackedState) {
         if let Some(shelf) = self.0.get_mut(&shape) {
-            shelf.favourite.saved(parent, state);
+            shelf.favourites.saved(parent, state);
         }
+    }
+
+    /// Forgets VMs that are gone.
+    pub fn retain(&mut self, lives: impl Fn(Generation) -> bool) {
+        self.0.values_mut().for_each(|shelf| shelf.favourites.retain(&lives));
     }
 
     /// Prepared processes of a shape are to expect nothing, until a VM has been forked again and again anew.
-    pub fn forget_favourite(&mut self, shape: Shape) {
+    pub fn forget_favourites(&mut self, shape: Shape) {
         if let Some(shelf) = self.0.get_mut(&shape) {
-            shelf.favourite = Favourite::default();
+            shelf.favourites = Favourites::default();
         }
     }
 
-    /// The state that prepared processes of a shape are to expect.
-    pub fn state_to_expect(&self, shape: Shape) -> Option<Rc<PackedState>> {
-        self.0.get(&shape).and_then(|shelf| shelf.favourite.state())
-    }
-
-    /// Whether processes of a shape are on their way.
-    pub fn prepares(&self, shape: Shape) -> bool {
-        self.0.get(&shape).is_some_and(|shelf| shelf.preparing > 0)
+    /// The state that prepared processes of a shape are to expect as children of `parent`.
+    pub fn state_to_expect(&self, shape: Shape, parent: Generation) -> Option<Rc<PackedState>> {
+        self.0.get(&shape).and_then(|shelf| shelf.favourites.state(parent))
     }
 
     /// Prepared processes of a shape, the next to be taken first.
@@ -129,7 +130,7 @@ impl Server {
     pub(super) fn take_process(&mut self, shape: Shape, parent: Option<Generation>) -> io::Result<ProcessId> {
         if let Some(shelf) = self.pool.0.get_mut(&shape) {
             shelf.used = Instant::now();
-            parent.into_iter().for_each(|parent| shelf.favourite.forked(parent));
+            parent.into_iter().for_each(|parent| shelf.favourites.forked(parent));
             let expects = |id: &ProcessId| self.processes[id].expectation.parent;
             let find = |wanted| shelf.ready.iter().position(|id| expects(id) == wanted);
             let best = parent.and_then(|parent| find(Some(parent))).or_else(|| find(None)).unwrap_or(0);
@@ -170,6 +171,12 @@ impl Server {
             if shelf.wanted > SMALLEST && now >= shelf.used + PATIENCE {
                 shelf.wanted = (shelf.wanted / 2).max(SMALLEST);
                 shelf.used = now;
+                shelf.favourites = Favourites::default();
+            }
+            // Those that take turns have one each, and there is one for somebody else.
+            let favourites = shelf.favourites.all().len();
+            if favourites > 1 {
+                shelf.wanted = shelf.wanted.max((favourites + 1).min(most));
             }
             while shelf.ready.len() > shelf.wanted {
                 surplus.extend(shelf.ready.pop_back());
