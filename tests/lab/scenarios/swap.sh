@@ -13,6 +13,7 @@ private_kib() {
 
 pages=12288
 serve --swap /swap:1G --compressed 0
+on_one_processor
 boot a -m 256M
 stamp a
 told "the parent fills" a 'fill 48 1' "(?m)^ok pages=$pages" 60
