@@ -224,6 +224,16 @@ pub enum ToVm {
     Probe,
 }
 
+impl ToVm {
+    /// Whether a guest that is still may run after this message, or its machine may be another.
+    pub fn wakes(&self) -> bool {
+        !matches!(
+            self,
+            Self::Freeze { .. } | Self::LeaveScratch { .. } | Self::DropScratch(_) | Self::Shed { .. } | Self::Probe
+        )
+    }
+}
+
 /// How a VM came to its end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ending {
@@ -314,6 +324,8 @@ pub enum FromVm {
         store: StoreId,
         /// The state.
         state: PackedState,
+        /// Whether the guest stands or rests, and will not run before a message [wakes](ToVm::wakes) it.
+        still: bool,
     },
     /// After a `Saved`, if the vCPUs run again: they do.
     WentOn {

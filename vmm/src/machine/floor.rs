@@ -299,6 +299,12 @@ impl Floor {
         }
     }
 
+    /// Whether all vCPUs rest, and nothing is about to end that.
+    pub fn rests(&self) -> bool {
+        let mut shared = self.lock();
+        shared.all_rest() && !shared.has_news()
+    }
+
     /// Main thread: waits until all vCPUs stand.
     pub fn await_standing(&self) -> Result<MutexGuard<'_, Shared>, Unavailable> {
         self.await_desks(|desk| (desk.at == Station::Standing && desk.load.is_none()).then_some(()))

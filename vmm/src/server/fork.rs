@@ -14,7 +14,7 @@ use crate::host::latency::LEASE;
 use crate::machine::state::PackedState;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
-use guest_mem::manager::SETTLE_BATCH;
+use guest_mem::manager::{Copied, SETTLE_BATCH};
 use guest_mem::window::host::Short;
 use guest_mem::{Destination, Gfn, StoreId, VmId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -194,7 +194,8 @@ impl Server {
         parent.forks.push_back(id);
         let alone = parent.forks.len() == 1 && parent.reclaiming.is_none();
         self.forks.insert(id, op);
-        if alone {
+        let still = self.still(generation).is_some();
+        if alone && !still {
             self.freeze(generation);
         }
         for name in names {
@@ -214,6 +215,15 @@ impl Server {
                 }
             }
         }
+        if alone && still {
+            self.freeze(generation);
+        }
+    }
+
+    /// The state of a VM that has not run since its last freeze, if that is known.
+    fn still(&self, vm: Generation) -> Option<PackedState> {
+        let process = self.vms.get(vm)?.process?;
+        self.processes.get(&process)?.still().cloned()
     }
 
     /// Freezes a VM for the fork at the head of its queue.
@@ -230,6 +240,11 @@ impl Server {
             return;
         }
         let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
+        if let Some(state) = self.still(parent) {
+            let op = self.forks.get_mut(&fork).expect("a queued fork");
+            (op.asked_balloon, op.idle) = asked;
+            return self.fork_still(parent, (family, member), state);
+        }
         let may_copy = self.vms.get(parent).is_some_and(|vm| vm.fresh) && self.has_room_twice(parent);
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
@@ -251,6 +266,18 @@ impl Server {
                 self.freeze_failed(parent, &format!("{e}: {cause}"));
             }
         }
+    }
+
+    /// What a freeze would find is known: the parent is left alone.
+    fn fork_still(&mut self, parent: Generation, memory: (FamilyId, VmId), state: PackedState) {
+        let Some(vm) = self.vms.get_mut(parent) else { return };
+        let Some(fork) = vm.forks.pop_front() else { return };
+        let pause = (!vm.stands()).then_some(0);
+        self.forks.get_mut(&fork).expect("a queued fork").pause_ns = pause;
+        self.start_children(fork, memory);
+        self.load_children(fork, parent, state);
+        self.freeze(parent);
+        self.finish_fork_if_there(fork);
     }
 
     /// Whether the guest is to tell of its free pages before this fork freezes it, and has not.
@@ -369,10 +396,19 @@ impl Server {
     }
 
     /// The parent's state is there, and its children can run.
-    pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: PackedState) {
+    pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: PackedState, still: bool) {
+        let process = self.vms.get(parent).and_then(|vm| vm.process);
+        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)).filter(|_| still) {
+            process.stood_still(&state);
+        }
         let Some(fork) = self.fork_of(parent, store) else { return };
-        let op = self.forks.get_mut(&fork).expect("just found");
-        op.state_due = false;
+        self.forks.get_mut(&fork).expect("just found").state_due = false;
+        self.load_children(fork, parent, state);
+        self.finish_fork_if_there(fork);
+    }
+
+    fn load_children(&mut self, fork: ForkId, parent: Generation, state: PackedState) {
+        let Some(op) = self.forks.get(&fork) else { return };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for process in children.iter().filter_map(|&child| self.vms.get(child).and_then(|vm| vm.process)) {
             let process = self.processes.get_mut(&process).expect("a VM's process");
@@ -383,7 +419,6 @@ impl Server {
         if let Some(vm) = self.vms.get(parent) {
             self.pool.saved(vm.shape, parent, state);
         }
-        self.finish_fork_if_there(fork);
     }
 
     /// The parent runs again.
@@ -562,6 +597,7 @@ impl Server {
                     Some((family, store)) if op.wait_settled => {
                         self.families.get_mut(&family).map(|manager| manager.take_copied(store))
                     }
+                    None if op.wait_settled => Some(Copied::default()),
                     _ => None,
                 };
                 let us = |ns: u64| ns.saturating_sub(op.asked_ns) / 1000;

@@ -150,7 +150,7 @@ impl Server {
             FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
             FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
-            FromVm::Saved { store, state } => self.saved(generation, store, state),
+            FromVm::Saved { store, state, still } => self.saved(generation, store, state, still),
             FromVm::WentOn { store, pause_ns } => self.went_on(generation, store, pause_ns),
             FromVm::Shed { store, pages } => self.has_shed(generation, store, &pages),
             FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),

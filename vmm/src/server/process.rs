@@ -6,6 +6,7 @@ use super::watch::Token;
 use super::window::{Memory, Wants};
 use super::zygote::Zygote;
 use crate::link::Link;
+use crate::machine::state::PackedState;
 use crate::wire::{Shape, ToVm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -66,6 +67,12 @@ pub struct VmProcess {
     pub memory: Rc<Memory>,
     /// Messages both ways.
     pub messages: u64,
+    /// What it was told that may have its guest run.
+    wakes: u64,
+    /// So many had been told when it was last told to freeze.
+    wakes_before_freeze: u64,
+    /// The machine as it is: its guest has not run since it was frozen.
+    still: Option<PackedState>,
 }
 
 impl VmProcess {
@@ -89,6 +96,9 @@ impl VmProcess {
             waiting: Vec::new(),
             memory: Rc::new(Memory::new(id, pid, wants)),
             messages: 0,
+            wakes: 0,
+            wakes_before_freeze: 0,
+            still: None,
         };
         process.send(prepare, &[]);
         Ok(process)
@@ -97,9 +107,26 @@ impl VmProcess {
     /// Sends a message. A process that cannot be reached is about to be reaped.
     pub fn send(&mut self, message: &ToVm, fds: &[BorrowedFd<'_>]) {
         self.messages += 1;
+        if message.wakes() {
+            self.wakes += 1;
+            self.still = None;
+        }
+        if let ToVm::Freeze { .. } = message {
+            self.wakes_before_freeze = self.wakes;
+        }
         if let Err(error) = self.link.send(message, fds) {
             log::debug!("message to {:?}: {error}", self.id);
         }
+    }
+
+    /// It was frozen as this, and its guest was still. What it has been told meanwhile it may have heard later.
+    pub fn stood_still(&mut self, state: &PackedState) {
+        self.still = (self.wakes == self.wakes_before_freeze).then(|| state.clone());
+    }
+
+    /// The state that a freeze would find now, with nothing written since the last one, if that is known.
+    pub fn still(&self) -> Option<&PackedState> {
+        self.still.as_ref()
     }
 
     /// Sends a message when it is ready, and after all others that wait for that.

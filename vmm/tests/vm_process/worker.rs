@@ -207,7 +207,7 @@ impl Worker {
             _ => None,
         });
         let state = self.expect(|message| match message {
-            FromVm::Saved { store, state } if *store == frozen.store => Some(Box::new(state.unpack().unwrap())),
+            FromVm::Saved { store, state, .. } if *store == frozen.store => Some(Box::new(state.unpack().unwrap())),
             FromVm::Ended(ending) => panic!("{ending:?}"),
             _ => None,
         });

@@ -92,7 +92,8 @@ impl Vm {
         if let Some(frozen) = frozen {
             out.tell(FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
         }
-        out.hold(FromVm::Saved { store, state: PackedState::pack(&state) });
+        let still = self.is_still(activity);
+        out.hold(FromVm::Saved { store, state: PackedState::pack(&state), still });
         if !rested {
             out.send().map_err(VmError::Server)?;
         }
@@ -101,6 +102,12 @@ impl Vm {
             out.hold(FromVm::WentOn { store, pause_ns });
         }
         out.send().map_err(VmError::Server)
+    }
+
+    /// Whether the built-in guest does nothing before the server has something for it. (The clocks of a Linux guest go on.)
+    fn is_still(&self, activity: Activity) -> bool {
+        let stands = activity == Activity::Paused || self.floor.rests();
+        stands && self.traps && self.linux.is_none()
     }
 
     /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
