@@ -336,8 +336,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         };
         self.window_do(vm, |window| match answer {
             Trap::Zero(zeros) => {
+                let page = GfnRange::new(gfn, PageCount(1));
+                if zeros.iter().any(|pages| pages.contains(gfn)) {
+                    // Whatever becomes of the others.
+                    window.zero(page);
+                }
                 zeros.iter().for_each(|&pages| window.zero(pages));
-                zeros.iter().chain([&GfnRange::new(gfn, PageCount(1))]).for_each(|&pages| window.wake(pages));
+                zeros.iter().chain([&page]).for_each(|&pages| window.wake(pages));
             }
             Trap::Lost(loss) => window.fail(&lost(gfn, loss)),
             Trap::Outside => window.fail("a trap outside of its memory"),

@@ -50,24 +50,29 @@ fn forks_of_a_parent_that_waits_or_is_paused_do_not_ask_it() {
     home.check();
 }
 
-/// A line and a fork at the same time: what the fork takes for still may just have been told to run.
+/// Lines and forks at the same time: what a fork takes for still may just have been told to run, and of two forks one after
+/// the other the second is under way when the first has its state.
 #[test]
 fn forks_beside_lines_have_all_of_what_was_answered_before() {
     let Some(home) = TestHome::new() else { return };
     let parent = home.launch("p", ByteSize::mib(32));
     settle_down(&parent);
-    for round in 1..=60 {
-        let pages = 1000..1016;
-        parent.fill(pages.clone(), round);
-        let (during, after) = thread::scope(|scope| {
-            let during = scope.spawn(|| parent.fork(ForkOptions::new()).expect("fork").remove(0).vm);
-            parent.fill(2000..2004, round);
-            (during.join().expect("a fork"), parent.fork(ForkOptions::new()).expect("fork").remove(0).vm)
+    for round in 1..=40 {
+        parent.fill(1000..1016, round);
+        let fork = |prefix: &str| parent.fork(ForkOptions::new().prefix(prefix)).expect("fork").remove(0).vm;
+        let during = thread::scope(|scope| {
+            let forks = ["one", "two", "three"].map(|prefix| scope.spawn(move || fork(prefix)));
+            parent.fill(2000..if round % 2 == 0 { 2004 } else { 4000 }, round);
+            forks.map(|fork| fork.join().expect("a fork"))
         });
-        during.verify(pages.clone(), round);
-        after.verify(pages, round);
-        after.verify(2000..2004, round);
-        for vm in [during, after] {
+        let after = [fork("four"), fork("five")];
+        for vm in during.iter().chain(&after) {
+            vm.verify(1000..1016, round);
+        }
+        for vm in &after {
+            vm.verify(2000..2004, round);
+        }
+        for vm in during.into_iter().chain(after) {
             vm.remove().expect("remove");
         }
     }

@@ -89,7 +89,7 @@ impl Family {
         let is_new = |pages: &&GfnRange| books.kept.get(&pages.start().0).is_none_or(|kept| kept.end < pages.end().0);
         let stay: Vec<GfnRange> = harvest.copied.iter().filter(is_new).copied().collect();
         stay.into_iter().for_each(|pages| books.kept.insert(pages.raw()));
-        without(&all_taken, &spans).into_iter().for_each(|pages| books.spans.remove(pages.raw()));
+        outside(&all_taken, &spans).for_each(|pages| books.spans.remove(pages.raw()));
         spans.into_iter().for_each(|pages| books.spans.insert(pages.raw(), source));
         for (_, entry) in books.map.iter() {
             if let Some(top) = entry.object {
@@ -166,10 +166,9 @@ impl Family {
     }
 }
 
-/// What of sorted `ranges` lies outside of sorted `others`.
-fn without(ranges: &[GfnRange], others: &[GfnRange]) -> Vec<GfnRange> {
-    let overlaps = |pages: &&GfnRange| within(others, **pages).next().is_some();
-    ranges.iter().filter(|pages| !overlaps(pages)).copied().collect()
+/// Which of sorted `ranges` do not lie within one of sorted `others`.
+fn outside<'a>(ranges: &'a [GfnRange], others: &[GfnRange]) -> impl Iterator<Item = &'a GfnRange> {
+    ranges.iter().filter(|pages| !within(others, **pages).any(|part| part == **pages))
 }
 
 /// The parts of sorted ranges that lie within `bounds`.
@@ -292,5 +291,25 @@ mod tests {
         }
         let child = family.fork(parent, 1000);
         assert_eq!(family.trap(child, Gfn(112)), Trap::Zero(ranges(&[(111, 125), (125, 138)])));
+    }
+
+    /// A stretch was moved with a gap in it, and a short span of an earlier freeze beneath its end: children were to map the
+    /// old store there.
+    #[test]
+    fn a_moved_stretch_ends_the_spans_beneath_it() {
+        let (mut family, parent) = launched();
+        let old = freeze(&mut family, parent, &[], &[(200, 201), (210, 211)]);
+        family.fork(parent, 1000);
+        let mut effects = Effects::default();
+        let new = family.begin_freeze(parent);
+        let harvest = Harvest {
+            moved: ranges(&[(100, 260)]),
+            copied: ranges(&[(50, 51), (60, 61), (300, 301)]),
+            private: ranges(&[(50, 51), (60, 61), (100, 180), (205, 260), (300, 301)]),
+        };
+        family.finish_freeze(parent, &harvest, PageCount(512), &mut effects);
+        family.check_invariants().unwrap();
+        assert!(child_runs(&family, parent).iter().all(|(.., store)| *store != Some(old)));
+        assert_eq!(child_runs(&family, parent)[1], (50, 260, Some(new)));
     }
 }

@@ -18,7 +18,6 @@ use self::decide::{
     interval, shortage,
 };
 use super::Server;
-use super::process::Role;
 use super::reclaim::{Evicted, NO_TRAPS};
 use super::vm::{FamilyId, Generation, Hold, Phase, Vms};
 use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
@@ -177,7 +176,7 @@ impl Server {
 
     /// The anonymous memory of prepared processes, as it is now.
     fn prepared_bytes(&self) -> u64 {
-        let prepared = self.processes.values().filter(|process| process.role == Role::Pooled);
+        let prepared = self.processes.values().filter(|process| process.is_prepared());
         prepared.filter_map(|process| procfs::anonymous(process.memory.main.get()?.as_raw()).ok()).sum()
     }
 

@@ -194,8 +194,10 @@ impl Server {
         parent.forks.push_back(id);
         let alone = parent.forks.len() == 1 && parent.reclaiming.is_none();
         self.forks.insert(id, op);
-        let still = self.still(generation).is_some();
-        if alone && !still {
+        self.pool.forked(shape, generation);
+        // Of one that is still everything is known, and children start at once: they must be listed before.
+        let first = alone && self.still(generation).is_none();
+        if first {
             self.freeze(generation);
         }
         for name in names {
@@ -215,7 +217,7 @@ impl Server {
                 }
             }
         }
-        if alone && still {
+        if alone && !first {
             self.freeze(generation);
         }
     }
@@ -399,7 +401,7 @@ impl Server {
     pub(super) fn saved(&mut self, parent: Generation, store: StoreId, state: PackedState, still: bool) {
         let process = self.vms.get(parent).and_then(|vm| vm.process);
         if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)).filter(|_| still) {
-            process.stood_still(&state);
+            process.stood_still(store, &state);
         }
         let Some(fork) = self.fork_of(parent, store) else { return };
         self.forks.get_mut(&fork).expect("just found").state_due = false;

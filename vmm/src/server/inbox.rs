@@ -234,7 +234,10 @@ impl Server {
             }
             Role::Preparing => {
                 log::error!("a VM process {how} while it was prepared");
-                self.pool.failed(process.shape);
+                match process.ready {
+                    true => self.pool.ended(process.shape),
+                    false => self.pool.failed(process.shape),
+                }
                 self.end_process(id);
             }
             Role::Ending => {}

@@ -343,7 +343,7 @@ impl Server {
         });
         self.early.retain(&self.families);
         self.learned.retain(|parent| self.vms.get(parent).is_some());
-        self.pool.retain(|parent| self.vms.get(parent).is_some());
+        self.pool.retain(|parent| self.vms.get(parent).is_some_and(vm::Vm::is_alive));
         if settling || reclaiming || bringing || filling || !self.replied.is_empty() {
             let busy = reclaiming || bringing || filling || !self.replied.is_empty();
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);

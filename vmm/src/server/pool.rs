@@ -45,6 +45,13 @@ impl Pool {
         });
     }
 
+    /// `parent`, a VM of this shape, is forked.
+    pub fn forked(&mut self, shape: Shape, parent: Generation) {
+        if let Some(shelf) = self.0.get_mut(&shape) {
+            shelf.favourites.forked(parent);
+        }
+    }
+
     /// A process has prepared itself. Whether there is a place for it.
     pub fn put(&mut self, shape: Shape, process: ProcessId) -> bool {
         let Some(shelf) = self.0.get_mut(&shape) else { return false };
@@ -130,7 +137,6 @@ impl Server {
     pub(super) fn take_process(&mut self, shape: Shape, parent: Option<Generation>) -> io::Result<ProcessId> {
         if let Some(shelf) = self.pool.0.get_mut(&shape) {
             shelf.used = Instant::now();
-            parent.into_iter().for_each(|parent| shelf.favourites.forked(parent));
             let expects = |id: &ProcessId| self.processes[id].expectation.parent;
             let find = |wanted| shelf.ready.iter().position(|id| expects(id) == wanted);
             let best = parent.and_then(|parent| find(Some(parent))).or_else(|| find(None)).unwrap_or(0);
@@ -175,7 +181,7 @@ impl Server {
             }
             // Those that take turns have one each, and there is one for somebody else.
             let favourites = shelf.favourites.all().len();
-            if favourites > 1 {
+            if favourites > 1 && shelf.wanted > 0 {
                 shelf.wanted = shelf.wanted.max((favourites + 1).min(most));
             }
             while shelf.ready.len() > shelf.wanted {
@@ -222,7 +228,7 @@ impl Server {
 
     /// Prepared processes there are.
     pub(super) fn pooled(&self) -> u64 {
-        self.processes.values().filter(|process| process.role == Role::Pooled).count() as u64
+        self.processes.values().filter(|process| process.is_prepared()).count() as u64
     }
 
     /// Ends a process that holds no window. One that is not prepared yet ends when it is: only then its keeper is known.

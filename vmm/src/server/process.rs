@@ -8,6 +8,7 @@ use super::zygote::Zygote;
 use crate::link::Link;
 use crate::machine::state::PackedState;
 use crate::wire::{Shape, ToVm};
+use guest_mem::StoreId;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io;
@@ -69,8 +70,8 @@ pub struct VmProcess {
     pub messages: u64,
     /// What it was told that may have its guest run.
     wakes: u64,
-    /// So many had been told when it was last told to freeze.
-    wakes_before_freeze: u64,
+    /// The last freeze that it was told of, and how many of those messages it had been told before.
+    freeze: Option<(StoreId, u64)>,
     /// The machine as it is: its guest has not run since it was frozen.
     still: Option<PackedState>,
 }
@@ -97,7 +98,7 @@ impl VmProcess {
             memory: Rc::new(Memory::new(id, pid, wants)),
             messages: 0,
             wakes: 0,
-            wakes_before_freeze: 0,
+            freeze: None,
             still: None,
         };
         process.send(prepare, &[]);
@@ -111,22 +112,28 @@ impl VmProcess {
             self.wakes += 1;
             self.still = None;
         }
-        if let ToVm::Freeze { .. } = message {
-            self.wakes_before_freeze = self.wakes;
+        if let ToVm::Freeze { store, .. } = message {
+            self.freeze = Some((*store, self.wakes));
+            self.still = None;
         }
         if let Err(error) = self.link.send(message, fds) {
             log::debug!("message to {:?}: {error}", self.id);
         }
     }
 
-    /// It was frozen as this, and its guest was still. What it has been told meanwhile it may have heard later.
-    pub fn stood_still(&mut self, state: &PackedState) {
-        self.still = (self.wakes == self.wakes_before_freeze).then(|| state.clone());
+    /// It was frozen into `store` as this, and its guest was still. What it has been told meanwhile it may have heard later.
+    pub fn stood_still(&mut self, store: StoreId, state: &PackedState) {
+        self.still = (self.freeze == Some((store, self.wakes))).then(|| state.clone());
     }
 
     /// The state that a freeze would find now, with nothing written since the last one, if that is known.
     pub fn still(&self) -> Option<&PackedState> {
         self.still.as_ref()
+    }
+
+    /// Whether it has made its KVM VM, and is no VM's process.
+    pub fn is_prepared(&self) -> bool {
+        self.ready && matches!(self.role, Role::Preparing | Role::Pooled)
     }
 
     /// Sends a message when it is ready, and after all others that wait for that.

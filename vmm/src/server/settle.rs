@@ -4,6 +4,7 @@ use super::Server;
 use super::process::{ProcessId, Role};
 use super::vm::{FamilyId, Generation, Phase};
 use guest_mem::manager::Error as MemoryError;
+use guest_mem::ops::Trap;
 use guest_mem::{Gfn, Touch};
 use std::error::Error as _;
 use std::mem;
@@ -93,10 +94,11 @@ impl Server {
     pub(super) fn serve_trap(&mut self, generation: Generation, gfn: Gfn, touch: Touch) {
         let Some(record) = self.vms.get(generation) else { return };
         let Some((family, vm)) = record.memory else { return };
-        if matches!(record.phase, Phase::Forking(_)) {
+        let forking = matches!(record.phase, Phase::Forking(_));
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        if forking && matches!(manager.family().trap(vm, gfn), Trap::Settle(_) | Trap::SwapIn(_)) {
             self.early.note(family, gfn);
         }
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
         let started = Instant::now();
         let answered = manager.trap(vm, gfn, touch);
         let answered_at = Instant::now();
