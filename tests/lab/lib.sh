@@ -141,10 +141,11 @@ serve() {
   until offshoot ls >/dev/null 2>&1 || [ $_tries -ge 50 ]; do sleep 0.1 && _tries=$((_tries + 1)); done
 }
 
-# on_one_processor: VMs of the server that runs run on one of the machine's two processors from now on. Where guests run on
-# both and exit often for their memory, the emulation breaks within a minute: guests shut down, and the outer kernel finds
+# on_one_processor: VMs run on one of the machine's two processors from now on, their server on both. Where several guests run
+# on both and exit often for their memory, the emulation breaks within a minute: guests shut down, and the outer kernel finds
 # its stacks overwritten, which no program of its could do. On one processor nothing of that was seen.
 on_one_processor() {
+  offshoot ls >/dev/null
   for _pid in $(pidof offshoot); do
     grep -q zygote /proc/"$_pid"/comm && taskset -p 2 "$_pid" >/dev/null && return
   done

@@ -2,6 +2,7 @@
 # needs: linux
 # runs: 6.12/6.1
 . /lab/lib.sh
+on_one_processor
 
 boot a
 try() {
