@@ -113,15 +113,21 @@ impl Userfaultfd {
     pub fn zero(&self, start: u64, len: usize) -> io::Result<()> {
         use linux_raw_sys::general::UFFDIO_ZEROPAGE_MODE_DONTWAKE;
         let end = start + len as u64;
-        let mut at = start;
+        let (mut at, mut most) = (start, len as u64);
         while at < end {
-            let range = uffdio_range { start: at, len: end - at };
+            let range = uffdio_range { start: at, len: most.min(end - at) };
             let mode = UFFDIO_ZEROPAGE_MODE_DONTWAKE.into();
             let mut zero = uffdio_zeropage { range, mode, zeropage: 0 };
-            match self.update(UFFDIO_ZEROPAGE, &mut zero) {
-                Ok(()) => at = end,
-                Err(error) => at += stopped(error, zero.zeropage)?,
-            }
+            let done = match self.update(UFFDIO_ZEROPAGE, &mut zero) {
+                Ok(()) => range.len,
+                // What neighbours in the books may be two mappings, to which no call supplies anything: page by page, then.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) && range.len > PAGE_SIZE as u64 => {
+                    most = PAGE_SIZE as u64;
+                    continue;
+                }
+                Err(error) => stopped(error, zero.zeropage)?,
+            };
+            (at, most) = (at + done, len as u64);
         }
         Ok(())
     }

@@ -145,6 +145,21 @@ fn zero_pages_are_supplied_where_nothing_is() {
     assert_eq!(frozen.harvest.private, [frames(100..101)]);
 }
 
+/// One stretch in the books may be two mappings. The kernel refuses to supply zeros to both at once, and the guest that waited
+/// for them waited for ever.
+#[test]
+fn zero_pages_are_supplied_across_mappings() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let files = [1, 2].map(|_| Memfd::new("store", PageCount(PAGES)).unwrap());
+    let stores = [(StoreId(1), files[0].as_fd()), (StoreId(2), files[1].as_fd())];
+    let run = |pages, store| Run { pages, source: Source::Store { store: StoreId(store), origin: Gfn(0) } };
+    rig.window.map(&[run(frames(100..110), 1), run(frames(110..120), 2)], &stores, HugePages::Never).unwrap();
+    let (start, len) = rig.window.area.host(frames(100..120)).unwrap();
+    rig.window.uffd.as_ref().unwrap().zero(start, len).unwrap();
+    assert_eq!([100, 109, 110, 119].map(|frame| rig.word(frame)), [0; 4]);
+    assert!(rig.window.uffd.as_ref().unwrap().zero(rig.window.base() - 4096, 4096).is_err());
+}
+
 #[test]
 fn clean_private_copies_are_dropped_and_gaps_move_along() {
     let Some(mut rig) = Rig::new(ALL) else { return };
