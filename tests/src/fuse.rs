@@ -4,6 +4,7 @@
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use nix::unistd::mkdtemp;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::ops::Range;
@@ -45,22 +46,28 @@ struct Disk {
 }
 
 impl FaultyFile {
-    /// Mounts it over the empty file at `path`, seen by this thread and by processes that it starts, so that it is gone
-    /// with them whatever happens.
+    /// Mounts it over an empty file in a directory of its own, seen by this thread and by processes that it starts, so that it
+    /// is gone with them whatever happens.
     ///
     /// # Errors
     /// This host has no FUSE, or this user may not mount.
-    pub fn mount(path: &Path, bytes: u64) -> io::Result<Self> {
+    pub fn mount(bytes: u64) -> io::Result<Self> {
         let device = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
         unshare(CloneFlags::CLONE_NEWNS)?;
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>)?;
-        File::create(path)?;
+        let path = mkdtemp(&std::env::temp_dir().join("offshoot-disk-XXXXXX"))?.join("disk");
+        File::create(&path)?;
         let options = format!("fd={},rootmode=100600,user_id=0,group_id=0", device.as_raw_fd());
-        mount(Some("faulty"), path, Some("fuse"), MsFlags::empty(), Some(options.as_str()))?;
+        mount(Some("faulty"), &path, Some("fuse"), MsFlags::empty(), Some(options.as_str()))?;
         let shared = Arc::new(Mutex::new(Disk { bytes: vec![0; bytes as usize], ..Disk::default() }));
         let disk = Arc::clone(&shared);
         let server = thread::Builder::new().name("fuse".into()).spawn(move || serve(device, &disk))?;
-        Ok(Self { path: path.to_owned(), shared, server: Some(server) })
+        Ok(Self { path, shared, server: Some(server) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// From now on these blocks fail, and no others.
@@ -95,7 +102,7 @@ impl Drop for FaultyFile {
             return;
         }
         let _ = self.server.take().map(JoinHandle::join);
-        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.path).and_then(|()| std::fs::remove_dir(self.path.with_file_name("")));
     }
 }
 

@@ -30,15 +30,14 @@ impl Family {
             skip("only root can mount a file system");
             return None;
         }
-        let path = home.path().with_file_name("disk");
-        let disk = match FaultyFile::mount(&path, DISK) {
+        let disk = match FaultyFile::mount(DISK) {
             Ok(disk) => disk,
             Err(error) => {
                 skip(&format!("no FUSE: {error}"));
                 return None;
             }
         };
-        let place = format!("{}:{DISK}", path.display());
+        let place = format!("{}:{DISK}", disk.path().display());
         let server = Served::new(&home, &["--swap", &place, "--compressed", "1M"]);
         let parent = home.launch("a", ByteSize::mib(64));
         let clones = fork_settled(&parent, CLONES);
@@ -49,13 +48,17 @@ impl Family {
     /// The same, with their memory on the disk.
     fn on_disk() -> Option<Self> {
         let family = Self::new()?;
-        for _ in 0..3 {
-            family.home.client().reclaim_all(ByteSize::mib(100)).expect("reclaim");
-        }
-        wait_until("the tier is written out", TEN_SECONDS, || family.totals().compressed_bytes < 3 << 20);
+        family.evict();
         let totals = family.totals();
         assert!(totals.disk_bytes >= (u64::from(CLONES) * 7) << 20, "{totals:?}");
         Some(family)
+    }
+
+    fn evict(&self) {
+        for _ in 0..3 {
+            self.home.client().reclaim_all(ByteSize::mib(100)).expect("reclaim");
+        }
+        wait_until("the tier is written out", TEN_SECONDS, || self.totals().compressed_bytes < 3 << 20);
     }
 
     fn totals(&self) -> Totals {
@@ -120,8 +123,21 @@ fn half_a_disk_that_cannot_be_read_stops_who_needs_it() {
 #[test]
 fn one_flipped_bit_is_never_shown() {
     let Some(family) = Family::on_disk() else { return };
-    family.disk.flip(middle(&family.disk), 12_345);
-    assert_eq!(family.survivors(), CLONES as usize - 1);
+    let mut alive = CLONES as usize;
+    // A bit may be nobody's: it lies behind the end of what a cluster takes, or the cluster is in memory as well.
+    for eighth in [4, 3, 5, 2, 6] {
+        let used = family.disk.used();
+        let block = used[used.len() * eighth / 8];
+        family.disk.flip(block, 12_345);
+        alive = family.survivors();
+        if alive < CLONES as usize {
+            break;
+        }
+        println!("nobody needed block {block}");
+        family.disk.flip(block, 12_345);
+        family.evict();
+    }
+    assert_eq!(alive, CLONES as usize - 1);
     assert!((1..=16).contains(&family.totals().lost_pages), "{:?}", family.totals());
 }
 
