@@ -6,6 +6,14 @@ use std::time::{Duration, Instant};
 use vmm::client::{ForkOptions, Vm};
 use vmm::units::ByteSize;
 
+/// A VM that has written, and been forked once.
+fn settled(home: &TestHome) -> Vm {
+    let parent = home.launch("p", ByteSize::mib(64));
+    parent.fill(1000..5000, 1);
+    parent.fork(ForkOptions::new().wait_settled(true)).expect("fork").remove(0).vm.remove().expect("remove");
+    parent
+}
+
 /// A clone that has not run yet, and how many pages it has to itself.
 fn unborn(parent: &Vm) -> (Vm, u64) {
     let child = parent.fork(ForkOptions::new().paused(true)).expect("fork").remove(0).vm;
@@ -16,9 +24,7 @@ fn unborn(parent: &Vm) -> (Vm, u64) {
 #[test]
 fn a_clone_starts_with_copies_of_what_its_siblings_wrote_until_they_write_it_no_more() {
     let Some(home) = TestHome::new() else { return };
-    let parent = home.launch("p", ByteSize::mib(64));
-    parent.fill(1000..5000, 1);
-    parent.fork(ForkOptions::new().wait_settled(true)).expect("fork").remove(0).vm.remove().expect("remove");
+    let parent = settled(&home);
     assert!(unborn(&parent).1 <= 64, "nothing is known");
 
     // On a busy host, an order may come when the first moments of a clone are over.
@@ -55,9 +61,7 @@ fn a_clone_starts_with_copies_of_what_its_siblings_wrote_until_they_write_it_no_
 #[test]
 fn pages_leave_while_prepared_processes_copy_them() {
     let Some(home) = TestHome::new() else { return };
-    let parent = home.launch("p", ByteSize::mib(64));
-    parent.fill(1000..5000, 1);
-    parent.fork(ForkOptions::new().wait_settled(true)).expect("fork").remove(0).vm.remove().expect("remove");
+    let parent = settled(&home);
     let end = Instant::now() + Duration::from_secs(4);
     thread::scope(|scope| {
         scope.spawn(|| {

@@ -16,8 +16,7 @@ use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::manager::{Copied, SETTLE_BATCH};
 use guest_mem::window::host::Short;
-use guest_mem::{Destination, Gfn, StoreId, VmId};
-use std::collections::{BTreeMap, BTreeSet};
+use guest_mem::{Destination, StoreId, VmId};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -80,33 +79,6 @@ pub struct ForkOp {
     moved: u64,
     children: Vec<Progress>,
     failure: Option<String>,
-}
-
-/// Frames that children of a family waited for before their first sign of life. The next fork settles them first: a
-/// trap costs its child more than the copy.
-#[derive(Debug, Default)]
-pub struct EarlyTouches(BTreeMap<FamilyId, BTreeSet<Gfn>>);
-
-impl EarlyTouches {
-    /// Clusters remembered per family.
-    const MOST: usize = 64;
-
-    /// A child waited at `gfn`.
-    pub fn note(&mut self, family: FamilyId, gfn: Gfn) {
-        let seen = self.0.entry(family).or_default();
-        if seen.len() < Self::MOST {
-            seen.insert(gfn);
-        }
-    }
-
-    /// Forgets families that are gone.
-    pub fn retain<T>(&mut self, families: &BTreeMap<FamilyId, T>) {
-        self.0.retain(|family, _| families.contains_key(family));
-    }
-
-    fn of(&self, family: FamilyId) -> impl Iterator<Item = Gfn> {
-        self.0.get(&family).into_iter().flatten().copied()
-    }
 }
 
 impl ForkOp {
@@ -223,9 +195,9 @@ impl Server {
     }
 
     /// The state of a VM that has not run since its last freeze, if that is known.
-    fn still(&self, vm: Generation) -> Option<PackedState> {
+    fn still(&self, vm: Generation) -> Option<&PackedState> {
         let process = self.vms.get(vm)?.process?;
-        self.processes.get(&process)?.still().cloned()
+        self.processes.get(&process)?.still()
     }
 
     /// Freezes a VM for the fork at the head of its queue.
@@ -242,7 +214,7 @@ impl Server {
             return;
         }
         let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
-        if let Some(state) = self.still(parent) {
+        if let Some(state) = self.still(parent).cloned() {
             let op = self.forks.get_mut(&fork).expect("a queued fork");
             (op.asked_balloon, op.idle) = asked;
             return self.fork_still(parent, (family, member), state);

@@ -21,6 +21,7 @@ mod balloon;
 mod budget;
 mod check;
 mod clients;
+mod early;
 mod end;
 mod expect;
 mod files;
@@ -176,7 +177,7 @@ struct Server {
     checks: Checks,
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
-    early: fork::EarlyTouches,
+    early: early::EarlyTouches,
     /// What is to leave windows.
     sheds: shed::Sheds,
     learned: learned::Learned,
@@ -288,7 +289,7 @@ impl Server {
             checks: Checks::default(),
             removals: Vec::new(),
             deadlines: Vec::new(),
-            early: fork::EarlyTouches::default(),
+            early: early::EarlyTouches::default(),
             sheds: shed::Sheds::default(),
             learned: learned::Learned::default(),
             retries: VecDeque::new(),

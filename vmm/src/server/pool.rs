@@ -179,7 +179,7 @@ impl Server {
                 shelf.used = now;
                 shelf.favourites = Favourites::default();
             }
-            // Those that take turns have one each, and there is one for somebody else.
+            // Those that take turns have one each, and the last one two.
             let favourites = shelf.favourites.all().len();
             if favourites > 1 && shelf.wanted > 0 {
                 shelf.wanted = shelf.wanted.max((favourites + 1).min(most));
