@@ -92,7 +92,7 @@ impl Vm {
         if let Some(frozen) = frozen {
             out.tell(FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
         }
-        let still = self.is_still(activity);
+        let still = self.is_still(activity, &state);
         out.hold(FromVm::Saved { store, state: PackedState::pack(&state), still });
         if !rested {
             out.send().map_err(VmError::Server)?;
@@ -104,10 +104,12 @@ impl Vm {
         out.send().map_err(VmError::Server)
     }
 
-    /// Whether the built-in guest does nothing before the server has something for it. (The clocks of a Linux guest go on.)
-    fn is_still(&self, activity: Activity) -> bool {
+    /// Whether the guest does nothing before the server has something for it, and `state` stays what it is meanwhile: the
+    /// clocks of a Linux guest go on, and on hosts that keep no offset of it the time stamp counter does.
+    fn is_still(&self, activity: Activity, state: &MachineState) -> bool {
         let stands = activity == Activity::Paused || self.floor.rests();
-        stands && self.traps && self.linux.is_none()
+        let clocks_stand = self.linux.is_none() && state.vcpus.iter().all(|vcpu| vcpu.tsc.stands_still());
+        stands && clocks_stand && self.traps
     }
 
     /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
