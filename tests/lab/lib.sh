@@ -114,6 +114,10 @@ _finish() {
     grep -q kvm_exit $_crashes/trace 2>/dev/null && echo "perhaps lost by the emulated processor"
     echo "        offshoot ls:"
     offshoot ls 2>&1 | tail -n 30 | sed 's/^/        | /'
+    for _vm in $(offshoot ls 2>/dev/null | tail -n +2 | cut -d ' ' -f 1); do
+      echo "        console of $_vm:"
+      console "$_vm" | tail -n 4 | sed 's/^/        | /'
+    done
     echo "        server log:"
     tail -n 15 "${OFFSHOOT_HOME:-/tmp/offshoot-0}/server.log" 2>/dev/null | sed 's/^/        | /'
   fi
@@ -205,8 +209,8 @@ told() { check "$1" offshoot send "$2" "$3" --expect "$4" --timeout "${5:-30}"; 
 # stamp NAME: starts the stamping program on its console; quits with `quit`.
 stamp() { told "$1: stamp starts" "$1" stamp '(?m)^ok ready' || exit 1; }
 
-# answer NAME LINE KEY [SECONDS]: the value of KEY= in stamp's answer.
-answer() { ask "$1" "$2" '(?m)^(ok|err) .*' "${4:-30}" | grep -oE "$3=[^ ]*" | head -n 1 | cut -d = -f 2; }
+# answer NAME LINE KEY [SECONDS]: the value of KEY= in stamp's answer, all of its line: a guest may stall in the middle of it.
+answer() { ask "$1" "$2" '(?m)^(ok|err) .*\n' "${4:-30}" | grep -oE "$3=[^ ]*" | head -n 1 | cut -d = -f 2; }
 
 # fork NAME COUNT [ARGUMENT…]: the children's names.
 fork() {

@@ -79,8 +79,10 @@ fn find(output: &str, typed: &str, pattern: &Regex) -> Option<Found> {
     let found = pattern.find(rest)?;
     let start = rest[..found.start()].rfind('\n').map_or(0, |at| at + 1);
     let after = &rest[found.end()..];
-    let end = found.end() + after.find('\n').unwrap_or(after.len());
-    let complete = if after.contains('\n') { End::Final } else { End::Open };
+    // A pattern with the line's end in it can match no more than that.
+    let ended = found.as_str().ends_with('\n');
+    let end = if ended { found.end() } else { found.end() + after.find('\n').unwrap_or(after.len()) };
+    let complete = if ended || after.contains('\n') { End::Final } else { End::Open };
     Some(Found { lines: rest[start..end].trim_end().to_owned(), end: complete })
 }
 
@@ -119,5 +121,13 @@ mod tests {
         assert_eq!(lines("tick 5\n", "", r"tick"), Some(("tick 5".into(), End::Final)));
         assert_eq!(lines("kb=2\n", "x", r"(?m)^kb=\d$"), Some(("kb=2".into(), End::Final)));
         assert_eq!(lines("nothing\n", "", r"tick"), None);
+    }
+
+    /// A guest that stalls in the middle of a line had its answer taken for whole.
+    #[test]
+    fn who_asks_for_the_end_of_the_line_gets_no_half_of_it() {
+        assert_eq!(lines("ok ask", "x", r"(?m)^ok .*\n"), None);
+        assert_eq!(lines("ok asked=4\n", "x", r"(?m)^ok .*\n"), Some(("ok asked=4".into(), End::Final)));
+        assert_eq!(lines("ok asked=4\n# ", "x", r"(?m)^ok .*\n"), Some(("ok asked=4".into(), End::Final)));
     }
 }
