@@ -148,8 +148,7 @@ impl Server {
             return Err(Failure::bad_input(format!("{count} children: from 1 to {COUNT_MAX} at a time")));
         }
         check_name(prefix).map_err(|e| Failure::bad_input(e.to_string()))?;
-        let free = (1u64..).map(|n| format!("{prefix}-{n}")).filter(|name| !self.vms.has_name(name));
-        let names: Vec<String> = free.take(count as usize).collect();
+        let names = self.vms.names().first_free(prefix, count as usize);
         if names.last().is_some_and(|name| name.len() > MAX_NAME) {
             return Err(Failure::bad_input(format!(
                 "names of children of {prefix:?} would be longer than {MAX_NAME}: give them a prefix (--name)"

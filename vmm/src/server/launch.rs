@@ -70,7 +70,7 @@ impl Server {
         let guest = launch.linux.as_ref().map(|linux| Guest::open(linux, shape)).transpose()?;
         let name = match launch.name {
             Some(name) => name,
-            None => (1..).map(|n| format!("vm-{n}")).find(|name| !self.vms.has_name(name)).expect("names do not end"),
+            None => self.vms.names().first_free("vm", 1).pop().expect("names do not end"),
         };
         let failed = |what: &'static str| move |e: io::Error| Failure::failed(format!("{what}: {e}"));
         let (files, beginning) = match guest {
@@ -122,7 +122,7 @@ impl Server {
         let bad = |why: String| Err(Failure::bad_input(why));
         if let Some(name) = &launch.name {
             check_name(name).map_err(|e| Failure::bad_input(e.to_string()))?;
-            if self.vms.has_name(name) {
+            if self.vms.find(name).is_some() {
                 return bad(format!("there is a VM {name:?} already"));
             }
         }

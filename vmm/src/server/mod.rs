@@ -31,6 +31,7 @@ mod idle;
 mod inbox;
 mod launch;
 mod learned;
+mod names;
 mod pace;
 mod pool;
 mod process;

@@ -28,7 +28,7 @@ impl Server {
     pub(super) fn tree(&self) -> Vec<TreeRow> {
         let mut children: BTreeMap<Option<&str>, Vec<&Vm>> = BTreeMap::new();
         for vm in self.vms.iter() {
-            let parent = vm.parent.as_deref().filter(|parent| self.vms.has_name(parent));
+            let parent = vm.parent.as_deref().filter(|parent| self.vms.find(parent).is_some());
             children.entry(parent).or_default().push(vm);
         }
         let mut censuses = Censuses::default();

@@ -4,6 +4,7 @@ use super::clients::ClientId;
 use super::fork::ForkId;
 use super::guest_stats::GuestMemory;
 use super::idle::IdleBalloon;
+use super::names::Names;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
 use crate::wire::Shape;
@@ -179,7 +180,7 @@ pub enum News {
 #[derive(Debug, Default)]
 pub struct Vms {
     by_generation: BTreeMap<Generation, Vm>,
-    names: HashMap<String, Generation>,
+    names: Names,
     /// What has changed since this was last taken, in order.
     pub news: Vec<News>,
 }
@@ -187,8 +188,7 @@ pub struct Vms {
 impl Vms {
     /// Adds a VM under its name, which is free.
     pub fn insert(&mut self, vm: Vm) {
-        let before = self.names.insert(vm.name.clone(), vm.generation);
-        assert_eq!(before, None, "names are unique");
+        assert!(self.names.take(&vm.name, vm.generation), "names are unique");
         self.news.push(News::Came(vm.name.clone()));
         self.by_generation.insert(vm.generation, vm);
     }
@@ -196,19 +196,19 @@ impl Vms {
     /// Forgets a VM.
     pub fn remove(&mut self, generation: Generation) -> Option<Vm> {
         let vm = self.by_generation.remove(&generation)?;
-        self.names.remove(&vm.name);
+        self.names.free(&vm.name);
         self.news.push(News::Went(vm.name.clone()));
         Some(vm)
     }
 
-    /// Whether a name is taken.
-    pub fn has_name(&self, name: &str) -> bool {
-        self.names.contains_key(name)
+    /// Their names.
+    pub fn names(&self) -> &Names {
+        &self.names
     }
 
     /// The VM of a name.
     pub fn find(&self, name: &str) -> Option<&Vm> {
-        self.names.get(name).and_then(|generation| self.by_generation.get(generation))
+        self.names.whose(name).and_then(|generation| self.by_generation.get(&generation))
     }
 
     /// A VM, if it is still listed.
