@@ -9,6 +9,7 @@ mod builtins;
 mod pc;
 mod pvh;
 mod tables;
+mod touch;
 
 use core::arch::asm;
 use core::fmt::Write;

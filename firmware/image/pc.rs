@@ -6,11 +6,9 @@ use core::ptr::with_exposed_provenance;
 
 use firmware::abi::{
     BALLOON, BalloonPage, COM1, DOORBELL, Doorbell, EVENT_PAGE, EventPage, INBOX, Inbox, MAX_PAGES,
-    OUTBOX, Outbox, WAIT, page_to_gpa, wake,
+    OUTBOX, Outbox, RAM_VIEW, WAIT, page_to_gpa, wake,
 };
 use firmware::machine::{Machine, Page};
-
-use crate::tables::RAM_VIEW;
 
 /// Line status register of the serial port, and its bit that says a byte is there.
 const LSR: u16 = COM1 + 5;

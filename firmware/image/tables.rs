@@ -2,11 +2,8 @@
 //! that [`firmware::abi`] promises.
 
 use firmware::abi::{
-    self, COM1, DOORBELL, MAX_PAGES, PAGE_SIZE, TSS, TSS_LIMIT, WAIT, page_to_gpa,
+    self, COM1, DOORBELL, MAX_PAGES, PAGE_SIZE, RAM_VIEW, TSS, TSS_LIMIT, WAIT, page_to_gpa,
 };
-
-/// Where RAM is seen a second time, so that page 0 is not at the null address.
-pub const RAM_VIEW: u64 = 1 << 39;
 
 /// Selectors in [`Gdt`].
 pub const KERNEL_CODE: u16 = 0x08;

@@ -49,8 +49,14 @@ pub const PAGE_TABLE: u64 = IMAGE_BASE;
 pub const TSS: u64 = IMAGE_BASE + 0x2_2000;
 /// Segment limit of [`TSS`]: size in bytes less one.
 pub const TSS_LIMIT: u32 = 0x68 + (WAIT as u32 + 8) / 8;
+/// Where the page tables show all RAM a second time, so that page 0 is not at the null address.
+pub const RAM_VIEW: u64 = 1 << 39;
+/// Code for a VMM that wants pages touched before the monitor needs them. Entered as the monitor is, or where it was stopped,
+/// it writes to each of the RCX pages from address RDI on, in [`RAM_VIEW`], what is there, and rings [`Doorbell::Touched`]. It
+/// uses no stack, and goes on nowhere.
+pub const TOUCH: u64 = IMAGE_BASE + 0x2_3000;
 /// First instruction, in 64-bit user mode, with the stack pointer at [`ENTRY_STACK`].
-pub const ENTRY: u64 = IMAGE_BASE + 0x2_3000;
+pub const ENTRY: u64 = TOUCH + 0x40;
 /// The stack pointer at [`ENTRY`]: as after a call.
 pub const ENTRY_STACK: u64 = STACK_TOP - 8;
 
@@ -80,6 +86,8 @@ pub enum Doorbell {
     Inflate = 5,
     /// [`BalloonPage::held`] is less now: set [`BalloonPage::state`].
     Deflate = 6,
+    /// The code at [`TOUCH`] is done.
+    Touched = 7,
 }
 
 impl Doorbell {
@@ -92,6 +100,7 @@ impl Doorbell {
             4 => Some(Self::Halt),
             5 => Some(Self::Inflate),
             6 => Some(Self::Deflate),
+            7 => Some(Self::Touched),
             _ => None,
         }
     }

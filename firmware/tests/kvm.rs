@@ -345,6 +345,34 @@ fn an_idle_fork_writes_nothing() {
     assert_eq!(parent.send("id"), "ok name=base generation=1");
 }
 
+/// Pages are touched in a child that has not begun, by code of the image that is not the monitor's: nothing but that they are
+/// private shows of it afterwards.
+#[test]
+fn pages_are_touched_ahead() {
+    let Some(kvm) = kvm() else { return };
+    let mut parent = Vm::ready(&kvm, 4 * MIB);
+    assert_eq!(parent.send("fill 64 100 1"), "ok filled=100");
+    assert_eq!(parent.run(), Exit::Waits);
+    let mut child = parent.fork(&kvm, 2);
+    let mut before = vec![0; 4 << 20];
+    child.memory.read_slice(&mut before, GuestAddress(0)).unwrap();
+    let regs = child.vcpu.get_regs().unwrap();
+    for (first, pages) in [(80, 10), (1, 1), (163, 2)] {
+        child.vcpu.set_regs(&boot::toucher(&regs, page_to_gpa(first), pages)).unwrap();
+        assert_eq!(child.run(), Exit::Rang(Doorbell::Touched));
+    }
+    child.save();
+    child.vcpu.set_regs(&regs).unwrap();
+    let touched: Vec<u64> = [1].into_iter().chain(80..90).chain([163, 164]).collect();
+    assert_eq!(child.private_pages(), touched);
+    let mut after = vec![0; 4 << 20];
+    child.memory.read_slice(&mut after, GuestAddress(0)).unwrap();
+    assert!(before == after, "a touch changes nothing");
+    assert_eq!(child.run(), Exit::Rang(Doorbell::Alive), "the monitor goes on where it was");
+    assert_eq!(child.send("verify 64 100 1"), "ok verified=100");
+    child.assert_image_unwritten();
+}
+
 #[test]
 fn fork_from_inside() {
     let Some(kvm) = kvm() else { return };

@@ -66,3 +66,9 @@ pub fn registers(sregs: &mut kvm_sregs) -> kvm_regs {
     sregs.efer = EFER;
     kvm_regs { rip: abi::ENTRY, rsp: abi::ENTRY_STACK, rflags: RFLAGS, ..kvm_regs::default() }
 }
+
+/// The registers that touch pages, from guest physical address `gpa` on, with system registers as [`registers`] leaves them.
+/// `registers` are the monitor's, wherever it is.
+pub fn toucher(registers: &kvm_regs, gpa: u64, pages: u64) -> kvm_regs {
+    kvm_regs { rip: abi::TOUCH, rdi: abi::RAM_VIEW + gpa, rcx: pages, ..*registers }
+}

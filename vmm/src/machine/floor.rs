@@ -72,8 +72,8 @@ pub(super) enum Load {
     Monitor,
     /// A Linux kernel's entry, at this address, or, where another vCPU is to start it, what firmware leaves.
     Linux(Option<u64>),
-    /// A vCPU that was saved before; one that is like it follows, most likely.
-    Expected(Box<VcpuState>),
+    /// A vCPU that was saved before; one that is like it follows, most likely. The guest most likely needs these pages first.
+    Expected(Box<VcpuState>, Vec<GfnRange>),
     /// A saved vCPU.
     Saved(Box<VcpuState>),
 }

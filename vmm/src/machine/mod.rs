@@ -38,6 +38,7 @@ mod probe;
 mod process;
 mod registers;
 pub mod state;
+mod touch;
 mod vcpu;
 mod vm;
 mod zygote;

@@ -129,6 +129,7 @@ impl Ports {
                 write_balloon(&self.memory, BalloonState::Done)?;
                 self.floor.tell(self.floor.lock(), FromVm::BalloonSize { pages });
             }
+            Doorbell::Touched => log::debug!("the guest touches pages, and nobody has asked"),
             Doorbell::Halt => self.floor.end(FromVm::Ended(Ending::Off)),
         }
         Ok(())

@@ -144,7 +144,7 @@ impl Process<'_> {
     /// Tells what a clone has written in its first moments.
     fn tell_writes(&mut self, last: bool) -> io::Result<()> {
         let Some(vm) = &mut self.vm else { return Ok(()) };
-        match vm.wrote() {
+        match vm.wrote(last) {
             Ok(pages) => outbox::tell(&mut self.link, &FromVm::Wrote { pages, last }, &[])?,
             Err(error) => log::debug!("what a clone wrote: {error}"),
         }

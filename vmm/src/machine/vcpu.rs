@@ -5,12 +5,14 @@ use super::kick::StopSwitch;
 use super::mmio::Mmio;
 use super::ports::{Ports, Read};
 use super::registers::{Registers, RegistersError};
+use super::touch::{TouchError, Way};
 use crate::boot;
 use crate::wire::FromVm;
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use thiserror::Error;
 
 /// What a vCPU's accesses reach.
 #[derive(Clone, Debug)]
@@ -19,21 +21,31 @@ pub(super) struct Buses {
     pub mmio: Mmio,
 }
 
+/// A vCPU did not become what it was to start from.
+#[derive(Debug, Error)]
+enum LoadError {
+    #[error("registers: {0}")]
+    Registers(#[from] RegistersError),
+    #[error("pages touched ahead: {0}")]
+    Touch(#[from] TouchError),
+}
+
 /// A vCPU, which lives as long as the process and belongs to its thread.
 #[derive(Debug)]
 pub(super) struct Vcpu {
     number: usize,
     fd: &'static mut VcpuFd,
     registers: Registers,
+    way: Way,
     /// The last `KVM_RUN` has left registers behind.
     shared: bool,
 }
 
 impl Vcpu {
     /// Takes a vCPU that has not run, for the life of the process; gives the switch that stops it as well.
-    pub fn new(number: usize, fd: VcpuFd, registers: Registers) -> (Self, StopSwitch) {
+    pub fn new(number: usize, fd: VcpuFd, registers: Registers, way: Way) -> (Self, StopSwitch) {
         let (stop, fd) = StopSwitch::of(Box::leak(Box::new(fd)));
-        (Self { number, fd, registers, shared: false }, stop)
+        (Self { number, fd, registers, way, shared: false }, stop)
     }
 
     /// Starts the thread, which waits on the floor for something to do.
@@ -54,7 +66,7 @@ impl Vcpu {
             match floor.next_task(self.number) {
                 Task::Load(load) => {
                     if let Err(error) = self.load(load) {
-                        floor.end(FromVm::StartFailed(format!("registers of vCPU {}: {error}", self.number)));
+                        floor.end(FromVm::StartFailed(format!("vCPU {}: {error}", self.number)));
                     }
                 }
                 Task::Save => {
@@ -76,15 +88,19 @@ impl Vcpu {
         }
     }
 
-    fn load(&mut self, load: Load) -> Result<(), RegistersError> {
+    fn load(&mut self, load: Load) -> Result<(), LoadError> {
         self.shared = false;
         match load {
-            Load::Expected(state) => self.registers.expect(self.fd, *state),
-            Load::Saved(state) => self.registers.restore(self.fd, &state),
+            Load::Expected(state, pages) => {
+                let regs = state.regs;
+                self.registers.expect(self.fd, *state)?;
+                self.way.touch(self.fd, &regs, &pages)?;
+            }
+            Load::Saved(state) => self.registers.restore(self.fd, &state)?,
             Load::Monitor => {
                 let mut state = self.registers.fresh().clone();
                 state.regs = boot::monitor::registers(&mut state.sregs);
-                self.registers.restore(self.fd, &state)
+                self.registers.restore(self.fd, &state)?;
             }
             Load::Linux(entry) => {
                 let mut state = self.registers.fresh().clone();
@@ -94,9 +110,10 @@ impl Vcpu {
                 if let Some(entry) = entry {
                     state.regs = boot::linux::registers(entry, &mut state.sregs);
                 }
-                self.registers.restore(self.fd, &state)
+                self.registers.restore(self.fd, &state)?;
             }
         }
+        Ok(())
     }
 
     /// Runs until the vCPU is to stop. It stops only where `KVM_RUN` says that it was interrupted: KVM completes a port

@@ -19,6 +19,7 @@ use super::mmio::Mmio;
 use super::ports::Ports;
 use super::registers::{Registers, RegistersError};
 use super::state::{LinuxState, MachineState, PackedState};
+use super::touch::{Touched, Way};
 use super::vcpu::{Buses, Vcpu};
 use crate::api::MAX_VCPUS;
 use crate::boot::linux::{self, LoadError, Plan};
@@ -88,6 +89,8 @@ pub(super) enum VmError {
     State(#[from] postcard::Error),
     #[error("a state of {state} vCPUs for a machine of {machine}")]
     StateShape { state: usize, machine: usize },
+    #[error("look at pages that were copied ahead: {0}")]
+    Look(vm_memory::GuestMemoryError),
     #[error("event page: {0}")]
     EventPage(vm_memory::GuestMemoryError),
     #[error("serial console: {0}")]
@@ -131,6 +134,8 @@ pub(super) struct Vm {
     started: bool,
     /// The state that a fork most likely starts from.
     expected: Option<MachineState>,
+    /// The pages that were touched for it.
+    touched: Touched,
     /// What a fork that has not got its state yet does then.
     becoming: Option<Activity>,
     /// The log has every write since the last freeze.
@@ -166,7 +171,7 @@ impl Vm {
             let registers = Registers::of_fresh(access.clone(), &fd)?;
             // Not every host tells; the guest then knows that it does not know.
             tsc_khz = fd.get_tsc_khz().unwrap_or(0).into();
-            let (vcpu, stop) = Vcpu::new(number.into(), fd, registers);
+            let (vcpu, stop) = Vcpu::new(number.into(), fd, registers, Way::of(shape.machine, &kvm));
             vcpus.push(vcpu);
             switches.push(stop);
         }
@@ -204,6 +209,7 @@ impl Vm {
             max_runs,
             started: false,
             expected: None,
+            touched: Touched::default(),
             becoming: None,
             log_tells_all: false,
         })
@@ -220,8 +226,8 @@ impl Vm {
         &self.floor
     }
 
-    /// Maps the window that the VM will most likely start with, with copies of what it will most likely write, and gives the
-    /// vCPUs what they will most likely start from.
+    /// Maps the window that the VM will most likely start with, with copies of what it will most likely write, gives the
+    /// vCPUs what they will most likely start from, and has the first of them touch the copies.
     pub fn expect(&mut self, expected: Expect, fds: &[OwnedFd]) -> Result<(), VmError> {
         if self.started {
             return Err(VmError::StartedTwice);
@@ -231,8 +237,12 @@ impl Vm {
         self.window.map(&runs, &stores, HugePages::Never)?;
         ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
         self.expected = state.map(|state| state.unpack()).transpose()?;
-        let vcpus = self.expected.iter().flat_map(|state| &state.vcpus);
-        self.floor.load(vcpus.map(|vcpu| Load::Expected(Box::new(vcpu.clone()))).collect());
+        let vcpus = self.expected.iter().flat_map(|state| &state.vcpus).enumerate();
+        let touched = Touched::look(self.window.memory(), &ahead).map_err(VmError::Look)?;
+        self.touched.extend(touched);
+        let pages = |number| if number == 0 { ahead.clone() } else { Vec::new() };
+        self.floor.load(vcpus.map(|(n, vcpu)| Load::Expected(Box::new(vcpu.clone()), pages(n))).collect());
+        drop(self.floor.await_standing()?);
         Ok(())
     }
 

@@ -1,5 +1,5 @@
 //! What prepared processes are told to expect: the window and the registers of the next child of the VM that is forked
-//! again and again, and copies of what it will most likely write.
+//! again and again, and copies of what it will most likely write, touched, so that KVM has mapped them.
 //!
 //! All this takes as long as all else that a prepared process does before its first instruction. So it is done while there
 //! is time; at the fork only what has changed since is mapped, over it, and set. Nobody else touches such a window, and
@@ -14,8 +14,9 @@ use super::launch::stores_of;
 use super::process::{Parcel, ProcessId, Role};
 use super::vm::{FamilyId, Generation};
 use crate::machine::state::PackedState;
-use crate::wire::{Expect, Shape, ToVm};
-use guest_mem::{GfnRange, Run, Source};
+use crate::wire::{Expect, Machine, Shape, ToVm};
+use firmware::abi::EVENT_PAGE;
+use guest_mem::{GfnRange, PAGE_SIZE, Run, Source};
 use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -184,7 +185,13 @@ impl Server {
         let state = self.pool.state_to_expect(shape, parent);
         // Without traps it would plant zeros in the store of a page that has left it.
         let ahead = match self.features.userfaultfd {
-            true => self.learned.at_hand(parent, manager.family(), member),
+            true => {
+                let books = manager.family();
+                let told = told_first(shape.machine).into_iter().flat_map(|page| books.at_hand(member, page));
+                let learned = self.learned.at_hand(parent, books, member);
+                let pages: RangeSet<u64> = told.chain(learned).map(GfnRange::raw).collect();
+                pages.into_iter().map(GfnRange::from).collect()
+            }
             false => Vec::new(),
         };
         process.expectation = Expectation {
@@ -196,6 +203,12 @@ impl Server {
         process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
         true
     }
+}
+
+/// The page that a child is written to before it runs, whoever it is.
+fn told_first(machine: Machine) -> Option<GfnRange> {
+    let page = EVENT_PAGE / PAGE_SIZE as u64;
+    (machine == Machine::Monitor).then(|| (page..page + 1).into())
 }
 
 #[cfg(test)]

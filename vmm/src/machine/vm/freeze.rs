@@ -241,12 +241,18 @@ impl Vm {
     }
 
     /// What the guest has written since it was started or frozen; none where no log is kept.
-    pub fn wrote(&mut self) -> Result<Vec<GfnRange>, VmError> {
+    pub fn wrote(&mut self, last: bool) -> Result<Vec<GfnRange>, VmError> {
         self.kvm.read_log()?;
-        let pages = self.kvm.logs().iter().flat_map(SlotLog::pages).collect();
+        let mut pages = self.kvm.logs().iter().flat_map(SlotLog::pages).map(GfnRange::raw).collect();
+        if last {
+            let touched = std::mem::take(&mut self.touched);
+            touched.leave_out_unchanged(self.window.memory(), &mut pages).map_err(VmError::Look)?;
+        } else {
+            self.touched.leave_out(&mut pages);
+        }
         // Most clones are never frozen.
         self.kvm.forget_log();
-        Ok(pages)
+        Ok(pages.into_iter().map(GfnRange::from).collect())
     }
 
     /// Takes the pages that a vCPU gives back, if one does.
