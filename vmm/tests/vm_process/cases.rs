@@ -3,13 +3,13 @@
 use crate::family::{Family, Machine};
 use crate::worker::{ALL, Worker, read_memory};
 use guest_mem::window::host::Short;
-use guest_mem::{PageCount, Run};
+use guest_mem::{GfnRange, PageCount, Run};
 use nix::sys::signal::{Signal, kill};
 use std::fs;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use vmm::machine::state::{MachineState, PackedState, VcpuState};
-use vmm::wire::{Activity, Ending, Expect, FromVm, HostFeatures, Isolation, Origin, ToVm};
+use vmm::machine::state::{MachineState, VcpuState};
+use vmm::wire::{Activity, Ending, FromVm, HostFeatures, Isolation, Origin, ToVm};
 
 const MEM: u64 = 64 << 20;
 
@@ -92,15 +92,7 @@ pub fn a_fork_finds_its_window_as_expected() {
     family.settle(&mut parent, &first);
     let before = parent.runs.clone();
     let mut worker = family.prepare();
-    let (expected, fds) = family.start("nobody", &before, Origin::Monitor, Activity::Running);
-    let expected = Expect {
-        runs: expected.runs,
-        stores: expected.stores,
-        ahead: vec![(1040..1060).into()],
-        state: Some(PackedState::pack(&first.state)),
-    };
-    worker.tell(&ToVm::Expect(Box::new(expected)), &fds);
-    worker.expect(|message| matches!(message, FromVm::Expecting).then_some(()));
+    family.expect(&mut worker, &before, vec![(1040..1060).into()], &first.state);
 
     parent.worker.ok("fill 1050 10 2");
     let second = family.freeze(&mut parent);
@@ -113,6 +105,37 @@ pub fn a_fork_finds_its_window_as_expected() {
     worker.load(&second.state);
     worker.first_sign();
     for line in ["verify 1000 50 1", "verify 1050 10 2", "verify 1060 40 1"] {
+        worker.ok(line);
+    }
+}
+
+/// Pages that were touched before the guest began are written for KVM's log. What they hold tells who has written them.
+pub fn touched_pages_are_told_when_they_are_written() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    parent.worker.ok("fill 1000 100 1");
+    let frozen = family.freeze(&mut parent);
+    family.settle(&mut parent, &frozen);
+    let mut worker = family.prepare();
+    family.expect(&mut worker, &parent.runs, vec![(1040..1060).into(), (1070..1071).into()], &frozen.state);
+    let (start, fds) = family.start("child", &[], Origin::Fork { index: 1 }, Activity::Running);
+    worker.start(start, &fds);
+    worker.tell(&ToVm::LoadExpected, &[]);
+    worker.first_sign();
+    worker.ok("fill 1035 10 2");
+    let told = |worker: &mut Worker, wanted| {
+        worker.expect(|message| match message {
+            FromVm::Wrote { pages, last } if *last == wanted => Some(pages.clone()),
+            _ => None,
+        })
+    };
+    let within = |pages: &[GfnRange]| -> Vec<_> {
+        let commanded = |page: &u64| (1000..1100).contains(page);
+        pages.iter().flat_map(|pages| pages.raw()).filter(commanded).collect()
+    };
+    assert_eq!(within(&told(&mut worker, false)), (1035..1040).collect::<Vec<_>>(), "they are known already");
+    assert_eq!(within(&told(&mut worker, true)), (1035..1045).collect::<Vec<_>>());
+    for line in ["verify 1000 35 1", "verify 1035 10 2", "verify 1045 55 1"] {
         worker.ok(line);
     }
 }
@@ -136,8 +159,7 @@ pub fn a_fork_starts_from_its_own_registers_whatever_was_expected() {
         let mut worker = family.prepare();
         let state = |vcpu: &VcpuState| MachineState { vcpus: vec![vcpu.clone()], ..*frozen.state.clone() };
         for vcpu in &expected {
-            let state = Some(PackedState::pack(&state(vcpu)));
-            worker.tell(&ToVm::Expect(Box::new(Expect { runs: vec![], stores: vec![], ahead: vec![], state })), &[]);
+            family.expect(&mut worker, &parent.runs, vec![(1..2).into(), (200..210).into()], &state(vcpu));
         }
         let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Paused);
         worker.start(start, &fds);

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vmm::layout::ram_ranges;
-use vmm::machine::state::MachineState;
-use vmm::wire::{Activity, Frozen, HostFeatures, Identity, Isolation, Origin, Start};
+use vmm::machine::state::{MachineState, PackedState};
+use vmm::wire::{Activity, Expect, FromVm, Frozen, HostFeatures, Identity, Isolation, Origin, Start, ToVm};
 
 struct Store {
     file: Memfd,
@@ -88,6 +88,14 @@ impl Family {
         let identity = Identity { name: name.into(), generation: self.generation };
         let fds = stores.iter().map(|store| self.file(*store)).collect();
         (Start { identity, runs: runs.to_vec(), stores, origin, activity, ahead: Vec::new() }, fds)
+    }
+
+    /// Tells a prepared process what to expect, and waits until it does.
+    pub fn expect(&mut self, worker: &mut Worker, runs: &[Run], ahead: Vec<GfnRange>, state: &MachineState) {
+        let (Start { runs, stores, .. }, fds) = self.start("nobody", runs, Origin::Monitor, Activity::Running);
+        let expected = Expect { runs, stores, ahead, state: Some(PackedState::pack(state)) };
+        worker.tell(&ToVm::Expect(Box::new(expected)), &fds);
+        worker.expect(|message| matches!(message, FromVm::Expecting).then_some(()));
     }
 
     pub fn launch_runs(&self) -> Vec<Run> {

@@ -20,6 +20,7 @@ const CASES: &[Case] = &[
     ("an idle fork moves nothing", cases::an_idle_fork_moves_nothing),
     ("a touch of what has not settled waits", cases::a_touch_of_what_has_not_settled_waits),
     ("a fork finds its window as expected", cases::a_fork_finds_its_window_as_expected),
+    ("touched pages are told when they are written", cases::touched_pages_are_told_when_they_are_written),
     (
         "a fork starts from its own registers whatever was expected",
         cases::a_fork_starts_from_its_own_registers_whatever_was_expected,
