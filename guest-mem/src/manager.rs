@@ -62,6 +62,8 @@ pub struct Manager<S: StoreFactory, W> {
     /// Guests that wait for reads from swap.
     swapping_in: Vec<Waiter>,
     ahead: Ahead,
+    /// Who waited last goes on in order.
+    in_order: bool,
     /// Stores that pages came back to lately, the last one last.
     awake: VecDeque<StoreId>,
     /// Stores of freezes whose pages go to swap.
@@ -93,6 +95,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             waiting: Vec::new(),
             swapping_in: Vec::new(),
             ahead: Ahead::default(),
+            in_order: false,
             awake: VecDeque::new(),
             to_swap: HashSet::new(),
             hidden: VecDeque::new(),
@@ -306,11 +309,17 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// A guest waits for the page at `gfn`: gets it there and wakes the guest, now or when its page has been read from
-    /// swap.
+    /// swap. Whether it goes on in order, so that it most likely needs the pages next that settle next.
     ///
     /// # Errors
     /// The page could not be filled in. The guest waits on.
-    pub fn trap(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<(), Error> {
+    pub fn trap(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<bool, Error> {
+        self.in_order = false;
+        self.serve(vm, gfn, touch)?;
+        Ok(self.in_order)
+    }
+
+    fn serve(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<(), Error> {
         match self.supply_only_viewer(vm, gfn, touch)? {
             None => {}
             Some(Fetch::Here) => return Ok(()),
@@ -361,7 +370,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         loop {
             match self.family.trap(vm, gfn) {
                 Trap::Settle(job) => match self.run_job(&job, Destination::Store)? {
-                    Fetch::Here => {}
+                    Fetch::Here => self.in_order = self.family.waited_for(&job),
                     Fetch::Coming => return Ok(Trap::Settle(job)),
                 },
                 Trap::SwapIn(read) => {

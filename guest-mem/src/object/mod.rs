@@ -61,7 +61,7 @@ pub struct Object {
     slots_id: SlotsId,
     /// Slots that are gaps.
     pub(crate) gaps: u64,
-    /// No pending slot stands before this index.
+    /// Where settling goes on: most likely where somebody needs pages next.
     settle_from: u64,
 }
 
@@ -276,10 +276,9 @@ impl Objects {
 
     /// Gives absent pages a slot.
     pub(crate) fn put(&mut self, id: ObjectId, pages: std::ops::Range<u64>, slot: Slot) {
-        let object = self.get_mut(id);
+        let object = self.get(id);
         assert!(!object.slots.overlaps(&pages), "a slot that holds a page is not overwritten");
         if slot.is_pending() {
-            object.settle_from = object.settle_from.min(pages.start);
             self.pending.insert(id);
         }
         let count = pages.end - pages.start;
@@ -381,24 +380,34 @@ impl Objects {
             .map(move |(part, &slot)| (GfnRange::from(part.clone()).intersect(pages), slot))
     }
 
-    /// The first pending slot of `id`, and its pages.
-    pub(crate) fn first_pending(&mut self, id: ObjectId) -> Option<(GfnRange, Slot)> {
+    /// The pending slot of `id` that is next to settle, and its pages: the first one from where somebody waited last, or else
+    /// the first one.
+    pub(crate) fn next_pending(&mut self, id: ObjectId) -> Option<(GfnRange, Slot)> {
         let object = self.get_mut(id);
         let from = object.settle_from;
-        let found = object.slots.overlapping(from..u64::MAX).find(|(_, slot)| slot.is_pending());
-        match found {
+        let first = |pages| object.slots.overlapping(pages).find(|(_, slot)| slot.is_pending());
+        match first(from..u64::MAX).or_else(|| first(0..from)) {
             Some((pages, &slot)) => {
                 let pages = pages.clone();
                 object.settle_from = pages.start;
                 Some((pages.into(), slot))
             }
             None => {
-                object.settle_from = u64::MAX;
+                object.settle_from = 0;
                 self.pending.remove(&id);
                 self.put_off.remove(&id);
                 None
             }
         }
+    }
+
+    /// Somebody has waited for these pages of `id`, and most likely needs the next ones soon. Whether they are those that
+    /// would have been next anyway, or almost.
+    pub(crate) fn settle_from(&mut self, id: ObjectId, pages: std::ops::Range<u64>) -> bool {
+        const NEAR: u64 = 128;
+        let Some(object) = self.objects.get_mut(id.0 as usize) else { return false };
+        let from = std::mem::replace(&mut object.settle_from, pages.end);
+        (from..from + NEAR).contains(&pages.start)
     }
 
     fn charge(&mut self, id: ObjectId, slot: Slot, count: u64) {

@@ -65,7 +65,7 @@ impl Family {
     pub fn next_job(&mut self, limit: PageCount) -> Option<Job> {
         loop {
             let object = *self.objects.pending.difference(&self.objects.put_off).next()?;
-            if let Some((pages, slot)) = self.objects.first_pending(object) {
+            if let Some((pages, slot)) = self.objects.next_pending(object) {
                 let pages = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + limit.0)));
                 return Some(self.job(object, pages, slot));
             }
@@ -121,6 +121,11 @@ impl Family {
         }
     }
 
+    /// Somebody has waited for this job: settling goes on behind it. Whether that is where it was about to go on.
+    pub(crate) fn waited_for(&mut self, job: &Job) -> bool {
+        self.objects.settle_from(job.object, job.pages.raw())
+    }
+
     /// The page that this job needs is being read from swap: it is done again when [pages have
     /// arrived](Self::retry_put_off).
     pub(crate) fn put_off(&mut self, job: &Job) {
@@ -148,5 +153,46 @@ impl Family {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::Trap;
+    use crate::stage2::Shape;
+    use crate::window::Harvest;
+
+    /// A guest that went over its memory in order waited for every 16th page, while others settled that it needed last.
+    #[test]
+    fn settling_goes_on_behind_the_page_that_somebody_waits_for_and_leaves_none_out() {
+        let ram = GfnRange::new(Gfn(0), PageCount(256));
+        let mut family = Family::new(Shape::X86_64);
+        let vm = family.launch(&[ram], &[]);
+        family.begin_freeze(vm);
+        let harvest = Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() };
+        family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
+        let stored = |family: &mut Family, job: &Job| {
+            family.settled(job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+            job.pages.raw()
+        };
+        let wait = |family: &mut Family, gfn| {
+            let Trap::Settle(job) = family.trap(vm, Gfn(gfn)) else { panic!("{gfn} has settled") };
+            (stored(family, &job), family.waited_for(&job))
+        };
+        assert_eq!(wait(&mut family, 0), (0..16, true));
+        assert_eq!(wait(&mut family, 200), (192..208, false));
+        assert_eq!(wait(&mut family, 210), (208..224, true));
+        let mut settled = Vec::new();
+        while let Some(job) = family.next_job(PageCount(16)) {
+            settled.push(stored(&mut family, &job).start);
+        }
+        let behind = [224, 240].into_iter();
+        assert_eq!(settled, behind.chain((16..192).step_by(16)).collect::<Vec<_>>());
+        assert_eq!(wait_free(&family, vm), 256);
+    }
+
+    fn wait_free(family: &Family, vm: VmId) -> usize {
+        (0..256).filter(|&gfn| matches!(family.trap(vm, Gfn(gfn)), Trap::Wake(_))).count()
     }
 }

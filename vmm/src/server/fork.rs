@@ -101,6 +101,11 @@ impl ForkOp {
             failure: None,
         }
     }
+
+    /// Whether children have not begun.
+    pub fn awaits_children(&self) -> bool {
+        self.children.iter().any(|child| !child.there)
+    }
 }
 
 impl Server {

@@ -1,6 +1,7 @@
 //! Pages that guests wait for, and pages that settle behind their backs.
 
 use super::Server;
+use super::fork::ForkOp;
 use super::process::{ProcessId, Role};
 use super::vm::{FamilyId, Generation, Phase};
 use guest_mem::manager::Error as MemoryError;
@@ -27,6 +28,7 @@ impl Server {
         for (generation, gfn, touch) in mem::take(&mut self.retries) {
             self.serve_trap(generation, gfn, touch);
         }
+        self.pace.children(self.forks.values().any(ForkOp::awaits_children), now);
         if self.pace.wait(now).is_some() {
             // Something may be left; the next round tells.
             return true;
@@ -103,10 +105,14 @@ impl Server {
         let answered = manager.trap(vm, gfn, touch);
         let answered_at = Instant::now();
         log::trace!("{:?} waited at {gfn}: answered in {:?}", record.name, answered_at - started);
-        self.pace.trapped(answered_at);
-        if let Err(error) = answered {
-            self.retries.push_back((generation, gfn, touch));
-            self.memory_error(family, &error);
+        match answered {
+            // The next batch is what it needs next.
+            Ok(true) => {}
+            Ok(false) => self.pace.trapped(answered_at),
+            Err(error) => {
+                self.retries.push_back((generation, gfn, touch));
+                self.memory_error(family, &error);
+            }
         }
     }
 
