@@ -402,6 +402,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         Ok(more)
     }
 
+    /// Whether there is something that [`settle`](Self::settle) sees to.
+    pub fn is_settling(&self) -> bool {
+        !self.hidden.is_empty() || !self.family.objects().pending.is_empty()
+    }
+
     /// Whether all pages of a freeze are where they belong.
     pub fn has_settled(&self, store: StoreId) -> bool {
         self.family.objects().has_settled(store)

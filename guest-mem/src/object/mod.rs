@@ -128,6 +128,8 @@ pub struct Objects {
     pub(crate) pending: BTreeSet<ObjectId>,
     /// Those among them whose next page to settle is being read from swap.
     pub(crate) put_off: BTreeSet<ObjectId>,
+    /// The object of which somebody waited for a page last.
+    pub(crate) waited_for: Option<ObjectId>,
     /// Scratch ranges that are in use, by the VMs that hold them.
     scratches: BTreeMap<VmId, u32>,
     /// Pages that gaps were to be copied from and are not any more: perhaps nobody needs them.
@@ -406,6 +408,7 @@ impl Objects {
     pub(crate) fn settle_from(&mut self, id: ObjectId, pages: std::ops::Range<u64>) -> bool {
         const NEAR: u64 = 128;
         let Some(object) = self.objects.get_mut(id.0 as usize) else { return false };
+        self.waited_for = Some(id);
         let from = std::mem::replace(&mut object.settle_from, pages.end);
         (from..from + NEAR).contains(&pages.start)
     }

@@ -3,7 +3,7 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
-use crate::object::{Backing, Found, Loss, ObjectId, Slot, SwapBase};
+use crate::object::{Backing, Found, Loss, ObjectId, Objects, Slot, SwapBase};
 use crate::swap::SwapSlot;
 use crate::window::StoreId;
 
@@ -64,7 +64,9 @@ impl Family {
     /// Some pages that have not settled, at most `limit`; none if all have, or wait for swap.
     pub fn next_job(&mut self, limit: PageCount) -> Option<Job> {
         loop {
-            let object = *self.objects.pending.difference(&self.objects.put_off).next()?;
+            let Objects { pending, put_off, waited_for, .. } = &self.objects;
+            let waited_for = waited_for.filter(|id| pending.contains(id) && !put_off.contains(id));
+            let object = waited_for.or_else(|| pending.difference(put_off).next().copied())?;
             if let Some((pages, slot)) = self.objects.next_pending(object) {
                 let pages = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + limit.0)));
                 return Some(self.job(object, pages, slot));
@@ -163,36 +165,55 @@ mod tests {
     use crate::stage2::Shape;
     use crate::window::Harvest;
 
+    fn freeze(family: &mut Family, vm: VmId, pages: GfnRange) {
+        family.begin_freeze(vm);
+        let harvest = Harvest { moved: vec![pages], private: vec![pages], ..Harvest::default() };
+        family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
+    }
+
+    fn store(family: &mut Family, job: &Job) -> std::ops::Range<u64> {
+        family.settled(job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+        job.pages.raw()
+    }
+
+    /// Somebody waits: what settles then, and whether settling was about to come there.
+    fn wait(family: &mut Family, vm: VmId, gfn: u64) -> (std::ops::Range<u64>, bool) {
+        let Trap::Settle(job) = family.trap(vm, Gfn(gfn)) else { panic!("{gfn} has settled") };
+        (store(family, &job), family.waited_for(&job))
+    }
+
+    /// The first pages of all that settles, in order.
+    fn settle_all(family: &mut Family) -> Vec<u64> {
+        std::iter::from_fn(|| family.next_job(PageCount(16)).map(|job| store(family, &job).start)).collect()
+    }
+
     /// A guest that went over its memory in order waited for every 16th page, while others settled that it needed last.
     #[test]
     fn settling_goes_on_behind_the_page_that_somebody_waits_for_and_leaves_none_out() {
         let ram = GfnRange::new(Gfn(0), PageCount(256));
         let mut family = Family::new(Shape::X86_64);
         let vm = family.launch(&[ram], &[]);
-        family.begin_freeze(vm);
-        let harvest = Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() };
-        family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
-        let stored = |family: &mut Family, job: &Job| {
-            family.settled(job, &[(job.pages, Placed::Stored)], &mut Effects::default());
-            job.pages.raw()
-        };
-        let wait = |family: &mut Family, gfn| {
-            let Trap::Settle(job) = family.trap(vm, Gfn(gfn)) else { panic!("{gfn} has settled") };
-            (stored(family, &job), family.waited_for(&job))
-        };
-        assert_eq!(wait(&mut family, 0), (0..16, true));
-        assert_eq!(wait(&mut family, 200), (192..208, false));
-        assert_eq!(wait(&mut family, 210), (208..224, true));
-        let mut settled = Vec::new();
-        while let Some(job) = family.next_job(PageCount(16)) {
-            settled.push(stored(&mut family, &job).start);
-        }
-        let behind = [224, 240].into_iter();
-        assert_eq!(settled, behind.chain((16..192).step_by(16)).collect::<Vec<_>>());
-        assert_eq!(wait_free(&family, vm), 256);
+        freeze(&mut family, vm, ram);
+        assert_eq!(wait(&mut family, vm, 0), (0..16, true));
+        assert_eq!(wait(&mut family, vm, 200), (192..208, false));
+        assert_eq!(wait(&mut family, vm, 210), (208..224, true));
+        assert_eq!(settle_all(&mut family), [224, 240].into_iter().chain((16..192).step_by(16)).collect::<Vec<_>>());
+        let wakes = |gfn: &u64| matches!(family.trap(vm, Gfn(*gfn)), Trap::Wake(_));
+        assert_eq!((0..256).filter(wakes).count(), 256);
     }
 
-    fn wait_free(family: &Family, vm: VmId) -> usize {
-        (0..256).filter(|&gfn| matches!(family.trap(vm, Gfn(gfn)), Trap::Wake(_))).count()
+    /// The older of two freezes settled first, whoever waited for pages of the other.
+    #[test]
+    fn the_freeze_that_somebody_waits_for_settles_first() {
+        let ram = GfnRange::new(Gfn(0), PageCount(256));
+        let mut family = Family::new(Shape::X86_64);
+        let vm = family.launch(&[ram], &[]);
+        freeze(&mut family, vm, ram);
+        family.fork(vm, 1000);
+        freeze(&mut family, vm, (128..192).into());
+        assert_eq!(wait(&mut family, vm, 128).0, 128..144);
+        let settled = settle_all(&mut family);
+        assert_eq!(settled[..4], [144, 160, 176, 0]);
+        assert_eq!(settled.len(), 3 + 16, "{settled:?}");
     }
 }

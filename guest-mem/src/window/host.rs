@@ -172,7 +172,7 @@ impl HostWindow {
     }
 
     /// Makes private copies of pages that the guest is likely to write, and that nobody has to supply first: a batch costs a
-    /// tenth of a copy at each first write. They are clean until the guest writes them. A kernel that does not know the
+    /// tenth of a copy at each first write. They are clean until the guest writes them, or touches them ahead. A kernel that does not know the
     /// call (before Linux 5.14) makes none.
     pub fn copy_ahead(&self, pages: GfnRange) {
         self.area.hint(pages, Advice::Populate);

@@ -79,8 +79,8 @@ fn find(output: &str, typed: &str, pattern: &Regex) -> Option<Found> {
     let found = pattern.find(rest)?;
     let start = rest[..found.start()].rfind('\n').map_or(0, |at| at + 1);
     let after = &rest[found.end()..];
-    // A pattern with the line's end in it can match no more than that.
-    let ended = found.as_str().ends_with('\n');
+    // A line with its end can get no longer. Several could become more.
+    let ended = found.as_str().find('\n').is_some_and(|at| at + 1 == found.len());
     let end = if ended { found.end() } else { found.end() + after.find('\n').unwrap_or(after.len()) };
     let complete = if ended || after.contains('\n') { End::Final } else { End::Open };
     Some(Found { lines: rest[start..end].trim_end().to_owned(), end: complete })
@@ -129,5 +129,6 @@ mod tests {
         assert_eq!(lines("ok ask", "x", r"(?m)^ok .*\n"), None);
         assert_eq!(lines("ok asked=4\n", "x", r"(?m)^ok .*\n"), Some(("ok asked=4".into(), End::Final)));
         assert_eq!(lines("ok asked=4\n# ", "x", r"(?m)^ok .*\n"), Some(("ok asked=4".into(), End::Final)));
+        assert_eq!(lines("ok\nasked=4\n", "x", r"(?s)ok.*\n"), Some(("ok\nasked=4".into(), End::Open)));
     }
 }

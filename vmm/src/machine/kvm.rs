@@ -10,6 +10,7 @@ use kvm_bindings::{
     kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use rangemap::RangeSet;
 use std::sync::Arc;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::{errno, ioctl_iow_nr, ioctl_iowr_nr};
@@ -153,24 +154,49 @@ impl KvmVm {
     ///
     /// Cheap once the pages have been moved out of the window: while they are mapped, KVM protects each of them anew.
     pub fn clear_log(&self) -> Result<(), KvmError> {
-        for (slot, (pages, log)) in self.slots.iter().zip(&self.logs).enumerate() {
-            // Large guests write little of their memory: the rest need not be gone through.
-            let Some(first) = log.words.iter().position(|word| *word != 0) else { continue };
-            let words = &log.words[first..=log.words.iter().rposition(|word| *word != 0).unwrap_or(first)];
-            let first_page = (first * u64::BITS as usize) as u64;
-            let num_pages = ((words.len() * u64::BITS as usize) as u64).min(pages.count().0 - first_page) as u32;
-            let clear = kvm_clear_dirty_log {
-                slot: slot as u32,
-                num_pages,
-                first_page,
-                __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_ptr().cast_mut().cast() },
-            };
-            // SAFETY: KVM reads one bit for each of these pages, which the words have.
-            if unsafe { ioctl_with_ref(&self.vm, KVM_CLEAR_DIRTY_LOG(), &clear) } != 0 {
-                return Err(slot_error("KVM_CLEAR_DIRTY_LOG", *pages)(errno::Error::last()));
-            }
+        for (slot, log) in self.logs.iter().enumerate() {
+            self.clear(slot, &log.words)?;
         }
         Ok(())
+    }
+
+    /// Has the log say nothing of these pages, which nobody has written since they were mapped.
+    pub fn forget_writes(&self, pages: &RangeSet<u64>) -> Result<(), KvmError> {
+        if self.log == DirtyLog::Off {
+            return Ok(());
+        }
+        for (slot, there) in self.slots.iter().enumerate() {
+            let mut words = vec![0; there.count().0.div_ceil(u64::BITS.into()) as usize];
+            for page in
+                pages.overlapping(there.raw()).flat_map(|part| GfnRange::from(part.clone()).intersect(*there).raw())
+            {
+                let bit = page - there.start().0;
+                words[(bit / u64::from(u64::BITS)) as usize] |= 1_u64 << (bit % u64::from(u64::BITS));
+            }
+            self.clear(slot, &words)?;
+        }
+        Ok(())
+    }
+
+    /// Clears what these words say of a slot, from its start.
+    fn clear(&self, slot: usize, words: &[u64]) -> Result<(), KvmError> {
+        // Large guests write little of their memory: the rest need not be gone through.
+        let Some(first) = words.iter().position(|word| *word != 0) else { return Ok(()) };
+        let pages = self.slots[slot];
+        let words = &words[first..=words.iter().rposition(|word| *word != 0).unwrap_or(first)];
+        let first_page = (first * u64::BITS as usize) as u64;
+        let num_pages = ((words.len() * u64::BITS as usize) as u64).min(pages.count().0 - first_page) as u32;
+        let clear = kvm_clear_dirty_log {
+            slot: slot as u32,
+            num_pages,
+            first_page,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_ptr().cast_mut().cast() },
+        };
+        // SAFETY: KVM reads one bit for each of these pages, which the words have.
+        match unsafe { ioctl_with_ref(&self.vm, KVM_CLEAR_DIRTY_LOG(), &clear) } {
+            0 => Ok(()),
+            _ => Err(slot_error("KVM_CLEAR_DIRTY_LOG", pages)(errno::Error::last())),
+        }
     }
 
     /// A vCPU that shows its guest `cpuid`.

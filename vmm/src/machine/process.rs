@@ -192,7 +192,12 @@ impl Process<'_> {
             ToVm::Expect(expected) => {
                 let message = match vm.expect(*expected, &fds) {
                     Ok(()) => FromVm::Expecting,
-                    Err(error) => FromVm::StartFailed(error.to_string()),
+                    // A vCPU knows better why.
+                    Err(error) => {
+                        let mut said = floor.take_messages().0.into_iter();
+                        let reason = said.find(|message| matches!(message, FromVm::StartFailed(_)));
+                        reason.unwrap_or_else(|| FromVm::StartFailed(error.to_string()))
+                    }
                 };
                 outbox::tell(&mut self.link, &message, &[])?;
             }

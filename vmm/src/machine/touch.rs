@@ -7,20 +7,25 @@
 //! [`copy_ahead`]: guest_mem::window::host::HostWindow::copy_ahead
 #![allow(unsafe_code)] // an ioctl that kvm-ioctls lacks
 
+use super::kick::StopSwitch;
 use super::mailbox::Memory;
 use crate::boot::monitor;
 use crate::wire::Machine;
 use firmware::abi::{DOORBELL, Doorbell};
-use guest_mem::{Gfn, GfnRange, PAGE_SIZE};
+use guest_mem::{Gfn, GfnRange, PAGE_SIZE, Run};
 use kvm_bindings::{KVM_CAP_PRE_FAULT_MEMORY, KVMIO, kvm_pre_fault_memory, kvm_regs};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use rangemap::RangeSet;
+use std::collections::BTreeMap;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::{errno, ioctl_iowr_nr};
 
 ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
+
+/// A vCPU is begun again so often with a stretch of pages.
+const INTERRUPTED_MOST: u32 = 100;
 
 /// How pages are touched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,12 +57,19 @@ impl Way {
         }
     }
 
-    /// Touches pages on a vCPU that has these registers, and has them afterwards.
-    pub fn touch(self, vcpu: &mut VcpuFd, registers: &kvm_regs, pages: &[GfnRange]) -> Result<(), TouchError> {
+    /// Touches pages on a vCPU that has these registers, and has them afterwards. It stands, and its switch says so.
+    pub fn touch(
+        self,
+        vcpu: &mut VcpuFd,
+        stop: StopSwitch,
+        registers: &kvm_regs,
+        pages: &[GfnRange],
+    ) -> Result<(), TouchError> {
         match self {
+            Self::Monitor if pages.is_empty() => Ok(()),
             Self::Monitor => {
                 for pages in pages {
-                    run_toucher(vcpu, registers, *pages)?;
+                    run_toucher(vcpu, stop, registers, *pages)?;
                 }
                 set_regs(vcpu, registers)
             }
@@ -70,19 +82,23 @@ impl Way {
     }
 }
 
-fn run_toucher(vcpu: &mut VcpuFd, registers: &kvm_regs, pages: GfnRange) -> Result<(), TouchError> {
+fn run_toucher(vcpu: &mut VcpuFd, stop: StopSwitch, registers: &kvm_regs, pages: GfnRange) -> Result<(), TouchError> {
     set_regs(vcpu, &monitor::toucher(registers, pages.start().gpa(), pages.count().0))?;
-    vcpu.set_kvm_immediate_exit(0);
+    stop.clear();
+    let mut interrupted = 0;
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(DOORBELL, value)) if *value == (Doorbell::Touched as u32).to_le_bytes() => break,
             Ok(exit) => return Err(TouchError::Exit(format!("{exit:?}"))),
-            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
+            // Nobody wants it to stop.
+            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) && interrupted < INTERRUPTED_MOST => {
+                interrupted += 1;
+            }
             Err(cause) => return Err(TouchError::Call { call: "KVM_RUN", cause }),
         }
     }
     // The doorbell's write is complete when KVM is entered again.
-    vcpu.set_kvm_immediate_exit(1);
+    stop.set();
     match vcpu.run() {
         Err(error) if error.errno() == libc::EINTR => Ok(()),
         Err(cause) => Err(TouchError::Call { call: "KVM_RUN", cause }),
@@ -113,26 +129,36 @@ fn pre_fault(vcpu: &VcpuFd, pages: GfnRange) {
 /// For KVM's dirty log they are written from then on: it maps them for writing, and hears no more of them. Whether the
 /// guest has written them shows in what they hold.
 #[derive(Debug, Default)]
-pub(super) struct Touched(Vec<(Gfn, u32)>);
+pub(super) struct Touched(BTreeMap<Gfn, u32>);
 
 impl Touched {
-    /// Pages that were touched besides.
-    pub fn extend(&mut self, others: Self) {
-        self.0.extend(others.0);
+    /// Takes down pages of a window that are about to be touched.
+    pub fn note(&mut self, memory: &Memory, pages: &[GfnRange]) -> Result<(), GuestMemoryError> {
+        let mut page = vec![0; PAGE_SIZE];
+        for gfn in pages.iter().flat_map(|pages| pages.iter()) {
+            self.0.insert(gfn, sum(memory, gfn, &mut page)?);
+        }
+        Ok(())
     }
 
-    /// Looks at pages of a window that is mapped.
-    pub fn look(memory: &Memory, pages: &[GfnRange]) -> Result<Self, GuestMemoryError> {
-        let mut page = vec![0; PAGE_SIZE];
-        let sum = |gfn: Gfn| Ok((gfn, sum(memory, gfn, &mut page)?));
-        pages.iter().flat_map(|pages| pages.iter()).map(sum).collect::<Result<_, _>>().map(Self)
+    /// Something else is mapped at `runs`. Gives the pages there that had been touched, and forgets them.
+    pub fn mapped_over(&mut self, runs: &[Run]) -> RangeSet<u64> {
+        let mut over = RangeSet::new();
+        for Run { pages, .. } in runs {
+            let gone: Vec<Gfn> = self.0.range(pages.start()..pages.end()).map(|(&gfn, _)| gfn).collect();
+            for gfn in gone {
+                self.0.remove(&gfn);
+                over.insert(gfn.0..gfn.0 + 1);
+            }
+        }
+        over
     }
 
     /// Takes those pages from what the log says that hold what they held.
     pub fn leave_out_unchanged(&self, memory: &Memory, logged: &mut RangeSet<u64>) -> Result<(), GuestMemoryError> {
         let mut page = vec![0; PAGE_SIZE];
-        for &(gfn, before) in &self.0 {
-            if sum(memory, gfn, &mut page)? == before {
+        for (&gfn, &before) in &self.0 {
+            if logged.contains(&gfn.0) && sum(memory, gfn, &mut page)? == before {
                 logged.remove(gfn.0..gfn.0 + 1);
             }
         }
@@ -141,7 +167,7 @@ impl Touched {
 
     /// Takes all of them from what the log says.
     pub fn leave_out(&self, logged: &mut RangeSet<u64>) {
-        self.0.iter().for_each(|(gfn, _)| logged.remove(gfn.0..gfn.0 + 1));
+        self.0.keys().for_each(|gfn| logged.remove(gfn.0..gfn.0 + 1));
     }
 }
 

@@ -35,6 +35,7 @@ enum LoadError {
 pub(super) struct Vcpu {
     number: usize,
     fd: &'static mut VcpuFd,
+    stop: StopSwitch,
     registers: Registers,
     way: Way,
     /// The last `KVM_RUN` has left registers behind.
@@ -45,7 +46,7 @@ impl Vcpu {
     /// Takes a vCPU that has not run, for the life of the process; gives the switch that stops it as well.
     pub fn new(number: usize, fd: VcpuFd, registers: Registers, way: Way) -> (Self, StopSwitch) {
         let (stop, fd) = StopSwitch::of(Box::leak(Box::new(fd)));
-        (Self { number, fd, registers, way, shared: false }, stop)
+        (Self { number, fd, stop, registers, way, shared: false }, stop)
     }
 
     /// Starts the thread, which waits on the floor for something to do.
@@ -58,7 +59,7 @@ impl Vcpu {
 
     fn work(&mut self, floor: &Floor, buses: &Buses) {
         // KVM starts a worker of its own at a VM's first KVM_RUN: let that be now, not when a fork waits for it.
-        self.fd.set_kvm_immediate_exit(1);
+        self.stop.set();
         if let Ok(exit) = self.fd.run() {
             return floor.die(describe(&exit));
         }
@@ -94,7 +95,7 @@ impl Vcpu {
             Load::Expected(state, pages) => {
                 let regs = state.regs;
                 self.registers.expect(self.fd, *state)?;
-                self.way.touch(self.fd, &regs, &pages)?;
+                self.way.touch(self.fd, self.stop, &regs, &pages)?;
             }
             Load::Saved(state) => self.registers.restore(self.fd, &state)?,
             Load::Monitor => {

@@ -27,8 +27,8 @@ use crate::devices::serial::Console;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
 use crate::wire::{Activity, Expect, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
-use guest_mem::StoreId;
 use guest_mem::window::host::{Features, HostWindow, HugePages, Place, WindowError};
+use guest_mem::{Run, StoreId};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -134,7 +134,8 @@ pub(super) struct Vm {
     started: bool,
     /// The state that a fork most likely starts from.
     expected: Option<MachineState>,
-    /// The pages that were touched for it.
+    /// How pages are touched for it, and those that were.
+    way: Way,
     touched: Touched,
     /// What a fork that has not got its state yet does then.
     becoming: Option<Activity>,
@@ -163,6 +164,7 @@ impl Vm {
         window.vacate()?;
         let Facts { cpuid, access } = known.facts(&kvm, shape.machine)?;
         let cpuid = Cpuid::new(&cpuid, shape);
+        let way = Way::of(shape.machine, &kvm);
         let mut vcpus = Vec::new();
         let mut switches = Vec::new();
         let mut tsc_khz = 0;
@@ -171,7 +173,7 @@ impl Vm {
             let registers = Registers::of_fresh(access.clone(), &fd)?;
             // Not every host tells; the guest then knows that it does not know.
             tsc_khz = fd.get_tsc_khz().unwrap_or(0).into();
-            let (vcpu, stop) = Vcpu::new(number.into(), fd, registers, Way::of(shape.machine, &kvm));
+            let (vcpu, stop) = Vcpu::new(number.into(), fd, registers, way);
             vcpus.push(vcpu);
             switches.push(stop);
         }
@@ -209,6 +211,7 @@ impl Vm {
             max_runs,
             started: false,
             expected: None,
+            way,
             touched: Touched::default(),
             becoming: None,
             log_tells_all: false,
@@ -234,15 +237,25 @@ impl Vm {
         }
         let Expect { runs, stores, ahead, state } = expected;
         let stores = self.named(&stores, fds)?;
-        self.window.map(&runs, &stores, HugePages::Never)?;
+        self.map(&runs, &stores, HugePages::Never)?;
         ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
         self.expected = state.map(|state| state.unpack()).transpose()?;
         let vcpus = self.expected.iter().flat_map(|state| &state.vcpus).enumerate();
-        let touched = Touched::look(self.window.memory(), &ahead).map_err(VmError::Look)?;
-        self.touched.extend(touched);
+        let ahead = if self.way == Way::Not || self.expected.is_none() { Vec::new() } else { ahead };
+        self.touched.note(self.window.memory(), &ahead).map_err(VmError::Look)?;
         let pages = |number| if number == 0 { ahead.clone() } else { Vec::new() };
         self.floor.load(vcpus.map(|(n, vcpu)| Load::Expected(Box::new(vcpu.clone()), pages(n))).collect());
         drop(self.floor.await_standing()?);
+        Ok(())
+    }
+
+    /// Maps over what was mapped before.
+    fn map(&mut self, runs: &[Run], stores: &[(StoreId, BorrowedFd<'_>)], huge: HugePages) -> Result<(), VmError> {
+        self.window.map(runs, stores, huge)?;
+        let over = self.touched.mapped_over(runs);
+        if !over.is_empty() {
+            self.kvm.forget_writes(&over)?;
+        }
         Ok(())
     }
 
@@ -270,7 +283,7 @@ impl Vm {
             Origin::Monitor | Origin::Linux(_) => HugePages::Advised,
             Origin::Fork { .. } => HugePages::Never,
         };
-        self.window.map(&runs, &stores, huge)?;
+        self.map(&runs, &stores, huge)?;
         ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
         self.log_tells_all = matches!(origin, Origin::Fork { .. });
         if !self.log_tells_all {

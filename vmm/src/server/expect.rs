@@ -205,7 +205,7 @@ impl Server {
     }
 }
 
-/// The page that a child is written to before it runs, whoever it is.
+/// The page that every child is written to before it runs.
 fn told_first(machine: Machine) -> Option<GfnRange> {
     let page = EVENT_PAGE / PAGE_SIZE as u64;
     (machine == Machine::Monitor).then(|| (page..page + 1).into())

@@ -78,6 +78,8 @@ pub struct ForkOp {
     pause_due: bool,
     moved: u64,
     children: Vec<Progress>,
+    /// The children have been told to begin.
+    begun: bool,
     failure: Option<String>,
 }
 
@@ -98,13 +100,14 @@ impl ForkOp {
             pause_due: false,
             moved: 0,
             children: Vec::new(),
+            begun: false,
             failure: None,
         }
     }
 
-    /// Whether children have not begun.
+    /// Whether children are about to begin.
     pub fn awaits_children(&self) -> bool {
-        self.children.iter().any(|child| !child.there)
+        self.begun && self.failure.is_none() && self.children.iter().any(|child| !child.there)
     }
 }
 
@@ -344,10 +347,12 @@ impl Server {
                 log::debug!("settle {gfn} ahead: {error}");
             }
         }
-        let op = &self.forks[&fork];
+        let op = self.forks.get_mut(&fork).expect("a fork under way");
         if op.failure.is_some() {
             return;
         }
+        op.begun = true;
+        let op = &self.forks[&fork];
         let parent_generation = op.parent;
         let ahead = self.learned.at_hand(parent_generation, self.families[&family].family(), parent);
         let Some(parent_vm) = self.vms.get(op.parent) else { return };

@@ -9,7 +9,7 @@
 //! | `watch`, `clients` | the loop's descriptors, and who is connected |
 //! | `process`, `zygote`, `window`, `pool`, `expect` | VM processes, who makes them, their memory, and the prepared ones |
 //! | `files` | what is mapped into guests from files |
-//! | `vm`, `roll` | the list of VMs, and its copy in the home |
+//! | `vm`, `names`, `roll` | the list of VMs, their names, and its copy in the home |
 //! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
 //! | `idle` | balloons of VMs that do nothing |

@@ -45,11 +45,8 @@ impl Names {
 
     /// The first names `PREFIX-1`, `PREFIX-2`, … that nobody has.
     pub fn first_free(&self, prefix: &str, count: usize) -> Vec<String> {
-        let all = 1..u64::MAX;
-        let free: Box<dyn Iterator<Item = u64>> = match self.numbers.get(prefix) {
-            Some(numbers) => Box::new(numbers.gaps(&all).flatten()),
-            None => Box::new(all),
-        };
+        let none = RangeSet::new();
+        let free = self.numbers.get(prefix).unwrap_or(&none).gaps(&(1..u64::MAX)).flatten();
         free.take(count).map(|number| format!("{prefix}-{number}")).collect()
     }
 }

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 
 /// A batch in so many may wait no longer: traps settle pages too, but not those that nobody touches.
 const LONGEST: u32 = 8;
-/// Traps come as long as the last one is no longer ago than so many batches, or than this.
+/// Traps come as long as the last one is no longer ago than so many batches, nor than this.
 const RECENT: (u32, Duration) = (64, Duration::from_millis(50));
 /// Pages of a batch meanwhile: what a trap settles.
 const SMALL: PageCount = PageCount(16);
 
-/// Children that have not begun by then are waited for no longer.
+/// So long children are waited for, all in all, while there is something to settle.
 const PATIENCE: Duration = Duration::from_millis(10);
 
 /// What is known of the pace.
@@ -25,6 +25,8 @@ const PATIENCE: Duration = Duration::from_millis(10);
 pub struct Pace {
     /// Since when there are children that are about to begin.
     children: Option<Instant>,
+    /// How long others before them were waited for.
+    waited: Duration,
     batch: Duration,
     last_batch: Option<Instant>,
     last_trap: Option<Instant>,
@@ -44,7 +46,19 @@ impl Pace {
 
     /// Whether there are children that are about to begin.
     pub fn children(&mut self, there_are: bool, now: Instant) {
-        self.children = there_are.then(|| self.children.unwrap_or(now));
+        match self.children {
+            None if there_are => self.children = Some(now),
+            Some(since) if !there_are => {
+                self.waited += now.saturating_duration_since(since);
+                self.children = None;
+            }
+            _ => {}
+        }
+    }
+
+    /// Nothing is left to settle.
+    pub fn all_settled(&mut self) {
+        self.waited = Duration::ZERO;
     }
 
     /// How many pages the next batch is to settle.
@@ -59,7 +73,7 @@ impl Pace {
     pub fn wait(&self, now: Instant) -> Option<Duration> {
         let quiet = self.last_trap.zip(self.last_batch);
         let quiet = quiet.map(|(trap, batch)| (trap + self.batch).min(batch + LONGEST * self.batch));
-        let begun = self.children.map(|since| since + PATIENCE);
+        let begun = self.children.map(|since| since + PATIENCE.saturating_sub(self.waited));
         quiet.max(begun)?.checked_duration_since(now).filter(|wait| !wait.is_zero())
     }
 }
@@ -98,10 +112,30 @@ mod tests {
         assert_eq!(pace.wait(at(1)), Some(Duration::from_millis(9)));
         pace.children(true, at(8));
         assert_eq!(pace.wait(at(10)), None, "there are always some");
+        pace.all_settled();
         pace.children(false, at(11));
-        pace.children(true, at(12));
-        assert_eq!(pace.wait(at(12)), Some(Duration::from_millis(10)));
-        pace.children(false, at(13));
-        assert_eq!(pace.wait(at(13)), None);
+        assert_eq!(pace.wait(at(11)), None);
+    }
+
+    /// Who is forked again and again has children that are about to begin almost always.
+    #[test]
+    fn a_batch_waits_for_many_children_as_long_as_for_one() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut pace = Pace::default();
+        for begin in [0, 10, 20] {
+            pace.children(true, at(begin));
+            assert!(pace.wait(at(begin + 3)).is_some());
+            pace.children(false, at(begin + 3));
+        }
+        pace.children(true, at(30));
+        assert_eq!(pace.wait(at(30)), Some(Duration::from_millis(1)));
+        pace.children(false, at(33));
+        pace.children(true, at(40));
+        assert_eq!(pace.wait(at(40)), None);
+        pace.children(false, at(41));
+        pace.all_settled();
+        pace.children(true, at(42));
+        assert_eq!(pace.wait(at(42)), Some(Duration::from_millis(10)));
     }
 }

@@ -1,9 +1,9 @@
 //! Pages that guests wait for, and pages that settle behind their backs.
 
-use super::Server;
 use super::fork::ForkOp;
 use super::process::{ProcessId, Role};
 use super::vm::{FamilyId, Generation, Phase};
+use super::{FamilyManager, Server};
 use guest_mem::manager::Error as MemoryError;
 use guest_mem::ops::Trap;
 use guest_mem::{Gfn, Touch};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 const RETRY: Duration = Duration::from_millis(50);
 
 impl Server {
-    /// Settles a batch of every family. Whether there is more.
+    /// Settles a batch of every family. Whether there is more, or may be.
     pub(super) fn settle(&mut self, now: Instant) -> bool {
         if self.retry_at.is_some_and(|at| at > now) {
             return false;
@@ -27,6 +27,10 @@ impl Server {
         }
         for (generation, gfn, touch) in mem::take(&mut self.retries) {
             self.serve_trap(generation, gfn, touch);
+        }
+        if !self.families.values().any(FamilyManager::is_settling) {
+            self.pace.all_settled();
+            return false;
         }
         self.pace.children(self.forks.values().any(ForkOp::awaits_children), now);
         if self.pace.wait(now).is_some() {
@@ -103,12 +107,13 @@ impl Server {
         }
         let started = Instant::now();
         let answered = manager.trap(vm, gfn, touch);
+        let alone = self.families.iter().all(|(&id, manager)| id == family || !manager.is_settling());
         let answered_at = Instant::now();
         log::trace!("{:?} waited at {gfn}: answered in {:?}", record.name, answered_at - started);
         match answered {
             // The next batch is what it needs next.
-            Ok(true) => {}
-            Ok(false) => self.pace.trapped(answered_at),
+            Ok(true) if alone => {}
+            Ok(_) => self.pace.trapped(answered_at),
             Err(error) => {
                 self.retries.push_back((generation, gfn, touch));
                 self.memory_error(family, &error);

@@ -240,18 +240,19 @@ impl Vm {
         Ok(shed)
     }
 
-    /// What the guest has written since it was started or frozen; none where no log is kept.
+    /// What the guest has written since it was started or frozen; none where no log is kept. Of pages that were touched
+    /// ahead it is told when the guest's first moments are over: it is their `last`.
     pub fn wrote(&mut self, last: bool) -> Result<Vec<GfnRange>, VmError> {
         self.kvm.read_log()?;
         let mut pages = self.kvm.logs().iter().flat_map(SlotLog::pages).map(GfnRange::raw).collect();
+        // Most clones are never frozen.
+        self.kvm.forget_log();
         if last {
             let touched = std::mem::take(&mut self.touched);
             touched.leave_out_unchanged(self.window.memory(), &mut pages).map_err(VmError::Look)?;
         } else {
             self.touched.leave_out(&mut pages);
         }
-        // Most clones are never frozen.
-        self.kvm.forget_log();
         Ok(pages.into_iter().map(GfnRange::from).collect())
     }
 
