@@ -10,6 +10,7 @@ total() { offshoot stats --json | json "$1"; }
 # anonymous NAME: the host's own count, in KiB.
 anonymous() { awk '/^RssAnon:/ { print $2 }' "/proc/$(figure "$1" pid)/status"; }
 
+on_one_processor
 boot a -m 256M
 memory=$(figure a total_memory)
 at_most "it tells how much memory it has" $((256 << 20)) "$memory"

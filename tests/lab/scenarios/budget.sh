@@ -16,6 +16,7 @@ watch_accounted() {
 
 # A disk of memory: this machine has no other, and what is on it counts for nobody.
 serve --swap /swap:1G
+on_one_processor
 boot a -m 256M
 before=$(total accounted_bytes)
 note "one guest at its prompt: $((before >> 20)) MiB accounted"
