@@ -171,6 +171,15 @@ mod tests {
         family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
     }
 
+    /// A VM of 256 pages, all of which are to settle.
+    fn frozen() -> (Family, VmId) {
+        let ram = GfnRange::new(Gfn(0), PageCount(256));
+        let mut family = Family::new(Shape::X86_64);
+        let vm = family.launch(&[ram], &[]);
+        freeze(&mut family, vm, ram);
+        (family, vm)
+    }
+
     fn store(family: &mut Family, job: &Job) -> std::ops::Range<u64> {
         family.settled(job, &[(job.pages, Placed::Stored)], &mut Effects::default());
         job.pages.raw()
@@ -190,10 +199,7 @@ mod tests {
     /// A guest that went over its memory in order waited for every 16th page, while others settled that it needed last.
     #[test]
     fn settling_goes_on_behind_the_page_that_somebody_waits_for_and_leaves_none_out() {
-        let ram = GfnRange::new(Gfn(0), PageCount(256));
-        let mut family = Family::new(Shape::X86_64);
-        let vm = family.launch(&[ram], &[]);
-        freeze(&mut family, vm, ram);
+        let (mut family, vm) = frozen();
         assert_eq!(wait(&mut family, vm, 0), (0..16, true));
         assert_eq!(wait(&mut family, vm, 200), (192..208, false));
         assert_eq!(wait(&mut family, vm, 210), (208..224, true));
@@ -205,10 +211,7 @@ mod tests {
     /// The older of two freezes settled first, whoever waited for pages of the other.
     #[test]
     fn the_freeze_that_somebody_waits_for_settles_first() {
-        let ram = GfnRange::new(Gfn(0), PageCount(256));
-        let mut family = Family::new(Shape::X86_64);
-        let vm = family.launch(&[ram], &[]);
-        freeze(&mut family, vm, ram);
+        let (mut family, vm) = frozen();
         family.fork(vm, 1000);
         freeze(&mut family, vm, (128..192).into());
         assert_eq!(wait(&mut family, vm, 128).0, 128..144);

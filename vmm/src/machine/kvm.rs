@@ -154,36 +154,33 @@ impl KvmVm {
     ///
     /// Cheap once the pages have been moved out of the window: while they are mapped, KVM protects each of them anew.
     pub fn clear_log(&self) -> Result<(), KvmError> {
-        for (slot, log) in self.logs.iter().enumerate() {
-            self.clear(slot, &log.words)?;
+        for (slot, SlotLog { words, .. }) in self.logs.iter().enumerate() {
+            // Large guests write little of their memory: the rest need not be gone through.
+            let Some(first) = words.iter().position(|word| *word != 0) else { continue };
+            let last = words.iter().rposition(|word| *word != 0).unwrap_or(first);
+            self.clear(slot, first, &words[first..=last])?;
         }
         Ok(())
     }
 
     /// Has the log say nothing of these pages, which nobody has written since they were mapped.
     pub fn forget_writes(&self, pages: &RangeSet<u64>) -> Result<(), KvmError> {
-        if self.log == DirtyLog::Off {
-            return Ok(());
-        }
-        for (slot, there) in self.slots.iter().enumerate() {
-            let mut words = vec![0; there.count().0.div_ceil(u64::BITS.into()) as usize];
-            for page in
-                pages.overlapping(there.raw()).flat_map(|part| GfnRange::from(part.clone()).intersect(*there).raw())
-            {
-                let bit = page - there.start().0;
-                words[(bit / u64::from(u64::BITS)) as usize] |= 1_u64 << (bit % u64::from(u64::BITS));
-            }
-            self.clear(slot, &words)?;
+        const BITS: u64 = u64::BITS as u64;
+        for (slot, there) in self.slots.iter().enumerate().filter(|_| self.log == DirtyLog::On) {
+            let parts = pages.overlapping(there.raw()).map(|part| GfnRange::from(part.clone()).intersect(*there));
+            let bits: Vec<u64> = parts.flat_map(|part| part.raw()).map(|page| page - there.start().0).collect();
+            let (Some(first), Some(last)) = (bits.first(), bits.last()) else { continue };
+            let first = first / BITS;
+            let mut words = vec![0; (last / BITS - first + 1) as usize];
+            bits.iter().for_each(|bit| words[(bit / BITS - first) as usize] |= 1 << (bit % BITS));
+            self.clear(slot, first as usize, &words)?;
         }
         Ok(())
     }
 
-    /// Clears what these words say of a slot, from its start.
-    fn clear(&self, slot: usize, words: &[u64]) -> Result<(), KvmError> {
-        // Large guests write little of their memory: the rest need not be gone through.
-        let Some(first) = words.iter().position(|word| *word != 0) else { return Ok(()) };
+    /// Clears what these words say of a slot, the first of which is its `first`.
+    fn clear(&self, slot: usize, first: usize, words: &[u64]) -> Result<(), KvmError> {
         let pages = self.slots[slot];
-        let words = &words[first..=words.iter().rposition(|word| *word != 0).unwrap_or(first)];
         let first_page = (first * u64::BITS as usize) as u64;
         let num_pages = ((words.len() * u64::BITS as usize) as u64).min(pages.count().0 - first_page) as u32;
         let clear = kvm_clear_dirty_log {

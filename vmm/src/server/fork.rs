@@ -2,11 +2,10 @@
 
 use super::Server;
 use super::clients::ClientId;
-use super::guest_stats::can_tell;
+use super::hint::Hint;
 use super::idle::IdleBalloon;
 use super::launch::Beginning;
 use super::process::Parcel;
-use super::talk::Deadline;
 use super::vm::{FamilyId, Generation, Phase};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
@@ -46,17 +45,6 @@ struct Progress {
     there: bool,
 }
 
-/// Whether the guest tells of its free pages before it is frozen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Hint {
-    Unasked,
-    /// It is to be asked, and waited for so many milliseconds.
-    Wanted(u64),
-    /// It has told of so many pages.
-    Asked(u64),
-    Over(u64),
-}
-
 /// A fork under way.
 #[derive(Debug)]
 pub struct ForkOp {
@@ -65,7 +53,7 @@ pub struct ForkOp {
     asked_ns: u64,
     paused: bool,
     wait_settled: bool,
-    hint: Hint,
+    pub hint: Hint,
     /// What the guest was asked to have in its balloon when it was frozen: by its user, and besides.
     asked_balloon: u64,
     idle: IdleBalloon,
@@ -261,53 +249,6 @@ impl Server {
         self.finish_fork_if_there(fork);
     }
 
-    /// Whether the guest is to tell of its free pages before this fork freezes it, and has not.
-    fn asks_for_hints(&mut self, parent: Generation, fork: ForkId) -> bool {
-        let Some(vm) = self.vms.get(parent) else { return false };
-        let can_tell = can_tell(vm) && vm.pausers.is_empty();
-        let Some(op) = self.forks.get_mut(&fork) else { return false };
-        match op.hint {
-            Hint::Wanted(_) if !can_tell => {
-                op.hint = Hint::Over(0);
-                false
-            }
-            Hint::Wanted(ms) => {
-                op.hint = Hint::Asked(0);
-                self.set_deadline(Some(ms), Deadline::Hint(parent, fork));
-                self.tell(parent, &ToVm::HintFree);
-                true
-            }
-            Hint::Asked(_) => true,
-            Hint::Unasked | Hint::Over(_) => false,
-        }
-    }
-
-    /// So many free pages have been told of, if the guest was asked.
-    pub(super) fn count_hinted(&mut self, parent: Generation, pages: u64) {
-        let fork = self.vms.get(parent).and_then(|vm| vm.forks.front());
-        if let Some(Hint::Asked(count)) = fork.and_then(|fork| self.forks.get_mut(fork)).map(|op| &mut op.hint) {
-            *count += pages;
-        }
-    }
-
-    /// A guest has told of all its free pages.
-    pub(super) fn hinted(&mut self, parent: Generation) {
-        if let Some(&fork) = self.vms.get(parent).and_then(|vm| vm.forks.front()) {
-            self.drop_deadlines(|deadline| *deadline == Deadline::Hint(parent, fork));
-            self.hint_late(parent, fork);
-        }
-    }
-
-    /// The fork waits no longer for free pages. The guest has what it has told of back once it was frozen.
-    pub(super) fn hint_late(&mut self, parent: Generation, fork: ForkId) {
-        if let Some(op) = self.forks.get_mut(&fork)
-            && let Hint::Asked(count) = op.hint
-        {
-            op.hint = Hint::Over(count);
-            self.freeze(parent);
-        }
-    }
-
     /// The parent has been frozen, and most likely runs on.
     pub(super) fn frozen(&mut self, parent: Generation, frozen: Frozen) {
         if self.frozen_to_swap(parent, &frozen) {
@@ -352,7 +293,6 @@ impl Server {
             return;
         }
         op.begun = true;
-        let op = &self.forks[&fork];
         let parent_generation = op.parent;
         let ahead = self.learned.at_hand(parent_generation, self.families[&family].family(), parent);
         let Some(parent_vm) = self.vms.get(op.parent) else { return };

@@ -10,7 +10,7 @@
 //! | `process`, `zygote`, `window`, `pool`, `expect` | VM processes, who makes them, their memory, and the prepared ones |
 //! | `files` | what is mapped into guests from files |
 //! | `vm`, `names`, `roll` | the list of VMs, their names, and its copy in the home |
-//! | `launch`, `fork`, `balloon`, `talk`, `end` | the verbs that change something |
+//! | `launch`, `fork`, `hint`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
 //! | `idle` | balloons of VMs that do nothing |
 //! | `report`, `guest_stats`, `check` | the verbs that look |
@@ -27,6 +27,7 @@ mod expect;
 mod files;
 mod fork;
 mod guest_stats;
+mod hint;
 mod idle;
 mod inbox;
 mod launch;
