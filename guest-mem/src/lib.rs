@@ -46,6 +46,7 @@ pub mod manager;
 pub mod map;
 pub mod object;
 pub mod ops;
+mod ranges;
 mod reclaim;
 pub mod rmap;
 pub mod stage2;

@@ -10,6 +10,7 @@ use super::{Backing, Kind, ObjectId, Objects, Slot};
 use crate::addr::GfnRange;
 use crate::effect::Effects;
 use crate::family::Pace;
+use crate::ranges::{within, without};
 
 impl Objects {
     /// One map entry less, of a VM of this pace, shows `id`.
@@ -39,9 +40,8 @@ impl Objects {
 
     /// Removes an object that nothing needs. Returns what lies beneath.
     fn remove(&mut self, id: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
-        let all: Vec<GfnRange> = self.get(id).slots.iter().map(|(pages, _)| pages.clone().into()).collect();
-        for pages in all {
-            self.vacate(id, pages, effects);
+        for (pages, slot) in self.take_slots(id) {
+            self.free(id, pages, slot, effects);
         }
         let below = self.get(id).backing.map(|backing| backing.object);
         if let Some(below) = below {
@@ -69,24 +69,31 @@ impl Objects {
         if shadow_is_smaller {
             self.swap_slots(id, shadow);
         }
-        let slots: Vec<(GfnRange, Slot)> = self.get(id).slots.iter().map(|(p, &s)| (p.clone().into(), s)).collect();
+        let slots = self.take_slots(id);
+        let hidden: Vec<GfnRange> = if shadow_is_smaller {
+            slots.iter().for_each(|&(pages, _)| self.vacate(shadow, pages, effects));
+            Vec::new()
+        } else {
+            self.get(shadow).slots.iter().map(|(pages, _)| pages.clone().into()).collect()
+        };
         for (pages, slot) in slots {
-            if shadow_is_smaller {
-                self.vacate(shadow, pages, effects);
-            }
-            let absent: Vec<GfnRange> = self.get(shadow).slots.gaps(&pages.raw()).map(GfnRange::from).collect();
-            for part in absent {
+            for part in without(&[pages], &hidden) {
                 // Charged before the old slot is discharged, so that no store ends in between.
-                self.put(shadow, part.raw(), slot);
-                self.get_mut(id).slots.remove(part.raw());
+                self.put(shadow, part, slot);
                 self.discharge(id, slot, part.count().0, effects);
             }
+            within(&hidden, pages).for_each(|part| self.free(id, part, slot, effects));
         }
         // Not before: slots count as their object does, and these change hands.
         if self.get(shadow).busy > 0 {
             self.take_over(id, backing);
         }
         self.remove(id, effects)
+    }
+
+    /// All slots of an object, which has none from now on; the accounts do not know yet.
+    fn take_slots(&mut self, id: ObjectId) -> Vec<(GfnRange, Slot)> {
+        std::mem::take(&mut self.get_mut(id).slots).into_iter().map(|(pages, slot)| (pages.into(), slot)).collect()
     }
 
     /// What was busy for the sake of `below` is so for what it has beneath it now.

@@ -176,7 +176,7 @@ impl Objects {
         self.stores.insert(store, StoreAccount::new(Kind::File, None));
         let id = self.insert(Kind::File, None);
         if pages.0 > 0 {
-            self.put(id, 0..pages.0, Slot::Resident(store));
+            self.put(id, (0..pages.0).into(), Slot::Resident(store));
         }
         id
     }
@@ -277,14 +277,25 @@ impl Objects {
     }
 
     /// Gives absent pages a slot.
-    pub(crate) fn put(&mut self, id: ObjectId, pages: std::ops::Range<u64>, slot: Slot) {
-        let object = self.get(id);
-        assert!(!object.slots.overlaps(&pages), "a slot that holds a page is not overwritten");
+    pub(crate) fn put(&mut self, id: ObjectId, pages: GfnRange, slot: Slot) {
+        self.put_all(id, [pages], slot);
+    }
+
+    /// Gives many absent stretches a slot of this kind.
+    pub(crate) fn put_all(&mut self, id: ObjectId, all: impl IntoIterator<Item = GfnRange>, slot: Slot) {
+        let object = self.get_mut(id);
+        let mut count = 0;
+        for pages in all.into_iter().filter(|pages| !pages.is_empty()) {
+            assert!(!object.slots.overlaps(&pages.raw()), "a slot that holds a page is not overwritten");
+            object.slots.insert(pages.raw(), slot);
+            count += pages.count().0;
+        }
+        if count == 0 {
+            return;
+        }
         if slot.is_pending() {
             self.pending.insert(id);
         }
-        let count = pages.end - pages.start;
-        self.get_mut(id).slots.insert(pages, slot);
         self.charge(id, slot, count);
     }
 
@@ -316,18 +327,21 @@ impl Objects {
             return;
         }
         self.get_mut(id).slots.remove(pages.raw());
-        for (part, slot) in old {
-            if let Some(store) = slot.resident()
-                && self.stores[&store].kind == Kind::Anonymous
-            {
-                effects.push(Effect::Punch(store, part));
-            }
-            if let Some(base) = slot.swap() {
-                self.discarded += part.count().0;
-                effects.push(Effect::FreeSwap(base.slot(part.start()), part.count()));
-            }
-            self.leave(id, part, slot, effects);
+        old.into_iter().for_each(|(part, slot)| self.free(id, part, slot, effects));
+    }
+
+    /// Frees the storage of pages that had `slot`.
+    fn free(&mut self, id: ObjectId, pages: GfnRange, slot: Slot, effects: &mut Effects) {
+        if let Some(store) = slot.resident()
+            && self.stores[&store].kind == Kind::Anonymous
+        {
+            effects.push(Effect::Punch(store, pages));
         }
+        if let Some(base) = slot.swap() {
+            self.discarded += pages.count().0;
+            effects.push(Effect::FreeSwap(base.slot(pages.start()), pages.count()));
+        }
+        self.leave(id, pages, slot, effects);
     }
 
     /// Pages were taken out of `slot`.

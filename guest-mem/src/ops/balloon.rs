@@ -59,7 +59,7 @@ impl Family {
         };
         for pages in shown.iter() {
             self.objects.vacate(top, pages.clone().into(), effects);
-            self.objects.put(top, pages.clone(), Slot::Zero);
+            self.objects.put(top, pages.clone().into(), Slot::Zero);
         }
         if let Some(below) = entry.object.filter(|&below| below != top) {
             let pace = self.vm(vm).pace;

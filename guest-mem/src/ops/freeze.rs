@@ -8,8 +8,9 @@ use crate::effect::{Effect, Effects};
 use crate::family::{Family, Freezing, VmId};
 use crate::map::MapEntry;
 use crate::object::{Backing, ObjectId, Slot};
+use crate::ranges::{outside, within, without};
 use crate::stage2::Cursor;
-use crate::window::{Harvest, Run, Source, StoreId};
+use crate::window::{Harvest, Source, StoreId};
 
 /// Where the pages of a freeze go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,7 +82,7 @@ impl Family {
         let spans = self.spans(vm, &harvest.copied, store, bridge);
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
         let mut cursor = Cursor::new(&mut self.stage2, &mut books.root);
-        all_taken.iter().for_each(|&pages| cursor.set(Run { pages, source }, &mut replaced));
+        cursor.set_all(&all_taken, source, &mut replaced);
         for pages in &harvest.moved {
             books.runs.insert(pages.raw(), source);
             books.kept.remove(pages.raw());
@@ -116,17 +117,10 @@ impl Family {
         store: StoreId,
         effects: &mut Effects,
     ) {
-        for &pages in taken {
-            // Only an object that is this VM's alone has slots here: what they held is hidden from everybody now.
-            self.objects.vacate(top, pages, effects);
-            let mut at = pages.start();
-            for part in within(private, pages) {
-                self.put_between(top, at, part.start(), Slot::Gap(store));
-                self.objects.put(top, part.raw(), Slot::Unsettled(store));
-                at = part.end();
-            }
-            self.put_between(top, at, pages.end(), Slot::Gap(store));
-        }
+        // Only an object that is this VM's alone has slots here: what they held is hidden from everybody now.
+        taken.iter().for_each(|&pages| self.objects.vacate(top, pages, effects));
+        self.objects.put_all(top, private.iter().copied(), Slot::Unsettled(store));
+        self.objects.put_all(top, without(taken, private), Slot::Gap(store));
     }
 
     /// Stretches from one of `copied`, whose slots name `store`, to another, over less than `most` zeros between each two.
@@ -158,26 +152,6 @@ impl Family {
         spans.retain(|span| within(copied, *span).nth(1).is_some());
         spans
     }
-
-    fn put_between(&mut self, top: ObjectId, from: Gfn, to: Gfn, slot: Slot) {
-        if from < to {
-            self.objects.put(top, from.0..to.0, slot);
-        }
-    }
-}
-
-/// Which of sorted `ranges` do not lie within one of sorted `others`.
-fn outside<'a>(ranges: &'a [GfnRange], others: &[GfnRange]) -> impl Iterator<Item = &'a GfnRange> {
-    ranges.iter().filter(|pages| !within(others, **pages).any(|part| part == **pages))
-}
-
-/// The parts of sorted ranges that lie within `bounds`.
-fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Item = GfnRange> {
-    let first = ranges.partition_point(move |range| range.end() <= bounds.start());
-    ranges[first..]
-        .iter()
-        .take_while(move |range| range.start() < bounds.end())
-        .map(move |range| range.intersect(bounds))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The only writer of stage-2 tables.
 
-use super::{Entry, Stage2, TableId, View, entries_in, push_run};
-use crate::addr::{Gfn, GfnRange};
+use super::{Entry, Stage2, TableId, View, push_run};
+use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::window::{Run, Source};
 
 /// Changes one VM's tree: every table it changes is that VM's alone, copied first if it was shared.
@@ -18,41 +18,68 @@ impl<'a> Cursor<'a> {
 
     /// Makes `run.source` supply `run.pages`. Appends what supplied them before to `replaced`; others may still see it.
     pub fn set(&mut self, run: Run, replaced: &mut Vec<Run>) {
-        if !run.pages.is_empty() {
+        self.set_all(&[run.pages], run.source, replaced);
+    }
+
+    /// The same of many stretches: sorted, and apart from each other.
+    pub fn set_all(&mut self, all: &[GfnRange], source: Source, replaced: &mut Vec<Run>) {
+        if all.iter().any(|pages| !pages.is_empty()) {
             *self.root = self.own(*self.root);
-            self.set_below(*self.root, run, replaced);
+            self.set_below(*self.root, all, source, replaced);
         }
     }
 
-    fn set_below(&mut self, table: TableId, run: Run, replaced: &mut Vec<Run>) {
+    /// Goes over the entries that `all` touches, each of which lies in this table at least in part.
+    fn set_below(&mut self, table: TableId, all: &[GfnRange], source: Source, replaced: &mut Vec<Run>) {
         let shape = self.stage2.shape();
         let t = self.stage2.table(table);
-        let level = t.level;
-        let touched: Vec<(GfnRange, Entry)> = entries_in(shape, t, run.pages).collect();
-        for (pages, entry) in touched {
-            let part = pages.intersect(run.pages);
-            let view = entry.view(pages.start());
-            if part == pages && level <= shape.leaf_levels {
+        let (level, first, count) = (t.level, t.first, t.entries.len() as u64);
+        let span = shape.entry_span(level).0;
+        let end = Gfn(first.0 + count * span);
+        let (mut at, mut rest) = (first, all);
+        while at < end {
+            rest = &rest[rest.iter().take_while(|pages| pages.end() <= at || pages.is_empty()).count()..];
+            let Some(next) = rest.first().filter(|pages| pages.start() < end) else { return };
+            let index = (next.start().max(at).0 - first.0) / span;
+            let pages = GfnRange::new(Gfn(first.0 + index * span), PageCount(span));
+            let view = self.stage2.table(table).entries[index as usize].view(pages.start());
+            if next.intersect(pages) == pages && level <= shape.leaf_levels {
                 match view {
                     View::Empty => {}
                     View::Leaf(source) => push_run(replaced, Run { pages, source }),
                     View::Table(below) => self.stage2.release(below, replaced),
                 }
-                self.write(table, pages.start(), View::Leaf(run.source));
-                continue;
-            }
-            let below = match view {
-                View::Table(below) => self.own(below),
-                leaf => self.split(level - 1, pages.start(), leaf),
-            };
-            self.write(table, pages.start(), View::Table(below));
-            self.set_below(below, run, replaced);
-            if let Some(source) = self.uniform(below)
-                && level <= shape.leaf_levels
-            {
-                self.stage2.release(below, &mut Vec::new());
                 self.write(table, pages.start(), View::Leaf(source));
+            } else {
+                let within = rest.partition_point(|other| other.start() < pages.end());
+                self.set_in_entry(table, pages.start(), view, &rest[..within], source, replaced);
             }
+            at = pages.end();
+        }
+    }
+
+    /// Makes `source` supply a part of what the entry at `first` covers.
+    fn set_in_entry(
+        &mut self,
+        table: TableId,
+        first: Gfn,
+        view: View,
+        all: &[GfnRange],
+        source: Source,
+        replaced: &mut Vec<Run>,
+    ) {
+        let level = self.stage2.table(table).level;
+        let below = match view {
+            View::Table(below) => self.own(below),
+            leaf => self.split(level - 1, first, leaf),
+        };
+        self.write(table, first, View::Table(below));
+        self.set_below(below, all, source, replaced);
+        if let Some(source) = self.uniform(below)
+            && level <= self.stage2.shape().leaf_levels
+        {
+            self.stage2.release(below, &mut Vec::new());
+            self.write(table, first, View::Leaf(source));
         }
     }
 
@@ -106,7 +133,6 @@ impl<'a> Cursor<'a> {
 mod tests {
     use super::super::Shape;
     use super::*;
-    use crate::addr::PageCount;
     use crate::window::StoreId;
 
     const TINY: Shape = Shape { bits: 2, levels: 3, leaf_levels: 2 };

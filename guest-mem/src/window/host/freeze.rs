@@ -6,6 +6,7 @@ use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
 use super::scratch::Draft;
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
+use crate::ranges::{push, without};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
 use std::io;
@@ -328,28 +329,4 @@ impl HostWindow {
 /// The guest frames at these host addresses of an area.
 fn frames(bytes: &Range<u64>, base: u64) -> GfnRange {
     ((bytes.start - base) >> PAGE_SHIFT..(bytes.end - base) >> PAGE_SHIFT).into()
-}
-
-/// `ranges` without `holes`; both sorted, and every hole lies within a range.
-fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> {
-    let mut rest = Vec::new();
-    let mut holes = holes.iter().peekable();
-    for range in ranges {
-        let mut start = range.start();
-        while let Some(hole) = holes.next_if(|hole| hole.start() < range.end()) {
-            rest.push(GfnRange::between(start, hole.start()));
-            start = hole.end();
-        }
-        rest.push(GfnRange::between(start, range.end()));
-    }
-    rest.retain(|range| !range.is_empty());
-    rest
-}
-
-/// Appends `pages` to sorted ranges, joining it to the last where it continues that.
-fn push(ranges: &mut Vec<GfnRange>, pages: GfnRange) {
-    match ranges.last_mut() {
-        Some(last) if last.end() == pages.start() => *last = GfnRange::between(last.start(), pages.end()),
-        _ => ranges.push(pages),
-    }
 }

@@ -1,0 +1,75 @@
+//! Sorted lists of page ranges.
+
+use crate::addr::GfnRange;
+
+/// The parts of sorted ranges that lie within `bounds`.
+pub(crate) fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Item = GfnRange> {
+    let first = ranges.partition_point(move |range| range.end() <= bounds.start());
+    ranges[first..]
+        .iter()
+        .take_while(move |range| range.start() < bounds.end())
+        .map(move |range| range.intersect(bounds))
+}
+
+/// Which of sorted `ranges` do not lie within one of sorted `others`.
+pub(crate) fn outside<'a>(ranges: &'a [GfnRange], others: &[GfnRange]) -> impl Iterator<Item = &'a GfnRange> {
+    ranges.iter().filter(|pages| !within(others, **pages).any(|part| part == **pages))
+}
+
+/// What sorted `ranges` have besides sorted `holes`.
+pub(crate) fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> {
+    let mut rest = Vec::new();
+    for range in ranges {
+        let mut start = range.start();
+        for hole in within(holes, *range) {
+            rest.push(GfnRange::between(start, hole.start()));
+            start = hole.end();
+        }
+        rest.push(GfnRange::between(start, range.end()));
+    }
+    rest.retain(|range| !range.is_empty());
+    rest
+}
+
+/// Appends `pages` to sorted ranges, joining it to the last where it continues that.
+pub(crate) fn push(ranges: &mut Vec<GfnRange>, pages: GfnRange) {
+    match ranges.last_mut() {
+        Some(last) if last.end() == pages.start() => *last = GfnRange::between(last.start(), pages.end()),
+        _ => ranges.push(pages),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(raw: &[(u64, u64)]) -> Vec<GfnRange> {
+        raw.iter().map(|&(start, end)| (start..end).into()).collect()
+    }
+
+    #[test]
+    fn holes_may_lie_across_ranges_and_outside() {
+        let all = ranges(&[(10, 20), (20, 30), (40, 50)]);
+        assert_eq!(
+            without(&all, &ranges(&[(0, 5), (12, 14), (18, 22), (35, 60)])),
+            ranges(&[(10, 12), (14, 18), (22, 30)])
+        );
+        assert_eq!(without(&all, &[]), all);
+        assert_eq!(without(&[], &all), []);
+    }
+
+    #[test]
+    fn what_lies_partly_within_lies_outside() {
+        let all = ranges(&[(10, 20), (20, 30), (40, 50)]);
+        assert_eq!(outside(&all, &ranges(&[(5, 20), (21, 50)])).copied().collect::<Vec<_>>(), ranges(&[(20, 30)]));
+        assert_eq!(within(&all, (15..41).into()).collect::<Vec<_>>(), ranges(&[(15, 20), (20, 30), (40, 41)]));
+    }
+
+    #[test]
+    fn neighbours_are_joined() {
+        let mut all = ranges(&[(1, 2)]);
+        push(&mut all, (2..4).into());
+        push(&mut all, (5..6).into());
+        assert_eq!(all, ranges(&[(1, 4), (5, 6)]));
+    }
+}
