@@ -81,8 +81,7 @@ impl Family {
     /// The slots of swap that pages of the family are in.
     pub fn swap_slots(&self) -> impl Iterator<Item = (SwapSlot, PageCount)> {
         let slots = self.objects.iter().flat_map(|(_, object)| object.slots.iter());
-        slots
-            .filter_map(|(pages, slot)| Some((slot.swap()?.slot(Gfn(pages.start)), PageCount(pages.end - pages.start))))
+        slots.filter_map(|(pages, slot)| Some((slot.swap()?.slot(pages.start()), pages.count())))
     }
 
     fn window_runs(&self, vm: &Vm) -> Vec<Run> {
@@ -201,19 +200,19 @@ impl Family {
         let mut holders: BTreeMap<StoreId, BTreeMap<ObjectId, u64>> = BTreeMap::new();
         for (id, object) in self.objects.iter() {
             let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
-            let gaps: u64 = gaps.map(|(pages, _)| pages.end - pages.start).sum();
+            let gaps: u64 = gaps.map(|(pages, _)| pages.count().0).sum();
             if gaps != object.gaps {
                 broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.gaps));
             }
             for (pages, slot) in object.slots.iter() {
                 let Some(store) = slot.store() else { continue };
                 let owned = owners.entry(store).or_default();
-                if owned.overlaps(pages) {
+                if owned.overlaps(&pages.raw()) {
                     broken.push(format!("3: pages {pages:?} of {store:?} belong to {id:?} and to another object"));
                 }
-                owned.insert(pages.clone());
+                owned.insert(pages.raw());
                 let count = counts.entry(store).or_default();
-                let held = pages.end - pages.start;
+                let held = pages.count().0;
                 *holders.entry(store).or_default().entry(id).or_default() += held;
                 match slot {
                     Slot::Resident(_) | Slot::Clean(..) => count[0] += held,
@@ -222,15 +221,12 @@ impl Family {
                     Slot::Swapped(..) => count[3] += held,
                     Slot::Zero | Slot::Lost(..) => {}
                 }
-                if object.kind == Kind::Anonymous
-                    && slot.resident().is_some()
-                    && !self.objects.ages.has(store, pages.clone().into())
-                {
+                if object.kind == Kind::Anonymous && slot.resident().is_some() && !self.objects.ages.has(store, pages) {
                     broken
                         .push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
                 }
                 if let Slot::Clean(store, _) = slot
-                    && !clusters(pages.clone().into()).all(|cluster| self.objects.clean.contains(&(*store, cluster)))
+                    && !clusters(pages).all(|cluster| self.objects.clean.contains(&(store, cluster)))
                 {
                     broken.push(format!("3: copies in swap of pages {pages:?} of {store:?} would never be given up"));
                 }
@@ -293,7 +289,7 @@ impl Family {
             for (pages, slot) in object.slots.iter() {
                 let Some(store) = slot.store() else { continue };
                 let empty = RangeSet::new();
-                let hidden: Vec<_> = seen.get(&store).unwrap_or(&empty).gaps(pages).collect();
+                let hidden: Vec<_> = seen.get(&store).unwrap_or(&empty).gaps(&pages.raw()).collect();
                 for part in hidden {
                     if !self.awaited_above(id, part.clone().into()) {
                         broken.push(format!("6: nobody sees pages {part:?} of {store:?}, state {slot:?}"));
@@ -315,7 +311,7 @@ impl Family {
     fn awaited_above(&self, object: ObjectId, pages: GfnRange) -> bool {
         pages.iter().all(|page: Gfn| {
             self.objects.iter().any(|(_, above)| {
-                let is_gap = matches!(above.slots.get(&page.0), Some(Slot::Gap(_)));
+                let is_gap = matches!(above.slots.get(page), Some(Slot::Gap(_)));
                 let below = above.backing.filter(|_| is_gap);
                 below.is_some_and(|below| {
                     let one = GfnRange::new(page, PageCount(1));

@@ -18,10 +18,11 @@ pub(crate) fn outside<'a>(ranges: &'a [GfnRange], others: &[GfnRange]) -> impl I
 
 /// What sorted `ranges` have besides sorted `holes`.
 pub(crate) fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> {
-    let mut rest = Vec::new();
+    let (mut rest, mut holes) = (Vec::new(), holes);
     for range in ranges {
+        holes = &holes[holes.iter().take_while(|hole| hole.end() <= range.start()).count()..];
         let mut start = range.start();
-        for hole in within(holes, *range) {
+        for hole in holes.iter().take_while(|hole| hole.start() < range.end()) {
             rest.push(GfnRange::between(start, hole.start()));
             start = hole.end();
         }

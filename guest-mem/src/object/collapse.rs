@@ -71,18 +71,20 @@ impl Objects {
         }
         let slots = self.take_slots(id);
         let hidden: Vec<GfnRange> = if shadow_is_smaller {
-            slots.iter().for_each(|&(pages, _)| self.vacate(shadow, pages, effects));
+            slots.iter().flat_map(|(pages, _)| pages).for_each(|&pages| self.vacate(shadow, pages, effects));
             Vec::new()
         } else {
-            self.get(shadow).slots.iter().map(|(pages, _)| pages.clone().into()).collect()
+            self.get(shadow).slots.iter().map(|(pages, _)| pages).collect()
         };
         for (pages, slot) in slots {
-            for part in without(&[pages], &hidden) {
-                // Charged before the old slot is discharged, so that no store ends in between.
-                self.put(shadow, part, slot);
-                self.discharge(id, slot, part.count().0, effects);
+            let shown = without(&pages, &hidden);
+            let count: u64 = shown.iter().map(|part| part.count().0).sum();
+            // Charged before the old slot is discharged, so that no store ends in between.
+            self.put_all(shadow, shown, slot);
+            if count > 0 {
+                self.discharge(id, slot, count, effects);
             }
-            within(&hidden, pages).for_each(|part| self.free(id, part, slot, effects));
+            self.free(id, pages.iter().flat_map(|&pages| within(&hidden, pages)), slot, effects);
         }
         // Not before: slots count as their object does, and these change hands.
         if self.get(shadow).busy > 0 {
@@ -91,9 +93,11 @@ impl Objects {
         self.remove(id, effects)
     }
 
-    /// All slots of an object, which has none from now on; the accounts do not know yet.
-    fn take_slots(&mut self, id: ObjectId) -> Vec<(GfnRange, Slot)> {
-        std::mem::take(&mut self.get_mut(id).slots).into_iter().map(|(pages, slot)| (pages.into(), slot)).collect()
+    /// All slots of an object, which has none from now on, with the pages of each in a row; the accounts do not know yet.
+    fn take_slots(&mut self, id: ObjectId) -> Vec<(Vec<GfnRange>, Slot)> {
+        let all: Vec<(GfnRange, Slot)> = std::mem::take(&mut self.get_mut(id).slots).iter().collect();
+        let same = all.chunk_by(|(_, a), (_, b)| a == b);
+        same.map(|parts| (parts.iter().map(|(pages, _)| *pages).collect(), parts[0].1)).collect()
     }
 
     /// What was busy for the sake of `below` is so for what it has beneath it now.
@@ -130,7 +134,7 @@ impl Objects {
                 .get(below)
                 .slots
                 .iter()
-                .all(|(p, _)| top.gaps(&(p.start + origin..p.end + origin)).next().is_none());
+                .all(|(p, _)| top.covers((p.start().0 + origin..p.end().0 + origin).into()));
             if !hidden {
                 return;
             }

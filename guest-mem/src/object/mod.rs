@@ -9,18 +9,20 @@
 mod collapse;
 mod resolve;
 mod slot;
+mod slots;
 
 pub(crate) use resolve::shift_down;
 pub use resolve::{Found, Segment};
 pub(crate) use slot::Batch;
 pub use slot::{Loss, Slot, SwapBase};
+use slots::Slots;
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Pace, VmId};
 use crate::reclaim::{Ages, clusters};
 use crate::window::StoreId;
-use rangemap::{RangeMap, RangeSet};
+use rangemap::RangeSet;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Names an object of its family.
@@ -56,7 +58,7 @@ pub struct Object {
     pub(crate) mappings: u32,
     /// Those among them of VMs that run, and shadows that are busy: somebody may need a page of it soon.
     pub(crate) busy: u32,
-    pub(crate) slots: RangeMap<u64, Slot>,
+    pub(crate) slots: Slots,
     /// What the accounts of stores call these slots.
     slots_id: SlotsId,
     /// Slots that are gaps.
@@ -202,8 +204,7 @@ impl Objects {
         let entry = self.objects.vacant_entry();
         let id = ObjectId(entry.key() as u32);
         let slots_id = SlotsId(self.owners.insert(Owner { object: id, stores: BTreeSet::new() }) as u32);
-        let slots = RangeMap::new();
-        let shadows = BTreeSet::new();
+        let (slots, shadows) = (Slots::default(), BTreeSet::new());
         let object = Object { kind, backing, shadows, mappings: 0, busy: 0, slots, slots_id, gaps: 0, settle_from: 0 };
         entry.insert(object);
         id
@@ -286,8 +287,7 @@ impl Objects {
         let object = self.get_mut(id);
         let mut count = 0;
         for pages in all.into_iter().filter(|pages| !pages.is_empty()) {
-            assert!(!object.slots.overlaps(&pages.raw()), "a slot that holds a page is not overwritten");
-            object.slots.insert(pages.raw(), slot);
+            object.slots.insert(pages, slot);
             count += pages.count().0;
         }
         if count == 0 {
@@ -305,7 +305,7 @@ impl Objects {
         let held: u64 = old.iter().map(|(part, _)| part.count().0).sum();
         assert_eq!(held, pages.count().0, "only pages that have a slot move on");
         self.charge(id, to, held);
-        self.get_mut(id).slots.insert(pages.raw(), to);
+        self.get_mut(id).slots.replace(pages, to);
         match to {
             Slot::Resident(store) => self.ages.settled(store, pages),
             Slot::Clean(store, _) => self.clean.extend(clusters(pages).map(|cluster| (store, cluster))),
@@ -316,7 +316,10 @@ impl Objects {
             if let (Slot::Zero, Some(store)) = (to, slot.store()) {
                 self.stores.get_mut(&store).expect("a slot names a store with an account").zeros = true;
             }
-            self.leave(id, part, slot, effects);
+            if let Slot::Gap(_) = slot {
+                self.leave_gap(id, part);
+            }
+            self.discharge(id, slot, part.count().0, effects);
         }
     }
 
@@ -326,34 +329,36 @@ impl Objects {
         if old.is_empty() {
             return;
         }
-        self.get_mut(id).slots.remove(pages.raw());
-        old.into_iter().for_each(|(part, slot)| self.free(id, part, slot, effects));
+        self.get_mut(id).slots.remove(pages);
+        old.into_iter().for_each(|(part, slot)| self.free(id, [part], slot, effects));
     }
 
     /// Frees the storage of pages that had `slot`.
-    fn free(&mut self, id: ObjectId, pages: GfnRange, slot: Slot, effects: &mut Effects) {
-        if let Some(store) = slot.resident()
-            && self.stores[&store].kind == Kind::Anonymous
-        {
-            effects.push(Effect::Punch(store, pages));
+    fn free(&mut self, id: ObjectId, all: impl IntoIterator<Item = GfnRange>, slot: Slot, effects: &mut Effects) {
+        let of_family = |store: &StoreId| self.stores[store].kind == Kind::Anonymous;
+        let (stored, swapped) = (slot.resident().filter(of_family), slot.swap());
+        let mut count = 0;
+        for pages in all {
+            stored.iter().for_each(|&store| effects.push(Effect::Punch(store, pages)));
+            swapped.iter().for_each(|base| effects.push(Effect::FreeSwap(base.slot(pages.start()), pages.count())));
+            if let Slot::Gap(_) = slot {
+                self.leave_gap(id, pages);
+            }
+            count += pages.count().0;
         }
-        if let Some(base) = slot.swap() {
-            self.discarded += pages.count().0;
-            effects.push(Effect::FreeSwap(base.slot(pages.start()), pages.count()));
+        if count > 0 {
+            self.discarded += swapped.map_or(0, |_| count);
+            self.discharge(id, slot, count, effects);
         }
-        self.leave(id, pages, slot, effects);
     }
 
-    /// Pages were taken out of `slot`.
-    fn leave(&mut self, id: ObjectId, pages: GfnRange, slot: Slot, effects: &mut Effects) {
-        if let Slot::Gap(_) = slot {
-            let sources = self.gap_sources(id, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
-            let sources: Vec<_> = sources.collect();
-            self.unneeded.extend(sources);
-            // It may be this page's read that was waited for.
-            self.put_off.remove(&id);
-        }
-        self.discharge(id, slot, pages.count().0, effects);
+    /// These pages are not gaps any more.
+    fn leave_gap(&mut self, id: ObjectId, pages: GfnRange) {
+        let sources = self.gap_sources(id, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
+        let sources: Vec<_> = sources.collect();
+        self.unneeded.extend(sources);
+        // It may be this page's read that was waited for.
+        self.put_off.remove(&id);
     }
 
     /// What gaps of `id` are to be copied from, and which pages of that.
@@ -390,31 +395,23 @@ impl Objects {
 
     /// The slots of `pages`, cut to them.
     pub(crate) fn slots_in(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
-        self.get(id)
-            .slots
-            .overlapping(pages.raw())
-            .map(move |(part, &slot)| (GfnRange::from(part.clone()).intersect(pages), slot))
+        self.get(id).slots.within(pages)
     }
 
-    /// The pending slot of `id` that is next to settle, and its pages: the first one from where somebody waited last, or else
-    /// the first one.
-    pub(crate) fn next_pending(&mut self, id: ObjectId) -> Option<(GfnRange, Slot)> {
+    /// The pending slot of `id` that is next to settle, and its pages, at most `limit`: the first one from where somebody
+    /// waited last, or else the first one.
+    pub(crate) fn next_pending(&mut self, id: ObjectId, limit: PageCount) -> Option<(GfnRange, Slot)> {
         let object = self.get_mut(id);
         let from = object.settle_from;
-        let first = |pages| object.slots.overlapping(pages).find(|(_, slot)| slot.is_pending());
-        match first(from..u64::MAX).or_else(|| first(0..from)) {
-            Some((pages, &slot)) => {
-                let pages = pages.clone();
-                object.settle_from = pages.start;
-                Some((pages.into(), slot))
-            }
-            None => {
-                object.settle_from = 0;
-                self.pending.remove(&id);
-                self.put_off.remove(&id);
-                None
-            }
-        }
+        let first = |pages: std::ops::Range<u64>| object.slots.parts(pages.into()).find(|(_, slot)| slot.is_pending());
+        let Some((pages, _)) = first(from..u64::MAX).or_else(|| first(0..from)) else {
+            object.settle_from = 0;
+            self.pending.remove(&id);
+            self.put_off.remove(&id);
+            return None;
+        };
+        object.settle_from = pages.start().0;
+        object.slots.within(GfnRange::new(pages.start(), limit)).next()
     }
 
     /// Somebody has waited for these pages of `id`, and most likely needs the next ones soon. Whether they are those that
@@ -520,7 +517,7 @@ impl Objects {
     /// The pages that are in a store.
     pub(crate) fn resident(&self, store: StoreId) -> RangeSet<u64> {
         let slots = self.iter().flat_map(|(_, object)| object.slots.iter());
-        slots.filter(|(_, slot)| slot.resident() == Some(store)).map(|(pages, _)| pages.clone()).collect()
+        slots.filter(|(_, slot)| slot.resident() == Some(store)).map(|(pages, _)| pages.raw()).collect()
     }
 
     /// Whether pages of a window of `holder` are waited for.

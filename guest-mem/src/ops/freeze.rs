@@ -118,7 +118,9 @@ impl Family {
         effects: &mut Effects,
     ) {
         // Only an object that is this VM's alone has slots here: what they held is hidden from everybody now.
-        taken.iter().for_each(|&pages| self.objects.vacate(top, pages, effects));
+        if !self.objects.get(top).slots.is_empty() {
+            taken.iter().for_each(|&pages| self.objects.vacate(top, pages, effects));
+        }
         self.objects.put_all(top, private.iter().copied(), Slot::Unsettled(store));
         self.objects.put_all(top, without(taken, private), Slot::Gap(store));
     }

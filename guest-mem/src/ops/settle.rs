@@ -67,8 +67,7 @@ impl Family {
             let Objects { pending, put_off, waited_for, .. } = &self.objects;
             let waited_for = waited_for.filter(|id| pending.contains(id) && !put_off.contains(id));
             let object = waited_for.or_else(|| pending.difference(put_off).next().copied())?;
-            if let Some((pages, slot)) = self.objects.next_pending(object) {
-                let pages = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + limit.0)));
+            if let Some((pages, slot)) = self.objects.next_pending(object, limit) {
                 return Some(self.job(object, pages, slot));
             }
         }

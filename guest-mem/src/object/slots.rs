@@ -1,0 +1,202 @@
+//! Which pages of an object have which slot.
+
+use super::Slot;
+use crate::addr::{Gfn, GfnRange};
+use std::collections::BTreeMap;
+use std::iter;
+use std::ops::Range;
+
+/// Pages of a chunk.
+const CHUNK: u64 = 512;
+
+/// The slots of an object's pages, stretch by stretch.
+///
+/// Stretches are cut at the borders of chunks, and those of a chunk stand in one list: a guest writes single pages by the
+/// thousand, near each other, and each is a stretch of its own.
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    /// Chunks with slots. Their parts are sorted, and neighbours that continue each other are one.
+    chunks: BTreeMap<u64, Vec<Part>>,
+}
+
+/// Pages of a chunk, counted from its first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    start: u16,
+    end: u16,
+    slot: Slot,
+}
+
+impl Slots {
+    /// Gives pages this slot, whatever they had.
+    pub fn replace(&mut self, pages: GfnRange, slot: Slot) {
+        for (chunk, start, end) in chunks(pages) {
+            set(self.chunks.entry(chunk).or_default(), start, end, Some(slot));
+        }
+    }
+
+    /// Gives absent pages this slot.
+    ///
+    /// # Panics
+    /// If one of them has a slot: its page would be forgotten.
+    pub fn insert(&mut self, pages: GfnRange, slot: Slot) {
+        for (chunk, start, end) in chunks(pages) {
+            let parts = self.chunks.entry(chunk).or_default();
+            let next = parts.partition_point(|part| part.end <= start);
+            assert!(
+                parts.get(next).is_none_or(|part| part.start >= end),
+                "a slot that holds a page is not overwritten"
+            );
+            set(parts, start, end, Some(slot));
+        }
+    }
+
+    /// Makes pages absent.
+    pub fn remove(&mut self, pages: GfnRange) {
+        for (chunk, start, end) in chunks(pages) {
+            if let Some(parts) = self.chunks.get_mut(&chunk) {
+                set(parts, start, end, None);
+                if parts.is_empty() {
+                    self.chunks.remove(&chunk);
+                }
+            }
+        }
+    }
+
+    /// The slot of a page; none of one that is absent.
+    pub fn get(&self, page: Gfn) -> Option<Slot> {
+        self.parts(GfnRange::between(page, Gfn(page.0 + 1))).next().map(|(_, slot)| slot)
+    }
+
+    /// The stretches among `pages`, cut to them.
+    pub fn within(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
+        let mut parts = self.parts(pages).peekable();
+        iter::from_fn(move || {
+            let (mut pages, slot) = parts.next()?;
+            while let Some((next, _)) = parts.next_if(|&(next, of)| next.start() == pages.end() && of == slot) {
+                pages = GfnRange::between(pages.start(), next.end());
+            }
+            Some((pages, slot))
+        })
+    }
+
+    /// The same, cut at the borders of chunks besides.
+    pub fn parts(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
+        let chunks = self.chunks.range(chunks_of(pages));
+        chunks.flat_map(move |(chunk, parts)| {
+            let range = move |part: &Part| {
+                GfnRange::from(chunk * CHUNK + u64::from(part.start)..chunk * CHUNK + u64::from(part.end))
+            };
+            let first = parts.partition_point(|part| range(part).end() <= pages.start());
+            let parts = parts[first..].iter().take_while(move |part| range(part).start() < pages.end());
+            parts.map(move |part| (range(part).intersect(pages), part.slot))
+        })
+    }
+
+    /// All stretches.
+    pub fn iter(&self) -> impl Iterator<Item = (GfnRange, Slot)> {
+        self.within((0..u64::MAX).into())
+    }
+
+    /// Whether each of these pages has a slot.
+    pub fn covers(&self, pages: GfnRange) -> bool {
+        self.parts(pages).map(|(part, _)| part.count().0).sum::<u64>() == pages.count().0
+    }
+
+    /// Whether all pages are absent.
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// How much work it is to go over them.
+    pub fn len(&self) -> usize {
+        self.chunks.values().map(Vec::len).sum()
+    }
+}
+
+fn chunks_of(pages: GfnRange) -> Range<u64> {
+    if pages.is_empty() { 0..0 } else { pages.start().0 / CHUNK..pages.end().0.div_ceil(CHUNK) }
+}
+
+/// The chunks of `pages`, and which pages of each.
+fn chunks(pages: GfnRange) -> impl Iterator<Item = (u64, u16, u16)> {
+    let (start, end) = (pages.start().0, pages.end().0);
+    chunks_of(pages).map(move |chunk| {
+        let base = chunk * CHUNK;
+        (chunk, (start.max(base) - base) as u16, (end.min(base + CHUNK) - base) as u16)
+    })
+}
+
+/// Gives pages of a chunk this slot, or none.
+fn set(parts: &mut Vec<Part>, start: u16, end: u16, slot: Option<Slot>) {
+    // Those that overlap or touch.
+    let first = parts.partition_point(|part| part.end < start);
+    let last = first + parts[first..].partition_point(|part| part.start <= end);
+    let touched = &parts[first..last];
+    let mut before = touched.first().filter(|part| part.start < start).map(|&part| Part { end: start, ..part });
+    let mut after = touched.last().filter(|part| part.end > end).map(|&part| Part { start: end, ..part });
+    let mut middle = slot.map(|slot| Part { start, end, slot });
+    if let Some(middle) = &mut middle {
+        middle.start = before.take_if(|before| before.slot == middle.slot).map_or(start, |before| before.start);
+        middle.end = after.take_if(|after| after.slot == middle.slot).map_or(end, |after| after.end);
+    }
+    parts.splice(first..last, [before, middle, after].into_iter().flatten());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::window::StoreId;
+
+    const PAGES: u64 = 3 * CHUNK;
+
+    /// For many pseudo-random changes, long and short, near the borders of chunks and far from them: the same as an array.
+    #[test]
+    fn slots_are_what_an_array_of_them_would_be() {
+        let mut seed = 1_u64;
+        let mut random = |bound: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % bound
+        };
+        let (mut slots, mut model) = (Slots::default(), [None; PAGES as usize]);
+        for step in 0..4000 {
+            let start = random(PAGES);
+            let most = if random(4) == 0 { PAGES } else { 4 };
+            let pages = GfnRange::from(start..(start + random(most)).min(PAGES));
+            let slot = [None, Some(Slot::Zero), Some(Slot::Resident(StoreId(1))), Some(Slot::Unsettled(StoreId(2)))];
+            let slot = slot[random(4) as usize];
+            match slot {
+                Some(slot) if slots.parts(pages).next().is_none() => slots.insert(pages, slot),
+                Some(slot) => slots.replace(pages, slot),
+                None => slots.remove(pages),
+            }
+            model[pages.start().0 as usize..pages.end().0 as usize].fill(slot);
+            let asked = GfnRange::from(random(PAGES)..random(PAGES));
+            let of_model = &model[asked.start().0 as usize..asked.end().0 as usize];
+            assert_eq!(slots.covers(asked), of_model.iter().all(Option::is_some), "step {step}");
+            let told = slots.within(asked);
+            let pages = told.flat_map(|(pages, slot)| pages.iter().map(move |page| (page, slot)));
+            let want = asked.iter().zip(of_model).filter_map(|(page, slot)| Some((page, (*slot)?)));
+            assert!(pages.eq(want), "step {step}");
+            let all: Vec<_> = slots.iter().collect();
+            let apart = |pair: &[(GfnRange, Slot)]| pair[0].0.end() < pair[1].0.start() || pair[0].1 != pair[1].1;
+            assert!(
+                all.windows(2).all(apart) && all.iter().all(|(pages, _)| !pages.is_empty()),
+                "step {step}: {all:?}"
+            );
+            let page = Gfn(random(PAGES));
+            assert_eq!(slots.get(page), model[page.0 as usize], "step {step}");
+        }
+        slots.remove((0..PAGES).into());
+        assert!(slots.is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "not overwritten")]
+    fn a_slot_is_not_overwritten_by_accident() {
+        let mut slots = Slots::default();
+        slots.insert((10..20).into(), Slot::Zero);
+        slots.insert((20..30).into(), Slot::Zero);
+        slots.insert((0..11).into(), Slot::Zero);
+    }
+}
