@@ -70,7 +70,17 @@ pub struct Family {
     pub(crate) objects: Objects,
     pub(crate) stage2: Stage2,
     pub(crate) vms: BTreeMap<VmId, Vm>,
+    pub(crate) left: LeftOver,
     next_vm: u32,
+}
+
+/// What freezes have hidden, perhaps from everybody: to find out takes time, and the children come first.
+#[derive(Debug, Default)]
+pub(crate) struct LeftOver {
+    /// Objects that have been stacked on others.
+    pub(crate) tops: Vec<ObjectId>,
+    /// What the frozen VMs saw before.
+    pub(crate) replaced: Vec<Run>,
 }
 
 /// Something at launch that is not fresh memory.
@@ -85,7 +95,8 @@ pub struct FileMapping {
 impl Family {
     /// An empty family whose stage-2 tables have this shape.
     pub fn new(shape: Shape) -> Self {
-        Self { objects: Objects::default(), stage2: Stage2::new(shape), vms: BTreeMap::new(), next_vm: 1 }
+        let (objects, stage2) = (Objects::default(), Stage2::new(shape));
+        Self { objects, stage2, vms: BTreeMap::new(), left: LeftOver::default(), next_vm: 1 }
     }
 
     /// The objects.

@@ -185,8 +185,8 @@ impl Local {
     ///
     /// # Errors
     /// A page could not be filled in; its thread waits on.
-    pub fn swap_ready(&mut self) -> Result<(), Error> {
-        Ok(self.manager.swap_ready()?)
+    pub fn retry(&mut self) -> Result<(), Error> {
+        Ok(self.manager.retry()?)
     }
 
     /// Readable when a thread waits for a page of this VM.
@@ -356,7 +356,7 @@ mod tests {
                     let mut wait = [PollFd::new(family.trap_descriptor(vm).unwrap(), PollFlags::POLLIN)];
                     poll(&mut wait, PollTimeout::from(10u8)).unwrap();
                     family.serve_traps().unwrap();
-                    family.swap_ready().unwrap();
+                    family.retry().unwrap();
                 }
                 for (page, read) in (0..).zip(reader.join().unwrap()) {
                     assert_eq!(read, if vm == child && page % 16 == 0 { 0 } else { page + 1 }, "round {round}");

@@ -59,7 +59,7 @@ pub struct Manager<S: StoreFactory, W> {
     copied: HashMap<StoreId, Copied>,
     /// Guests that wait for the end of a freeze of theirs, and the pages they wait for.
     waiting: Vec<(VmId, Gfn)>,
-    /// Guests that wait for reads from swap.
+    /// Guests that wait for reads from swap, or for copies of pages.
     swapping_in: Vec<Waiter>,
     ahead: Ahead,
     /// Who waited last goes on in order.
@@ -205,15 +205,20 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         // Without traps a hole in a store would be filled by whoever reads it.
         let bridge = if self.zero_run == u64::MAX { PageCount(0) } else { ZERO_CLUSTER };
         self.family.finish_freeze(vm, harvest, bridge, &mut effects);
-        let can_wait = |effect: &Effect| matches!(effect, Effect::Punch(..) | Effect::DropStore(_));
-        let (hidden, rest): (Vec<_>, Vec<_>) = effects.0.into_iter().partition(can_wait);
-        self.carry_out(Effects(rest));
-        self.hidden.extend(hidden);
+        self.carry_out(effects);
         self.wake_waiting(vm);
     }
 
     /// Frees some pages that a freeze has hidden from everybody. Whether more are left.
     fn free_hidden(&mut self) -> bool {
+        if !self.family.is_tidy() {
+            let mut effects = Effects::default();
+            self.family.tidy(&mut effects);
+            let can_wait = |effect: &Effect| matches!(effect, Effect::Punch(..) | Effect::DropStore(_));
+            let (hidden, rest): (Vec<_>, Vec<_>) = effects.0.into_iter().partition(can_wait);
+            self.carry_out(Effects(rest));
+            self.hidden.extend(hidden);
+        }
         let mut most = FREED_BATCH.0;
         while most > 0
             && let Some(effect) = self.hidden.pop_front()
@@ -385,8 +390,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Settles one batch of pages, at most `limit` and [`SETTLE_BATCH`]. Whether more are left, those apart that wait for
-    /// swap: they are done after [`swap_ready`](Self::swap_ready).
+    /// Settles one batch of pages, at most `limit` and [`SETTLE_BATCH`]. Whether more are left, those apart that are on their
+    /// way: they are done after [`retry`](Self::retry).
     ///
     /// # Errors
     /// [`Error::Fill`]: the batch waits on.
@@ -404,7 +409,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Whether there is something that [`settle`](Self::settle) sees to.
     pub fn is_settling(&self) -> bool {
-        !self.hidden.is_empty() || !self.family.objects().pending.is_empty()
+        !self.hidden.is_empty() || !self.family.is_tidy() || !self.family.objects().pending.is_empty()
     }
 
     /// Whether all pages of a freeze are where they belong.

@@ -32,6 +32,15 @@ pub(crate) fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> 
     rest
 }
 
+/// All of two sorted lists, sorted.
+pub(crate) fn merged(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
+    let mut all = [one, other].concat();
+    if !one.is_empty() && !other.is_empty() {
+        all.sort_unstable_by_key(|range| range.start());
+    }
+    all
+}
+
 /// Appends `pages` to sorted ranges, joining it to the last where it continues that.
 pub(crate) fn push(ranges: &mut Vec<GfnRange>, pages: GfnRange) {
     match ranges.last_mut() {

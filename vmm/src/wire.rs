@@ -180,6 +180,8 @@ pub enum ToVm {
         max_runs: u32,
         /// What becomes of short stretches.
         short: Short,
+        /// Frames that somebody is about to wait for: where pages are copied, theirs come first.
+        first: Vec<Gfn>,
     },
     /// Some pages of a freeze have settled: give their memory back.
     LeaveScratch {
@@ -256,6 +258,9 @@ pub struct Frozen {
     pub scratch_base: u64,
     /// Frame of the scratch range where copies begin.
     pub copies: Gfn,
+    /// Of stretches that stayed, those that are in the scratch range, if the others are not yet: `Copied` follows, and until
+    /// then the window shows what they have, since no vCPU runs.
+    pub copied: Option<Vec<GfnRange>>,
     /// The process that has the pages of the scratch range, if it is a copy of this one.
     pub copy: Option<i32>,
     /// Whether the vCPUs run again. They do not if they stood still before, or if the host has no userfaultfd: then the
@@ -326,6 +331,11 @@ pub enum FromVm {
         state: PackedState,
         /// Whether the guest stands or rests, and will not run before a message [wakes](ToVm::wakes) it.
         still: bool,
+    },
+    /// All that stayed is in the scratch range.
+    Copied {
+        /// The freeze's store.
+        store: StoreId,
     },
     /// After a `Saved`, if the vCPUs run again: they do.
     WentOn {

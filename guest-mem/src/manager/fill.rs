@@ -17,7 +17,7 @@ use std::ops::Range;
 enum Read {
     /// In the staging buffer.
     Here,
-    /// On their way from swap.
+    /// On their way from swap, or about to be copied.
     Coming,
     /// Nowhere.
     Lost(Loss),
@@ -81,9 +81,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             CopyFrom::Scratch(holder) => {
                 let gone = || Err(io::ErrorKind::NotFound.into());
                 let window = self.windows.get(&holder);
-                if let Err(error) = window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
-                    log::error!("pages {pages:?} for store {:?} are lost: {error}", job.store);
-                    return Ok(Read::Lost(Loss::Process));
+                match window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Coming),
+                    Err(error) => {
+                        log::error!("pages {pages:?} for store {:?} are lost: {error}", job.store);
+                        return Ok(Read::Lost(Loss::Process));
+                    }
                 }
             }
             CopyFrom::Swap { object, first } => match self.factory.swap().get(first, buf) {

@@ -273,12 +273,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Reads from swap have ended: serves the guests that wait for them, and [`settle`](Self::settle) goes on with what
-    /// they held up.
+    /// Pages have come that were on their way, from swap or into a scratch range: serves the guests that wait for them, and
+    /// [`settle`](Self::settle) goes on with what they held up.
     ///
     /// # Errors
     /// The first page that could not be filled in. Its guest waits on, and is served when this is called again.
-    pub fn swap_ready(&mut self) -> Result<(), Error> {
+    pub fn retry(&mut self) -> Result<(), Error> {
         self.family.retry_put_off();
         let mut first = Ok(());
         let mut waiters = std::mem::take(&mut self.swapping_in);
@@ -294,7 +294,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         first
     }
 
-    /// Guests that wait for reads from swap.
+    /// Guests that wait for pages on their way: from swap, or into a scratch range.
     pub fn swapping_in(&self) -> impl Iterator<Item = (VmId, Gfn)> {
         self.swapping_in.iter().map(|waiter| (waiter.vm, waiter.gfn))
     }

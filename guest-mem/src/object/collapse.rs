@@ -10,16 +10,21 @@ use super::{Backing, Kind, ObjectId, Objects, Slot};
 use crate::addr::GfnRange;
 use crate::effect::Effects;
 use crate::family::Pace;
-use crate::ranges::{within, without};
+use crate::ranges::without;
 
 impl Objects {
     /// One map entry less, of a VM of this pace, shows `id`.
     pub(crate) fn unmap(&mut self, id: ObjectId, pace: Pace, effects: &mut Effects) {
+        self.unmap_untidily(id, pace);
+        self.tidy(id, effects);
+    }
+
+    /// The same; what can be made of `id` now is made later.
+    pub(crate) fn unmap_untidily(&mut self, id: ObjectId, pace: Pace) {
         self.get_mut(id).mappings -= 1;
         if pace == Pace::Running {
             self.calm(id);
         }
-        self.tidy(id, effects);
     }
 
     /// Removes `id` if nothing needs it, has it absorbed if one shadow does, and goes on below.
@@ -80,11 +85,11 @@ impl Objects {
             let shown = without(&pages, &hidden);
             let count: u64 = shown.iter().map(|part| part.count().0).sum();
             // Charged before the old slot is discharged, so that no store ends in between.
-            self.put_all(shadow, shown, slot);
+            self.put_all(shadow, shown.iter().copied(), slot);
             if count > 0 {
                 self.discharge(id, slot, count, effects);
             }
-            self.free(id, pages.iter().flat_map(|&pages| within(&hidden, pages)), slot, effects);
+            self.free(id, without(&pages, &shown), slot, effects);
         }
         // Not before: slots count as their object does, and these change hands.
         if self.get(shadow).busy > 0 {
@@ -154,7 +159,7 @@ impl Objects {
     /// Takes out of the chain below `id` what `id` hides, or is alone to need.
     pub(crate) fn shorten(&mut self, id: ObjectId, effects: &mut Effects) {
         self.bypass(id, effects);
-        if let Some(below) = self.get(id).backing {
+        if let Some(below) = self.objects.get(id.0 as usize).and_then(|object| object.backing) {
             self.tidy(below.object, effects);
         }
     }

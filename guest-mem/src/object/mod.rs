@@ -284,12 +284,9 @@ impl Objects {
 
     /// Gives many absent stretches a slot of this kind.
     pub(crate) fn put_all(&mut self, id: ObjectId, all: impl IntoIterator<Item = GfnRange>, slot: Slot) {
-        let object = self.get_mut(id);
         let mut count = 0;
-        for pages in all.into_iter().filter(|pages| !pages.is_empty()) {
-            object.slots.insert(pages, slot);
-            count += pages.count().0;
-        }
+        let counted = all.into_iter().inspect(|pages| count += pages.count().0);
+        self.get_mut(id).slots.insert(counted, slot);
         if count == 0 {
             return;
         }
@@ -509,8 +506,8 @@ impl Objects {
         self.stores.get(&store).is_none_or(|account| account.gaps == 0 && account.scratch.is_none())
     }
 
-    /// Whether pages cannot settle before others have been read from swap.
-    pub fn waits_for_swap(&self) -> bool {
+    /// Whether pages cannot settle before others have come that are on their way.
+    pub fn waits_for_others(&self) -> bool {
         !self.put_off.is_empty()
     }
 

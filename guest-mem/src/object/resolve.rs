@@ -46,16 +46,23 @@ impl Objects {
     /// What the chain from `top` down, its page 0 at guest frame `origin`, says of `pages`; in order of the frames.
     pub fn resolve(&self, top: Option<ObjectId>, origin: Gfn, pages: GfnRange) -> Vec<Segment> {
         let mut segments = Vec::new();
-        self.resolve_into(top, origin, pages, &mut segments);
+        self.for_each_segment(top, origin, pages, &mut |segment| segments.push(segment));
         segments
     }
 
-    fn resolve_into(&self, top: Option<ObjectId>, origin: Gfn, pages: GfnRange, out: &mut Vec<Segment>) {
+    /// The same, segment by segment.
+    pub(crate) fn for_each_segment(
+        &self,
+        top: Option<ObjectId>,
+        origin: Gfn,
+        pages: GfnRange,
+        out: &mut dyn FnMut(Segment),
+    ) {
         // Depth is the number of live generations: without bound, so no recursion over it where nothing is found.
         let (mut top, mut origin) = (top, origin);
         loop {
             let Some(id) = top else {
-                out.push(Segment { pages, found: None });
+                out(Segment { pages, found: None });
                 return;
             };
             let object = self.get(id);
@@ -76,13 +83,13 @@ impl Objects {
             for (part, slot) in hits.into_iter().flatten() {
                 let part = GfnRange::between(Gfn(part.start().0 + origin.0), Gfn(part.end().0 + origin.0));
                 if at < part.start() {
-                    self.resolve_into(next, next_origin, GfnRange::between(at, part.start()), out);
+                    self.for_each_segment(next, next_origin, GfnRange::between(at, part.start()), out);
                 }
-                out.push(Segment { pages: part, found: Some(Found { object: id, origin, slot }) });
+                out(Segment { pages: part, found: Some(Found { object: id, origin, slot }) });
                 at = part.end();
             }
             if at < pages.end() {
-                self.resolve_into(next, next_origin, GfnRange::between(at, pages.end()), out);
+                self.for_each_segment(next, next_origin, GfnRange::between(at, pages.end()), out);
             }
             return;
         }

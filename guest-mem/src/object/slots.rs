@@ -35,19 +35,24 @@ impl Slots {
         }
     }
 
-    /// Gives absent pages this slot.
+    /// Gives absent pages this slot. Costs least where they are sorted.
     ///
     /// # Panics
     /// If one of them has a slot: its page would be forgotten.
-    pub fn insert(&mut self, pages: GfnRange, slot: Slot) {
-        for (chunk, start, end) in chunks(pages) {
+    pub fn insert(&mut self, all: impl IntoIterator<Item = GfnRange>, slot: Slot) {
+        let mut all = all.into_iter().flat_map(chunks).peekable();
+        while let Some(&(chunk, ..)) = all.peek() {
             let parts = self.chunks.entry(chunk).or_default();
-            let next = parts.partition_point(|part| part.end <= start);
-            assert!(
-                parts.get(next).is_none_or(|part| part.start >= end),
-                "a slot that holds a page is not overwritten"
-            );
-            set(parts, start, end, Some(slot));
+            while let Some((_, start, end)) = all.next_if(|&(next, ..)| next == chunk) {
+                if parts.last().is_none_or(|last| last.end < start) {
+                    parts.push(Part { start, end, slot });
+                    continue;
+                }
+                let next = parts.partition_point(|part| part.end <= start);
+                let free = parts.get(next).is_none_or(|part| part.start >= end);
+                assert!(free, "a slot that holds a page is not overwritten");
+                set(parts, start, end, Some(slot));
+            }
         }
     }
 
@@ -166,7 +171,7 @@ mod tests {
             let slot = [None, Some(Slot::Zero), Some(Slot::Resident(StoreId(1))), Some(Slot::Unsettled(StoreId(2)))];
             let slot = slot[random(4) as usize];
             match slot {
-                Some(slot) if slots.parts(pages).next().is_none() => slots.insert(pages, slot),
+                Some(slot) if slots.parts(pages).next().is_none() => slots.insert([pages], slot),
                 Some(slot) => slots.replace(pages, slot),
                 None => slots.remove(pages),
             }
@@ -195,8 +200,7 @@ mod tests {
     #[should_panic(expected = "not overwritten")]
     fn a_slot_is_not_overwritten_by_accident() {
         let mut slots = Slots::default();
-        slots.insert((10..20).into(), Slot::Zero);
-        slots.insert((20..30).into(), Slot::Zero);
-        slots.insert((0..11).into(), Slot::Zero);
+        slots.insert([(10..20).into(), (20..30).into()], Slot::Zero);
+        slots.insert([(0..11).into()], Slot::Zero);
     }
 }

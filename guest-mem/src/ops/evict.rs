@@ -158,7 +158,7 @@ mod tests {
             family.begin_freeze(vm);
             family.finish_freeze(
                 vm,
-                &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+                &Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() },
                 PageCount(0),
                 &mut effects,
             );

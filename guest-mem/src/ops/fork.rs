@@ -119,7 +119,7 @@ mod tests {
         family.begin_freeze(parent);
         family.finish_freeze(
             parent,
-            &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+            &Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() },
             PageCount(0),
             &mut effects,
         );

@@ -5,7 +5,7 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, Freezing, VmId};
+use crate::family::{Family, Freezing, LeftOver, VmId};
 use crate::map::MapEntry;
 use crate::object::{Backing, ObjectId, Slot};
 use crate::ranges::{outside, within, without};
@@ -51,7 +51,8 @@ impl Family {
     }
 
     /// The window has taken `harvest`: makes it the top of the VM's chains. Where nothing was private, no object is
-    /// made. Children get one mapping of pages that stayed where fewer than `bridge` zeros lie between them.
+    /// made. Children get one mapping of pages that stayed where fewer than `bridge` zeros lie between them. What nobody
+    /// sees any more is freed when it is [tidied up](Self::tidy).
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, bridge: PageCount, effects: &mut Effects) {
         let store = self.end_freeze(vm);
         if harvest.is_empty() {
@@ -62,13 +63,13 @@ impl Family {
         let source = Source::Store { store, origin: Gfn(0) };
         let before = self.vm(vm).map.clone();
         let mut replaced = Vec::new();
-        let all_taken = harvest.taken();
+        let (all_taken, all_private) = (harvest.taken(), harvest.private());
         for (pages, entry) in before.iter() {
             let taken: Vec<GfnRange> = within(&all_taken, pages).collect();
             if taken.is_empty() {
                 continue;
             }
-            let private: Vec<GfnRange> = within(&harvest.private, pages).collect();
+            let private: Vec<GfnRange> = within(&all_private, pages).collect();
             let top = match entry.object {
                 Some(top) if !entry.needs_copy && taken == private => top,
                 below => self.stack_top(vm, pages, below, entry.origin),
@@ -76,7 +77,7 @@ impl Family {
             self.fill_top(top, &taken, &private, store, effects);
             if let Some(below) = entry.object.filter(|&below| below != top) {
                 let pace = self.vm(vm).pace;
-                self.objects.unmap(below, pace, effects);
+                self.objects.unmap_untidily(below, pace);
             }
         }
         let spans = self.spans(vm, &harvest.copied, store, bridge);
@@ -87,17 +88,24 @@ impl Family {
             books.runs.insert(pages.raw(), source);
             books.kept.remove(pages.raw());
         }
-        let is_new = |pages: &&GfnRange| books.kept.get(&pages.start().0).is_none_or(|kept| kept.end < pages.end().0);
-        let stay: Vec<GfnRange> = harvest.copied.iter().filter(is_new).copied().collect();
-        stay.into_iter().for_each(|pages| books.kept.insert(pages.raw()));
+        let stayed: Vec<GfnRange> = books.kept.iter().cloned().map(GfnRange::from).collect();
+        without(&harvest.copied, &stayed).into_iter().for_each(|pages| books.kept.insert(pages.raw()));
         outside(&all_taken, &spans).for_each(|pages| books.spans.remove(pages.raw()));
         spans.into_iter().for_each(|pages| books.spans.insert(pages.raw(), source));
-        for (_, entry) in books.map.iter() {
-            if let Some(top) = entry.object {
-                self.objects.shorten(top, effects);
-            }
-        }
+        self.left.tops.extend(books.map.iter().filter_map(|(_, entry)| entry.object));
+        self.left.replaced.append(&mut replaced);
+    }
+
+    /// Frees what freezes have hidden from everybody.
+    pub fn tidy(&mut self, effects: &mut Effects) {
+        let LeftOver { tops, replaced } = std::mem::take(&mut self.left);
+        tops.into_iter().for_each(|top| self.objects.shorten(top, effects));
         self.free_unseen(replaced, effects);
+    }
+
+    /// Whether there is nothing to [tidy](Self::tidy).
+    pub fn is_tidy(&self) -> bool {
+        self.left.tops.is_empty() && self.left.replaced.is_empty()
     }
 
     /// A new object over `below`, shown by the entry at `pages` from now on.
@@ -134,7 +142,7 @@ impl Family {
             let all = GfnRange::between(first.start(), last.end());
             // Where what came before can go on: behind pages of the store and a few zeros.
             let mut open = None;
-            for segment in self.objects.resolve(entry.object, entry.origin, all) {
+            self.objects.for_each_segment(entry.object, entry.origin, all, &mut |segment| {
                 let pages = segment.pages;
                 if segment.found.is_some_and(|found| found.slot == Slot::Unsettled(store)) {
                     match spans.last_mut() {
@@ -149,7 +157,7 @@ impl Family {
                     let goes_on = open == Some(pages.start()) && segment.is_zero() && pages.end().0 - end.0 < most.0;
                     open = goes_on.then_some(pages.end());
                 }
-            }
+            });
         }
         spans.retain(|span| within(copied, *span).nth(1).is_some());
         spans
@@ -178,8 +186,10 @@ mod tests {
         let mut effects = Effects::default();
         let store = family.begin_freeze(vm);
         let [moved, copied] = [moved, copied].map(ranges);
-        let harvest = Harvest { private: [moved.clone(), copied.clone()].concat(), moved, copied };
+        let harvest = Harvest { moved_private: moved.clone(), moved, copied };
         family.finish_freeze(vm, &harvest, PageCount(512), &mut effects);
+        family.check_invariants().unwrap();
+        family.tidy(&mut effects);
         family.check_invariants().unwrap();
         store
     }
@@ -281,9 +291,10 @@ mod tests {
         let harvest = Harvest {
             moved: ranges(&[(100, 260)]),
             copied: ranges(&[(50, 51), (60, 61), (300, 301)]),
-            private: ranges(&[(50, 51), (60, 61), (100, 180), (205, 260), (300, 301)]),
+            moved_private: ranges(&[(100, 180), (205, 260)]),
         };
         family.finish_freeze(parent, &harvest, PageCount(512), &mut effects);
+        family.tidy(&mut effects);
         family.check_invariants().unwrap();
         assert!(child_runs(&family, parent).iter().all(|(.., store)| *store != Some(old)));
         assert_eq!(child_runs(&family, parent)[1], (50, 260, Some(new)));

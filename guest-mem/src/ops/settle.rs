@@ -166,7 +166,7 @@ mod tests {
 
     fn freeze(family: &mut Family, vm: VmId, pages: GfnRange) {
         family.begin_freeze(vm);
-        let harvest = Harvest { moved: vec![pages], private: vec![pages], ..Harvest::default() };
+        let harvest = Harvest { moved: vec![pages], moved_private: vec![pages], ..Harvest::default() };
         family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
     }
 

@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(family.trap(vm, Gfn(5)), Trap::Wait);
         family.finish_freeze(
             vm,
-            &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+            &Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() },
             PageCount(0),
             &mut effects,
         );
@@ -173,7 +173,7 @@ mod tests {
         family.begin_freeze(vm);
         family.finish_freeze(
             vm,
-            &Harvest { moved: vec![ram], private: vec![ram], ..Harvest::default() },
+            &Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() },
             PageCount(0),
             &mut effects,
         );

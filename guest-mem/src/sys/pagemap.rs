@@ -10,6 +10,7 @@ use std::io;
 use std::mem;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 /// How the pagemap is asked.
@@ -25,7 +26,8 @@ pub enum ScanMethod {
 #[derive(Debug)]
 pub struct Pagemap {
     file: File,
-    method: ScanMethod,
+    /// Whether it is to be read.
+    read: AtomicBool,
 }
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
@@ -40,7 +42,7 @@ impl Pagemap {
     /// # Errors
     /// There is no `/proc`.
     pub fn open(method: ScanMethod) -> io::Result<Self> {
-        Ok(Self { file: File::open("/proc/self/pagemap")?, method })
+        Ok(Self { file: File::open("/proc/self/pagemap")?, read: AtomicBool::new(method == ScanMethod::Read) })
     }
 
     /// Opens another process's, which this one may look at.
@@ -48,7 +50,10 @@ impl Pagemap {
     /// # Errors
     /// It is gone, or not ours to look at.
     pub fn open_process(pid: i32, method: ScanMethod) -> io::Result<Self> {
-        Ok(Self { file: File::open(format!("/proc/{pid}/pagemap"))?, method })
+        Ok(Self {
+            file: File::open(format!("/proc/{pid}/pagemap"))?,
+            read: AtomicBool::new(method == ScanMethod::Read),
+        })
     }
 
     /// Tells `found` the private pages within `bytes`, as ascending ranges of bytes: pages that are present or in swap,
@@ -56,12 +61,12 @@ impl Pagemap {
     ///
     /// # Errors
     /// Of the ioctl or the read.
-    pub fn private(&mut self, bytes: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
-        if self.method == ScanMethod::Scan {
+    pub fn private(&self, bytes: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        if !self.read.load(Ordering::Relaxed) {
             match self.scan(bytes.clone(), &mut found) {
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                     log::info!("PAGEMAP_SCAN: {error}; the pagemap is read instead");
-                    self.method = ScanMethod::Read;
+                    self.read.store(true, Ordering::Relaxed);
                 }
                 done => return done,
             }

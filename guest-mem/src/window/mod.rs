@@ -8,7 +8,8 @@
 
 pub mod host;
 
-use crate::addr::{Gfn, GfnRange, PageIndex};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::ranges::merged;
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -57,8 +58,8 @@ pub struct Harvest {
     /// Pages that were copied, sorted, not adjacent, none of them moved: the window keeps them as private pages over
     /// whatever it maps there, and they never trap.
     pub copied: Vec<GfnRange>,
-    /// The private pages, copied ones included, as they are in the scratch range; sorted, not adjacent.
-    pub private: Vec<GfnRange>,
+    /// The private pages among those that were moved; sorted, not adjacent.
+    pub moved_private: Vec<GfnRange>,
 }
 
 impl Harvest {
@@ -69,9 +70,17 @@ impl Harvest {
 
     /// What was moved and what was copied, sorted.
     pub fn taken(&self) -> Vec<GfnRange> {
-        let mut taken = [self.moved.as_slice(), &self.copied].concat();
-        taken.sort_unstable_by_key(|range| range.start());
-        taken
+        merged(&self.moved, &self.copied)
+    }
+
+    /// The private pages, as they are in the scratch range; sorted, not adjacent.
+    pub fn private(&self) -> Vec<GfnRange> {
+        merged(&self.moved_private, &self.copied)
+    }
+
+    /// How many pages were private.
+    pub fn count(&self) -> PageCount {
+        PageCount(self.moved_private.iter().chain(&self.copied).map(|pages| pages.count().0).sum())
     }
 }
 
@@ -119,7 +128,8 @@ pub trait Window {
     /// Reads moved-out pages, from `first` on, into `buf` (a multiple of the page size).
     ///
     /// # Errors
-    /// The holder and its memory are gone: the pages are lost.
+    /// `WouldBlock`: their holder has still to copy them; the manager is to [retry](crate::manager::Manager::retry) when it
+    /// has. Otherwise it and its memory are gone: the pages are lost.
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()>;
 
     /// These pages of the freeze into `scratch` have settled: they will not be read again, and their memory may be given

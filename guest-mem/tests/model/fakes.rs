@@ -431,6 +431,8 @@ pub struct FakeWindow {
     waiting: BTreeSet<u64>,
     /// The process is gone, and its memory.
     pub killed: bool,
+    /// The process has still to copy what its freezes have taken.
+    pub copying: bool,
     /// Why the VM must not run on.
     pub failed: Option<String>,
     ledger: Rc<Ledger>,
@@ -568,7 +570,9 @@ impl FakeWindow {
             self.mapped.insert(store, file);
         }
         let sorted = |set: &RangeSet<u64>| set.iter().map(|range| range.clone().into()).collect();
-        Harvest { moved: sorted(&moved), copied: sorted(&copied), private: sorted(&private) }
+        let mut moved_private = private;
+        copied.iter().for_each(|range| moved_private.remove(range.clone()));
+        Harvest { moved: sorted(&moved), copied: sorted(&copied), moved_private: sorted(&moved_private) }
     }
 
     /// Maps `file` where frozen pages stayed. What was written since stays.
@@ -615,6 +619,9 @@ impl Window for FakeWindow {
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
         if self.killed {
             return Err(io::ErrorKind::NotFound.into());
+        }
+        if self.copying {
+            return Err(io::ErrorKind::WouldBlock.into());
         }
         self.ledger.check(Call::ReadScratch)?;
         let pages = &self.scratch[&scratch];

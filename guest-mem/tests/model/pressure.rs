@@ -74,8 +74,8 @@ fn what_everybody_hides_is_discarded_from_swap() {
         (4..8).for_each(|page| world.write(vm, Gfn(page)));
         world.freeze(vm, Gaps::None);
     }
-    assert_eq!((world.swap.borrow().pages(), world.manager.counts().discarded_pages), (12, 4));
     world.settle_all();
+    assert_eq!((world.swap.borrow().pages(), world.manager.counts().discarded_pages), (12, 4));
     world.check();
     world.verify();
     world.end();
@@ -184,7 +184,7 @@ fn half_a_cluster_is_given_up_for_the_other_half() {
 
 /// A gap over a page in swap is not asked for again and again while that is being read, and keeps nothing else waiting.
 #[test]
-fn a_copy_that_waits_for_swap_is_put_off() {
+fn a_copy_that_waits_for_others_is_put_off() {
     let (mut world, parent) = with_pages(64, 64);
     let child = world.fork_frozen(parent);
     world.evict_all();
@@ -234,7 +234,7 @@ fn who_waits_for_a_read_hears_of_its_failure() {
 
 /// A gap over a gap over a page in swap: both objects wait.
 #[test]
-fn a_copy_of_a_copy_that_waits_for_swap_is_put_off() {
+fn a_copy_of_a_copy_that_waits_for_others_is_put_off() {
     let (mut world, parent) = with_pages(16, 16);
     world.fork_frozen(parent);
     for _ in 0..2 {
@@ -246,7 +246,7 @@ fn a_copy_of_a_copy_that_waits_for_swap_is_put_off() {
         world.check();
     }
     while world.settle() {}
-    assert!(world.manager.family().objects().waits_for_swap());
+    assert!(world.manager.family().objects().waits_for_others());
     world.check();
     world.settle_all();
     world.verify();
@@ -255,7 +255,7 @@ fn a_copy_of_a_copy_that_waits_for_swap_is_put_off() {
 
 /// An object is absorbed while a copy of its waits for swap: whoever gets its number next must not wait for that.
 #[test]
-fn what_is_absorbed_while_it_waits_for_swap_is_not_remembered() {
+fn what_is_absorbed_while_it_waits_for_others_is_not_remembered() {
     let (mut world, parent) = with_pages(16, 16);
     world.fork_frozen(parent);
     [0, 3].into_iter().for_each(|page| world.write(parent, Gfn(page)));
@@ -266,7 +266,7 @@ fn what_is_absorbed_while_it_waits_for_swap_is_not_remembered() {
     world.freeze(child, Gaps::None);
     world.swap.borrow_mut().reads = Reads::Later;
     while world.settle() {}
-    assert!(world.manager.family().objects().waits_for_swap());
+    assert!(world.manager.family().objects().waits_for_others());
     world.exit(parent);
     world.check();
     while world.settle() {}

@@ -165,6 +165,9 @@ impl Player {
             66..71 => {
                 let gaps = self.gaps();
                 self.world.freeze(vm, gaps);
+                if self.rng.below(4) == 0 {
+                    self.world.copies_behind(vm);
+                }
             }
             71 => self.shed(vm),
             72..74 => self.world.freeze_in_vain(vm),
@@ -200,6 +203,9 @@ impl Player {
     fn fork(&mut self, parent: VmId) {
         let gaps = self.gaps();
         self.world.freeze(parent, gaps);
+        if self.rng.below(4) == 0 {
+            self.world.copies_behind(parent);
+        }
         for _ in 0..=self.rng.below(3) {
             if self.world.vms.len() < MAX_VMS {
                 self.world.fork_frozen(parent);

@@ -5,6 +5,7 @@ use crate::world::{Layout, World};
 use guest_mem::VmId;
 use guest_mem::addr::Gfn;
 use guest_mem::manager::Copied;
+use guest_mem::sys::Touch;
 
 /// Two VMs over an object of pages 0 to 3, of which 1 and 2 are left to a gap of the second VM alone. Returns that VM.
 fn with_a_gap(world: &mut World) -> VmId {
@@ -244,5 +245,30 @@ fn what_stayed_is_shed_when_it_has_settled() {
     world.write(child, Gfn(50));
     world.exit(parent);
     world.verify();
+    world.end();
+}
+
+/// A child that needs a page which its parent has still to copy waits for that alone, and its relatives go on settling.
+#[test]
+fn a_page_that_is_still_to_be_copied_is_waited_for() {
+    let mut world = World::new(&Layout::flat(16));
+    let parent = world.ids()[0];
+    (0..4).for_each(|page| world.write(parent, Gfn(page)));
+    let child = world.fork(parent, Gaps::Stay);
+    world.copies_behind(parent);
+    world.write(child, Gfn(9));
+    let grandchild = world.fork(child, Gaps::Stay);
+    world.prefetch(grandchild, Gfn(2), Touch::Read);
+    assert!(world.window(grandchild).is_waiting(Gfn(2)));
+    while world.settle() {}
+    world.check();
+    assert_eq!(world.manager.family().totals().unsettled, 4, "what the child wrote has settled");
+    world.exit(parent);
+    world.check();
+    assert!(world.io_done());
+    assert!(!world.window(grandchild).is_waiting(Gfn(2)));
+    world.verify();
+    world.settle_all();
+    world.check();
     world.end();
 }

@@ -147,23 +147,36 @@ impl World {
     fn finish_reads(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
         while self.window(vm).is_waiting(gfn) && self.window(vm).failed.is_none() && (self.end_reads() || self.untold) {
             self.untold = false;
-            self.manager.swap_ready()?;
+            self.manager.retry()?;
         }
         Ok(())
     }
 
-    /// All reads from swap that are under way end, and nobody has been told. Whether there were any.
+    /// All reads from swap and all copies that are under way end, and nobody has been told. Whether there were any.
     pub fn end_reads(&mut self) -> bool {
-        let ended = self.swap.borrow_mut().end_reads();
+        let mut ended = self.swap.borrow_mut().end_reads();
+        for vm in self.windows() {
+            ended |= std::mem::take(&mut self.window_mut(vm).copying);
+        }
         self.untold |= ended;
         ended
+    }
+
+    /// The last freeze of a VM was told of before its pages had been copied.
+    pub fn copies_behind(&mut self, vm: VmId) {
+        self.window_mut(vm).copying = true;
+    }
+
+    /// VMs that have a window, those that are gone included.
+    fn windows(&self) -> Vec<VmId> {
+        self.ids().into_iter().chain(self.holders()).collect()
     }
 
     /// All reads from swap end. Whether there were any.
     pub fn io_done(&mut self) -> bool {
         let ended = self.end_reads() || self.untold;
         self.untold = false;
-        self.manager.swap_ready().expect("nothing is to fail");
+        self.manager.retry().expect("nothing is to fail");
         ended
     }
 
@@ -447,9 +460,10 @@ impl World {
     /// Whoever waits is known to the manager. (A VM that fails waits for ever.)
     fn check_waiting(&self) {
         let known: BTreeSet<(VmId, Gfn)> = self.manager.swapping_in().collect();
-        let reading = self.untold || self.swap.borrow().is_reading();
+        let copying = self.windows().into_iter().any(|vm| self.window(vm).copying);
+        let reading = self.untold || copying || self.swap.borrow().is_reading();
         assert!(known.is_empty() || reading, "nobody waits for nothing: {known:?}");
-        assert!(!self.manager.family().objects().waits_for_swap() || reading, "nothing is put off for nothing");
+        assert!(!self.manager.family().objects().waits_for_others() || reading, "nothing is put off for nothing");
         for &vm in self.vms.keys().filter(|vm| self.window(**vm).failed.is_none()) {
             for &page in self.window(vm).waiting() {
                 assert!(known.contains(&(vm, Gfn(page))), "{vm:?} waits at page {page}, and nobody knows");

@@ -213,14 +213,15 @@ impl Process<'_> {
                 let loaded = vm.load_expected();
                 self.begin_moments(loaded)?;
             }
-            ToVm::Freeze { store, max_runs, short } => {
+            ToVm::Freeze { store, max_runs, short, first } => {
                 let (file, lifeline) = match fds.as_slice() {
                     [file, lifeline] => (file, Some(lifeline.as_fd())),
                     fds => (one(fds)?, None),
                 };
                 self.spare = Some(Instant::now());
                 let mut out = Outbox::new(&mut self.link);
-                match vm.freeze(&Freeze { store, file: file.as_fd(), lifeline, max_runs, short }, &mut out) {
+                let freeze = Freeze { store, file: file.as_fd(), lifeline, max_runs, short, first: &first };
+                match vm.freeze(&freeze, &mut out) {
                     Ok(()) => {}
                     Err(error) => {
                         out.tell(FromVm::FreezeFailed(error.to_string()))?;

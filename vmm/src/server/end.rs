@@ -4,9 +4,10 @@ use super::Server;
 use super::clients::{ClientId, Mode};
 use super::process::{ProcessId, Role};
 use super::talk::Deadline;
-use super::vm::{Generation, Hold, Phase};
+use super::vm::{Generation, Hold, Phase, Vm};
 use crate::api::{Answer, Failure};
 use crate::wire::ToVm;
+use std::collections::HashSet;
 
 /// A client that waits until these processes are gone.
 #[derive(Debug)]
@@ -35,16 +36,17 @@ impl Server {
 
     pub(super) fn remove(&mut self, client: ClientId, names: &[String], all: bool) {
         let found: Result<Vec<Generation>, Failure> = match all {
-            true => Ok(self.vms.iter().map(|vm| vm.generation).collect()),
+            true => Ok(self.all_from_the_leaves()),
             false => names.iter().map(|name| self.find(name).map(|vm| vm.generation)).collect(),
         };
         match found {
             Err(failure) => self.reply(client, Err(failure)),
-            Ok(generations) => {
-                // Children first: then nothing of their parents has to settle for them.
-                for generation in generations.into_iter().rev() {
-                    self.forget_vm(generation);
+            Ok(mut generations) => {
+                if !all {
+                    // Who names a VM before its children has them end first all the same.
+                    generations.reverse();
                 }
+                generations.into_iter().for_each(|generation| self.forget_vm(generation));
                 self.grant_wants();
                 // With the last VM of a shape its pool goes, and is gone when this is answered.
                 self.end_unused();
@@ -53,6 +55,14 @@ impl Server {
                 self.removals.push(Removal { client, processes });
             }
         }
+    }
+
+    /// All VMs, children first: then nothing of their parents has to settle for them. Leaves from the oldest on, since the
+    /// kernel looks for processes that have ended among the oldest first.
+    fn all_from_the_leaves(&self) -> Vec<Generation> {
+        let parents: HashSet<&str> = self.vms.iter().filter_map(|vm| vm.parent.as_deref()).collect();
+        let (inner, leaves): (Vec<&Vm>, Vec<&Vm>) = self.vms.iter().partition(|vm| parents.contains(vm.name.as_str()));
+        leaves.into_iter().chain(inner.into_iter().rev()).map(|vm| vm.generation).collect()
     }
 
     pub(super) fn shut_down(&mut self, client: ClientId) {

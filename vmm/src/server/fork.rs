@@ -5,7 +5,7 @@ use super::clients::ClientId;
 use super::hint::Hint;
 use super::idle::IdleBalloon;
 use super::launch::Beginning;
-use super::process::Parcel;
+use super::process::{Parcel, ProcessId, Role};
 use super::vm::{FamilyId, Generation, Phase};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
@@ -64,6 +64,8 @@ pub struct ForkOp {
     state_due: bool,
     /// It is about to say for how long.
     pause_due: bool,
+    /// It is about to say that all it has frozen is where it will be read.
+    copies_due: bool,
     moved: u64,
     children: Vec<Progress>,
     /// The children have been told to begin.
@@ -86,6 +88,7 @@ impl ForkOp {
             pause_ns: None,
             state_due: false,
             pause_due: false,
+            copies_due: false,
             moved: 0,
             children: Vec::new(),
             begun: false,
@@ -93,9 +96,10 @@ impl ForkOp {
         }
     }
 
-    /// Whether children are about to begin.
-    pub fn awaits_children(&self) -> bool {
-        self.begun && self.failure.is_none() && self.children.iter().any(|child| !child.there)
+    /// Whether children are about to begin, or the parent is about to go on.
+    pub fn awaits_guests(&self) -> bool {
+        let some_to_come = self.copies_due || self.children.iter().any(|child| !child.there);
+        self.begun && self.failure.is_none() && some_to_come
     }
 }
 
@@ -219,7 +223,8 @@ impl Server {
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let message = ToVm::Freeze { store, max_runs: self.max_runs, short: Short::Copied };
+                let (max_runs, first) = (self.max_runs, self.early.of(family).collect());
+                let message = ToVm::Freeze { store, max_runs, short: Short::Copied, first };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 // What is frozen in a copy is in memory twice, until it has left the window.
                 let lifeline = may_copy.then(|| process.memory.spin_lifeline().ok()).flatten();
@@ -269,7 +274,8 @@ impl Server {
         let op = self.forks.get_mut(&fork).expect("a queued fork");
         op.state_due = true;
         op.pause_due = frozen.activity == Activity::Running;
-        op.moved = frozen.harvest.private.iter().map(|pages| pages.count().0).sum();
+        op.copies_due = frozen.copied.is_some();
+        op.moved = frozen.harvest.count().0;
         if !self.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
         }
@@ -344,6 +350,19 @@ impl Server {
         }
     }
 
+    /// All pages that stayed with the parent at this freeze can be read, also of a parent that is about to end: what its window
+    /// shows may be others by now.
+    pub(super) fn copied(&mut self, process: ProcessId, store: StoreId) {
+        let Some(process) = self.processes.get(&process) else { return };
+        let role = process.role;
+        process.memory.copied(store);
+        self.serve_swapped_in();
+        let Role::Vm(parent) = role else { return };
+        let Some(fork) = self.fork_of(parent, store) else { return };
+        self.forks.get_mut(&fork).expect("just found").copies_due = false;
+        self.finish_fork_if_there(fork);
+    }
+
     /// The parent runs again.
     pub(super) fn went_on(&mut self, parent: Generation, store: StoreId, pause_ns: u64) {
         let Some(fork) = self.fork_of(parent, store) else { return };
@@ -396,7 +415,7 @@ impl Server {
             if op.state_due {
                 op.failure.get_or_insert_with(|| why.to_owned());
             }
-            op.pause_due = false;
+            (op.pause_due, op.copies_due) = (false, false);
             self.finish_fork_if_there(fork);
         }
     }
@@ -470,7 +489,7 @@ impl Server {
         let Some(op) = self.forks.get(&fork) else { return };
         let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
         let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
-        let told = !op.state_due && !op.pause_due;
+        let told = !op.state_due && !op.pause_due && !op.copies_due;
         if frozen && settled && told && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
             self.finish_fork(fork);
         }

@@ -54,6 +54,7 @@ impl Server {
             && let Some(copy) = frozen.copy
         {
             process.memory.note_copy(Pid::from_raw(copy));
+            self.pids.insert(Pid::from_raw(copy), id);
         }
         match (message, process.role) {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
@@ -67,6 +68,7 @@ impl Server {
                 self.pool.forget_favourites(shape);
                 self.end_process(id);
             }
+            (FromVm::Copied { store }, _) => self.copied(id, store),
             (message, Role::Vm(generation)) => self.vm_says(generation, message),
             (message, role) => log::debug!("{id:?}, {role:?}, says {message:?}"),
         }
@@ -76,6 +78,7 @@ impl Server {
         let process = self.processes.get_mut(&id).expect("it has just spoken");
         let memory = Rc::clone(&process.memory);
         memory.keeper.set(Some(Pid::from_raw(keeper)));
+        self.pids.insert(Pid::from_raw(keeper), id);
         memory.base.set(window_base);
         process.ready = true;
         if let Some(fd) = fds.into_iter().next() {
@@ -115,7 +118,7 @@ impl Server {
     fn vm_says(&mut self, generation: Generation, message: FromVm) {
         let Some(vm) = self.vms.get_mut(generation) else { return };
         match message {
-            FromVm::Ready { .. } | FromVm::PrepareFailed(_) | FromVm::Expecting => {}
+            FromVm::Ready { .. } | FromVm::PrepareFailed(_) | FromVm::Expecting | FromVm::Copied { .. } => {}
             FromVm::Running { .. } if vm.hold == Hold::Releasing => self.released(generation),
             FromVm::Paused if vm.hold == Hold::Stopping => vm.hold = Hold::Held,
             FromVm::Running { at_ns } => {
@@ -210,8 +213,8 @@ impl Server {
                 Ok(_) => continue,
             };
             self.zygote.reaped(pid);
-            let Some(process) = self.processes.values().find(|process| process.memory.is_of(pid)) else { continue };
-            let id = process.id;
+            let Some(id) = self.pids.remove(&pid) else { continue };
+            let Some(process) = self.processes.get(&id) else { continue };
             if process.memory.main.get() == Some(pid) {
                 self.main_ended(id, &how);
             } else {
@@ -225,6 +228,9 @@ impl Server {
         self.processes[&id].memory.main.set(None);
         // Its last words may say more than how it ended.
         self.serve_process(id);
+        if self.processes.get(&id).is_some_and(|process| process.memory.falls_silent()) {
+            self.serve_swapped_in();
+        }
         let Some(process) = self.processes.get(&id) else { return };
         match process.role {
             Role::Vm(generation) => self.start_failed(generation, &format!("its process {how}")),

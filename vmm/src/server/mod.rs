@@ -67,12 +67,13 @@ use guest_mem::store::swap::SharedSwap;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Pid;
 use pool::Pool;
 use process::{ProcessId, VmProcess};
 use reclaim::Reclaims;
 use roll::Roll;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -153,6 +154,8 @@ struct Server {
     signals: SignalFd,
     clients: BTreeMap<ClientId, Client>,
     processes: BTreeMap<ProcessId, VmProcess>,
+    /// Whose a child of this process is: a VM process, its keeper, or a copy.
+    pids: HashMap<Pid, ProcessId>,
     /// Those that have ended, and whose memory a worker of KVM's holds on to.
     lingering: BTreeSet<ProcessId>,
     zygote: Zygote,
@@ -268,6 +271,7 @@ impl Server {
             signals,
             clients: BTreeMap::new(),
             processes: BTreeMap::new(),
+            pids: HashMap::new(),
             lingering: BTreeSet::new(),
             // After the niceness: the server waits for it.
             zygote: Zygote::start(),

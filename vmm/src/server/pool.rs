@@ -161,6 +161,7 @@ impl Server {
         let mut process = VmProcess::spawn(&mut self.zygote, id, shape, &prepare, Rc::clone(&self.wants))?;
         process.link_token =
             Some(self.watches.add(&process.link, event_manager::EventSet::IN, super::Origin::Process(id)));
+        self.pids.extend(process.memory.main.get().map(|pid| (pid, id)));
         self.processes.insert(id, process);
         Ok(id)
     }

@@ -229,7 +229,8 @@ impl Server {
         match manager.begin_freeze(member, Destination::Swap) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let message = ToVm::Freeze { store, max_runs: self.max_runs, short: Short::Moved };
+                let (max_runs, short) = (self.max_runs, Short::Moved);
+                let message = ToVm::Freeze { store, max_runs, short, first: Vec::new() };
                 self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
                 vm.reclaiming = Some(store);
                 let moved = PageCount(0);
@@ -256,7 +257,7 @@ impl Server {
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return true };
         self.processes[&process].memory.note_scratch(frozen);
         self.families.get_mut(&family).expect("a VM has a family").finish_freeze(member, &frozen.harvest);
-        let moved = PageCount(frozen.harvest.private.iter().map(|pages| pages.count().0).sum());
+        let moved = frozen.harvest.count();
         let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, store);
         self.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
         self.layer_moved(generation, moved);

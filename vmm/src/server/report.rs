@@ -92,7 +92,7 @@ impl Server {
         let Some(pid) = process.memory.main.get() else { return live };
         let method = if self.features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
         let base = process.memory.base.get();
-        let scanned = Pagemap::open_process(pid.as_raw(), method).and_then(|mut pagemap| {
+        let scanned = Pagemap::open_process(pid.as_raw(), method).and_then(|pagemap| {
             for ram in crate::layout::ram_ranges(vm.shape.ram) {
                 let bytes = base + ram.start().gpa()..base + ram.end().gpa();
                 pagemap.private(bytes, |found| {

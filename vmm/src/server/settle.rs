@@ -32,7 +32,7 @@ impl Server {
             self.pace.all_settled();
             return false;
         }
-        self.pace.children(self.forks.values().any(ForkOp::awaits_children), now);
+        self.pace.children(self.forks.values().any(ForkOp::awaits_guests), now);
         if self.pace.wait(now).is_some() {
             // Something may be left; the next round tells.
             return true;

@@ -43,6 +43,8 @@ pub struct Memory {
     pub base: Cell<u64>,
     /// The process; none once it has been reaped.
     pub main: Cell<Option<Pid>>,
+    /// It has ended, and all that it said has been heard.
+    silent: Cell<bool>,
     /// A process that has the same memory and outlives it.
     pub keeper: Cell<Option<Pid>>,
     /// The scratch range of each freeze.
@@ -60,6 +62,9 @@ struct Scratch {
     range: ScratchRange,
     /// The copy of the process that has them, if it is not the process itself.
     copy: Option<Copy>,
+    /// Pages that the process has still to copy there, sorted. Its window shows them until it does, or for good where it ends
+    /// before.
+    uncopied: Vec<GfnRange>,
 }
 
 /// A copy of a VM process. It ends when this is dropped.
@@ -77,6 +82,7 @@ impl Memory {
             traps: OnceCell::new(),
             base: Cell::new(0),
             main: Cell::new(Some(main)),
+            silent: Cell::new(false),
             keeper: Cell::new(None),
             scratch: RefCell::default(),
             lifeline: RefCell::default(),
@@ -100,7 +106,35 @@ impl Memory {
         // In a copy, every page is where it was.
         let copied = if copy.is_some() { &[][..] } else { &harvest.copied };
         let range = ScratchRange::new(*scratch_base, *copies, copied);
-        self.scratch.borrow_mut().insert(*store, Scratch { range, copy });
+        let there = frozen.copied.as_deref().unwrap_or(copied);
+        let uncopied = copied.iter().filter(|pages| there.binary_search_by_key(&pages.start(), |p| p.start()).is_err());
+        let uncopied = uncopied.copied().collect();
+        self.scratch.borrow_mut().insert(*store, Scratch { range, copy, uncopied });
+    }
+
+    /// All pages of a freeze are where they will be read.
+    pub fn copied(&self, store: StoreId) {
+        if let Some(scratch) = self.scratch.borrow_mut().get_mut(&store) {
+            scratch.uncopied = Vec::new();
+        }
+    }
+
+    /// The process has ended, and all that it said has been heard: what it has not copied stays where it is. Whether there is
+    /// such a page.
+    pub fn falls_silent(&self) -> bool {
+        self.silent.set(true);
+        self.scratch.borrow().values().any(|scratch| !scratch.uncopied.is_empty())
+    }
+
+    /// The host address where a page of a freeze is.
+    fn address(&self, scratch: &Scratch, gfn: Gfn) -> io::Result<u64> {
+        let next = scratch.uncopied.partition_point(|pages| pages.end() <= gfn);
+        match scratch.uncopied.get(next).is_some_and(|pages| pages.contains(gfn)) {
+            false => Ok(scratch.range.address(gfn)),
+            // No vCPU has run since, or it would have said so.
+            true if self.silent.get() => Ok(self.base.get() + gfn.gpa()),
+            true => Err(io::ErrorKind::WouldBlock.into()),
+        }
     }
 
     /// The end of a pipe that a copy of the process holds on to, if the freeze that is about to begin makes one.
@@ -127,11 +161,6 @@ impl Memory {
     /// The process has made a copy of itself.
     pub fn note_copy(&self, pid: Pid) {
         self.copies.borrow_mut().push(pid);
-    }
-
-    /// Whether this is the process, its keeper, or a copy.
-    pub fn is_of(&self, pid: Pid) -> bool {
-        [self.main.get(), self.keeper.get()].contains(&Some(pid)) || self.copies.borrow().contains(&pid)
     }
 
     /// The keeper has ended, or a copy.
@@ -194,13 +223,13 @@ impl Window for RemoteWindow {
         let memory = &self.0;
         let gone = || io::Error::new(io::ErrorKind::NotFound, "the process and its keeper are gone");
         let ranges = memory.scratch.borrow();
-        let Scratch { range, copy } = ranges.get(&scratch).ok_or_else(gone)?;
-        let holder = match copy {
+        let scratch = ranges.get(&scratch).ok_or_else(gone)?;
+        let holder = match &scratch.copy {
             Some(copy) => memory.copies.borrow().contains(&copy.pid).then_some(copy.pid),
             None => memory.holder(),
         };
         let holder = holder.ok_or_else(gone)?;
-        let base = range.address(first) as usize;
+        let base = memory.address(scratch, first)? as usize;
         let len = buf.len();
         let remote = RemoteIoVec { base, len };
         match process_vm_readv(holder, &mut [IoSliceMut::new(buf)], &[remote])? {

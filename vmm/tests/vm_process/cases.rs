@@ -15,7 +15,7 @@ use vmm::wire::{Activity, Ending, FromVm, HostFeatures, Isolation, Origin, ToVm}
 const MEM: u64 = 64 << 20;
 
 fn moved_pages(frozen: &vmm::wire::Frozen) -> u64 {
-    frozen.harvest.private.iter().map(|range| range.count().0).sum()
+    frozen.harvest.private().iter().map(|range| range.count().0).sum()
 }
 
 pub fn the_monitor_starts_and_answers() {
@@ -301,7 +301,8 @@ pub fn off_is_off_and_a_crash_is_told() {
     root.worker.post("halt");
     assert_eq!(root.worker.expect(ending), Ending::Off);
     let store = family.new_store();
-    root.worker.tell(&ToVm::Freeze { store, max_runs: 100, short: Short::Moved }, &[family.file(store)]);
+    root.worker
+        .tell(&ToVm::Freeze { store, max_runs: 100, short: Short::Moved, first: Vec::new() }, &[family.file(store)]);
     let why = root.worker.expect(|message| match message {
         FromVm::FreezeFailed(why) => Some(why.clone()),
         _ => None,
@@ -368,7 +369,7 @@ pub fn a_keeper_outlives_its_vm_process() {
     let frozen = family.freeze(&mut parent);
     kill(parent.worker.pid(), Signal::SIGKILL).unwrap();
     parent.worker.child.wait().unwrap();
-    let pages = frozen.harvest.private.clone();
+    let pages = frozen.harvest.private();
     let lost: Vec<_> = pages
         .iter()
         .filter(|range| {
@@ -405,7 +406,7 @@ pub fn nonsense_ends_the_process() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let mut worker = Worker::prepare(PageCount(4096), Isolation::Off, ALL);
     worker.tell(
-        &ToVm::Freeze { store: guest_mem::StoreId(1), max_runs: 1, short: Short::Moved },
+        &ToVm::Freeze { store: guest_mem::StoreId(1), max_runs: 1, short: Short::Moved, first: Vec::new() },
         &[std::io::stdin().as_fd()],
     );
     let why = worker.expect(|message| match message {

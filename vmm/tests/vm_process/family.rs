@@ -126,11 +126,11 @@ impl Family {
     /// Settles a freeze: private pages from scratch, those moved along from what lies beneath.
     pub fn settle(&self, machine: &mut Machine, frozen: &Frozen) {
         let store = &self.stores[&frozen.store];
-        for pages in &frozen.harvest.private {
+        for pages in &frozen.harvest.private() {
             let bytes = machine.worker.read_scratch(frozen.scratch_base, *pages);
             store.alias.fill(PageIndex(pages.start().0), &bytes).unwrap();
         }
-        let private = |gfn| frozen.harvest.private.iter().any(|range| range.contains(gfn));
+        let private = |gfn| frozen.harvest.private().iter().any(|range| range.contains(gfn));
         for gfn in frozen.harvest.moved.iter().flat_map(|moved| moved.iter()).filter(|gfn| !private(*gfn)) {
             let run = machine.runs.iter().find(|run| run.pages.contains(gfn)).unwrap();
             let mut page = [0; PAGE_SIZE];

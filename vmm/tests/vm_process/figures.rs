@@ -42,7 +42,7 @@ pub fn figures() {
             }
             let frozen = family.freeze(&mut parent);
             pauses.push(frozen.pause_ns.unwrap() / 1000);
-            moved = frozen.harvest.private.iter().map(|range| range.count().0).sum();
+            moved = frozen.harvest.private().iter().map(|range| range.count().0).sum();
             if moved > 0 {
                 family.settle(&mut parent, &frozen);
             }

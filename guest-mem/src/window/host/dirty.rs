@@ -172,6 +172,16 @@ impl DirtyMap {
         candidates
     }
 
+    /// The dirty ones of `pages`, which lie in one RAM range.
+    pub fn dirty_in(&self, pages: GfnRange) -> Vec<GfnRange> {
+        let mut dirty = Vec::new();
+        self.split(pages, |part, cleanness| match cleanness {
+            Cleanness::Dirty => dirty.push(part),
+            Cleanness::Clean => {}
+        });
+        dirty
+    }
+
     /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.
     pub fn split(&self, pages: GfnRange, mut each: impl FnMut(GfnRange, Cleanness)) {
         let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));

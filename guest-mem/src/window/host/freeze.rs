@@ -3,7 +3,6 @@
 
 use super::dirty::{Candidate, Cleanness, Density};
 use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
-use super::scratch::Draft;
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
 use crate::ranges::{push, without};
@@ -12,7 +11,6 @@ use crate::window::{Harvest, Source, StoreId};
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::thread;
 
 /// What a freeze took out of a window.
 #[derive(Debug, Default)]
@@ -25,12 +23,12 @@ pub struct Frozen {
     pub copies: Gfn,
 }
 
-/// A freeze half done: the pages have moved, and which of them are private is not known yet. The guest may run.
+/// A freeze half done: the pages have moved, and which of them are private is not known yet. The guest may run when the
+/// others have been [copied](HostWindow::copy).
 #[derive(Debug)]
 #[must_use = "the moved pages are known to nobody until they are harvested"]
 pub struct MovedOut {
     store: StoreId,
-    scratch: Draft,
     plan: Plan,
     /// Private pages that were found before the move.
     found: Vec<GfnRange>,
@@ -59,22 +57,18 @@ pub(super) enum Trust {
 /// So many copies (1 MiB) get their memory before the guest stands still: as much as is supplied in about a millisecond.
 const MANY_COPIES: u64 = 256;
 
-/// From so many copies on (2 MiB) two threads share them: a new thread costs as much as copying a few hundred pages.
-const SHARED_COPIES: u64 = 512;
-
-fn copy_in_turn(window: &Area, scratch: &Area, mut at: Gfn, copies: &[GfnRange]) -> Result<(), WindowError> {
-    for pages in copies {
-        window.copy_to(*pages, scratch, at).map_err(during("copying", *pages))?;
-        at = Gfn(at.0 + pages.count().0);
-    }
-    Ok(())
-}
-
 /// Pages that left the window, with what lies beneath them: what it takes to put them back.
 type Moved = Vec<(GfnRange, Source)>;
 
+impl MovedOut {
+    /// The stretches to copy: sorted, not adjacent.
+    pub fn copies(&self) -> &[GfnRange] {
+        &self.plan.copies
+    }
+}
+
 impl HostWindow {
-    /// [Moves out](Self::move_out), then [harvests](Self::harvest).
+    /// [Moves out](Self::move_out), [copies](Self::copy), and [harvests](Self::harvest).
     ///
     /// # Errors
     /// As both.
@@ -87,7 +81,10 @@ impl HostWindow {
         short: Short,
     ) -> Result<Frozen, WindowError> {
         match self.move_out(dirty, store, file, max_runs, short)? {
-            Some(moved) => self.harvest(moved),
+            Some(moved) => {
+                self.copy(store, moved.copies())?;
+                self.harvest(&moved)
+            }
             None => Ok(Frozen::default()),
         }
     }
@@ -103,8 +100,8 @@ impl HostWindow {
     }
 
     /// Moves all dirty private pages into a scratch range and maps the still empty `file` in their place, its page `n`
-    /// at guest frame `n`; touches of what it does not hold trap. With [`Short::Copied`], short stretches are copied into
-    /// the scratch range instead, and stay. With [`Short::Moved`], those that stayed earlier are moved as well, written
+    /// at guest frame `n`; touches of what it does not hold trap. With [`Short::Copied`], short stretches stay, and are to
+    /// be [copied](Self::copy) into the scratch range. With [`Short::Moved`], those that stayed earlier are moved as well, written
     /// or not. Private copies of other clean pages are dropped where we come across them. If nothing is dirty and
     /// private, nothing is touched.
     ///
@@ -130,8 +127,9 @@ impl HostWindow {
         let mut found = self.find_private(trust)?;
         // A run in the middle of a mapping makes three of one: here, or in the windows of children.
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
-        let fresh = found.dirty.iter().filter(|pages| !self.kept.overlaps(&pages.raw())).count();
-        if short == Short::Copied && self.kept.len() + fresh > limit {
+        let fresh = || found.dirty.iter().filter(|pages| !self.kept.overlaps(&pages.raw())).count();
+        let kept = self.kept.len();
+        if short == Short::Copied && kept + found.dirty.len() > limit && kept + fresh() > limit {
             short = Short::Moved;
             self.mark_kept();
             found = self.find_private(trust)?;
@@ -145,7 +143,6 @@ impl HostWindow {
         let plan = plan(&found.dirty, &self.ram, limit, short);
         let copies = PageCount(plan.copies.iter().map(|pages| pages.count().0).sum());
         let scratch = self.scratches.make_for(copies).map_err(WindowError::NoScratch)?;
-        self.copy(&scratch.area, &plan.copies)?;
         self.exchange(&scratch.area, &plan.moves, file, |_| Ok(()))?;
 
         let source = Source::Store { store, origin: Gfn(0) };
@@ -154,7 +151,8 @@ impl HostWindow {
             self.kept.remove(pages.raw());
         }
         self.forget_dirty();
-        Ok(Some(MovedOut { store, scratch, plan, found: found.dirty, told: found.told }))
+        self.scratches.keep(store, scratch, &plan.copies);
+        Ok(Some(MovedOut { store, plan, found: found.dirty, told: found.told }))
     }
 
     /// Marks what is dirty, by what the caller knows and by what the VMM wrote.
@@ -173,25 +171,15 @@ impl HostWindow {
         trust
     }
 
-    /// Copies pages into a scratch range that has memory for them, one after the other.
-    fn copy(&self, scratch: &Area, copies: &[GfnRange]) -> Result<(), WindowError> {
-        let (window, at) = (&self.area, self.scratches.copies());
-        let (one, other) = copies.split_at(copies.len() / 2);
-        let [count, rest] = [one, other].map(|part| part.iter().map(|pages| pages.count().0).sum::<u64>());
-        if count + rest < SHARED_COPIES {
-            return copy_in_turn(window, scratch, at, copies);
-        }
-        let middle = Gfn(at.0 + count);
-        thread::scope(|scope| {
-            let helper =
-                thread::Builder::new().spawn_scoped(scope, || copy_in_turn(window, scratch, middle, other)).ok();
-            let mine = copy_in_turn(window, scratch, at, one);
-            let others = match helper {
-                Some(helper) => helper.join().expect("copies do not panic"),
-                None => copy_in_turn(window, scratch, middle, other),
-            };
-            mine.and(others)
-        })
+    /// Copies stretches, or some of them, that the freeze into `store` leaves where they are: nobody has touched the window
+    /// since.
+    ///
+    /// # Errors
+    /// They are none of that freeze's. The VM must not run.
+    pub fn copy(&self, store: StoreId, copies: &[GfnRange]) -> Result<(), WindowError> {
+        let copy =
+            |pages: &GfnRange| self.scratches.copy_in(store, &self.area, *pages).map_err(during("copying", *pages));
+        copies.iter().try_for_each(copy)
     }
 
     /// Frozen pages that stayed are to be taken again.
@@ -204,44 +192,71 @@ impl HostWindow {
         self.given_back.clear();
     }
 
-    /// Learns exactly which of the moved pages are private: only those may be read. The guest may run meanwhile.
+    /// [Looks](Self::look) what was taken, and [keeps](Self::keep) it. The guest may run meanwhile.
     ///
     /// # Errors
     /// The pagemap cannot be read: the moved pages are lost, and the VM must not run on.
-    pub fn harvest(&mut self, out: MovedOut) -> Result<Frozen, WindowError> {
-        let MovedOut { store, scratch, plan, found, told } = out;
-        // What was given back meanwhile has not stayed.
-        for pages in &plan.copies {
-            self.given_back.gaps(&pages.raw()).for_each(|part| self.kept.insert(part));
-        }
-        let mut private = without(&found, &told);
-        for range in &told {
-            let (start, len) = scratch.area.host(*range).map_err(during("looking up", *range))?;
+    pub fn harvest(&mut self, out: &MovedOut) -> Result<Frozen, WindowError> {
+        let frozen = self.look(out)?;
+        self.keep(out.store, &frozen.harvest);
+        Ok(frozen)
+    }
+
+    /// Learns exactly which of the moved pages are private: only those may be read.
+    ///
+    /// # Errors
+    /// As [`harvest`](Self::harvest).
+    pub fn look(&self, out: &MovedOut) -> Result<Frozen, WindowError> {
+        let MovedOut { store, plan, found, told } = out;
+        // What was copied was found, and is all private.
+        let mut private: Vec<GfnRange> =
+            if plan.moves.is_empty() { Vec::new() } else { without(&without(found, told), &plan.copies) };
+        let area = self.scratches.area(*store).map_err(WindowError::NoScratch)?;
+        for range in told {
+            let (start, len) = area.host(*range).map_err(during("looking up", *range))?;
             let scan = self.pagemap.private(start..start + len as u64, |bytes| {
-                private.push(frames(&bytes, scratch.area.base()));
+                private.push(frames(&bytes, area.base()));
             });
             scan.map_err(during("scanning the pagemap", *range))?;
         }
         private.sort_unstable_by_key(|range| range.start());
-        let mut joined = Vec::with_capacity(private.len());
-        private.into_iter().for_each(|range| push(&mut joined, range));
+        let mut moved_private = Vec::with_capacity(private.len());
+        private.into_iter().for_each(|range| push(&mut moved_private, range));
+        let (moved, copied) = (plan.moves.clone(), plan.copies.clone());
+        let harvest = Harvest { moved, copied, moved_private };
+        Ok(Frozen { harvest, scratch_base: area.base(), copies: self.scratches.copies() })
+    }
 
-        let (scratch_base, copies) = (scratch.area.base(), self.scratches.copies());
-        self.scratches.keep(store, scratch, joined.clone(), &plan.copies);
-        let harvest = Harvest { moved: plan.moves, copied: plan.copies, private: joined };
-        Ok(Frozen { harvest, scratch_base, copies })
+    /// Takes note of what the freeze into `store` took: what was copied has stayed, unless it was given back meanwhile.
+    pub fn keep(&mut self, store: StoreId, harvest: &Harvest) {
+        let [given_back, kept] = [&self.given_back, &self.kept]
+            .map(|pages| pages.iter().cloned().map(GfnRange::from).collect::<Vec<GfnRange>>());
+        let stayed = without(&harvest.copied, &given_back);
+        without(&stayed, &kept).into_iter().for_each(|pages| self.kept.insert(pages.raw()));
+        self.scratches.harvested(store, harvest.private());
     }
 
     /// Looks for private pages wherever something may be dirty. To look costs as much as to move: where the log says
-    /// that all pages of a stretch were written, we take its word and [look later](Self::harvest).
+    /// that all pages of a stretch were written, we take its word and [look later](Self::harvest). Where none was written but
+    /// such that stayed at an earlier freeze, there is nothing to look for.
     pub(super) fn find_private(&mut self, trust: Trust) -> Result<Found, WindowError> {
         let base = self.area.base();
         let mut found = Found::default();
+        // Pages that stayed are private for as long as they do.
+        let stayed: Vec<GfnRange> = match trust {
+            Trust::Log => self.kept.iter().cloned().map(GfnRange::from).collect(),
+            Trust::Nothing => Vec::new(),
+        };
         for Candidate { pages: range, density } in self.pending.candidates() {
             let told = density == Density::All && trust == Trust::Log && range.count().0 > SHORT;
             if told && !self.given_back.overlaps(&range.raw()) {
                 push(&mut found.dirty, range);
                 push(&mut found.told, range);
+                continue;
+            }
+            let written = self.pending.dirty_in(range);
+            if without(&written, &stayed).is_empty() {
+                written.into_iter().for_each(|pages| push(&mut found.dirty, pages));
                 continue;
             }
             let (start, len) = self.area.host(range).map_err(during("looking up", range))?;

@@ -99,19 +99,41 @@ impl Scratches {
         Gfn::of_gpa(Area::span(self.frames))
     }
 
-    /// `draft` now holds the pages that the freeze into `store` took; the `private` ones may be read.
-    pub fn keep(&mut self, store: StoreId, draft: Draft, private: Vec<GfnRange>, copied: &[GfnRange]) {
+    /// `draft` is for the pages that the freeze into `store` takes: it has those that were moved, and room for copies.
+    pub fn keep(&mut self, store: StoreId, draft: Draft, copied: &[GfnRange]) {
         let places = ScratchRange::new(draft.area.base(), self.copies(), copied);
         let copies = PageCount(copied.iter().map(|pages| pages.count().0).sum());
-        let before = self.areas.insert(store, Scratch { draft, private, places, copies });
+        let before = self.areas.insert(store, Scratch { draft, private: Vec::new(), places, copies });
         debug_assert!(before.is_none(), "a store takes one freeze");
+    }
+
+    /// Copies `pages` of a window to their place.
+    pub fn copy_in(&self, store: StoreId, window: &Area, pages: GfnRange) -> io::Result<()> {
+        let Scratch { draft, places, .. } = self.get(store)?;
+        window.copy_to(pages, &draft.area, places.frame(pages.start()))
+    }
+
+    /// Where guest frame 0 would stand among the pages that were moved, whose area this is.
+    pub fn area(&self, store: StoreId) -> io::Result<&Area> {
+        self.get(store).map(|scratch| &scratch.draft.area)
+    }
+
+    /// The `private` pages of a freeze may be read.
+    pub fn harvested(&mut self, store: StoreId, private: Vec<GfnRange>) {
+        if let Some(scratch) = self.areas.get_mut(&store) {
+            scratch.private = private;
+        }
+    }
+
+    fn get(&self, store: StoreId) -> io::Result<&Scratch> {
+        let gone = || io::Error::new(io::ErrorKind::NotFound, format!("{store:?} has no scratch range"));
+        self.areas.get(&store).ok_or_else(gone)
     }
 
     /// Reads pages that were moved together, or copied.
     pub fn read(&self, store: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
         let pages = GfnRange::new(first, PageCount::covering(buf.len() as u64));
-        let gone = || io::Error::new(io::ErrorKind::NotFound, format!("{store:?} has no scratch range"));
-        let scratch = self.areas.get(&store).ok_or_else(gone)?;
+        let scratch = self.get(store)?;
         // What was moved along between private pages still shows the old store, whose holes must not be touched.
         if !scratch.private.iter().any(|range| range.intersect(pages) == pages) {
             let what = format!("guest pages {pages:?} were not harvested into {store:?}");

@@ -51,7 +51,7 @@ impl HostWindow {
         }
         private.iter().for_each(|pages| self.kept.insert(pages.raw()));
         self.forget_dirty();
-        Ok(Some(Harvest { moved: Vec::new(), copied: private.clone(), private }))
+        Ok(Some(Harvest { copied: private, ..Harvest::default() }))
     }
 
     /// Maps `file`, which is `store`, in the place of `pages` that are kept since a freeze into it, all of which have

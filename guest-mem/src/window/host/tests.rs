@@ -93,7 +93,7 @@ fn a_freeze_takes_exactly_what_was_written() {
         (300..400).for_each(|frame| assert_eq!(rig.word(frame), frame));
         let (frozen, _file) = rig.freeze(Dirty::Logged(&[]), 1, 1000);
         let expect = [10..300, 500..502, 900..901, PAGES + 5..PAGES + 9].map(frames);
-        assert_eq!(frozen.harvest.private, expect);
+        assert_eq!(frozen.harvest.private(), expect);
         for frame in written {
             assert_eq!(rig.scratch_word(1, frame).unwrap(), 7000 + frame);
         }
@@ -113,7 +113,7 @@ fn a_touch_of_a_moved_page_waits_for_its_store() {
     let Some(mut rig) = Rig::new(ALL) else { return };
     (64..128).for_each(|frame| rig.write(frame, 9000 + frame));
     let (frozen, file) = rig.freeze(Dirty::Every, 1, 1000);
-    assert_eq!(frozen.harvest.private, [frames(64..128)]);
+    assert_eq!(frozen.harvest.private(), [frames(64..128)]);
     let memory = rig.window.memory().clone();
     let read = thread::spawn(move || memory.read_obj::<u64>(GuestAddress(70 << 12)).unwrap());
     let mut traps = Vec::new();
@@ -142,7 +142,7 @@ fn zero_pages_are_supplied_where_nothing_is() {
     rig.window.zero(frames(PAGES..PAGES + 10)); // anonymous: nothing to do
     assert_eq!((rig.word(64), rig.word(100), rig.word(127), rig.word(200)), (0, 77, 0, 200));
     let (frozen, _file) = rig.freeze(Dirty::Logged(&[]), 2, 1000);
-    assert_eq!(frozen.harvest.private, [frames(100..101)]);
+    assert_eq!(frozen.harvest.private(), [frames(100..101)]);
 }
 
 /// One stretch in the books may be two mappings. The kernel refuses to supply zeros to both at once, and the guest that waited
@@ -168,11 +168,11 @@ fn clean_private_copies_are_dropped_and_gaps_move_along() {
     rig.window.memory().find_region(GuestAddress(0)).unwrap().bitmap().take(|_, _| {});
     (20..40).chain(42..62).for_each(|frame| rig.write(frame, 1));
     let (frozen, _file) = rig.freeze(Dirty::Logged(&log_of([])), 1, 1000);
-    assert_eq!(frozen.harvest.private, [frames(20..40), frames(42..62)]);
+    assert_eq!(frozen.harvest.private(), [frames(20..40), frames(42..62)]);
     assert_eq!(frozen.harvest.moved, [frames(20..62)]);
     assert!((10..20).all(|frame| rig.word(frame) == frame));
     let (again, _file) = rig.freeze(Dirty::Every, 2, 1000);
-    assert_eq!(again.harvest.private, [], "the clean copies are gone");
+    assert_eq!(again.harvest.private(), [], "the clean copies are gone");
 }
 
 #[test]
@@ -181,7 +181,7 @@ fn a_log_that_tells_too_much_is_found_out() {
     (128..200).for_each(|frame| rig.write(frame, 3));
     // All of two words, of which the second is private in part only, and a page that is not private at all.
     let (frozen, _file) = rig.freeze(Dirty::Logged(&log_of((128..256).chain([700]))), 1, 1000);
-    assert_eq!(frozen.harvest.private, [frames(128..200)]);
+    assert_eq!(frozen.harvest.private(), [frames(128..200)]);
     assert_eq!(frozen.harvest.moved, [frames(128..256)]);
 }
 
@@ -196,7 +196,7 @@ fn short_stretches_are_copied_and_stay() {
         (frozen.harvest.copied.as_slice(), frozen.harvest.moved.as_slice()),
         (&copied[..], &[frames(200..300)][..])
     );
-    assert_eq!(frozen.harvest.private, [10..14, 100..116, 200..300, PAGES + 50..PAGES + 51].map(frames));
+    assert_eq!(frozen.harvest.private(), [10..14, 100..116, 200..300, PAGES + 50..PAGES + 51].map(frames));
 
     // Nobody fills the store: what stayed is there all the same, and what was copied is of the time of the freeze.
     rig.write(11, 1);
@@ -230,7 +230,7 @@ fn many_copies() {
     // So many that stay are too many mappings for a child with a smaller budget: they are joined and moved.
     rig.write(0, 7);
     let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 2, 1000, Short::Copied);
-    assert_eq!((frozen.harvest.copied.len(), frozen.harvest.private.len() as u64), (0, 2 * PAGES / 3 + 1));
+    assert_eq!((frozen.harvest.copied.len(), frozen.harvest.private().len() as u64), (0, 2 * PAGES / 3 + 1));
     assert!(frozen.harvest.moved.len() < 500);
     assert_eq!((rig.scratch_word(2, 0).unwrap(), rig.scratch_word(2, 3).unwrap()), (7, 4));
 }
@@ -240,7 +240,7 @@ fn many_copies() {
 /// Pages of this process's memory from `start` on that are private.
 fn private_pages(start: u64, pages: u64) -> u64 {
     let mut count = 0;
-    let mut pagemap = Pagemap::open(ScanMethod::Scan).unwrap();
+    let pagemap = Pagemap::open(ScanMethod::Scan).unwrap();
     pagemap.private(start..start + (pages << 12), |bytes| count += (bytes.end - bytes.start) >> 12).unwrap();
     count
 }
@@ -335,7 +335,7 @@ fn only_pages_that_were_seen_are_copied() {
     let file = Memfd::new("store", PageCount(70)).unwrap();
     let log = [SlotLog { first: Gfn(0), words: vec![0, u64::MAX] }];
     let frozen = window.freeze(Dirty::Logged(&log), StoreId(1), file.as_fd(), 100, Short::Copied).unwrap();
-    assert_eq!(frozen.harvest.private, [frames(66..67)]);
+    assert_eq!(frozen.harvest.private(), [frames(66..67)]);
 }
 
 #[test]
@@ -343,7 +343,7 @@ fn the_limit_of_mappings_holds() {
     let Some(mut rig) = Rig::new(ALL) else { return };
     (0..PAGES).step_by(4).for_each(|frame| rig.write(frame, 1));
     let (frozen, _file) = rig.freeze(Dirty::Every, 1, 42);
-    assert_eq!(frozen.harvest.private.len() as u64, PAGES / 4);
+    assert_eq!(frozen.harvest.private().len() as u64, PAGES / 4);
     assert_eq!(frozen.harvest.moved.len(), 20);
     assert!(rig.window.runs().count() <= 42);
 }
@@ -371,7 +371,7 @@ fn a_freeze_that_fails_changes_nothing() {
         assert!(written().all(|frame| rig.word(frame) == 4000 + frame), "{calls}: {error}");
         assert_eq!(rig.word(500), 500);
         let (frozen, _file) = rig.freeze(Dirty::Logged(&[]), 2, 1000);
-        let pages: u64 = frozen.harvest.private.iter().map(|range| range.count().0).sum();
+        let pages: u64 = frozen.harvest.private().iter().map(|range| range.count().0).sum();
         assert_eq!(pages, written().count() as u64, "{calls}: {error}");
         assert!(written().all(|frame| rig.scratch_word(2, frame).unwrap() == 4000 + frame));
     }
@@ -398,7 +398,7 @@ fn no_private_page_is_missed_while_the_kernel_moves_pages_about() {
     for store in 1..60 {
         (0..PAGES).for_each(|frame| rig.write(frame, frame ^ u64::from(store)));
         let (frozen, file) = rig.freeze(Dirty::Every, store, 1000);
-        assert_eq!(frozen.harvest.private, [frames(0..PAGES)]);
+        assert_eq!(frozen.harvest.private(), [frames(0..PAGES)]);
         let mut bytes = vec![0; PAGES as usize * 4096];
         rig.window.read_scratch(StoreId(store), Gfn(0), &mut bytes).unwrap();
         Alias::new(&file, Arc::clone(&rig.uffd)).unwrap().fill(PageIndex(0), &bytes).unwrap();
@@ -446,7 +446,7 @@ fn what_is_given_back_reads_zero_and_is_not_dirty() {
     rig.write(100, 9);
     // The log tells of the time before.
     let (frozen, _file) = rig.freeze(Dirty::Logged(&log_of((0..200).chain(PAGES..PAGES + 64))), 1, 1000);
-    assert_eq!(frozen.harvest.private, [0..64, 100..101, 192..200, PAGES + 15..PAGES + 20].map(frames));
+    assert_eq!(frozen.harvest.private(), [0..64, 100..101, 192..200, PAGES + 15..PAGES + 20].map(frames));
     assert_eq!((rig.word(99), rig.word(PAGES - 1)), (0, 0));
 }
 
@@ -485,11 +485,11 @@ fn a_freeze_in_a_copy_leaves_all_pages_where_they_are() {
         .unwrap();
     let private = [10..300, 500..501, PAGES + 5..PAGES + 40].map(frames);
     assert_eq!((copies, harvest.moved.as_slice(), harvest.copied.as_slice()), (1, &[][..], &private[..]));
-    assert_eq!(harvest.private, private);
+    assert_eq!(harvest.private(), private);
     assert!(written().all(|frame| rig.word(frame) == 6000 + frame));
     rig.write(20, 1);
     let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, Short::Copied);
-    assert_eq!(next.harvest.private, [frames(20..21)], "what stayed is frozen");
+    assert_eq!(next.harvest.private(), [frames(20..21)], "what stayed is frozen");
 }
 
 /// The window of a guest that has frozen in a copy, and that store, settled.
@@ -530,7 +530,7 @@ fn what_is_shed_is_in_the_store_and_what_was_written_stays() {
     assert_eq!((rig.word(9), rig.word(300), rig.word(PAGES + 35)), (9, 300, 0));
     // What was written since the freeze, or told by the log, is dirty; nothing else is, nor is it private any more.
     let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, Short::Moved);
-    assert_eq!(next.harvest.private, [50..51, 60..61, 299..300].map(frames));
+    assert_eq!(next.harvest.private(), [50..51, 60..61, 299..300].map(frames));
     let again = rig.window.shed(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &asked).unwrap();
     assert_eq!(again.pages, []);
 }
@@ -559,7 +559,7 @@ fn shedding_that_fails_changes_nothing() {
             assert_eq!(shed.pages, [frames(10..300)]);
         }
         let (next, _file) = rig.freeze_with(Dirty::Logged(&[]), 2, 1000, Short::Copied);
-        assert_eq!(next.harvest.private, [frames(50..51)], "call {calls}");
+        assert_eq!(next.harvest.private(), [frames(50..51)], "call {calls}");
         if done {
             assert!(calls > 5, "{calls} calls can fail");
             return;

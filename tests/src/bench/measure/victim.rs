@@ -56,7 +56,7 @@ fn family(vms: u64, pace: Pace) -> Result<Family> {
 fn freeze(family: &mut Family, vm: VmId, pages: GfnRange) -> Result<()> {
     family.begin_freeze(vm, Destination::Store)?;
     family.stands(vm);
-    family.finish_freeze(vm, &Harvest { moved: vec![pages], private: vec![pages], ..Harvest::default() });
+    family.finish_freeze(vm, &Harvest { moved: vec![pages], moved_private: vec![pages], ..Harvest::default() });
     while family.settle(guest_mem::manager::SETTLE_BATCH)? {}
     Ok(())
 }
