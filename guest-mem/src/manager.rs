@@ -205,8 +205,16 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         // Without traps a hole in a store would be filled by whoever reads it.
         let bridge = if self.zero_run == u64::MAX { PageCount(0) } else { ZERO_CLUSTER };
         self.family.finish_freeze(vm, harvest, bridge, &mut effects);
-        self.carry_out(effects);
+        self.carry_out_in_time(effects);
         self.wake_waiting(vm);
+    }
+
+    /// Carries out what cannot wait.
+    fn carry_out_in_time(&mut self, effects: Effects) {
+        let can_wait = |effect: &Effect| matches!(effect, Effect::Punch(..) | Effect::DropStore(_));
+        let (hidden, rest): (Vec<_>, Vec<_>) = effects.0.into_iter().partition(can_wait);
+        self.carry_out(Effects(rest));
+        self.hidden.extend(hidden);
     }
 
     /// Frees some pages that a freeze has hidden from everybody. Whether more are left.
@@ -214,10 +222,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         if !self.family.is_tidy() {
             let mut effects = Effects::default();
             self.family.tidy(&mut effects);
-            let can_wait = |effect: &Effect| matches!(effect, Effect::Punch(..) | Effect::DropStore(_));
-            let (hidden, rest): (Vec<_>, Vec<_>) = effects.0.into_iter().partition(can_wait);
-            self.carry_out(Effects(rest));
-            self.hidden.extend(hidden);
+            self.carry_out_in_time(effects);
         }
         let mut most = FREED_BATCH.0;
         while most > 0

@@ -8,6 +8,7 @@
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
@@ -202,6 +203,21 @@ impl Link {
             self.queue.pop_front();
         }
         Ok(false)
+    }
+
+    /// Waits until the socket has taken all that is queued: from then on it outlives this process.
+    ///
+    /// # Errors
+    /// The peer is gone.
+    pub fn await_sent(&mut self) -> io::Result<()> {
+        while self.flush()? {
+            let mut room = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
+            match poll(&mut room, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// The next message and its descriptors; `None` if none is there yet (a blocking end waits).

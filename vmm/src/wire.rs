@@ -259,7 +259,7 @@ pub struct Frozen {
     /// Frame of the scratch range where copies begin.
     pub copies: Gfn,
     /// Of stretches that stayed, those that are in the scratch range, if the others are not yet: `Copied` follows, and until
-    /// then the window shows what they have, since no vCPU runs.
+    /// then the window shows what they have, since no vCPU runs: it is said before one does.
     pub copied: Option<Vec<GfnRange>>,
     /// The process that has the pages of the scratch range, if it is a copy of this one.
     pub copy: Option<i32>,

@@ -36,7 +36,7 @@ pub struct SwapCounts {
     pub swap_in_live_pages: u64,
 }
 
-/// A guest that waits for a read from swap.
+/// A guest that waits for a page on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Waiter {
     pub vm: VmId,

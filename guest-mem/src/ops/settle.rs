@@ -61,7 +61,7 @@ pub enum Placed {
 }
 
 impl Family {
-    /// Some pages that have not settled, at most `limit`; none if all have, or wait for swap.
+    /// Some pages that have not settled, at most `limit`; none if all have, or are on their way.
     pub fn next_job(&mut self, limit: PageCount) -> Option<Job> {
         loop {
             let Objects { pending, put_off, waited_for, .. } = &self.objects;
@@ -127,13 +127,13 @@ impl Family {
         self.objects.settle_from(job.object, job.pages.raw())
     }
 
-    /// The page that this job needs is being read from swap: it is done again when [pages have
+    /// The page that this job needs is on its way, from swap or into a scratch range: it is done again when [pages have
     /// arrived](Self::retry_put_off).
     pub(crate) fn put_off(&mut self, job: &Job) {
         self.objects.put_off.insert(job.needed_by);
     }
 
-    /// Pages that were read from swap may be here.
+    /// Pages that were on their way may be here.
     pub(crate) fn retry_put_off(&mut self) {
         self.objects.put_off.clear();
     }

@@ -32,6 +32,12 @@ impl<'a> Outbox<'a> {
         self.send()
     }
 
+    /// Sends a message, behind all that are held, and waits until it will be heard whatever becomes of this process.
+    pub fn tell_for_good(&mut self, message: FromVm) -> io::Result<()> {
+        self.tell(message)?;
+        self.link.await_sent()
+    }
+
     /// Sends what is held.
     pub fn send(&mut self) -> io::Result<()> {
         let held: Said = std::mem::take(&mut self.held);

@@ -8,6 +8,8 @@ use crate::api::Answer;
 use crate::wire::{Ending, FromVm, Line, Machine, Said};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
+use nix::errno::Errno;
+use nix::sys::signal::kill;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::io;
@@ -53,8 +55,12 @@ impl Server {
         if let FromVm::Frozen(frozen) = &message
             && let Some(copy) = frozen.copy
         {
-            process.memory.note_copy(Pid::from_raw(copy));
-            self.pids.insert(Pid::from_raw(copy), id);
+            let copy = Pid::from_raw(copy);
+            // One that has been reaped before this was heard is never reaped again.
+            if kill(copy, None) != Err(Errno::ESRCH) {
+                process.memory.note_copy(copy);
+                self.pids.insert(copy, id);
+            }
         }
         match (message, process.role) {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
@@ -77,8 +83,11 @@ impl Server {
     fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) {
         let process = self.processes.get_mut(&id).expect("it has just spoken");
         let memory = Rc::clone(&process.memory);
-        memory.keeper.set(Some(Pid::from_raw(keeper)));
-        self.pids.insert(Pid::from_raw(keeper), id);
+        let keeper = Pid::from_raw(keeper);
+        if kill(keeper, None) != Err(Errno::ESRCH) {
+            memory.keeper.set(Some(keeper));
+            self.pids.insert(keeper, id);
+        }
         memory.base.set(window_base);
         process.ready = true;
         if let Some(fd) = fds.into_iter().next() {

@@ -265,14 +265,13 @@ impl Server {
 
     /// Goes on with everything that waits for pages from swap.
     pub(super) fn serve_swapped_in(&mut self) {
-        let families: Vec<FamilyId> = self.families.keys().copied().collect();
-        families.into_iter().for_each(|family| self.retry(family));
-    }
-
-    /// Goes on with everything in a family that waits for pages on their way.
-    pub(super) fn retry(&mut self, family: FamilyId) {
-        let Some(manager) = self.families.get_mut(&family) else { return };
-        if let Err(error) = manager.retry() {
+        let mut failed: Vec<(FamilyId, guest_mem::manager::Error)> = Vec::new();
+        for (&id, manager) in &mut self.families {
+            if let Err(error) = manager.retry() {
+                failed.push((id, error));
+            }
+        }
+        for (family, error) in failed {
             self.swap_in_again = true;
             self.memory_error(family, &error);
         }

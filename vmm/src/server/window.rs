@@ -107,8 +107,8 @@ impl Memory {
         let copied = if copy.is_some() { &[][..] } else { &harvest.copied };
         let range = ScratchRange::new(*scratch_base, *copies, copied);
         let there = frozen.copied.as_deref().unwrap_or(copied);
-        let uncopied = copied.iter().filter(|pages| there.binary_search_by_key(&pages.start(), |p| p.start()).is_err());
-        let uncopied = uncopied.copied().collect();
+        let is_there = |pages: &&GfnRange| there.binary_search_by_key(&pages.start(), |there| there.start()).is_ok();
+        let uncopied = copied.iter().filter(|pages| !is_there(pages)).copied().collect();
         self.scratch.borrow_mut().insert(*store, Scratch { range, copy, uncopied });
     }
 

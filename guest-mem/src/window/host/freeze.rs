@@ -5,7 +5,7 @@ use super::dirty::{Candidate, Cleanness, Density};
 use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
-use crate::ranges::{push, without};
+use crate::ranges::{push, within, without};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
 use std::io;
@@ -255,6 +255,7 @@ impl HostWindow {
                 continue;
             }
             let written = self.pending.dirty_in(range);
+            let stayed: Vec<GfnRange> = within(&stayed, range).collect();
             if without(&written, &stayed).is_empty() {
                 written.into_iter().for_each(|pages| push(&mut found.dirty, pages));
                 continue;

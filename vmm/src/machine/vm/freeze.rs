@@ -43,7 +43,7 @@ pub(in super::super) struct Freeze<'a> {
 }
 
 /// Copies (1 MiB, some 0.1 ms) for which children do not wait: they are told what was taken before.
-const MANY_COPIES: u64 = 256;
+const BEHIND_FROM: u64 = 256;
 
 impl Vm {
     /// Takes all dirty private pages, with the vCPUs stopped: moves them out and maps the file in their place, or copies them.
@@ -152,7 +152,8 @@ impl Vm {
         });
         sent.map_err(VmError::Server)?;
         copied.map_err(VmError::Harvest)?;
-        out.hold(FromVm::Copied { store });
+        // Before a vCPU runs: of a process that ends without these words, the window is what was frozen.
+        out.tell_for_good(FromVm::Copied { store }).map_err(VmError::Server)?;
         Ok((Taken::Told(harvest), state, cleared))
     }
 
@@ -190,7 +191,7 @@ impl Vm {
     }
 
     /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
-    /// while the registers are read. Otherwise it is told when the parent runs again.
+    /// while the registers are read. Otherwise it is told when the parent runs again, or, of many copies, before they are made.
     fn freeze_standing(
         &mut self,
         begun: &Frozen,
@@ -232,7 +233,7 @@ impl Vm {
         let stood = Stood { serial, mailbox, linux };
         let (taken, state, cleared) = match taken {
             // Without traps, children have to wait for all copies.
-            Taken::Moved(moved) if self.traps && count(moved.copies()) >= MANY_COPIES => {
+            Taken::Moved(moved) if self.traps && count(moved.copies()) >= BEHIND_FROM => {
                 self.copy_behind(begun, freeze.first, &moved, stood, out)?
             }
             taken => {
@@ -381,7 +382,7 @@ enum Taken {
     Nothing,
     /// Pages that are in a scratch range now, those that stayed after they have been copied.
     Moved(MovedOut),
-    /// The same, and the server knows of it.
+    /// What was taken, which the server knows of.
     Told(Harvest),
     /// Pages that stayed, and are in this copy of the process as well.
     InCopy(Harvest, Pid),
