@@ -98,7 +98,7 @@ impl ForkOp {
 
     /// Whether children are about to begin, or the parent is about to go on.
     pub fn awaits_guests(&self) -> bool {
-        let some_to_come = self.copies_due || self.children.iter().any(|child| !child.there);
+        let some_to_come = self.copies_due || self.pause_due || self.children.iter().any(|child| !child.there);
         self.begun && self.failure.is_none() && some_to_come
     }
 }
