@@ -254,7 +254,7 @@ impl Server {
         self.finish_fork_if_there(fork);
     }
 
-    /// The parent has been frozen, and most likely runs on.
+    /// The parent has been frozen, and most likely runs on, or will when it has copied what stays.
     pub(super) fn frozen(&mut self, parent: Generation, frozen: Frozen) {
         if self.frozen_to_swap(parent, &frozen) {
             return;
