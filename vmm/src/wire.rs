@@ -180,7 +180,7 @@ pub enum ToVm {
         max_runs: u32,
         /// What becomes of short stretches.
         short: Short,
-        /// Frames that somebody is about to wait for: where pages are copied, theirs come first.
+        /// Frames that somebody is about to wait for, sorted: where pages are copied, theirs come first.
         first: Vec<Gfn>,
     },
     /// Some pages of a freeze have settled: give their memory back.

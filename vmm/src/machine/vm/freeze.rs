@@ -38,7 +38,7 @@ pub(in super::super) struct Freeze<'a> {
     pub max_runs: u32,
     /// What becomes of short stretches.
     pub short: Short,
-    /// Frames whose pages are copied first.
+    /// Frames whose pages are copied first; sorted.
     pub first: &'a [Gfn],
 }
 
@@ -128,7 +128,11 @@ impl Vm {
         out: &mut Outbox<'_>,
     ) -> Result<(Taken, MachineState, bool), VmError> {
         let store = begun.store;
-        let urgent = |pages: &&GfnRange| first.iter().any(|gfn| pages.contains(*gfn));
+        let mut first = first.iter().copied().peekable();
+        let urgent = |pages: &&GfnRange| {
+            while first.next_if(|gfn| *gfn < pages.start()).is_some() {}
+            first.peek().is_some_and(|gfn| pages.contains(*gfn))
+        };
         let (first, rest): (Vec<GfnRange>, Vec<GfnRange>) = moved.copies().iter().partition(urgent);
         self.window.copy(store, &first).map_err(VmError::Harvest)?;
         let state = self.state(stood)?;
