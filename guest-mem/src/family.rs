@@ -9,9 +9,10 @@
 use crate::addr::{GfnRange, PageCount};
 use crate::map::AddressMap;
 use crate::object::{ObjectId, Objects};
+use crate::pages::PageSet;
 use crate::stage2::{Shape, Stage2, TableId};
 use crate::window::{Run, Source, StoreId};
-use rangemap::{RangeMap, RangeSet};
+use rangemap::RangeMap;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -27,7 +28,7 @@ pub struct Vm {
     /// What its window maps, run by run.
     pub(crate) runs: RangeMap<u64, Source>,
     /// Frozen pages of which its window has a copy of its own. It maps something older there, and never traps.
-    pub(crate) kept: RangeSet<u64>,
+    pub(crate) kept: PageSet,
     /// Stretches of frozen pages that stayed in its window, all from one store, with nothing but zeros between: windows of
     /// children map that store throughout.
     pub(crate) spans: RangeMap<u64, Source>,
@@ -168,7 +169,7 @@ impl Vm {
 
     /// Frozen pages of which its window has a copy of its own, over what it maps there.
     pub fn kept(&self) -> impl Iterator<Item = GfnRange> {
-        self.kept.iter().cloned().map(GfnRange::from)
+        self.kept.iter()
     }
 
     /// Whether it stands still for a freeze whose outcome is not known yet.

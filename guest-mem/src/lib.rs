@@ -46,6 +46,7 @@ pub mod manager;
 pub mod map;
 pub mod object;
 pub mod ops;
+mod pages;
 mod ranges;
 mod reclaim;
 pub mod rmap;

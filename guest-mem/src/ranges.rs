@@ -36,7 +36,8 @@ pub(crate) fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> 
 pub(crate) fn merged(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
     let mut all = [one, other].concat();
     if !one.is_empty() && !other.is_empty() {
-        all.sort_unstable_by_key(|range| range.start());
+        // Stable, it knows two sorted parts for what they are.
+        all.sort_by_key(|range| range.start());
     }
     all
 }

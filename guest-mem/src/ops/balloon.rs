@@ -77,7 +77,7 @@ impl Family {
             }
         }
         books.runs.insert(pages.raw(), Source::Anonymous);
-        books.kept.remove(pages.raw());
+        books.kept.remove(pages);
         books.spans.remove(pages.raw());
     }
 }

@@ -4,6 +4,8 @@ use crate::addr::GfnRange;
 use crate::family::{Family, Pace, Vm, VmId};
 use crate::object::Zeros;
 use crate::ops::ZERO_CLUSTER;
+use crate::pages::PageSet;
+use crate::ranges::without;
 use crate::window::{Run, Source};
 use rangemap::{RangeMap, RangeSet};
 use std::ops::Range;
@@ -29,7 +31,7 @@ impl Family {
             map,
             root,
             runs,
-            kept: RangeSet::new(),
+            kept: PageSet::default(),
             spans: RangeMap::new(),
             freezing: None,
             pace: Pace::Running,
@@ -57,9 +59,9 @@ impl Family {
     fn fresh_runs(&self, vm: VmId, max_runs: usize) -> RangeMap<u64, Source> {
         let vm = self.vm(vm);
         let mut runs = vm.runs.clone();
-        let alone = vm
-            .kept()
-            .filter(|pages| vm.spans.get_key_value(&pages.start().0).is_none_or(|(span, _)| span.end < pages.end().0));
+        let kept: Vec<GfnRange> = vm.kept().collect();
+        let spans: Vec<GfnRange> = vm.spans.iter().map(|(pages, _)| pages.clone().into()).collect();
+        let alone = without(&kept, &spans).into_iter();
         for run in alone.flat_map(|pages| self.stage2.runs(vm.root, pages)) {
             runs.insert(run.pages.raw(), run.source);
         }

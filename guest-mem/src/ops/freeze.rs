@@ -7,8 +7,8 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, Freezing, LeftOver, VmId};
 use crate::map::MapEntry;
-use crate::object::{Backing, ObjectId, Slot};
-use crate::ranges::{outside, within, without};
+use crate::object::{Backing, ObjectId, Segment, Slot};
+use crate::ranges::{merged, outside, push, within, without};
 use crate::stage2::Cursor;
 use crate::window::{Harvest, Source, StoreId};
 
@@ -80,16 +80,15 @@ impl Family {
                 self.objects.unmap_untidily(below, pace);
             }
         }
-        let spans = self.spans(vm, &harvest.copied, store, bridge);
+        let spans = self.spans(vm, &all_private, &harvest.copied, bridge);
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
         let mut cursor = Cursor::new(&mut self.stage2, &mut books.root);
         cursor.set_all(&all_taken, source, &mut replaced);
         for pages in &harvest.moved {
             books.runs.insert(pages.raw(), source);
-            books.kept.remove(pages.raw());
+            books.kept.remove(*pages);
         }
-        let stayed: Vec<GfnRange> = books.kept.iter().cloned().map(GfnRange::from).collect();
-        without(&harvest.copied, &stayed).into_iter().for_each(|pages| books.kept.insert(pages.raw()));
+        books.kept.add_all(harvest.copied.iter().copied());
         outside(&all_taken, &spans).for_each(|pages| books.spans.remove(pages.raw()));
         spans.into_iter().for_each(|pages| books.spans.insert(pages.raw(), source));
         self.left.tops.extend(books.map.iter().filter_map(|(_, entry)| entry.object));
@@ -133,33 +132,26 @@ impl Family {
         self.objects.put_all(top, without(taken, private), Slot::Gap(store));
     }
 
-    /// Stretches from one of `copied`, whose slots name `store`, to another, over less than `most` zeros between each two.
-    fn spans(&self, vm: VmId, copied: &[GfnRange], store: StoreId, most: PageCount) -> Vec<GfnRange> {
-        let mut spans: Vec<GfnRange> = Vec::new();
+    /// Stretches of `private` pages, two of `copied` at least in each, with fewer than `most` zeros between each two.
+    fn spans(&self, vm: VmId, private: &[GfnRange], copied: &[GfnRange], most: PageCount) -> Vec<GfnRange> {
+        let mut spans = Vec::new();
         for (bounds, entry) in self.vm(vm).map.iter() {
-            let copied: Vec<GfnRange> = within(copied, bounds).collect();
-            let Some((first, last)) = copied.first().zip(copied.last()) else { continue };
-            let all = GfnRange::between(first.start(), last.end());
-            // Where what came before can go on: behind pages of the store and a few zeros.
-            let mut open = None;
-            self.objects.for_each_segment(entry.object, entry.origin, all, &mut |segment| {
-                let pages = segment.pages;
-                if segment.found.is_some_and(|found| found.slot == Slot::Unsettled(store)) {
-                    match spans.last_mut() {
-                        Some(span) if open == Some(pages.start()) => {
-                            *span = GfnRange::between(span.start(), pages.end())
-                        }
-                        _ => spans.push(pages),
-                    }
-                    open = Some(pages.end());
-                } else {
-                    let end = spans.last().map_or(Gfn(0), |span| span.end());
-                    let goes_on = open == Some(pages.start()) && segment.is_zero() && pages.end().0 - end.0 < most.0;
-                    open = goes_on.then_some(pages.end());
-                }
-            });
+            if within(copied, bounds).nth(1).is_none() {
+                continue;
+            }
+            let private: Vec<GfnRange> = within(private, bounds).collect();
+            let between = private.windows(2).map(|pair| GfnRange::between(pair[0].end(), pair[1].start()));
+            let gaps: Vec<GfnRange> = between.filter(|gap| gap.count() < most).collect();
+            // Mostly nothing in the whole chain is there. To learn that takes no look at each of them.
+            let doubtful = self.objects.touched(entry.object, entry.origin, &gaps);
+            let is_zero =
+                |gap: &GfnRange| self.objects.resolve(entry.object, entry.origin, *gap).iter().all(Segment::is_zero);
+            let doubtful: Vec<GfnRange> = doubtful.into_iter().filter(|gap| !is_zero(gap)).collect();
+            let zeros = without(&gaps, &doubtful);
+            let mut joined = Vec::new();
+            merged(&private, &zeros).into_iter().for_each(|pages| push(&mut joined, pages));
+            spans.extend(joined.into_iter().filter(|span| within(copied, *span).nth(1).is_some()));
         }
-        spans.retain(|span| within(copied, *span).nth(1).is_some());
         spans
     }
 }

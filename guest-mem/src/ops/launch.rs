@@ -3,9 +3,10 @@
 use crate::addr::GfnRange;
 use crate::family::{Family, FileMapping, Pace, Vm, VmId};
 use crate::map::{AddressMap, MapEntry};
+use crate::pages::PageSet;
 use crate::stage2::Cursor;
 use crate::window::{Run, Source};
-use rangemap::{RangeMap, RangeSet};
+use rangemap::RangeMap;
 
 impl Family {
     /// A VM whose memory is `ram`, with `files` in it.
@@ -28,7 +29,7 @@ impl Family {
             map,
             root,
             runs: RangeMap::new(),
-            kept: RangeSet::new(),
+            kept: PageSet::default(),
             spans: RangeMap::new(),
             freezing: None,
             pace: Pace::Running,

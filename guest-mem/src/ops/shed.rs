@@ -54,7 +54,7 @@ impl Family {
     pub fn shed(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange], effects: &mut Effects) {
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
         for pages in pages {
-            books.kept.remove(pages.raw());
+            books.kept.remove(*pages);
             books.runs.insert(pages.raw(), Source::Store { store, origin: Gfn(0) });
         }
         let books = self.vm(vm);

@@ -49,7 +49,7 @@ impl Family {
             // It runs again, and the page may have been moved out: the books are of the time before.
             return Trap::Wait;
         }
-        if self.vm(vm).kept.contains(&gfn.0) {
+        if self.vm(vm).kept.contains(gfn) {
             // A late one: the page is there.
             return Trap::Wake(GfnRange::new(gfn, PageCount(1)));
         }

@@ -4,6 +4,7 @@
 use super::Written;
 use super::inject;
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -270,18 +271,32 @@ impl Area {
 }
 
 impl Area {
-    /// Copies pages of `range`, which are mapped and which nobody writes, to the frame `at` on of `to`, where writable
-    /// ones are mapped.
+    /// Copies stretches of pages, which are mapped and which nobody writes, each to the frames of `to` from the one beside it
+    /// on, where writable ones are mapped.
     ///
     /// # Errors
-    /// `ERANGE`: one of both is not within its area. Nothing was copied.
-    pub fn copy_to(&self, range: GfnRange, to: &Self, at: Gfn) -> io::Result<()> {
-        let (from, len) = self.host(range)?;
-        let (there, _) = to.host(GfnRange::new(at, range.count()))?;
-        // SAFETY: Both ranges lie within areas, into which nobody has a reference. An unmapped page means a signal, not a
-        // wrong access.
-        unsafe { ptr::copy(from as *const u8, there as *mut u8, len) };
+    /// `ERANGE`: one is not within its area. Those before it have been copied.
+    pub fn copy_to(&self, to: &Self, stretches: &[(GfnRange, Gfn)]) -> io::Result<()> {
+        for (index, &(pages, at)) in stretches.iter().enumerate() {
+            let (from, len) = self.host(pages)?;
+            let (there, _) = to.host(GfnRange::new(at, pages.count()))?;
+            if let Some((next, _)) = stretches.get(index + 1) {
+                expect(self.host(*next)?.0);
+            }
+            // SAFETY: Both ranges lie within areas, into which nobody has a reference. An unmapped page means a signal, not
+            // a wrong access.
+            unsafe { ptr::copy(from as *const u8, there as *mut u8, len) };
+        }
         Ok(())
+    }
+}
+
+/// Has the processor look up an address and fetch the first bytes there: by itself it does so within a page only.
+fn expect(address: u64) {
+    const LINE: u64 = 64;
+    for line in 0..8 {
+        // SAFETY: A hint. It never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>((address + line * LINE) as *const i8) };
     }
 }
 

@@ -29,10 +29,10 @@ pub use snapshot::Shed;
 
 use super::{Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::pages::PageSet;
 use crate::sys::Written;
 use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
-use rangemap::RangeSet;
 use runs::RunMap;
 use scratch::Scratches;
 use std::io;
@@ -113,11 +113,11 @@ pub struct HostWindow {
     runs: RunMap,
     scratches: Scratches,
     /// Frozen pages that stayed, and must: what is mapped there shows something older.
-    kept: RangeSet<u64>,
+    kept: PageSet,
     /// Pages dirty since the last successful freeze, as far as we were told and have not used it.
     pending: DirtyMap,
     /// Pages given back since the last successful freeze: what a log says of them may be of the time before.
-    given_back: RangeSet<u64>,
+    given_back: PageSet,
     uffd: Option<Userfaultfd>,
     pagemap: Pagemap,
 }
@@ -141,8 +141,8 @@ impl HostWindow {
             memory: area.guest_memory(ram).map_err(during("describing", all))?,
             scratches: Scratches::beside(&area, place, all.count()),
             pending: DirtyMap::clean(ram),
-            kept: RangeSet::new(),
-            given_back: RangeSet::new(),
+            kept: PageSet::default(),
+            given_back: PageSet::default(),
             ram: ram.to_vec(),
             runs: RunMap::default(),
             area,

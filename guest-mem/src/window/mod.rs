@@ -113,6 +113,13 @@ impl ScratchRange {
         }
     }
 
+    /// Stretches that were copied each as a whole (sorted), and the frame where each begins; `None` if one of them was not.
+    pub fn of(&self, copied: &[GfnRange]) -> Option<Vec<(GfnRange, Gfn)>> {
+        let first = copied.first().map_or(Gfn(0), |pages| pages.start());
+        let mut places = self.copies[self.copies.partition_point(|(whole, _)| whole.end() <= first)..].iter();
+        copied.iter().map(|pages| places.find(|(whole, _)| whole == pages).copied()).collect()
+    }
+
     /// The host address where a page is.
     pub fn address(&self, gfn: Gfn) -> u64 {
         self.base + self.frame(gfn).gpa()

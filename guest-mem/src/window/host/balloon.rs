@@ -33,11 +33,12 @@ impl HostWindow {
                 break;
             }
         }
-        for part in done.iter() {
-            self.given_back.insert(part.clone());
-            self.kept.remove(part.clone());
+        let done: Vec<GfnRange> = done.into_iter().map(GfnRange::from).collect();
+        for &part in &done {
+            self.given_back.add(part);
+            self.kept.remove(part);
         }
-        done.into_iter().map(GfnRange::from).collect()
+        done
     }
 
     fn give_back(&mut self, stretch: GfnRange, max_runs: usize, done: &mut RangeSet<u64>) -> Result<(), WindowError> {

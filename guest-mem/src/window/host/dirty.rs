@@ -1,6 +1,7 @@
 //! Which pages may have been written since the last freeze.
 
 use crate::addr::{Gfn, GfnRange};
+use crate::pages::{PageSet, joined, runs};
 use crate::sys::Written;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -24,23 +25,9 @@ pub struct SlotLog {
 
 impl SlotLog {
     /// The pages that it names, sorted, not adjacent.
-    pub fn pages(&self) -> Vec<GfnRange> {
-        let mut pages: Vec<GfnRange> = Vec::new();
-        for (index, &word) in self.words.iter().enumerate().filter(|(_, word)| **word != 0) {
-            let mut bit = word.trailing_zeros();
-            while bit < WORD as u32 && word >> bit != 0 {
-                bit += (word >> bit).trailing_zeros();
-                let run = (word >> bit).trailing_ones();
-                let start = Gfn(self.first.0 + index as u64 * WORD + u64::from(bit));
-                let end = Gfn(start.0 + u64::from(run));
-                match pages.last_mut() {
-                    Some(last) if last.end() == start => *last = GfnRange::between(last.start(), end),
-                    _ => pages.push(GfnRange::between(start, end)),
-                }
-                bit += run;
-            }
-        }
-        pages
+    pub fn pages(&self) -> impl Iterator<Item = GfnRange> {
+        let word = |(index, &bits): (usize, &u64)| runs(Gfn(self.first.0 + index as u64 * WORD), bits);
+        joined(self.words.iter().enumerate().flat_map(word))
     }
 }
 
@@ -172,14 +159,12 @@ impl DirtyMap {
         candidates
     }
 
-    /// The dirty ones of `pages`, which lie in one RAM range.
-    pub fn dirty_in(&self, pages: GfnRange) -> Vec<GfnRange> {
-        let mut dirty = Vec::new();
-        self.split(pages, |part, cleanness| match cleanness {
-            Cleanness::Dirty => dirty.push(part),
-            Cleanness::Clean => {}
-        });
-        dirty
+    /// Whether all dirty ones of `pages`, a candidate's, are in `set`.
+    pub fn is_within(&self, pages: GfnRange, set: &PageSet) -> bool {
+        let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));
+        let Some(Slot { range, words, .. }) = slot else { return true };
+        let [from, to] = [pages.start(), pages.end()].map(|gfn| (gfn.0 - range.start().0).div_ceil(WORD) as usize);
+        (from..to).all(|word| words[word] & !set.word(Gfn(range.start().0 + word as u64 * WORD)) == 0)
     }
 
     /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.
@@ -273,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_log_tells_its_pages() {
-        let pages = |words: &[u64]| SlotLog { first: Gfn(1000), words: words.to_vec() }.pages();
+        let pages = |words: &[u64]| SlotLog { first: Gfn(1000), words: words.to_vec() }.pages().collect::<Vec<_>>();
         assert_eq!(pages(&[0, 0]), []);
         assert_eq!(pages(&[0b1011 | 1 << 63, u64::MAX, 1]), [1000..1002, 1003..1004, 1063..1129].map(GfnRange::from));
     }

@@ -5,7 +5,7 @@ use super::dirty::{Candidate, Cleanness, Density};
 use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
-use crate::ranges::{push, within, without};
+use crate::ranges::{push, without};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
 use std::io;
@@ -92,6 +92,10 @@ impl HostWindow {
     /// Gets memory for the copies of a freeze that is about to begin, if these logs tell of many: the guest may run, and
     /// would stand still for longer than the copies themselves take. Whatever goes wrong here goes wrong again in the freeze.
     pub fn prepare_copies(&mut self, logs: &[SlotLog]) {
+        let most = logs.iter().flat_map(|log| &log.words).map(|word| u64::from(word.count_ones())).sum::<u64>();
+        if most < MANY_COPIES || self.scratches.is_prepared(PageCount(most)) {
+            return;
+        }
         let short = |pages: &GfnRange| pages.count().0 <= SHORT;
         let copies = logs.iter().flat_map(SlotLog::pages).filter(short).map(|pages| pages.count().0).sum::<u64>();
         if copies >= MANY_COPIES {
@@ -127,9 +131,9 @@ impl HostWindow {
         let mut found = self.find_private(trust)?;
         // A run in the middle of a mapping makes three of one: here, or in the windows of children.
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
-        let fresh = || found.dirty.iter().filter(|pages| !self.kept.overlaps(&pages.raw())).count();
-        let kept = self.kept.len();
-        if short == Short::Copied && kept + found.dirty.len() > limit && kept + fresh() > limit {
+        let kept: Vec<GfnRange> = self.kept.iter().collect();
+        let fresh = || without(&found.dirty, &kept).len();
+        if short == Short::Copied && kept.len() + found.dirty.len() > limit && kept.len() + fresh() > limit {
             short = Short::Moved;
             self.mark_kept();
             found = self.find_private(trust)?;
@@ -148,7 +152,7 @@ impl HostWindow {
         let source = Source::Store { store, origin: Gfn(0) };
         for pages in &plan.moves {
             self.runs.mapped(*pages, source);
-            self.kept.remove(pages.raw());
+            self.kept.remove(*pages);
         }
         self.forget_dirty();
         self.scratches.keep(store, scratch, &plan.copies);
@@ -177,14 +181,14 @@ impl HostWindow {
     /// # Errors
     /// They are none of that freeze's. The VM must not run.
     pub fn copy(&self, store: StoreId, copies: &[GfnRange]) -> Result<(), WindowError> {
-        let copy =
-            |pages: &GfnRange| self.scratches.copy_in(store, &self.area, *pages).map_err(during("copying", *pages));
-        copies.iter().try_for_each(copy)
+        let Some((first, last)) = copies.first().zip(copies.last()) else { return Ok(()) };
+        let copied = self.scratches.copy_in(store, &self.area, copies);
+        copied.map_err(during("copying", GfnRange::between(first.start(), last.end())))
     }
 
     /// Frozen pages that stayed are to be taken again.
     fn mark_kept(&mut self) {
-        self.kept.iter().for_each(|pages| self.pending.mark(pages.clone().into()));
+        self.kept.iter().for_each(|pages| self.pending.mark(pages));
     }
 
     pub(super) fn forget_dirty(&mut self) {
@@ -229,10 +233,8 @@ impl HostWindow {
 
     /// Takes note of what the freeze into `store` took: what was copied has stayed, unless it was given back meanwhile.
     pub fn keep(&mut self, store: StoreId, harvest: &Harvest) {
-        let [given_back, kept] = [&self.given_back, &self.kept]
-            .map(|pages| pages.iter().cloned().map(GfnRange::from).collect::<Vec<GfnRange>>());
-        let stayed = without(&harvest.copied, &given_back);
-        without(&stayed, &kept).into_iter().for_each(|pages| self.kept.insert(pages.raw()));
+        let given_back: Vec<GfnRange> = self.given_back.iter().collect();
+        self.kept.add_all(without(&harvest.copied, &given_back));
         self.scratches.harvested(store, harvest.private());
     }
 
@@ -242,22 +244,19 @@ impl HostWindow {
     pub(super) fn find_private(&mut self, trust: Trust) -> Result<Found, WindowError> {
         let base = self.area.base();
         let mut found = Found::default();
-        // Pages that stayed are private for as long as they do.
-        let stayed: Vec<GfnRange> = match trust {
-            Trust::Log => self.kept.iter().cloned().map(GfnRange::from).collect(),
-            Trust::Nothing => Vec::new(),
-        };
         for Candidate { pages: range, density } in self.pending.candidates() {
             let told = density == Density::All && trust == Trust::Log && range.count().0 > SHORT;
-            if told && !self.given_back.overlaps(&range.raw()) {
+            if told && !self.given_back.touches(range) {
                 push(&mut found.dirty, range);
                 push(&mut found.told, range);
                 continue;
             }
-            let written = self.pending.dirty_in(range);
-            let stayed: Vec<GfnRange> = within(&stayed, range).collect();
-            if without(&written, &stayed).is_empty() {
-                written.into_iter().for_each(|pages| push(&mut found.dirty, pages));
+            // Pages that stayed are private for as long as they do.
+            if trust == Trust::Log && self.pending.is_within(range, &self.kept) {
+                self.pending.split(range, |pages, cleanness| match cleanness {
+                    Cleanness::Dirty => push(&mut found.dirty, pages),
+                    Cleanness::Clean => {}
+                });
                 continue;
             }
             let (start, len) = self.area.host(range).map_err(during("looking up", range))?;
@@ -265,7 +264,7 @@ impl HostWindow {
             let scan = self.pagemap.private(start..start + len as u64, |bytes| {
                 pending.split(frames(&bytes, base), |pages, cleanness| match cleanness {
                     Cleanness::Dirty => push(&mut found.dirty, pages),
-                    Cleanness::Clean => found.clean.extend(kept.gaps(&pages.raw()).map(GfnRange::from)),
+                    Cleanness::Clean => found.clean.extend(without(&[pages], &kept.within(pages).collect::<Vec<_>>())),
                 });
             });
             scan.map_err(during("scanning the pagemap", range))?;

@@ -39,9 +39,12 @@ pub(super) struct Draft {
     room: PageCount,
 }
 
-/// Pages of copies whose memory stays for the next freeze at most (16 MiB). To be supplied with new memory while the VM
+/// Pages of copies whose memory stays for the next freeze at most (18 MiB). To be supplied with new memory while the VM
 /// stands still takes up to twenty times as long as to copy.
-const SPARE_MOST: PageCount = PageCount(4096);
+const SPARE_MOST: PageCount = PageCount(9 * HUGE);
+
+/// Pages of a huge page.
+const HUGE: u64 = 512;
 
 /// Fixed areas end below this, far from where the kernel places mappings of its own choice.
 const FIXED_END: u64 = 0x4000_0000_0000;
@@ -86,6 +89,11 @@ impl Scratches {
         Ok(draft)
     }
 
+    /// Whether there is memory for so many copies.
+    pub fn is_prepared(&self, copies: PageCount) -> bool {
+        self.spare.as_ref().is_some_and(|spare| spare.room >= copies)
+    }
+
     /// Gets memory for the copies of the next freeze.
     pub fn prepare(&mut self, copies: PageCount) {
         match self.make_for(copies) {
@@ -107,10 +115,10 @@ impl Scratches {
         debug_assert!(before.is_none(), "a store takes one freeze");
     }
 
-    /// Copies `pages` of a window to their place.
-    pub fn copy_in(&self, store: StoreId, window: &Area, pages: GfnRange) -> io::Result<()> {
+    /// Copies `pages` (sorted) of a window to their places.
+    pub fn copy_in(&self, store: StoreId, window: &Area, pages: &[GfnRange]) -> io::Result<()> {
         let Scratch { draft, places, .. } = self.get(store)?;
-        window.copy_to(pages, &draft.area, places.frame(pages.start()))
+        window.copy_to(&draft.area, &places.of(pages).ok_or(io::ErrorKind::NotFound)?)
     }
 
     /// Where guest frame 0 would stand among the pages that were moved, whose area this is.
@@ -161,7 +169,8 @@ impl Scratches {
         let Some(Scratch { mut draft, copies, .. }) = self.areas.remove(&store) else {
             return log::warn!("{store:?} has no scratch range to drop");
         };
-        let room = draft.room.min(copies).min(stays.count());
+        // The next is likely to be of a few more.
+        let room = draft.room.min(PageCount(copies.0 + copies.0 / 16)).min(stays.count());
         if self.spare.as_ref().is_some_and(|spare| spare.room >= room) || room == PageCount(0) {
             return;
         }
@@ -185,7 +194,6 @@ impl Scratches {
 impl Draft {
     /// Maps memory behind what is there already. Nobody else knows of it: it is huge pages' best case.
     fn supply(&mut self, from: Gfn, mut count: PageCount) -> io::Result<()> {
-        const HUGE: u64 = 512;
         let huge = count.0 >= HUGE / 2;
         if huge {
             count = PageCount((from.0 + count.0).next_multiple_of(HUGE) - from.0);

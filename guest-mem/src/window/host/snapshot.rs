@@ -42,14 +42,14 @@ impl HostWindow {
         let trust = self.mark(Dirty::Every);
         let Found { dirty: private, clean, .. } = self.find_private(trust)?;
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
-        if self.kept.len() + private.len() > limit {
+        if self.kept.iter().count() + private.len() > limit {
             return Ok(None);
         }
         self.drop_clean(&clean)?;
         if let Some((first, last)) = private.first().zip(private.last()) {
             copy().map_err(during("copying the process of", GfnRange::between(first.start(), last.end())))?;
         }
-        private.iter().for_each(|pages| self.kept.insert(pages.raw()));
+        self.kept.add_all(private.iter().copied());
         self.forget_dirty();
         Ok(Some(Harvest { copied: private, ..Harvest::default() }))
     }
@@ -69,10 +69,7 @@ impl HostWindow {
         pages: &[GfnRange],
     ) -> Result<Shed, WindowError> {
         self.mark(dirty);
-        let kept = pages.iter().flat_map(|pages| {
-            let parts = self.kept.overlapping(pages.raw());
-            parts.map(|part| GfnRange::from(part.clone()).intersect(*pages))
-        });
+        let kept = pages.iter().flat_map(|&pages| self.kept.within(pages));
         let pages: Vec<GfnRange> = kept.filter(|part| part.count() >= Self::SHED_LEAST).collect();
         if pages.is_empty() {
             return Ok(Shed { pages, _before: None });
@@ -90,7 +87,7 @@ impl HostWindow {
         })?;
         for stretch in &pages {
             self.runs.mapped(*stretch, Source::Store { store, origin: Gfn(0) });
-            self.kept.remove(stretch.raw());
+            self.kept.remove(*stretch);
         }
         Ok(Shed { pages, _before: Some(before) })
     }
