@@ -22,6 +22,7 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
     isolate::die_with(getppid()).map_err(|error| error.to_string())?;
     name(c"offshoot-zygote");
     heap::share();
+    heap::keep();
     let known = Known::learn();
     let mut link = Link::new(socket);
     let failed = |error: io::Error| format!("the server's socket: {error}");

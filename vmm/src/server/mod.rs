@@ -51,6 +51,7 @@ mod zygote;
 use crate::api::{Answer, Failure, Greeting, Reply, Request};
 use crate::client::{Home, HomeError};
 use crate::clock::monotonic_ns;
+use crate::host::heap;
 use crate::host::latency::WakeLatency;
 use crate::nice;
 use crate::wire::{HostFeatures, Isolation};
@@ -201,6 +202,7 @@ struct Server {
 /// # Errors
 /// The home has a server already, or the host will not let this one start.
 pub fn run(config: Config) -> Result<(), Error> {
+    heap::keep();
     config.home.create()?;
     let lock = config.home.lock()?;
     let server = Rc::new(RefCell::new(Server::new(config)?));
