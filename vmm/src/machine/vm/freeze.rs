@@ -1,5 +1,7 @@
 //! What is done to a VM's memory with its vCPUs stopped, and what it leaves behind.
 
+mod copies;
+
 use super::super::floor::{Floor, Shared, Stopped};
 use super::super::keeper;
 use super::super::kvm::DirtyLog;
@@ -15,7 +17,7 @@ use guest_mem::{Gfn, GfnRange, Harvest, StoreId, Window};
 use nix::unistd::Pid;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Barrier, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -117,50 +119,6 @@ impl Vm {
         out.send().map_err(VmError::Server)
     }
 
-    /// Copies what a freeze leaves where it is. Children do not wait for it: but for the pages that they need `first`, the
-    /// server is told of all before. The log is cleared besides: whether it is.
-    fn copy_behind(
-        &mut self,
-        begun: &Frozen,
-        first: &[Gfn],
-        moved: &MovedOut,
-        stood: Stood,
-        out: &mut Outbox<'_>,
-    ) -> Result<(Taken, MachineState, bool), VmError> {
-        let store = begun.store;
-        let mut first = first.iter().copied().peekable();
-        let urgent = |pages: &&GfnRange| {
-            while first.next_if(|gfn| *gfn < pages.start()).is_some() {}
-            first.peek().is_some_and(|gfn| pages.contains(*gfn))
-        };
-        let (first, rest): (Vec<GfnRange>, Vec<GfnRange>) = moved.copies().iter().partition(urgent);
-        self.window.copy(store, &first).map_err(VmError::Harvest)?;
-        let state = self.state(stood)?;
-        let frozen = Frozen { copied: Some(first), ..self.look(begun, moved)? };
-        let harvest = frozen.harvest.clone();
-        out.hold(FromVm::Frozen(Box::new(frozen)));
-        out.hold(self.saved(store, begun.activity, &state));
-        let (window, begins) = (&self.window, Barrier::new(2));
-        let (cleared, sent, copied) = thread::scope(|scope| {
-            let copier = thread::Builder::new().spawn_scoped(scope, || {
-                begins.wait();
-                window.copy(store, &rest)
-            });
-            // The copier has a processor by now. The server, which is waked, gets this thread's, which waits from now on.
-            if copier.is_ok() {
-                begins.wait();
-            }
-            let (cleared, sent) = (self.clear_log(), out.send());
-            let copied = copier.map(|copier| copier.join().expect("copies do not panic"));
-            (cleared, sent, copied.unwrap_or_else(|_| window.copy(store, &rest)))
-        });
-        sent.map_err(VmError::Server)?;
-        copied.map_err(VmError::Harvest)?;
-        // Before a vCPU runs: of a process that ends without these words, the window is what was frozen.
-        out.tell_for_good(FromVm::Copied { store }).map_err(VmError::Server)?;
-        Ok((Taken::Told(harvest), state, cleared))
-    }
-
     fn look(&self, begun: &Frozen, moved: &MovedOut) -> Result<Frozen, VmError> {
         let taken = self.window.look(moved).map_err(VmError::Harvest)?;
         let (harvest, scratch_base, copies) = (taken.harvest, taken.scratch_base, taken.copies);
@@ -238,7 +196,8 @@ impl Vm {
         let (taken, state, cleared) = match taken {
             // Without traps, children have to wait for all copies.
             Taken::Moved(moved) if self.traps && count(moved.copies()) >= BEHIND_FROM => {
-                self.copy_behind(begun, freeze.first, &moved, stood, out)?
+                let (taken, state) = self.copy_behind(begun, freeze.first, &moved, stood, out)?;
+                (taken, state, self.clear_log())
             }
             taken => {
                 if let Taken::Moved(moved) = &taken {
