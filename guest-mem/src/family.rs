@@ -29,8 +29,8 @@ pub struct Vm {
     pub(crate) runs: RangeMap<u64, Source>,
     /// Frozen pages of which its window has a copy of its own. It maps something older there, and never traps.
     pub(crate) kept: PageSet,
-    /// Stretches of frozen pages that stayed in its window, all from one store, with nothing but zeros between: windows of
-    /// children map that store throughout.
+    /// Stretches of frozen pages, some of which stayed in its window, all from one store, with nothing but zeros between:
+    /// windows of children map that store throughout.
     pub(crate) spans: RangeMap<u64, Source>,
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,

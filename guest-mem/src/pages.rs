@@ -83,9 +83,10 @@ impl PageSet {
 
     /// Those among `pages`, cut to them.
     pub fn within(&self, pages: GfnRange) -> impl Iterator<Item = GfnRange> {
-        let words = self.chunks.range(chunks(pages)).flat_map(|(chunk, words)| {
-            let first = chunk * CHUNK;
-            words.iter().enumerate().map(move |(word, &bits)| (Gfn(first + word as u64 * WORD), bits))
+        let words = self.chunks.range(chunks(pages)).flat_map(move |(&chunk, words)| {
+            let (from, to) = part(pages, chunk);
+            let touched = (from / WORD..to.div_ceil(WORD)).zip(&words[(from / WORD) as usize..]);
+            touched.map(move |(word, &bits)| (Gfn(chunk * CHUNK + word * WORD), bits))
         });
         let runs = words.flat_map(|(first, bits)| runs(first, bits));
         let cut = runs.map(move |run| run.intersect(pages)).filter(|run| !run.is_empty());

@@ -51,7 +51,7 @@ impl Family {
     }
 
     /// The window has taken `harvest`: makes it the top of the VM's chains. Where nothing was private, no object is
-    /// made. Children get one mapping of pages that stayed where fewer than `bridge` zeros lie between them. What nobody
+    /// made. Children get one mapping of its pages where some stayed and fewer than `bridge` zeros lie between them. What nobody
     /// sees any more is freed when it is [tidied up](Self::tidy).
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, bridge: PageCount, effects: &mut Effects) {
         let store = self.end_freeze(vm);
@@ -136,10 +136,9 @@ impl Family {
     fn spans(&self, vm: VmId, private: &[GfnRange], copied: &[GfnRange], most: PageCount) -> Vec<GfnRange> {
         let mut spans = Vec::new();
         for (bounds, entry) in self.vm(vm).map.iter() {
-            if within(copied, bounds).nth(1).is_none() {
-                continue;
-            }
-            let private: Vec<GfnRange> = within(private, bounds).collect();
+            let copied: Vec<GfnRange> = within(copied, bounds).collect();
+            let [first, .., last] = &copied[..] else { continue };
+            let private: Vec<GfnRange> = within(private, GfnRange::between(first.start(), last.end())).collect();
             let between = private.windows(2).map(|pair| GfnRange::between(pair[0].end(), pair[1].start()));
             let gaps: Vec<GfnRange> = between.filter(|gap| gap.count() < most).collect();
             // Mostly nothing in the whole chain is there. To learn that takes no look at each of them.
@@ -150,7 +149,7 @@ impl Family {
             let zeros = without(&gaps, &doubtful);
             let mut joined = Vec::new();
             merged(&private, &zeros).into_iter().for_each(|pages| push(&mut joined, pages));
-            spans.extend(joined.into_iter().filter(|span| within(copied, *span).nth(1).is_some()));
+            spans.extend(joined.into_iter().filter(|span| within(&copied, *span).nth(1).is_some()));
         }
         spans
     }

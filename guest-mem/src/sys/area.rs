@@ -275,13 +275,13 @@ impl Area {
     /// on, where writable ones are mapped.
     ///
     /// # Errors
-    /// `ERANGE`: one is not within its area. Those before it have been copied.
+    /// `ERANGE`: one is not within its area. Some before it have been copied.
     pub fn copy_to(&self, to: &Self, stretches: &[(GfnRange, Gfn)]) -> io::Result<()> {
         for (index, &(pages, at)) in stretches.iter().enumerate() {
             let (from, len) = self.host(pages)?;
             let (there, _) = to.host(GfnRange::new(at, pages.count()))?;
             if let Some((next, _)) = stretches.get(index + 1) {
-                expect(self.host(*next)?.0);
+                prefetch(self.host(*next)?.0);
             }
             // SAFETY: Both ranges lie within areas, into which nobody has a reference. An unmapped page means a signal, not
             // a wrong access.
@@ -292,7 +292,7 @@ impl Area {
 }
 
 /// Has the processor look up an address and fetch the first bytes there: by itself it does so within a page only.
-fn expect(address: u64) {
+fn prefetch(address: u64) {
     const LINE: u64 = 64;
     for line in 0..8 {
         // SAFETY: A hint. It never faults, whatever the address.

@@ -114,7 +114,7 @@ impl ScratchRange {
     }
 
     /// Stretches that were copied each as a whole (sorted), and the frame where each begins; `None` if one of them was not.
-    pub fn of(&self, copied: &[GfnRange]) -> Option<Vec<(GfnRange, Gfn)>> {
+    pub fn of_copies(&self, copied: &[GfnRange]) -> Option<Vec<(GfnRange, Gfn)>> {
         let first = copied.first().map_or(Gfn(0), |pages| pages.start());
         let mut places = self.copies[self.copies.partition_point(|(whole, _)| whole.end() <= first)..].iter();
         copied.iter().map(|pages| places.find(|(whole, _)| whole == pages).copied()).collect()

@@ -159,12 +159,12 @@ impl DirtyMap {
         candidates
     }
 
-    /// Whether all dirty ones of `pages`, a candidate's, are in `set`.
-    pub fn is_within(&self, pages: GfnRange, set: &PageSet) -> bool {
+    /// Whether one of `pages`, a candidate's, is dirty and not in `set`.
+    pub fn has_besides(&self, pages: GfnRange, set: &PageSet) -> bool {
         let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));
-        let Some(Slot { range, words, .. }) = slot else { return true };
+        let Some(Slot { range, words, .. }) = slot else { return false };
         let [from, to] = [pages.start(), pages.end()].map(|gfn| (gfn.0 - range.start().0).div_ceil(WORD) as usize);
-        (from..to).all(|word| words[word] & !set.word(Gfn(range.start().0 + word as u64 * WORD)) == 0)
+        (from..to).any(|word| words[word] & !set.word(Gfn(range.start().0 + word as u64 * WORD)) != 0)
     }
 
     /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.

@@ -5,7 +5,7 @@ use super::dirty::{Candidate, Cleanness, Density};
 use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
-use crate::ranges::{push, without};
+use crate::ranges::{merged, push, without};
 use crate::sys::{Access, Advice, Area};
 use crate::window::{Harvest, Source, StoreId};
 use std::io;
@@ -131,9 +131,8 @@ impl HostWindow {
         let mut found = self.find_private(trust)?;
         // A run in the middle of a mapping makes three of one: here, or in the windows of children.
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
-        let kept: Vec<GfnRange> = self.kept.iter().collect();
-        let fresh = || without(&found.dirty, &kept).len();
-        if short == Short::Copied && kept.len() + found.dirty.len() > limit && kept.len() + fresh() > limit {
+        let stay = || self.kept.iter().count() + found.dirty.len() > limit && self.stay(&found.dirty) > limit;
+        if short == Short::Copied && stay() {
             short = Short::Moved;
             self.mark_kept();
             found = self.find_private(trust)?;
@@ -157,6 +156,17 @@ impl HostWindow {
         self.forget_dirty();
         self.scratches.keep(store, scratch, &plan.copies);
         Ok(Some(MovedOut { store, plan, found: found.dirty, told: found.told }))
+    }
+
+    /// Into how many stretches the window falls if `pages` stay, too.
+    fn stay(&self, pages: &[GfnRange]) -> usize {
+        let all = merged(&self.kept.iter().collect::<Vec<_>>(), pages);
+        let (mut count, mut end) = (0, Gfn(0));
+        for pages in all {
+            count += usize::from(pages.start() >= end);
+            end = end.max(pages.end());
+        }
+        count
     }
 
     /// Marks what is dirty, by what the caller knows and by what the VMM wrote.
@@ -252,7 +262,7 @@ impl HostWindow {
                 continue;
             }
             // Pages that stayed are private for as long as they do.
-            if trust == Trust::Log && self.pending.is_within(range, &self.kept) {
+            if trust == Trust::Log && !self.pending.has_besides(range, &self.kept) {
                 self.pending.split(range, |pages, cleanness| match cleanness {
                     Cleanness::Dirty => push(&mut found.dirty, pages),
                     Cleanness::Clean => {}

@@ -118,7 +118,7 @@ impl Scratches {
     /// Copies `pages` (sorted) of a window to their places.
     pub fn copy_in(&self, store: StoreId, window: &Area, pages: &[GfnRange]) -> io::Result<()> {
         let Scratch { draft, places, .. } = self.get(store)?;
-        window.copy_to(&draft.area, &places.of(pages).ok_or(io::ErrorKind::NotFound)?)
+        window.copy_to(&draft.area, &places.of_copies(pages).ok_or(io::ErrorKind::NotFound)?)
     }
 
     /// Where guest frame 0 would stand among the pages that were moved, whose area this is.
@@ -163,7 +163,7 @@ impl Scratches {
         }
     }
 
-    /// Unmaps the scratch area of the freeze into `store`. As much memory as its copies took is for the next freeze.
+    /// Unmaps the scratch area of the freeze into `store`. About as much memory as its copies took is for the next freeze.
     pub fn drop(&mut self, store: StoreId) {
         let stays = self.spare_most();
         let Some(Scratch { mut draft, copies, .. }) = self.areas.remove(&store) else {

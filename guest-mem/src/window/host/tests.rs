@@ -278,6 +278,23 @@ fn memory_of_settled_copies_is_for_the_next_freeze() {
     assert_eq!(private_pages(first, count), 0);
 }
 
+/// Kept pages that grow by their neighbours are no more stretches than before: they were counted twice, and all was moved.
+#[test]
+fn stretches_that_grow_are_still_few_enough_to_stay() {
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    let single: Vec<u64> = (10..410).step_by(10).collect();
+    let pairs: Vec<u64> = single.iter().flat_map(|&frame| [frame, frame + 1]).collect();
+    for (store, frames) in (1..).zip([&single, &pairs]) {
+        frames.iter().for_each(|frame| rig.write(*frame, 7));
+        let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), store, 130, Short::Copied);
+        assert_eq!((frozen.harvest.copied.len(), frozen.harvest.moved.len()), (single.len(), 0));
+    }
+    // Others are too many.
+    (15..415).step_by(10).for_each(|frame| rig.write(frame, 7));
+    let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 3, 130, Short::Copied);
+    assert!(frozen.harvest.copied.is_empty() && !frozen.harvest.moved.is_empty());
+}
+
 #[test]
 fn a_freeze_has_its_memory_before_if_it_is_to_copy_much() {
     let Some(mut rig) = Rig::new(ALL) else { return };

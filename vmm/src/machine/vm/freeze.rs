@@ -57,7 +57,7 @@ impl Vm {
     /// The registers are read by the vCPU threads while this one moves pages. Before the first is moved, the server is told
     /// all that the vCPUs have said, and that they stand; then what was taken; then the state, which children wait for; last
     /// that the vCPUs run. Of vCPUs that have rested all that is known at once, and told at once. Where many pages are copied,
-    /// what was taken and the state are told before that.
+    /// what was taken and the state are told meanwhile.
     pub fn freeze(&mut self, freeze: &Freeze<'_>, out: &mut Outbox<'_>) -> Result<(), VmError> {
         let &Freeze { store, lifeline, short, .. } = freeze;
         if !self.started {
@@ -153,7 +153,7 @@ impl Vm {
     }
 
     /// The part of a freeze for which the vCPUs stand. If nothing was taken, this is told at once: the children get ready
-    /// while the registers are read. Otherwise it is told when the parent runs again, or, of many copies, before they are made.
+    /// while the registers are read. Otherwise it is told when the parent runs again, or, of many copies, while they are made.
     fn freeze_standing(
         &mut self,
         begun: &Frozen,

@@ -11,8 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 impl Vm {
-    /// Copies what a freeze leaves where it is. Children do not wait for it: but for the pages that they need `first`, the
-    /// server is told of all before.
+    /// Copies what a freeze leaves where it is. Children do not wait for it: the server is told of all while it is copied, when
+    /// the pages are there that they need `first`.
     pub(super) fn copy_behind(
         &self,
         begun: &Frozen,
@@ -33,7 +33,7 @@ impl Vm {
         let here = sched_getcpu();
         let (told, copied) = thread::scope(|scope| {
             let other = thread::Builder::new().spawn_scoped(scope, || {
-                here.iter().for_each(|here| leave(*here));
+                here.iter().for_each(|here| avoid(*here));
                 copy_rest()
             });
             let told = self.copy_and_tell(begun, first, moved, stood, out);
@@ -68,7 +68,7 @@ impl Vm {
 }
 
 /// Has this thread run on other processors than this one, if there are others.
-fn leave(processor: usize) {
+fn avoid(processor: usize) {
     let thread = Pid::from_raw(0);
     let others = sched_getaffinity(thread).and_then(|mut set| {
         set.unset(processor)?;
@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_leaves_a_processor_if_there_are_others() {
+    fn a_thread_avoids_a_processor_if_there_are_others() {
         let processors = || {
             let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
             (0..1024).filter(|&processor| set.is_set(processor).unwrap()).collect::<Vec<usize>>()
@@ -118,7 +118,7 @@ mod tests {
         let all = processors();
         thread::spawn(move || {
             let here = sched_getcpu().unwrap();
-            leave(here);
+            avoid(here);
             let rest: Vec<usize> = all.iter().copied().filter(|processor| *processor != here).collect();
             assert_eq!(processors(), if rest.is_empty() { all } else { rest });
             assert!(processors().contains(&sched_getcpu().unwrap()));
