@@ -257,6 +257,25 @@ mod tests {
     }
 
     #[test]
+    fn dirty_pages_besides_a_set_are_found_wherever_ram_begins() {
+        let frames = [3, 130, 199, 1001, 1099];
+        let map = map_of(&frames);
+        let mut set = PageSet::default();
+        let found = |set: &PageSet| {
+            let candidates = map.candidates().into_iter().map(|candidate| candidate.pages);
+            candidates.filter(|pages| map.has_besides(*pages, set)).count()
+        };
+        assert_eq!(found(&set), 2);
+        frames.into_iter().for_each(|frame| set.add((frame..frame + 1).into()));
+        assert_eq!(found(&set), 0);
+        for frame in frames {
+            set.remove((frame..frame + 1).into());
+            assert_eq!(found(&set), 1, "{frame}");
+            set.add((frame..frame + 1).into());
+        }
+    }
+
+    #[test]
     fn a_log_tells_its_pages() {
         let pages = |words: &[u64]| SlotLog { first: Gfn(1000), words: words.to_vec() }.pages().collect::<Vec<_>>();
         assert_eq!(pages(&[0, 0]), []);
