@@ -44,7 +44,7 @@ pub(in super::super) struct Freeze<'a> {
     pub first: &'a [Gfn],
 }
 
-/// Copies (1 MiB, some 0.1 ms) for which children do not wait: they are told what was taken before.
+/// Copies (1 MiB, some 0.1 ms) for which children do not wait: they begin meanwhile.
 const BEHIND_FROM: u64 = 256;
 
 impl Vm {
