@@ -157,6 +157,7 @@ impl VmProcess {
         if let Some(pid) = self.memory.main.get() {
             signal(pid);
         }
+        self.memory.wake_all();
     }
 
     /// Ends the keeper, and copies of the process: nobody needs the memory any more.

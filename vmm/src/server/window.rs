@@ -17,6 +17,9 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+/// Where the addresses of a process end, on x86-64.
+const ADDRESSES_END: u64 = (1 << 47) - PAGE_SIZE as u64;
+
 /// What a window asks of the loop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Want {
@@ -199,6 +202,16 @@ impl Memory {
         }
     }
 
+    /// Has all who wait in the window touch their pages again: of traps that were read, and whose VM has ended since, nobody
+    /// knows any more. A worker of KVM's would wait for ever, and hold on to the memory.
+    pub fn wake_all(&self) {
+        let Some(traps) = self.traps.get() else { return };
+        let base = self.base.get();
+        if let Err(error) = traps.wake(base, ADDRESSES_END.saturating_sub(base) as usize) {
+            log::debug!("wake all in the window of {:?}: {error}", self.process);
+        }
+    }
+
     fn is_in_copy(&self, scratch: StoreId) -> bool {
         self.scratch.borrow().get(&scratch).is_some_and(|scratch| scratch.copy.is_some())
     }
@@ -283,5 +296,56 @@ impl RemoteWindow {
 impl Drop for RemoteWindow {
     fn drop(&mut self) {
         self.0.want(Want::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use guest_mem::sys::Memfd;
+    use guest_mem::window::host::{Features, HostWindow, HugePages, Place};
+    use guest_mem::{PageCount, Run, Source};
+    use std::os::fd::AsFd;
+    use std::thread;
+    use std::time::{Duration, Instant};
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// A guest's page was being read from swap when its VM was removed: nobody answered the trap any more, and the worker of
+    /// KVM's that waited kept the memory, so that `rm` never came back.
+    #[test]
+    fn who_waits_for_a_forgotten_trap_touches_its_page_again() {
+        if !crate::host::features().userfaultfd {
+            return eprintln!("SKIPPED: no userfaultfd");
+        }
+        let pages = GfnRange::from(0..16);
+        let features = Features { userfaultfd: true, pagemap_scan: false };
+        let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
+        let (store, file) = (StoreId(1), Memfd::new("store", PageCount(16)).unwrap());
+        let run = Run { pages, source: Source::Store { store, origin: Gfn(0) } };
+        window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
+        let memory = Memory::new(ProcessId(1), Pid::this(), Wants::default());
+        let traps = window.userfaultfd().unwrap().try_clone_to_owned().unwrap();
+        memory.traps.set(Userfaultfd::from_fd(traps)).unwrap();
+        memory.base.set(window.base());
+        let touched = || {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let mut traps = Vec::new();
+            while traps.is_empty() && Instant::now() < deadline {
+                memory.traps.get().unwrap().read(&mut traps, 64).unwrap();
+                thread::sleep(Duration::from_millis(1));
+            }
+            traps.iter().map(|trap| memory.gfn(trap.address)).collect::<Vec<Gfn>>()
+        };
+        thread::scope(|scope| {
+            let guest = scope.spawn(|| window.memory().read_obj::<u64>(GuestAddress(5 << 12)).unwrap());
+            let first = touched();
+            memory.wake_all();
+            let again = touched();
+            let traps = memory.traps.get().unwrap();
+            let page = memory.base.get() + (5 << 12);
+            traps.zero(page, PAGE_SIZE).and(traps.wake(page, PAGE_SIZE)).unwrap();
+            assert_eq!(guest.join().unwrap(), 0);
+            assert_eq!((first, again), (vec![Gfn(5)], vec![Gfn(5)]));
+        });
     }
 }
