@@ -47,6 +47,8 @@ pub mod map;
 pub mod object;
 pub mod ops;
 mod pages;
+#[cfg(test)]
+mod random;
 mod ranges;
 mod reclaim;
 pub mod rmap;

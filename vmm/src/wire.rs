@@ -263,8 +263,8 @@ pub struct Frozen {
     pub copied: Option<Vec<GfnRange>>,
     /// The process that has the pages of the scratch range, if it is a copy of this one.
     pub copy: Option<i32>,
-    /// Whether the vCPUs run again, at the latest when all is copied. They do not if they stood still before, or if the host has no userfaultfd: then the
-    /// server settles all pages first and sends `Resume`.
+    /// Whether the vCPUs run again, at the latest when all is copied. They do not if they stood still before, or if the host
+    /// has no userfaultfd: then the server settles all pages first and sends `Resume`.
     pub activity: Activity,
     /// `CLOCK_MONOTONIC` of the first vCPU kick, in nanoseconds.
     pub kicked_ns: u64,

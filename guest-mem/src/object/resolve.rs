@@ -132,11 +132,7 @@ mod tests {
     /// For many pseudo-random chains of objects that begin at different frames: as a look at every page tells.
     #[test]
     fn what_no_object_of_a_chain_has_is_not_touched() {
-        let mut seed = 1_u64;
-        let mut random = |bound: u64| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (seed >> 33) % bound
-        };
+        let mut random = crate::random::numbers();
         let mut times = [0; 2];
         for _ in 0..300 {
             let mut objects = Objects::default();

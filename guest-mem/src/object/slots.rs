@@ -158,11 +158,7 @@ mod tests {
     /// For many pseudo-random changes, long and short, near the borders of chunks and far from them: the same as an array.
     #[test]
     fn slots_are_what_an_array_of_them_would_be() {
-        let mut seed = 1_u64;
-        let mut random = |bound: u64| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (seed >> 33) % bound
-        };
+        let mut random = crate::random::numbers();
         let (mut slots, mut model) = (Slots::default(), [None; PAGES as usize]);
         for step in 0..4000 {
             let start = random(PAGES);

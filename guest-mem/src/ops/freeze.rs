@@ -51,8 +51,8 @@ impl Family {
     }
 
     /// The window has taken `harvest`: makes it the top of the VM's chains. Where nothing was private, no object is
-    /// made. Children get one mapping of its pages where some stayed and fewer than `bridge` zeros lie between them. What nobody
-    /// sees any more is freed when it is [tidied up](Self::tidy).
+    /// made. Children get one mapping of its pages where some stayed and fewer than `bridge` zeros lie between them. What
+    /// nobody sees any more is freed when it is [tidied up](Self::tidy).
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, bridge: PageCount, effects: &mut Effects) {
         let store = self.end_freeze(vm);
         if harvest.is_empty() {

@@ -131,8 +131,9 @@ impl HostWindow {
         let mut found = self.find_private(trust)?;
         // A run in the middle of a mapping makes three of one: here, or in the windows of children.
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
-        let stay = || self.kept.iter().count() + found.dirty.len() > limit && self.stay(&found.dirty) > limit;
-        if short == Short::Copied && stay() {
+        let too_many =
+            || self.kept.iter().count() + found.dirty.len() > limit && self.stretches_with(&found.dirty) > limit;
+        if short == Short::Copied && too_many() {
             short = Short::Moved;
             self.mark_kept();
             found = self.find_private(trust)?;
@@ -158,8 +159,8 @@ impl HostWindow {
         Ok(Some(MovedOut { store, plan, found: found.dirty, told: found.told }))
     }
 
-    /// Into how many stretches the window falls if `pages` stay, too.
-    fn stay(&self, pages: &[GfnRange]) -> usize {
+    /// In how many stretches pages stay if these do as well.
+    fn stretches_with(&self, pages: &[GfnRange]) -> usize {
         let all = merged(&self.kept.iter().collect::<Vec<_>>(), pages);
         let (mut count, mut end) = (0, Gfn(0));
         for pages in all {

@@ -153,11 +153,7 @@ mod tests {
     /// free share holds, and closing one more gap would have broken the free share.
     #[test]
     fn the_plan_keeps_its_promises() {
-        let mut seed = 1_u64;
-        let mut random = |bound: u64| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (seed >> 33) % bound
-        };
+        let mut random = crate::random::numbers();
         for _ in 0..2000 {
             let mut at = 0;
             let private: Vec<GfnRange> = (0..random(30))
