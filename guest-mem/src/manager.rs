@@ -58,9 +58,9 @@ pub struct Manager<S: StoreFactory, W> {
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
     /// Guests that wait for the end of a freeze of theirs, and the pages they wait for.
-    waiting: Vec<(VmId, Gfn)>,
+    waiting_for_freeze: Vec<(VmId, Gfn)>,
     /// Guests that wait for reads from swap, or for copies of pages.
-    swapping_in: Vec<Waiter>,
+    waiting_for_pages: Vec<Waiter>,
     ahead: Ahead,
     /// Who waited last goes on in order.
     in_order: bool,
@@ -92,8 +92,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             files: HashMap::new(),
             windows: HashMap::new(),
             copied: HashMap::new(),
-            waiting: Vec::new(),
-            swapping_in: Vec::new(),
+            waiting_for_freeze: Vec::new(),
+            waiting_for_pages: Vec::new(),
             ahead: Ahead::default(),
             in_order: false,
             awake: VecDeque::new(),
@@ -196,7 +196,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.abort_freeze(vm, &mut effects);
         self.carry_out(effects);
-        self.wake_waiting(vm);
+        self.wake_frozen(vm);
     }
 
     /// Second half of a freeze: the window has moved pages out.
@@ -206,7 +206,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let bridge = if self.zero_run == u64::MAX { PageCount(0) } else { ZERO_CLUSTER };
         self.family.finish_freeze(vm, harvest, bridge, &mut effects);
         self.carry_out_in_time(effects);
-        self.wake_waiting(vm);
+        self.wake_frozen(vm);
     }
 
     /// Carries out what cannot wait.
@@ -257,8 +257,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Who waited for the end of a freeze touches its page again.
-    fn wake_waiting(&mut self, vm: VmId) {
-        for (_, gfn) in self.waiting.extract_if(.., |(waiter, _)| *waiter == vm) {
+    fn wake_frozen(&mut self, vm: VmId) {
+        for (_, gfn) in self.waiting_for_freeze.extract_if(.., |(waiter, _)| *waiter == vm) {
             if let Some(window) = self.windows.get_mut(&vm) {
                 window.wake(GfnRange::new(gfn, PageCount(1)));
             }
@@ -289,7 +289,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.carry_out(effects);
         // Who waited for one of them to come back from swap finds it zero.
         let given = |gfn: Gfn| pages.iter().any(|pages| pages.contains(gfn));
-        for waiter in self.swapping_in.extract_if(.., |waiter| waiter.vm == vm && given(waiter.gfn)) {
+        for waiter in self.waiting_for_pages.extract_if(.., |waiter| waiter.vm == vm && given(waiter.gfn)) {
             waiter.wake(&mut self.windows);
         }
     }
@@ -312,8 +312,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn exit(&mut self, vm: VmId) {
         let mut effects = Effects::default();
         self.family.exit(vm, &mut effects);
-        self.waiting.retain(|(waiter, _)| *waiter != vm);
-        self.swapping_in.retain(|waiter| waiter.vm != vm);
+        self.waiting_for_freeze.retain(|(waiter, _)| *waiter != vm);
+        self.waiting_for_pages.retain(|waiter| waiter.vm != vm);
         self.ahead.streams.forget(vm);
         self.carry_out(effects);
     }
@@ -334,7 +334,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             None => {}
             Some(Fetch::Here) => return Ok(()),
             Some(Fetch::Coming) => {
-                self.swapping_in.push(Waiter { vm, gfn, touch });
+                self.waiting_for_pages.push(Waiter { vm, gfn, touch });
                 return Ok(());
             }
         }
@@ -344,11 +344,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 Trap::Wake(wake)
             }
             Trap::Wait => {
-                self.waiting.push((vm, gfn));
+                self.waiting_for_freeze.push((vm, gfn));
                 return Ok(());
             }
             Trap::SwapIn(_) | Trap::Settle(_) => {
-                self.swapping_in.push(Waiter { vm, gfn, touch });
+                self.waiting_for_pages.push(Waiter { vm, gfn, touch });
                 return Ok(());
             }
             answer => answer,

@@ -206,7 +206,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 self.family.swapped_in(read, pages, how, &mut effects);
                 self.carry_out(effects);
                 self.doze(store);
-                self.wake_swapping_in(store, pages);
+                self.wake_for_pages(store, pages);
             }
             if let Some((vm, gfn)) = waits {
                 wake(&mut self.windows, vm, gfn);
@@ -247,7 +247,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             }
         }
         // One answer is enough for all who wait for it: by a second one, it may have been written and moved out.
-        self.swapping_in.retain(|waiter| (waiter.vm, waiter.gfn) != (vm, gfn));
+        self.waiting_for_pages.retain(|waiter| (waiter.vm, waiter.gfn) != (vm, gfn));
         true
     }
 
@@ -266,9 +266,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Guests that wait for these pages look again.
-    fn wake_swapping_in(&mut self, store: StoreId, pages: GfnRange) {
+    fn wake_for_pages(&mut self, store: StoreId, pages: GfnRange) {
         let family = &self.family;
-        for waiter in self.swapping_in.extract_if(.., |w| family.maps(w.vm, w.gfn, store, pages)) {
+        for waiter in self.waiting_for_pages.extract_if(.., |w| family.maps(w.vm, w.gfn, store, pages)) {
             waiter.wake(&mut self.windows);
         }
     }
@@ -281,13 +281,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn retry(&mut self) -> Result<(), Error> {
         self.family.retry_put_off();
         let mut first = Ok(());
-        let mut waiters = std::mem::take(&mut self.swapping_in);
+        let mut waiters = std::mem::take(&mut self.waiting_for_pages);
         // One answer is enough for all who wait for a page.
         waiters.sort_by_key(|waiter| (waiter.vm, waiter.gfn));
         waiters.dedup_by_key(|waiter| (waiter.vm, waiter.gfn));
         for waiter in waiters {
             if let Err(error) = self.trap(waiter.vm, waiter.gfn, waiter.touch) {
-                self.swapping_in.push(waiter);
+                self.waiting_for_pages.push(waiter);
                 first = first.and(Err(error));
             }
         }
@@ -295,8 +295,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Guests that wait for pages on their way: from swap, or into a scratch range.
-    pub fn swapping_in(&self) -> impl Iterator<Item = (VmId, Gfn)> {
-        self.swapping_in.iter().map(|waiter| (waiter.vm, waiter.gfn))
+    pub fn waiting_for_pages(&self) -> impl Iterator<Item = (VmId, Gfn)> {
+        self.waiting_for_pages.iter().map(|waiter| (waiter.vm, waiter.gfn))
     }
 
     /// Pages that are in swap only cannot be read from there.
@@ -307,7 +307,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.family.lose(object, pages, &mut effects);
         self.carry_out(effects);
         // Nobody will tell of a read that was for these pages.
-        for waiter in self.swapping_in.drain(..) {
+        for waiter in self.waiting_for_pages.drain(..) {
             waiter.wake(&mut self.windows);
         }
     }

@@ -33,7 +33,7 @@ fn a_page_that_two_hundred_see_is_written_once_read_once_and_shared_again() {
     for vm in world.ids() {
         world.prefetch(vm, Gfn(7), Touch::Read);
     }
-    assert_eq!(world.manager.swapping_in().count(), 200);
+    assert_eq!(world.manager.waiting_for_pages().count(), 200);
     world.io_done();
     assert!(world.ids().iter().all(|&vm| !world.window(vm).is_waiting(Gfn(7))), "one read wakes all");
     world.verify();

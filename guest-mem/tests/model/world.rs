@@ -459,7 +459,7 @@ impl World {
 
     /// Whoever waits is known to the manager. (A VM that fails waits for ever.)
     fn check_waiting(&self) {
-        let known: BTreeSet<(VmId, Gfn)> = self.manager.swapping_in().collect();
+        let known: BTreeSet<(VmId, Gfn)> = self.manager.waiting_for_pages().collect();
         let copying = self.windows().into_iter().any(|vm| self.window(vm).copying);
         let reading = self.untold || copying || self.swap.borrow().is_reading();
         assert!(known.is_empty() || reading, "nobody waits for nothing: {known:?}");

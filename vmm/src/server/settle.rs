@@ -23,7 +23,7 @@ impl Server {
         }
         self.retry_at = None;
         if mem::take(&mut self.swap_in_again) {
-            self.serve_swapped_in();
+            self.serve_waiting();
         }
         for (generation, gfn, touch) in mem::take(&mut self.retries) {
             self.serve_trap(generation, gfn, touch);

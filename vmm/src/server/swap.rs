@@ -245,7 +245,7 @@ impl Server {
         let came = self.swap.borrow_mut().complete();
         self.reclaims.swap_moved();
         if came {
-            self.serve_swapped_in();
+            self.serve_waiting();
         }
     }
 
@@ -263,8 +263,8 @@ impl Server {
         more
     }
 
-    /// Goes on with everything that waits for pages from swap.
-    pub(super) fn serve_swapped_in(&mut self) {
+    /// Pages have come, from swap or as copies: serves who waits for such.
+    pub(super) fn serve_waiting(&mut self) {
         let mut failed: Vec<(FamilyId, guest_mem::manager::Error)> = Vec::new();
         for (&id, manager) in &mut self.families {
             if let Err(error) = manager.retry() {

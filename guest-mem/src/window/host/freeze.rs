@@ -213,7 +213,8 @@ impl HostWindow {
     /// The pagemap cannot be read: the moved pages are lost, and the VM must not run on.
     pub fn harvest(&mut self, out: &MovedOut) -> Result<Frozen, WindowError> {
         let frozen = self.look(out)?;
-        self.keep(out.store, &frozen.harvest);
+        self.keep(&frozen.harvest);
+        self.scratches.harvested(out.store, frozen.harvest.private());
         Ok(frozen)
     }
 
@@ -242,11 +243,10 @@ impl HostWindow {
         Ok(Frozen { harvest, scratch_base: area.base(), copies: self.scratches.copies() })
     }
 
-    /// Takes note of what the freeze into `store` took: what was copied has stayed, unless it was given back meanwhile.
-    pub fn keep(&mut self, store: StoreId, harvest: &Harvest) {
+    /// Takes note of what a freeze took: what was copied has stayed, unless it was given back meanwhile.
+    pub fn keep(&mut self, harvest: &Harvest) {
         let given_back: Vec<GfnRange> = self.given_back.iter().collect();
         self.kept.add_all(without(&harvest.copied, &given_back));
-        self.scratches.harvested(store, harvest.private());
     }
 
     /// Looks for private pages wherever something may be dirty. To look costs as much as to move: where the log says

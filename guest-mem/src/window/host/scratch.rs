@@ -126,7 +126,7 @@ impl Scratches {
         self.get(store).map(|scratch| &scratch.draft.area)
     }
 
-    /// The `private` pages of a freeze may be read.
+    /// The `private` pages of a freeze may be [read](Self::read).
     pub fn harvested(&mut self, store: StoreId, private: Vec<GfnRange>) {
         if let Some(scratch) = self.areas.get_mut(&store) {
             scratch.private = private;

@@ -91,12 +91,12 @@ impl Vm {
         let frozen = match taken {
             Taken::Nothing => None,
             Taken::Told(harvest) => {
-                self.window.keep(store, &harvest);
+                self.window.keep(&harvest);
                 None
             }
             Taken::Moved(moved) => {
                 let frozen = self.look(&begun, &moved)?;
-                self.window.keep(store, &frozen.harvest);
+                self.window.keep(&frozen.harvest);
                 Some(frozen)
             }
             Taken::InCopy(harvest, copy) => {
