@@ -15,8 +15,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, Vola
 pub enum Place {
     /// Where the kernel finds room. The area's addresses stay reserved to its end.
     Anywhere,
-    /// At this address, which must be free and far from where the kernel places mappings of its own choice: the area
-    /// may then be vacated, and nobody moves in.
+    /// At this address, which must be free and far from where the kernel places mappings of its own choice: nothing holds
+    /// the addresses but that nobody else asks for them. Mapping into an empty range is cheaper than over a reservation.
     Fixed(u64),
 }
 
@@ -67,9 +67,9 @@ impl Area {
         let base = match place {
             Place::Fixed(base) => {
                 let at = reserve_at(base, span as usize, libc::MAP_FIXED_NOREPLACE)?;
+                unmap_raw(at, span as usize)?;
                 if at != base {
                     // A kernel that does not know MAP_FIXED_NOREPLACE takes the address as a hint.
-                    unmap_raw(at, span as usize)?;
                     return Err(io::Error::from_raw_os_error(libc::EEXIST));
                 }
                 base
@@ -113,18 +113,6 @@ impl Area {
             return Err(io::Error::from_raw_os_error(libc::ERANGE));
         }
         Ok((self.base + range.start().gpa(), range.len_bytes()))
-    }
-
-    /// Gives the reservation up and keeps the addresses: mapping into an empty range is cheaper than over a
-    /// reservation. Only a [fixed](Place::Fixed) area does it, elsewhere the next allocation could move in.
-    ///
-    /// # Errors
-    /// Of `munmap`.
-    pub fn vacate(&self) -> io::Result<()> {
-        match self.place {
-            Place::Fixed(_) => unmap_raw(self.base, self.frames.len_bytes()),
-            Place::Anywhere => Ok(()),
-        }
     }
 
     /// Unmaps what is there; the addresses stay the area's.

@@ -161,16 +161,6 @@ impl HostWindow {
         self.uffd.as_ref().map(Userfaultfd::as_fd)
     }
 
-    /// Gives up the reservation but not the addresses, once KVM's memory slots stand on it: mapping a run into an empty
-    /// range is what makes a prepared VM process quick to start. A window [anywhere](Place::Anywhere) keeps it.
-    ///
-    /// # Errors
-    /// Of `munmap`.
-    pub fn vacate(&mut self) -> Result<(), WindowError> {
-        let all = GfnRange::between(Gfn(0), self.ram.last().map_or(Gfn(0), |range| range.end()));
-        self.area.vacate().map_err(during("munmap", all))
-    }
-
     /// Makes private copies of pages that the guest is likely to write, and that nobody has to supply first: a batch costs a
     /// tenth of a copy at each first write. They are clean until the guest writes them, or touches them ahead. A kernel that does not know the
     /// call (before Linux 5.14) makes none.

@@ -159,9 +159,8 @@ impl Vm {
         let max_runs = known.max_runs;
         let kvm = Kvm::new().map_err(VmError::OpenKvm)?;
         let ram = ram_ranges(shape.ram);
-        let mut window = HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features))?;
+        let window = HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features))?;
         let vm = KvmVm::new(&kvm, &ram, window.base(), shape.machine)?;
-        window.vacate()?;
         let Facts { cpuid, access } = known.facts(&kvm, shape.machine)?;
         let cpuid = Cpuid::new(&cpuid, shape);
         let way = Way::of(shape.machine, &kvm);

@@ -190,7 +190,7 @@ fn spare(known: &Known, available: u64) -> u64 {
 impl Server {
     /// When idle VMs are to be looked at again.
     pub(super) fn next_idle_look(&self) -> Option<Instant> {
-        let any = self.idle.config.when != AutoBalloon::Off && self.vms.iter().any(may_have);
+        let any = self.idle.config.when != AutoBalloon::Off && self.vms.any_linux();
         any.then_some(self.idle.next)
     }
 
@@ -224,7 +224,7 @@ impl Server {
 
     /// What is known of a VM that can be looked after now.
     fn known(&self, vm: &Vm, wanted: bool) -> Option<Known> {
-        let free = may_have(vm) && can_tell(vm) && vm.phase == Phase::Live && vm.forks.is_empty();
+        let free = vm.shape.machine == Machine::Linux && can_tell(vm) && vm.phase == Phase::Live && vm.forks.is_empty();
         if !free || self.is_ballooning(vm.generation) {
             return None;
         }
@@ -238,10 +238,6 @@ impl Server {
             available: vm.guest_memory.and_then(|said| said.available()),
         })
     }
-}
-
-fn may_have(vm: &Vm) -> bool {
-    vm.shape.machine == Machine::Linux && vm.is_alive()
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::idle::IdleBalloon;
 use super::names::Names;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
-use crate::wire::Shape;
+use crate::wire::{Machine, Shape};
 use guest_mem::{GfnRange, PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -181,6 +181,8 @@ pub enum News {
 pub struct Vms {
     by_generation: BTreeMap<Generation, Vm>,
     names: Names,
+    /// How many have a Linux guest.
+    linux: usize,
     /// What has changed since this was last taken, in order.
     pub news: Vec<News>,
 }
@@ -190,6 +192,7 @@ impl Vms {
     pub fn insert(&mut self, vm: Vm) {
         assert!(self.names.take(&vm.name, vm.generation), "names are unique");
         self.news.push(News::Came(vm.name.clone()));
+        self.linux += usize::from(vm.shape.machine == Machine::Linux);
         self.by_generation.insert(vm.generation, vm);
     }
 
@@ -197,6 +200,7 @@ impl Vms {
     pub fn remove(&mut self, generation: Generation) -> Option<Vm> {
         let vm = self.by_generation.remove(&generation)?;
         self.names.free(&vm.name);
+        self.linux -= usize::from(vm.shape.machine == Machine::Linux);
         self.news.push(News::Went(vm.name.clone()));
         Some(vm)
     }
@@ -204,6 +208,11 @@ impl Vms {
     /// Their names.
     pub fn names(&self) -> &Names {
         &self.names
+    }
+
+    /// Whether any has a Linux guest.
+    pub fn any_linux(&self) -> bool {
+        self.linux > 0
     }
 
     /// The VM of a name.

@@ -71,9 +71,7 @@ impl Scratches {
             .take_while(|base| base + row.stride <= FIXED_END)
             .find(|base| taken().all(|draft| draft.area.base() != *base));
         let base = free.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let area = Area::reserve(Place::Fixed(base), room)?;
-        area.vacate()?;
-        Ok(area)
+        Area::reserve(Place::Fixed(base), room)
     }
 
     /// A scratch area with memory for so many copies.
