@@ -64,9 +64,23 @@ impl fmt::Display for Gfn {
 
 /// A half-open range of guest frames.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(from = "Ends")]
 pub struct GfnRange {
     start: Gfn,
     end: Gfn,
+}
+
+/// A range as it comes from elsewhere.
+#[derive(Deserialize)]
+struct Ends {
+    start: Gfn,
+    end: Gfn,
+}
+
+impl From<Ends> for GfnRange {
+    fn from(Ends { start, end }: Ends) -> Self {
+        Self::between(start, end)
+    }
 }
 
 impl GfnRange {

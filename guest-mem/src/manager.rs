@@ -217,12 +217,17 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.hidden.extend(hidden);
     }
 
+    /// Finds out about some of what freezes have hidden whether anybody sees it.
+    fn tidy(&mut self) {
+        let mut effects = Effects::default();
+        self.family.tidy(&mut effects);
+        self.carry_out_in_time(effects);
+    }
+
     /// Frees some pages that a freeze has hidden from everybody. Whether more are left.
     fn free_hidden(&mut self) -> bool {
         if !self.family.is_tidy() {
-            let mut effects = Effects::default();
-            self.family.tidy(&mut effects);
-            self.carry_out_in_time(effects);
+            self.tidy();
         }
         let mut most = FREED_BATCH.0;
         while most > 0
@@ -241,7 +246,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             };
             self.carry_out(Effects(vec![effect]));
         }
-        !self.hidden.is_empty()
+        !self.hidden.is_empty() || !self.family.is_tidy()
     }
 
     /// Pages in stores that are about to be freed.
@@ -338,7 +343,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 return Ok(());
             }
         }
-        let answer = match self.settle_at(vm, gfn)? {
+        let answer = match self.settle_at(vm, gfn, Family::trap)? {
             Trap::File { store, pages, wake } => {
                 self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
                 Trap::Wake(wake)
@@ -371,14 +376,20 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         Ok(())
     }
 
-    /// Settles what `vm` sees around `gfn`, if it has not settled, and has it read if it is in swap: somebody is about to
-    /// need it. What is left to do for who waits there; [`Trap::Settle`] and [`Trap::SwapIn`] where a read is under way.
+    /// Settles what `vm` sees around `gfn`, if it has not settled, and has it read if it is in swap: its children are about to
+    /// need it.
     ///
     /// # Errors
     /// A page could not be filled in.
-    pub fn settle_at(&mut self, vm: VmId, gfn: Gfn) -> Result<Trap, Error> {
+    pub fn settle_ahead(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        self.settle_at(vm, gfn, Family::beneath).map(drop)
+    }
+
+    /// Does what `look` says until nothing is left but for who waits there; [`Trap::Settle`] and [`Trap::SwapIn`] where a read
+    /// is under way.
+    fn settle_at(&mut self, vm: VmId, gfn: Gfn, look: impl Fn(&Family, VmId, Gfn) -> Trap) -> Result<Trap, Error> {
         loop {
-            match self.family.trap(vm, gfn) {
+            match look(&self.family, vm, gfn) {
                 Trap::Settle(job) => match self.run_job(&job, Destination::Store)? {
                     Fetch::Here => self.in_order = self.family.waited_for(&job),
                     Fetch::Coming => return Ok(Trap::Settle(job)),

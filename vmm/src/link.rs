@@ -190,6 +190,11 @@ impl Link {
         }
     }
 
+    /// Whether something is queued.
+    pub fn is_backed_up(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
     /// Sends what is queued, as far as the socket takes it; tells whether something is left.
     ///
     /// # Errors

@@ -6,8 +6,8 @@
 use crate::boot::linux::Plan;
 use crate::machine::state::PackedState;
 use guest_mem::window::host::Short;
-use guest_mem::window::{Harvest, Run};
-use guest_mem::{Gfn, GfnRange, PageCount, StoreId};
+use guest_mem::window::{Harvest, Run, are_apart};
+use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, StoreId};
 use serde::{Deserialize, Serialize};
 
 /// The parts of a VM that are fixed when its KVM VM is made: a prepared VM process fits any VM of its shape.
@@ -369,3 +369,27 @@ pub enum FromVm {
     /// The ways by which the descriptor let itself be written to: none, if all is well.
     Probed(Vec<String>),
 }
+
+impl FromVm {
+    /// Whether it is the first that a VM process says.
+    pub fn comes_first(&self) -> bool {
+        matches!(self, Self::Ready { .. } | Self::PrepareFailed(_))
+    }
+
+    /// Whether addresses in it are such, and pages, where their order matters, as ours tells of them: sorted, apart, and
+    /// within `ram`. A process that is taken over may say anything.
+    pub fn makes_sense(&self, ram: &[GfnRange]) -> bool {
+        match self {
+            Self::Ready { window_base, .. } => *window_base < ADDRESSES_END,
+            Self::Frozen(frozen) => {
+                let Frozen { harvest, scratch_base, copies, .. } = &**frozen;
+                harvest.makes_sense(ram) && *scratch_base < ADDRESSES_END && copies.0 < ADDRESSES_END / PAGE_SIZE as u64
+            }
+            Self::Shed { pages, .. } | Self::Wrote { pages, .. } => are_apart(pages, ram),
+            _ => true,
+        }
+    }
+}
+
+/// Where the addresses of a process end, on x86-64.
+pub const ADDRESSES_END: u64 = (1 << 47) - PAGE_SIZE as u64;

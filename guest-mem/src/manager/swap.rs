@@ -83,6 +83,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         if !self.may_evict() {
             return all;
         }
+        // What nobody sees is not worth a place in swap.
+        while !self.family.is_tidy() {
+            self.tidy();
+        }
         let end = self.family.search_victims();
         while all.pages < limit
             && all.stopped.is_none()

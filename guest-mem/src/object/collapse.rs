@@ -126,6 +126,7 @@ impl Objects {
         if self.pending.contains(&id) {
             self.pending.insert(shadow)
         } else {
+            self.put_off.remove(&shadow);
             self.pending.remove(&shadow)
         };
     }

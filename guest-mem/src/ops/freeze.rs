@@ -5,12 +5,15 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, Freezing, LeftOver, VmId};
+use crate::family::{Family, Freezing, VmId};
 use crate::map::MapEntry;
 use crate::object::{Backing, ObjectId, Segment, Slot};
 use crate::ranges::{merged, outside, push, within, without};
 use crate::stage2::Cursor;
 use crate::window::{Harvest, Source, StoreId};
+
+/// Stretches of hidden pages tidied up at a time.
+const TIDIED_BATCH: usize = 512;
 
 /// Where the pages of a freeze go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,11 +98,15 @@ impl Family {
         self.left.replaced.append(&mut replaced);
     }
 
-    /// Frees what freezes have hidden from everybody.
+    /// Frees some of what freezes have hidden from everybody.
     pub fn tidy(&mut self, effects: &mut Effects) {
-        let LeftOver { tops, replaced } = std::mem::take(&mut self.left);
-        tops.into_iter().for_each(|top| self.objects.shorten(top, effects));
-        self.free_unseen(replaced, effects);
+        std::mem::take(&mut self.left.tops).into_iter().for_each(|top| self.objects.shorten(top, effects));
+        let replaced = &mut self.left.replaced;
+        let some = replaced.drain(replaced.len().saturating_sub(TIDIED_BATCH)..).collect();
+        if replaced.is_empty() {
+            *replaced = Vec::new();
+        }
+        self.free_unseen(some, effects);
     }
 
     /// Whether there is nothing to [tidy](Self::tidy).

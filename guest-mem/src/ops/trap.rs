@@ -44,7 +44,9 @@ pub enum Trap {
 impl Family {
     /// What a trap of `vm` at `gfn` needs.
     pub fn trap(&self, vm: VmId, gfn: Gfn) -> Trap {
-        let Some((entry_pages, entry)) = self.vm(vm).map.get(gfn) else { return Trap::Outside };
+        if self.vm(vm).map.get(gfn).is_none() {
+            return Trap::Outside;
+        }
         if let Some(Freezing::Standing(_)) = self.vm(vm).freezing {
             // It runs again, and the page may have been moved out: the books are of the time before.
             return Trap::Wait;
@@ -53,6 +55,12 @@ impl Family {
             // A late one: the page is there.
             return Trap::Wake(GfnRange::new(gfn, PageCount(1)));
         }
+        self.beneath(vm, gfn)
+    }
+
+    /// What it takes to have what `vm` sees at `gfn` in a store, whether its window keeps that page or not.
+    pub fn beneath(&self, vm: VmId, gfn: Gfn) -> Trap {
+        let Some((entry_pages, entry)) = self.vm(vm).map.get(gfn) else { return Trap::Outside };
         let cluster = aligned(gfn, CLUSTER).intersect(entry_pages);
         let segments = self.objects.resolve(entry.object, entry.origin, cluster);
         let segment = segments.iter().find(|segment| segment.pages.contains(gfn)).expect("the cluster holds the page");

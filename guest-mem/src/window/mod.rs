@@ -63,6 +63,13 @@ pub struct Harvest {
 }
 
 impl Harvest {
+    /// Whether this can be what was taken out of `ram` (sorted, apart).
+    pub fn makes_sense(&self, ram: &[GfnRange]) -> bool {
+        let Self { moved, copied, moved_private } = self;
+        [moved, copied, &merged(moved, copied)].iter().all(|pages| are_apart(pages, ram))
+            && are_apart(moved_private, moved)
+    }
+
     /// Whether nothing was private.
     pub fn is_empty(&self) -> bool {
         self.moved.is_empty() && self.copied.is_empty()
@@ -82,6 +89,17 @@ impl Harvest {
     pub fn count(&self) -> PageCount {
         PageCount(self.moved_private.iter().chain(&self.copied).map(|pages| pages.count().0).sum())
     }
+}
+
+/// Whether `pages` are sorted, apart, none of them empty, and each within one of `bounds` (the same).
+pub fn are_apart(pages: &[GfnRange], bounds: &[GfnRange]) -> bool {
+    let mut bounds = bounds.iter().copied().peekable();
+    let mut from = Gfn(0);
+    pages.iter().all(|pages| {
+        let next = pages.start() >= std::mem::replace(&mut from, pages.end()) && !pages.is_empty();
+        while bounds.next_if(|bounds| bounds.end() <= pages.start()).is_some() {}
+        next && bounds.peek().is_some_and(|bounds| bounds.intersect(*pages) == *pages)
+    })
 }
 
 /// Where the pages of a freeze are in its scratch range: what was moved at its own frame, what was copied one after the
@@ -163,4 +181,39 @@ pub trait Window {
 
     /// A page this window needs is lost: its VM must never run on. `why` is for its user.
     fn fail(&mut self, why: &str);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(raw: &[(u64, u64)]) -> Vec<GfnRange> {
+        raw.iter().map(|&(start, end)| (start..end).into()).collect()
+    }
+
+    #[test]
+    fn pages_are_apart_and_within_bounds() {
+        let ram = ranges(&[(0, 100), (200, 300)]);
+        let apart = |raw: &[(u64, u64)]| are_apart(&ranges(raw), &ram);
+        assert!(apart(&[]) && apart(&[(0, 10), (10, 20), (50, 100), (200, 300)]));
+        assert!(!apart(&[(10, 20), (0, 5)]), "out of order");
+        assert!(!apart(&[(10, 20), (19, 30)]), "not apart");
+        assert!(!apart(&[(10, 10)]), "empty");
+        assert!(!apart(&[(90, 101)]) && !apart(&[(90, 210)]) && !apart(&[(300, 301)]), "outside");
+    }
+
+    #[test]
+    fn a_harvest_makes_sense_or_not() {
+        let ram = ranges(&[(0, 100)]);
+        let makes_sense = |moved: &[_], moved_private: &[_], copied: &[_]| {
+            let [moved, moved_private, copied] = [moved, moved_private, copied].map(ranges);
+            Harvest { moved, copied, moved_private }.makes_sense(&ram)
+        };
+        assert!(makes_sense(&[], &[], &[]));
+        assert!(makes_sense(&[(10, 20), (40, 50)], &[(10, 12), (19, 20), (40, 50)], &[(5, 10), (30, 31)]));
+        assert!(!makes_sense(&[(10, 20)], &[(30, 31)], &[]), "private and not moved");
+        assert!(!makes_sense(&[(10, 20)], &[], &[(15, 16)]), "moved and copied");
+        assert!(!makes_sense(&[(40, 50), (10, 20)], &[], &[(30, 31)]), "out of order");
+        assert!(!makes_sense(&[(90, 101)], &[], &[]), "outside");
+    }
 }

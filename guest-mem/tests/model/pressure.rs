@@ -425,3 +425,19 @@ fn a_read_ahead_that_fails_is_made_up_for_by_whoever_needs_it() {
     world.verify();
     world.end();
 }
+
+/// Pages that a freeze had hidden from everybody were the oldest, and went to swap before anybody had looked.
+#[test]
+fn what_a_freeze_has_hidden_does_not_go_to_swap() {
+    let (mut world, vm) = with_pages(32, 32);
+    let child = world.fork_frozen(vm);
+    world.exit(child);
+    (0..32).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    world.manager.evict_some(PageCount(32));
+    assert_eq!(world.swap.borrow().calls().0, 0);
+    world.settle_all();
+    world.verify();
+    world.check();
+    world.end();
+}

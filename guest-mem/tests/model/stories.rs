@@ -272,3 +272,18 @@ fn a_page_that_is_still_to_be_copied_is_waited_for() {
     world.check();
     world.end();
 }
+
+/// What a child touches first trapped in each child of a parent that kept it.
+#[test]
+fn what_a_parent_keeps_is_settled_ahead_for_its_children() {
+    let mut world = World::new(&Layout::flat(16));
+    let parent = world.ids()[0];
+    world.write(parent, Gfn(5));
+    world.freeze(parent, Gaps::Stay);
+    world.manager.settle_ahead(parent, Gfn(5)).unwrap();
+    let child = world.fork_frozen(parent);
+    assert!(world.window(child).read(Gfn(5)).is_ok(), "the child traps");
+    world.verify();
+    world.check();
+    world.end();
+}

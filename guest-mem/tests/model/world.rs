@@ -207,11 +207,15 @@ impl World {
 
     /// Some memory. A put that fails changes nothing.
     pub fn evict_some(&mut self, limit: u64) -> Evicted {
-        let before = self.manager.family().totals();
+        let (before, tidy) = (self.manager.family().totals(), self.manager.family().is_tidy());
         let evicted = self.manager.evict_some(PageCount(limit));
         let after = self.manager.family().totals();
-        assert_eq!(before.resident - after.resident, evicted.pages.0, "{evicted:?}");
-        assert_eq!(after.swapped - before.swapped, evicted.pages.0, "{evicted:?}");
+        if tidy {
+            assert_eq!(before.resident - after.resident, evicted.pages.0, "{evicted:?}");
+            assert_eq!(after.swapped - before.swapped, evicted.pages.0, "{evicted:?}");
+        } else {
+            assert!(before.resident - after.resident >= evicted.pages.0, "what nobody sees goes uncounted: {evicted:?}");
+        }
         evicted
     }
 

@@ -234,15 +234,11 @@ impl Process<'_> {
             ToVm::Shed { store, pages } => {
                 let file = one(&fds)?;
                 let link = &mut self.link;
-                let shed = vm.shed(store, file.as_fd(), &pages, |message| outbox::tell(link, &message, &[]));
-                let fatal = shed.as_ref().err().filter(|error| error.is_fatal()).map(ToString::to_string);
-                let pages = shed.unwrap_or_else(|error| {
+                if let Err(error) = vm.shed(store, file.as_fd(), &pages, |message| outbox::tell(link, &message, &[])) {
                     log::warn!("pages {pages:?} stay in memory twice: {error}");
-                    Vec::new()
-                });
-                outbox::tell(&mut self.link, &FromVm::Shed { store, pages }, &[])?;
-                if let Some(why) = fatal {
-                    floor.die(why);
+                    if error.is_fatal() {
+                        floor.die(error.to_string());
+                    }
                 }
             }
             ToVm::LeaveScratch { store, pages } => vm.leave_scratch(store, pages),

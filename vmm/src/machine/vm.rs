@@ -188,7 +188,6 @@ impl Vm {
         install_handler().map_err(VmError::Handler)?;
         isolate::isolate(isolation, cage)?;
         isolate::die_with(server)?;
-        let keeper = keeper::start(server).map_err(VmError::Keeper)?;
 
         let ports = Ports::new(Arc::clone(&floor), window.memory().clone(), shape.machine);
         let mmio = Mmio::new(linux.as_ref().map(LinuxMachine::virtio).unwrap_or_default());
@@ -197,6 +196,8 @@ impl Vm {
         let threads = vcpus.into_iter().map(spawn).collect::<io::Result<_>>().map_err(VmError::Thread)?;
         drop(floor.await_standing()?);
         let traps = features.userfaultfd;
+        // Last, so that nothing fails that would leave it behind.
+        let keeper = keeper::start(server).map_err(VmError::Keeper)?;
         Ok(Self {
             shape,
             traps,

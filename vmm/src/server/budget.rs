@@ -114,6 +114,11 @@ impl Budget {
         self.tight
     }
 
+    /// A family is gone.
+    pub fn forget(&mut self, family: FamilyId) {
+        self.empty.remove(&family);
+    }
+
     /// Something may begin to grow.
     pub fn stir(&mut self) {
         if self.effective().is_some() {
@@ -446,9 +451,7 @@ impl Server {
         self.budget.held.remove(&generation);
         let Some(vm) = self.vms.get_mut(generation) else { return };
         vm.hold = Hold::Free;
-        for client in std::mem::take(&mut vm.late_pausers) {
-            vm.pausers.push_back(client);
-        }
+        vm.pausers.append(&mut vm.late_pausers);
         if !vm.pausers.is_empty() {
             self.tell(generation, &ToVm::Pause);
         }

@@ -99,7 +99,7 @@ impl Server {
         let (memory, process) = (vm.memory.take(), vm.process.take());
         let (forks, viewers) = (std::mem::take(&mut vm.forks), std::mem::take(&mut vm.viewers));
         let waiters = std::mem::take(&mut vm.waiters);
-        vm.reclaiming = None;
+        (vm.reclaiming, vm.shedding) = (None, None);
         vm.hold = Hold::Free;
         let late = std::mem::take(&mut vm.late_pausers);
         let mut asked: Vec<ClientId> =
@@ -127,6 +127,8 @@ impl Server {
                 None => self.end_process(id),
             }
         }
+        // While it is listed: a child of a fork that fails is not for long.
+        self.answer_stats_waiters(generation);
         self.fail_forks(forks.into(), &why);
         self.parent_is_gone(generation, &why);
         match before {
@@ -147,7 +149,6 @@ impl Server {
             }
             self.replied.push(viewer);
         }
-        self.answer_stats_waiters(generation);
         self.check_lost_vm(generation);
         self.drop_deadlines(|deadline| deadline.is_of(generation));
         if remove {

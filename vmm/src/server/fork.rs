@@ -108,7 +108,7 @@ impl Server {
         self.latency.lease(Instant::now() + LEASE);
         let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
         let prefix = fork.prefix.clone().unwrap_or_else(|| fork.name.clone());
-        let checked = self.find_forkable(&fork.name).and_then(|parent| {
+        let checked = self.find_started(&fork.name).and_then(|parent| {
             let names = self.child_names(&prefix, fork.count)?;
             Ok((parent, names))
         });
@@ -134,7 +134,7 @@ impl Server {
         }
     }
 
-    fn find_forkable(&self, name: &str) -> Result<Generation, Failure> {
+    pub(super) fn find_started(&self, name: &str) -> Result<Generation, Failure> {
         let vm = self.find_alive(name)?;
         match vm.phase {
             Phase::Live => Ok(vm.generation),
@@ -172,15 +172,19 @@ impl Server {
             self.freeze(generation);
         }
         for name in names {
+            // The freeze may have failed already.
+            if !self.forks.contains_key(&id) {
+                return;
+            }
             let process = self.take_process(shape, Some(generation));
-            let Some(op) = self.forks.get_mut(&id) else { return };
+            let op = self.forks.get_mut(&id).expect("looked at above");
             match process {
                 Ok(process) => {
                     let phase = Phase::Forking(id);
                     let child = self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None);
                     let progress =
                         Progress { generation: child, name, ready_ns: None, first_ns: None, runs: 0, there: false };
-                    self.forks.get_mut(&id).expect("looked at above").children.push(progress);
+                    self.forks.get_mut(&id).expect("still there").children.push(progress);
                 }
                 Err(e) => {
                     op.failure = Some(format!("start a VM process: {e}"));
@@ -260,6 +264,10 @@ impl Server {
             return;
         }
         let Some(vm) = self.vms.get_mut(parent) else { return };
+        let awaited = vm.forks.front().and_then(|fork| self.forks[fork].store);
+        if awaited.is_none_or(|(_, store)| store != frozen.store) {
+            return self.end_vm(parent, Phase::Dead("its process told of a freeze that it was not asked for".into()));
+        }
         let (Some(fork), Some((family, member)), Some(process)) = (vm.forks.pop_front(), vm.memory, vm.process) else {
             return;
         };
@@ -290,7 +298,7 @@ impl Server {
     fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId)) {
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         for gfn in self.early.of(family) {
-            if let Err(error) = manager.settle_at(parent, gfn) {
+            if let Err(error) = manager.settle_ahead(parent, gfn) {
                 log::debug!("settle {gfn} ahead: {error}");
             }
         }
@@ -401,7 +409,7 @@ impl Server {
     fn resume_settled(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
         let Some(process) = self.vms.get(parent).and_then(|vm| vm.process) else { return };
         self.processes.get_mut(&process).expect("a VM's process").send(&ToVm::Resume, &[]);
-        let pause = monotonic_ns() - frozen.kicked_ns;
+        let pause = monotonic_ns().saturating_sub(frozen.kicked_ns);
         if let Some(op) = self.forks.get_mut(&fork) {
             op.pause_ns = Some(pause);
         }
@@ -488,9 +496,20 @@ impl Server {
     fn finish_fork_if_there(&mut self, fork: ForkId) {
         let Some(op) = self.forks.get(&fork) else { return };
         let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
-        let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
         let told = !op.state_due && !op.pause_due && !op.copies_due;
-        if frozen && settled && told && (op.failure.is_some() || op.children.iter().all(|child| child.there)) {
+        if !frozen || !told || (op.failure.is_none() && !op.children.iter().all(|child| child.there)) {
+            return;
+        }
+        let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
+        if op.failure.is_none() {
+            // Whether somebody waits for pages to settle or not: they are VMs like any other.
+            for child in &op.children {
+                if let Some(vm) = self.vms.get_mut(child.generation).filter(|vm| vm.phase == Phase::Forking(fork)) {
+                    vm.phase = Phase::Live;
+                }
+            }
+        }
+        if settled {
             self.finish_fork(fork);
         }
     }
@@ -523,11 +542,6 @@ impl Server {
                 Asker::Client(client) => self.reply(client, Err(Failure::failed(why))),
                 Asker::Guest => self.tell_guest(op.parent, Err(why)),
             };
-        }
-        for child in &op.children {
-            if let Some(vm) = self.vms.get_mut(child.generation).filter(|vm| vm.phase == Phase::Forking(fork)) {
-                vm.phase = Phase::Live;
-            }
         }
         match op.asker {
             Asker::Guest => {

@@ -5,31 +5,39 @@ use super::process::{ProcessId, Role};
 use super::vm::{Generation, Hold, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
+use crate::layout::ram_ranges;
 use crate::wire::{Ending, FromVm, Line, Machine, Said};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
-use nix::errno::Errno;
-use nix::sys::signal::kill;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 impl Server {
+    /// Sends what is queued, and watches for more room where that is not all.
+    pub(super) fn watch_process(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let pending = process.link.flush().unwrap_or(false);
+        if let Some(token) = process.link_token {
+            self.watches.modify(token, if pending { EventSet::IN | EventSet::OUT } else { EventSet::IN });
+        }
+    }
+
     /// Reads all that a VM process has said.
     pub(super) fn serve_process(&mut self, id: ProcessId) {
-        while let Some(process) = self.processes.get_mut(&id) {
-            let pending = process.link.flush().unwrap_or(false);
-            if let Some(token) = process.link_token {
-                let events = if pending { EventSet::IN | EventSet::OUT } else { EventSet::IN };
-                self.watches.modify(token, events);
-            }
+        self.watch_process(id);
+        while let Some(process) = self.processes.get_mut(&id).filter(|process| process.link_ended.is_none()) {
             match process.link.recv::<Said>() {
                 Ok(None) => return,
                 Ok(Some((said, mut fds))) => {
                     process.messages += said.len() as u64;
-                    said.into_iter().for_each(|message| self.heard(id, message, std::mem::take(&mut fds)));
+                    let heard =
+                        said.into_iter().try_for_each(|message| self.heard(id, message, std::mem::take(&mut fds)));
+                    if let Err(error) = heard {
+                        return self.link_ended(id, &error);
+                    }
                 }
                 Err(error) => return self.link_ended(id, &error),
             }
@@ -50,17 +58,20 @@ impl Server {
         }
     }
 
-    fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) {
-        let Some(process) = self.processes.get(&id) else { return };
+    /// Does what a process's message is for.
+    ///
+    /// # Errors
+    /// `InvalidData`: ours never say such a thing.
+    fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let Some(process) = self.processes.get(&id) else { return Ok(()) };
+        if process.ready == message.comes_first() || !message.makes_sense(&ram_ranges(process.shape.ram)) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "out of turn, or of pages that are not there"));
+        }
         if let FromVm::Frozen(frozen) = &message
-            && let Some(copy) = frozen.copy
+            && let Some(copy) = frozen.copy.map(Pid::from_raw).filter(|copy| self.is_new_child(*copy))
         {
-            let copy = Pid::from_raw(copy);
-            // One that has been reaped before this was heard is never reaped again.
-            if kill(copy, None) != Err(Errno::ESRCH) {
-                process.memory.note_copy(copy);
-                self.pids.insert(copy, id);
-            }
+            process.memory.note_copy(copy);
+            self.pids.insert(copy, id);
         }
         match (message, process.role) {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
@@ -78,16 +89,23 @@ impl Server {
             (message, Role::Vm(generation)) => self.vm_says(generation, message),
             (message, role) => log::debug!("{id:?}, {role:?}, says {message:?}"),
         }
+        Ok(())
+    }
+
+    /// Whether this is a process of ours that nobody has told of. One that has been reaped before it was told of is never
+    /// reaped again, and whoever is taken over may name any.
+    fn is_new_child(&self, pid: Pid) -> bool {
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let known = self.pids.contains_key(&pid) || self.zygote.is(pid);
+        !known && pid.as_raw() > 0 && waitid(Id::Pid(pid), look).is_ok()
     }
 
     fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) {
+        let keeper = Some(Pid::from_raw(keeper)).filter(|keeper| self.is_new_child(*keeper));
         let process = self.processes.get_mut(&id).expect("it has just spoken");
         let memory = Rc::clone(&process.memory);
-        let keeper = Pid::from_raw(keeper);
-        if kill(keeper, None) != Err(Errno::ESRCH) {
-            memory.keeper.set(Some(keeper));
-            self.pids.insert(keeper, id);
-        }
+        memory.keeper.set(keeper);
+        self.pids.extend(keeper.map(|keeper| (keeper, id)));
         memory.base.set(window_base);
         process.ready = true;
         if let Some(fd) = fds.into_iter().next() {
@@ -192,8 +210,10 @@ impl Server {
         } else if let (Phase::Launching(client), Machine::Linux) = (&vm.phase, vm.shape.machine) {
             let client = *client;
             self.launched(generation, client);
-        } else if let Some(client) = vm.pausers.pop_front() {
-            self.reply(client, Ok(Answer::Done));
+        } else {
+            for client in std::mem::take(&mut vm.pausers) {
+                self.reply(client, Ok(Answer::Done));
+            }
         }
     }
 

@@ -178,7 +178,7 @@ impl Server {
             log: Log::default(),
             sends: HashMap::new(),
             waiters: Vec::new(),
-            pausers: VecDeque::new(),
+            pausers: Vec::new(),
             viewers: Vec::new(),
             remove_when_off: false,
             balloon_pages: 0,

@@ -342,11 +342,12 @@ impl Server {
         self.tend_lingering();
         self.finish_removals();
         self.finish_checks();
-        let past = &mut self.past;
-        self.families.retain(|_, manager| {
+        let (past, budget) = (&mut self.past, &mut self.budget);
+        self.families.retain(|&family, manager| {
             let lives = manager.windows() > 0;
             if !lives {
                 *past = report::sum(*past, manager.counts());
+                budget.forget(family);
             }
             lives
         });
@@ -386,6 +387,7 @@ impl Server {
                 Want::LeaveScratch(store, pages) => {
                     process.send(&crate::wire::ToVm::LeaveScratch { store, pages }, &[]);
                 }
+                Want::Room => self.watch_process(id),
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {
                     if let process::Role::Vm(generation) = process.role {
@@ -467,6 +469,9 @@ impl Server {
         log::debug!("{client:?}: {request:?}");
         self.budget.stir();
         match request {
+            Request::Launch(_) if self.stopping.is_some() => {
+                self.reply(client, Err(Failure::failed("the server is shutting down")));
+            }
             Request::Launch(launch) => self.launch(client, launch),
             Request::Fork(fork) => self.fork(client, fork),
             Request::Send { name, text, timeout_ms } => self.send(client, &name, text, timeout_ms),

@@ -3,7 +3,7 @@
 use super::expect::Expectation;
 use super::vm::Generation;
 use super::watch::Token;
-use super::window::{Memory, Wants};
+use super::window::{Memory, Want, Wants};
 use super::zygote::Zygote;
 use crate::link::Link;
 use crate::machine::state::PackedState;
@@ -105,7 +105,8 @@ impl VmProcess {
         Ok(process)
     }
 
-    /// Sends a message. A process that cannot be reached is about to be reaped.
+    /// Sends a message. A process that cannot be reached is about to be reaped; one that cannot be told, for want of memory or
+    /// descriptors, is ended: somebody would wait for its answer.
     pub fn send(&mut self, message: &ToVm, fds: &[BorrowedFd<'_>]) {
         self.messages += 1;
         if message.wakes() {
@@ -116,8 +117,19 @@ impl VmProcess {
             self.freeze = Some((*store, self.wakes));
             self.still = None;
         }
-        if let Err(error) = self.link.send(message, fds) {
-            log::debug!("message to {:?}: {error}", self.id);
+        let sent = self.link.send(message, fds);
+        if self.link.is_backed_up() {
+            self.memory.want(Want::Room);
+        }
+        match sent.map_err(|error| (error.kind(), error)) {
+            Ok(()) => {}
+            Err((io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset, error)) => {
+                log::debug!("message to {:?}: {error}", self.id);
+            }
+            Err((_, error)) => {
+                log::error!("{:?} is ended, it cannot be told what it is to do: {error}", self.id);
+                self.kill();
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Pages that stayed in a window at a VM's first freeze, and leave it when they have settled.
 
 use super::Server;
-use super::vm::{Generation, Vm};
+use super::vm::{Generation, Phase, Vm};
 use crate::wire::ToVm;
 use guest_mem::window::host::HostWindow;
 use guest_mem::{GfnRange, PageCount, StoreId};
@@ -55,11 +55,11 @@ impl Server {
     pub(super) fn has_shed(&mut self, generation: Generation, store: StoreId, pages: &[GfnRange]) {
         let Some(vm) = self.vms.get_mut(generation) else { return };
         let Some((family, member)) = vm.memory else { return };
+        if vm.shedding != Some(store) {
+            return self.end_vm(generation, Phase::Dead("its process has shed what it was not asked for".into()));
+        }
         self.families.get_mut(&family).expect("a VM has a family").shed(member, store, pages);
         self.budget.stir();
-        if vm.shedding != Some(store) {
-            return;
-        }
         if pages.is_empty() {
             vm.shedding = None;
         } else {

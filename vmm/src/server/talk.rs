@@ -113,15 +113,15 @@ impl Server {
     }
 
     pub(super) fn pause(&mut self, client: ClientId, name: &str, pause: bool) {
-        let (generation, paused, hold) = match self.find_alive(name) {
-            Ok(vm) => (vm.generation, vm.paused, vm.hold),
+        let generation = match self.find_started(name) {
+            Ok(generation) => generation,
             Err(failure) => return self.reply(client, Err(failure)),
         };
-        if pause == paused {
+        let vm = self.vms.get_mut(generation).expect("found above");
+        if pause == vm.paused {
             return self.reply(client, Ok(Answer::Done));
         }
-        let vm = self.vms.get_mut(generation).expect("found above");
-        match hold {
+        match vm.hold {
             Hold::Free => {}
             // It stands, or is about to, and now somebody knows.
             Hold::Held => {
@@ -130,12 +130,16 @@ impl Server {
             }
             Hold::Stopping => {
                 vm.hold = Hold::Free;
-                return vm.pausers.push_back(client);
+                return vm.pausers.push(client);
             }
             Hold::Releasing => return vm.late_pausers.push(client),
         }
-        vm.pausers.push_back(client);
-        self.tell(generation, if pause { &ToVm::Pause } else { &ToVm::Resume });
+        // It says once that it has come to that, for all who wait.
+        let asked = !vm.pausers.is_empty();
+        vm.pausers.push(client);
+        if !asked {
+            self.tell(generation, if pause { &ToVm::Pause } else { &ToVm::Resume });
+        }
     }
 
     /// Sends a message to a VM's process.

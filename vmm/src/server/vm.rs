@@ -109,7 +109,7 @@ pub struct Vm {
     /// Clients that wait for its end.
     pub waiters: Vec<ClientId>,
     /// Clients that wait until it stands still, or runs.
-    pub pausers: VecDeque<ClientId>,
+    pub pausers: Vec<ClientId>,
     /// Clients that see its console.
     pub viewers: Vec<ClientId>,
     /// Whether it is removed when it is off.

@@ -26,7 +26,7 @@ impl<T: Debug> Held for T {}
 /// All watches. `S` says what an event is for.
 #[derive(Debug)]
 pub struct Watches<S> {
-    sources: HashMap<Token, (RawFd, S)>,
+    sources: HashMap<Token, (RawFd, EventSet, S)>,
     changes: Vec<Change>,
     next: u32,
 }
@@ -41,21 +41,28 @@ impl<S: Clone> Watches<S> {
     pub fn add(&mut self, fd: &impl AsRawFd, events: EventSet, source: S) -> Token {
         let token = Token(self.next);
         self.next += 1;
-        self.sources.insert(token, (fd.as_raw_fd(), source));
+        self.sources.insert(token, (fd.as_raw_fd(), events, source));
         self.changes.push(Change::Add(fd.as_raw_fd(), token, events));
         token
     }
 
-    /// Watches for other events.
-    pub fn modify(&mut self, token: Token, events: EventSet) {
-        if let Some((fd, _)) = self.sources.get(&token) {
+    /// Watches for other events, or for none.
+    pub fn modify(&mut self, token: Token, mut events: EventSet) {
+        // The kernel tells of a hang-up whatever it is asked for, and again and again if that is not the edge alone.
+        if events.is_empty() {
+            events = EventSet::EDGE_TRIGGERED;
+        }
+        if let Some((fd, watched, _)) = self.sources.get_mut(&token)
+            && *watched != events
+        {
+            *watched = events;
             self.changes.push(Change::Modify(*fd, token, events));
         }
     }
 
     /// Watches no more; `holder`, which owns the descriptor, is dropped afterwards.
     pub fn remove(&mut self, token: Token, holder: impl Debug + 'static) {
-        if let Some((fd, _)) = self.sources.remove(&token) {
+        if let Some((fd, ..)) = self.sources.remove(&token) {
             self.changes.push(Change::Remove(fd, Box::new(holder)));
         }
     }
@@ -63,7 +70,7 @@ impl<S: Clone> Watches<S> {
     /// Whom an event is for; none if it came too late.
     pub fn source(&self, events: &Events) -> Option<(Token, S)> {
         let token = Token(events.data());
-        self.sources.get(&token).map(|(_, source)| (token, source.clone()))
+        self.sources.get(&token).map(|(.., source)| (token, source.clone()))
     }
 
     /// Makes the loop watch as noted.
@@ -78,5 +85,49 @@ impl<S: Clone> Watches<S> {
                 log::error!("event loop: {change:?}: {error:?}");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+    use std::os::unix::net::UnixStream;
+
+    /// Counts what it is told.
+    struct Counter {
+        watches: Watches<()>,
+        told: usize,
+    }
+
+    impl MutEventSubscriber for Counter {
+        fn init(&mut self, ops: &mut EventOps<'_>) {
+            self.watches.apply(ops);
+        }
+
+        fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+            self.told += 1;
+        }
+    }
+
+    /// Who hung up while its request was carried out kept the server busy until the answer.
+    #[test]
+    fn who_hangs_up_and_is_not_listened_to_is_heard_of_once() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut watches = Watches::new();
+        let token = watches.add(&ours, EventSet::IN, ());
+        let mut events = EventManager::new().unwrap();
+        let id = events.add_subscriber(Counter { watches, told: 0 });
+        drop(theirs);
+        events.run_with_timeout(0).unwrap();
+        for _ in 0..5 {
+            let counter = events.subscriber_mut(id).unwrap();
+            counter.watches.modify(token, EventSet::empty());
+            let mut watches = std::mem::replace(&mut counter.watches, Watches::new());
+            watches.apply(&mut events.event_ops(id).unwrap());
+            events.subscriber_mut(id).unwrap().watches = watches;
+            events.run_with_timeout(0).unwrap();
+        }
+        assert_eq!(events.subscriber_mut(id).unwrap().told, 2, "once as asked, and once for the change");
     }
 }

@@ -5,7 +5,7 @@
 //! and by messages, which the server's loop sends.
 
 use super::process::ProcessId;
-use crate::wire::Frozen;
+use crate::wire::{ADDRESSES_END, Frozen};
 use guest_mem::sys::Userfaultfd;
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, ScratchRange, StoreId, Window};
 use nix::fcntl::OFlag;
@@ -17,12 +17,11 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-/// Where the addresses of a process end, on x86-64.
-const ADDRESSES_END: u64 = (1 << 47) - PAGE_SIZE as u64;
-
 /// What a window asks of the loop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Want {
+    /// See when the process's socket takes what is queued.
+    Room,
     /// Tell the process to drop this freeze's scratch range.
     DropScratch(StoreId),
     /// Tell the process that these pages of this freeze's scratch range are not needed any more.
@@ -94,7 +93,8 @@ impl Memory {
         }
     }
 
-    fn want(&self, want: Want) {
+    /// Notes what the server is to do.
+    pub fn want(&self, want: Want) {
         self.wants.borrow_mut().push_back((self.process, want));
     }
 

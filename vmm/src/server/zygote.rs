@@ -39,6 +39,11 @@ impl Zygote {
         self.0.insert(Running::start()?).make(&socket)?
     }
 
+    /// Whether it is this process.
+    pub fn is(&self, pid: Pid) -> bool {
+        self.0.as_ref().is_some_and(|running| running.pid == pid)
+    }
+
     /// A child of the server has been reaped; its id may soon be somebody else's.
     pub fn reaped(&mut self, pid: Pid) {
         if self.0.take_if(|running| running.pid == pid).is_some() {

@@ -248,23 +248,27 @@ impl Vm {
         }
     }
 
-    /// Maps `file`, which is `store`, in the place of pages that are kept since a freeze into it, with the vCPUs stopped.
-    /// Which it did.
+    /// Maps `file`, which is `store`, in the place of pages that are kept since a freeze into it, with the vCPUs stopped, and
+    /// tells where it did.
     pub fn shed(
         &mut self,
         store: StoreId,
         file: BorrowedFd<'_>,
         pages: &[GfnRange],
-        tell: impl FnMut(FromVm) -> io::Result<()>,
-    ) -> Result<Vec<GfnRange>, VmError> {
+        mut tell: impl FnMut(FromVm) -> io::Result<()>,
+    ) -> Result<(), VmError> {
         let Stopped { before, busy, .. } = self.floor.stop();
         self.interrupt_those(&busy);
-        let shed = self.shed_standing(store, file, pages, tell);
+        let shed = self.shed_standing(store, file, pages, &mut tell);
+        // Before the guest can touch them: they may trap now.
+        let pages = shed.as_ref().map_or_else(|_| Vec::new(), |shed| shed.pages.clone());
+        let told = tell(FromVm::Shed { store, pages });
         if !shed.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(before);
         }
         // Only now what was there is given back.
-        Ok(shed?.pages)
+        drop(shed?);
+        told.map_err(VmError::Server)
     }
 
     fn shed_standing(
