@@ -214,7 +214,10 @@ impl World {
             assert_eq!(before.resident - after.resident, evicted.pages.0, "{evicted:?}");
             assert_eq!(after.swapped - before.swapped, evicted.pages.0, "{evicted:?}");
         } else {
-            assert!(before.resident - after.resident >= evicted.pages.0, "what nobody sees goes uncounted: {evicted:?}");
+            assert!(
+                before.resident - after.resident >= evicted.pages.0,
+                "what nobody sees goes uncounted: {evicted:?}"
+            );
         }
         evicted
     }

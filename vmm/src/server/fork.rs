@@ -264,7 +264,7 @@ impl Server {
             return;
         }
         let Some(vm) = self.vms.get_mut(parent) else { return };
-        let awaited = vm.forks.front().and_then(|fork| self.forks[fork].store);
+        let awaited = vm.forks.front().and_then(|fork| self.forks.get(fork)?.store);
         if awaited.is_none_or(|(_, store)| store != frozen.store) {
             return self.end_vm(parent, Phase::Dead("its process told of a freeze that it was not asked for".into()));
         }
