@@ -47,8 +47,6 @@ pub mod map;
 pub mod object;
 pub mod ops;
 mod pages;
-#[cfg(test)]
-mod random;
 mod ranges;
 mod reclaim;
 pub mod rmap;
@@ -58,6 +56,8 @@ pub mod store;
 mod stream;
 pub mod swap;
 pub mod sys;
+#[cfg(test)]
+mod testing;
 pub mod window;
 
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};

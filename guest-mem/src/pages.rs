@@ -145,7 +145,7 @@ mod tests {
     /// array.
     #[test]
     fn a_set_is_what_an_array_of_bits_would_be() {
-        let mut random = crate::random::numbers();
+        let mut random = crate::testing::numbers();
         let (mut set, mut model) = (PageSet::default(), [false; PAGES as usize]);
         for step in 0..4000 {
             let start = random(PAGES);

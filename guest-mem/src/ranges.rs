@@ -53,10 +53,7 @@ pub(crate) fn push(ranges: &mut Vec<GfnRange>, pages: GfnRange) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn ranges(raw: &[(u64, u64)]) -> Vec<GfnRange> {
-        raw.iter().map(|&(start, end)| (start..end).into()).collect()
-    }
+    use crate::testing::ranges;
 
     #[test]
     fn holes_may_lie_across_ranges_and_outside() {

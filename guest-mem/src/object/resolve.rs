@@ -132,7 +132,7 @@ mod tests {
     /// For many pseudo-random chains of objects that begin at different frames: as a look at every page tells.
     #[test]
     fn what_no_object_of_a_chain_has_is_not_touched() {
-        let mut random = crate::random::numbers();
+        let mut random = crate::testing::numbers();
         let mut times = [0; 2];
         for _ in 0..300 {
             let mut objects = Objects::default();

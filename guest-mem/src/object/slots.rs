@@ -158,7 +158,7 @@ mod tests {
     /// For many pseudo-random changes, long and short, near the borders of chunks and far from them: the same as an array.
     #[test]
     fn slots_are_what_an_array_of_them_would_be() {
-        let mut random = crate::random::numbers();
+        let mut random = crate::testing::numbers();
         let (mut slots, mut model) = (Slots::default(), [None; PAGES as usize]);
         for step in 0..4000 {
             let start = random(PAGES);

@@ -167,12 +167,9 @@ mod tests {
     use super::*;
     use crate::ops::{Placed, Trap};
     use crate::stage2::Shape;
+    use crate::testing::ranges;
 
     const SPAN: u64 = 2048;
-
-    fn ranges(raw: &[(u64, u64)]) -> Vec<GfnRange> {
-        raw.iter().map(|&(start, end)| (start..end).into()).collect()
-    }
 
     fn launched() -> (Family, VmId) {
         let mut family = Family::new(Shape::X86_64);

@@ -186,10 +186,7 @@ pub trait Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn ranges(raw: &[(u64, u64)]) -> Vec<GfnRange> {
-        raw.iter().map(|&(start, end)| (start..end).into()).collect()
-    }
+    use crate::testing::ranges;
 
     #[test]
     fn pages_are_apart_and_within_bounds() {

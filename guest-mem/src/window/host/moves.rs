@@ -153,7 +153,7 @@ mod tests {
     /// free share holds, and closing one more gap would have broken the free share.
     #[test]
     fn the_plan_keeps_its_promises() {
-        let mut random = crate::random::numbers();
+        let mut random = crate::testing::numbers();
         for _ in 0..2000 {
             let mut at = 0;
             let private: Vec<GfnRange> = (0..random(30))
