@@ -63,7 +63,7 @@ impl Family {
         let mut broken = Vec::new();
         for (&id, vm) in &self.vms {
             self.check_sources(id, Shown::Tables, vm, self.stage2_runs(vm), &mut broken);
-            self.check_sources(id, Shown::Window, vm, self.window_runs(vm), &mut broken);
+            self.check_sources(id, Shown::Window, vm, self.runs_shown(vm), &mut broken);
             let spans = vm.spans.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source });
             self.check_sources(id, Shown::Spans, vm, spans.collect(), &mut broken);
         }
@@ -86,7 +86,7 @@ impl Family {
         slots.filter_map(|(pages, slot)| Some((slot.swap()?.slot(pages.start()), pages.count())))
     }
 
-    fn window_runs(&self, vm: &Vm) -> Vec<Run> {
+    fn runs_shown(&self, vm: &Vm) -> Vec<Run> {
         let runs = self.runs_beneath(vm).into_iter();
         runs.map(|(pages, source)| Run { pages: pages.into(), source }).collect()
     }

@@ -6,7 +6,7 @@
 //! Objects and stage-2 tables do not know each other; they meet in the operations of [`ops`](crate::ops), each of which
 //! changes the books and collects [effects](crate::effect). Nothing here touches memory, waits, or can fail half way.
 
-use crate::addr::{GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::AddressMap;
 use crate::object::{ObjectId, Objects};
 use crate::pages::PageSet;
@@ -121,6 +121,17 @@ impl Family {
     /// If it is gone: ids come from this family.
     pub fn vm(&self, id: VmId) -> &Vm {
         &self.vms[&id]
+    }
+
+    /// What the window of `vm` maps at `pages`, cut to them, in order.
+    pub fn window_runs(&self, vm: VmId, pages: GfnRange) -> Vec<Run> {
+        let runs = self.vm(vm).runs.overlapping(pages.raw());
+        runs.map(|(part, &source)| Run { pages: pages.intersect(part.clone().into()), source }).collect()
+    }
+
+    /// What the window of `vm` maps at a frame.
+    pub(crate) fn window_at(&self, vm: VmId, gfn: Gfn) -> Option<Source> {
+        self.window_runs(vm, GfnRange::new(gfn, PageCount(1))).first().map(|run| run.source)
     }
 
     pub(crate) fn vm_mut(&mut self, id: VmId) -> &mut Vm {

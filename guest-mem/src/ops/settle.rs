@@ -5,7 +5,7 @@ use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
 use crate::object::{Backing, Found, Loss, ObjectId, Objects, Slot, SwapBase};
 use crate::swap::SwapSlot;
-use crate::window::StoreId;
+use crate::window::{Run, StoreId};
 
 /// Where the bytes of a job are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,8 +145,9 @@ impl Family {
             return;
         }
         for (&id, vm) in &self.vms {
-            for (part, _) in vm.runs.overlapping(pages.raw()).filter(|(_, source)| source.is_store(store)) {
-                let part = GfnRange::from(part.clone()).intersect(pages);
+            for Run { pages: part, .. } in
+                self.window_runs(id, pages).into_iter().filter(|run| run.source.is_store(store))
+            {
                 if outcome != Placed::Zero {
                     effects.push(Effect::Fail(id, part));
                 } else if vm.freezing.is_none() {

@@ -123,7 +123,7 @@ impl Family {
 
     /// Whether `vm` takes the page at `gfn` from this page of `store`.
     pub(crate) fn maps(&self, vm: VmId, gfn: Gfn, store: StoreId, pages: GfnRange) -> bool {
-        let source = self.vms.get(&vm).and_then(|vm| vm.runs.get(&gfn.0));
+        let source = self.vms.get(&vm).and_then(|_| self.window_at(vm, gfn));
         source.and_then(|source| source.page(gfn)).is_some_and(|(s, page)| s == store && pages.contains(Gfn(page.0)))
     }
 }

@@ -112,13 +112,13 @@ impl Family {
     /// Those of `pages` that are zero, and that the window of `vm` takes from stores: a touch traps. Stretches that lie in one
     /// run each, since no call supplies zeros to two mappings.
     pub fn trapping_zeros(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
-        let vm = self.vm(vm);
+        let runs = self.window_runs(vm, pages).into_iter();
         let mut zeros: Vec<GfnRange> = Vec::new();
-        for (run, _) in vm.runs.overlapping(pages.raw()).filter(|(_, source)| **source != Source::Anonymous) {
-            let run = GfnRange::from(run.clone()).intersect(pages);
+        for run in runs.filter(|run| run.source != Source::Anonymous) {
             let from = zeros.len();
-            for (bounds, entry) in vm.map.iter() {
-                let segments = self.objects.resolve(entry.object, entry.origin, run.intersect(bounds)).into_iter();
+            for (bounds, entry) in self.vm(vm).map.iter() {
+                let part = run.pages.intersect(bounds);
+                let segments = self.objects.resolve(entry.object, entry.origin, part).into_iter();
                 for Segment { pages, .. } in segments.filter(|it| it.is_zero() && !it.pages.is_empty()) {
                     match zeros[from..].last_mut() {
                         Some(last) if last.end() == pages.start() => {
