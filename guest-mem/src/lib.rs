@@ -63,6 +63,7 @@ pub mod window;
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
 pub use family::{Pace, VmId};
 pub use manager::Manager;
+pub use map::Protection;
 pub use ops::Destination;
 pub use sys::Touch;
 pub use window::{Harvest, Run, ScratchRange, Source, StoreId, Window};

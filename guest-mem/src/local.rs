@@ -7,6 +7,7 @@
 use crate::addr::{GfnRange, PageCount};
 use crate::family::VmId;
 use crate::manager::{self, Evicted, MAX_RUNS, Manager, SETTLE_BATCH};
+use crate::map::Protection;
 use crate::ops::Destination;
 use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
@@ -149,7 +150,10 @@ impl Local {
             }
         }
         let stores: Vec<(StoreId, BorrowedFd<'_>)> = files.iter().map(|(&id, file)| (id, file.as_fd())).collect();
+        let read_only: Vec<GfnRange> = self.manager.family().vm(vm).map().protected(Protection::ReadOnly).collect();
         let window = self.manager.window_mut(vm).expect("a VM has a window");
+        let protect = |&pages: &GfnRange| window.protect(pages, Protection::ReadOnly);
+        read_only.iter().try_for_each(protect).map_err(WindowError::NoScratch)?;
         window.map(&runs, &stores, huge)?;
         if let Some(traps) = window.userfaultfd() {
             let traps = traps.try_clone_to_owned().map_err(Error::Userfaultfd)?;
@@ -219,6 +223,15 @@ impl Local {
         let given = window.balloon(pages, MAX_RUNS);
         self.manager.balloon(vm, &given);
         given
+    }
+
+    /// From now on a thread that writes these pages of `vm` gets `SIGSEGV`, or may write them again: see
+    /// [`Manager::protect`].
+    ///
+    /// # Errors
+    /// The window could not be protected; nothing has changed.
+    pub fn protect(&mut self, vm: VmId, pages: GfnRange, protection: Protection) -> Result<(), Error> {
+        Ok(self.manager.protect(vm, pages, protection)?)
     }
 
     /// Takes a VM out. Its window goes as soon as nobody waits for its pages.

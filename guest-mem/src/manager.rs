@@ -13,6 +13,7 @@ pub use swap::{Evicted, SwapCounts};
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, FileMapping, VmId};
+use crate::map::Protection;
 use crate::object::Loss;
 use crate::ops::{Destination, Trap, ZERO_CLUSTER};
 use crate::stage2::Shape;
@@ -270,11 +271,32 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
+    /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs), and
+    /// protects what the child's [map](crate::family::Vm::map) says.
     pub fn fork(&mut self, parent: VmId, window: W) -> VmId {
         let child = self.family.fork(parent, self.max_runs);
         self.windows.insert(child, window);
         child
+    }
+
+    /// From now on `vm` has this protection at `pages`, for as long as it lives or until it is changed; children inherit it.
+    /// Pages stay shared as they are. Frames outside of its memory do not count.
+    ///
+    /// A write to what is read-only changes nothing for anybody, and ends its VM or its thread: a window refuses it as the
+    /// kernel refuses a write to read-only memory, `KVM_RUN` returns `EFAULT` to who runs the vCPU, and a thread gets
+    /// `SIGSEGV`. A VM process that is taken over could lift a protection of memory that is its own: whoever must not write
+    /// what others see is not given a way to.
+    ///
+    /// # Errors
+    /// [`Error::Protect`]; nothing has changed.
+    pub fn protect(&mut self, vm: VmId, pages: GfnRange, protection: Protection) -> Result<(), Error> {
+        if let Some(window) = self.windows.get_mut(&vm) {
+            window.protect(pages, protection).map_err(|source| Error::Protect { pages, source })?;
+        }
+        let mut effects = Effects::default();
+        self.family.protect(vm, pages, protection, &mut effects);
+        self.carry_out(effects);
+        Ok(())
     }
 
     /// What the window of a child of `parent` will most likely show: all of it, if the parent has written nothing since its

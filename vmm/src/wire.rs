@@ -7,7 +7,7 @@ use crate::boot::linux::Plan;
 use crate::machine::state::PackedState;
 use guest_mem::window::host::Short;
 use guest_mem::window::{Harvest, Run, are_apart};
-use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, StoreId};
+use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, Protection, StoreId};
 use serde::{Deserialize, Serialize};
 
 /// The parts of a VM that are fixed when its KVM VM is made: a prepared VM process fits any VM of its shape.
@@ -111,6 +111,8 @@ pub struct Start {
     pub runs: Vec<Run>,
     /// The stores that `runs` name, in the order of the descriptors.
     pub stores: Vec<StoreId>,
+    /// What its guest may not write, sorted.
+    pub read_only: Vec<GfnRange>,
     /// Where its machine state comes from.
     pub origin: Origin,
     /// Whether it runs at once.
@@ -200,6 +202,13 @@ pub enum ToVm {
         /// The pages.
         pages: Vec<GfnRange>,
     },
+    /// From now on the guest may do this with these pages. A write to what is read-only ends its VM.
+    Protect {
+        /// The pages.
+        pages: GfnRange,
+        /// What it may do.
+        protection: Protection,
+    },
     /// Stop the vCPUs. Answered by `Paused`.
     Pause,
     /// Run. Answered by `Running`.
@@ -231,7 +240,12 @@ impl ToVm {
     pub fn wakes(&self) -> bool {
         !matches!(
             self,
-            Self::Freeze { .. } | Self::LeaveScratch { .. } | Self::DropScratch(_) | Self::Shed { .. } | Self::Probe
+            Self::Freeze { .. }
+                | Self::LeaveScratch { .. }
+                | Self::DropScratch(_)
+                | Self::Shed { .. }
+                | Self::Protect { .. }
+                | Self::Probe
         )
     }
 }

@@ -43,6 +43,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// A window could not change what its VM may do: nothing has changed.
+    #[error("cannot protect pages {pages:?}")]
+    Protect {
+        /// The pages.
+        pages: GfnRange,
+        /// Why.
+        source: io::Error,
+    },
     /// Swap did not take pages: they stay where they are.
     #[error("cannot put pages {pages:?} into swap")]
     PutSwap {

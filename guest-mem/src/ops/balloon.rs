@@ -55,7 +55,7 @@ impl Family {
         }
         let top = match entry.object {
             Some(top) if !entry.needs_copy => top,
-            below => self.stack_top(vm, bounds, below, entry.origin),
+            _ => self.stack_top(vm, bounds, entry),
         };
         for pages in shown.iter() {
             self.objects.vacate(top, pages.clone().into(), effects);

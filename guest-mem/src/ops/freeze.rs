@@ -75,7 +75,7 @@ impl Family {
             let private: Vec<GfnRange> = within(&all_private, pages).collect();
             let top = match entry.object {
                 Some(top) if !entry.needs_copy && taken == private => top,
-                below => self.stack_top(vm, pages, below, entry.origin),
+                _ => self.stack_top(vm, pages, entry),
             };
             self.fill_top(top, &taken, &private, store, effects);
             if let Some(below) = entry.object.filter(|&below| below != top) {
@@ -114,12 +114,13 @@ impl Family {
         self.left.tops.is_empty() && self.left.replaced.is_empty()
     }
 
-    /// A new object over `below`, shown by the entry at `pages` from now on.
-    pub(super) fn stack_top(&mut self, vm: VmId, pages: GfnRange, below: Option<ObjectId>, origin: Gfn) -> ObjectId {
-        let top = self.objects.stack(below.map(|object| Backing { object, origin: origin.0 }));
+    /// A new object over what `entry` shows, and shown by the entry at `pages` from now on.
+    pub(super) fn stack_top(&mut self, vm: VmId, pages: GfnRange, entry: MapEntry) -> ObjectId {
+        let top = self.objects.stack(entry.object.map(|object| Backing { object, origin: entry.origin.0 }));
         let pace = self.vm(vm).pace;
         self.objects.map(top, pace);
-        self.vm_mut(vm).map.set(pages, MapEntry { object: Some(top), origin: Gfn(0), needs_copy: false });
+        let entry = MapEntry { object: Some(top), origin: Gfn(0), needs_copy: false, ..entry };
+        self.vm_mut(vm).map.set(pages, entry);
         top
     }
 

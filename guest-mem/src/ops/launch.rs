@@ -16,7 +16,12 @@ impl Family {
             map.set(pages, MapEntry::ANONYMOUS);
         }
         for mapping in files {
-            let entry = MapEntry { object: Some(mapping.file), origin: mapping.pages.start(), needs_copy: true };
+            let entry = MapEntry {
+                object: Some(mapping.file),
+                origin: mapping.pages.start(),
+                needs_copy: true,
+                ..MapEntry::ANONYMOUS
+            };
             map.set(mapping.pages, entry);
         }
         for (_, entry) in map.iter() {

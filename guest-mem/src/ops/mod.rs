@@ -6,6 +6,7 @@ mod exit;
 mod fork;
 mod freeze;
 mod launch;
+mod protect;
 mod settle;
 mod shed;
 mod swap_in;

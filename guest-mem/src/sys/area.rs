@@ -25,6 +25,8 @@ pub enum Place {
 pub enum Access {
     /// Nothing: a touch is an error.
     None,
+    /// Reading.
+    Read,
     /// Reading and writing.
     ReadWrite,
 }
@@ -300,6 +302,7 @@ impl Access {
     fn bits(self) -> i32 {
         match self {
             Self::None => libc::PROT_NONE,
+            Self::Read => libc::PROT_READ,
             Self::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
         }
     }

@@ -15,6 +15,7 @@ mod dirty;
 mod freeze;
 mod map;
 mod moves;
+mod protect;
 mod runs;
 mod scratch;
 mod snapshot;
@@ -29,6 +30,7 @@ pub use snapshot::Shed;
 
 use super::{Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::map::Protection;
 use crate::pages::PageSet;
 use crate::sys::Written;
 use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
@@ -114,6 +116,8 @@ pub struct HostWindow {
     scratches: Scratches,
     /// Frozen pages that stayed, and must: what is mapped there shows something older.
     kept: PageSet,
+    /// What the VM may not write, mapped or not.
+    read_only: PageSet,
     /// Pages dirty since the last successful freeze, as far as we were told and have not used it.
     pending: DirtyMap,
     /// Pages given back since the last successful freeze: what a log says of them may be of the time before.
@@ -142,6 +146,7 @@ impl HostWindow {
             scratches: Scratches::beside(&area, place, all.count()),
             pending: DirtyMap::clean(ram),
             kept: PageSet::default(),
+            read_only: PageSet::default(),
             given_back: PageSet::default(),
             ram: ram.to_vec(),
             runs: RunMap::default(),
@@ -214,6 +219,10 @@ impl Window for HostWindow {
         let uffd = self.uffd.as_ref().ok_or(io::ErrorKind::Unsupported)?;
         let (start, _) = self.area.host(GfnRange::new(gfn, PageCount(1)))?;
         uffd.supply(start, page)
+    }
+
+    fn protect(&mut self, pages: GfnRange, protection: Protection) -> io::Result<()> {
+        self.set_protection(pages, protection)
     }
 
     fn wake(&mut self, pages: GfnRange) {

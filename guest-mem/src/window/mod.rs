@@ -9,6 +9,7 @@
 pub mod host;
 
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::map::Protection;
 use crate::ranges::merged;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -175,6 +176,13 @@ pub trait Window {
     /// # Errors
     /// `AlreadyExists`: a page is there. Otherwise the window cannot take it: nothing has changed.
     fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()>;
+
+    /// From now on the VM may do this with these pages, whatever is or will be mapped there: a write to what is read-only
+    /// is refused by the kernel. Frames where nothing is mapped yet count, those outside of RAM do not.
+    ///
+    /// # Errors
+    /// The window is as it was.
+    fn protect(&mut self, pages: GfnRange, protection: Protection) -> io::Result<()>;
 
     /// Wakes who waits for these pages.
     fn wake(&mut self, pages: GfnRange);

@@ -2,8 +2,8 @@
 
 use crate::fakes::{Gaps, Reads};
 use crate::world::{Layout, World};
-use guest_mem::Touch;
 use guest_mem::addr::{Gfn, GfnRange};
+use guest_mem::{Protection, Touch};
 
 /// One operation; VMs by their age among those that live.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +14,8 @@ enum Op {
     /// Of the first page.
     Balloon(usize),
     Exit(usize),
+    /// Of the second page: it may not be written, or may be again.
+    Protect(usize, Protection),
     Settle,
     /// All there is.
     Evict,
@@ -24,18 +26,21 @@ enum Op {
     EndReads,
 }
 
-/// Whether memory is short.
+/// What is done besides writes, forks and exits.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Pressure {
+enum Extra {
     None,
-    Some,
+    /// Memory is short.
+    Pressure,
+    /// Map entries are changed.
+    Entries,
 }
 
 const PAGES: u64 = 2;
 const MAX_VMS: usize = 3;
 
 /// All that can be done with so many VMs.
-fn choices(vms: usize, pressure: Pressure) -> impl Iterator<Item = Op> {
+fn choices(vms: usize, extra: Extra) -> impl Iterator<Item = Op> {
     let of_one = move |vm| {
         let fork = (vms < MAX_VMS).then_some(Op::Fork(vm));
         (0..PAGES)
@@ -45,8 +50,10 @@ fn choices(vms: usize, pressure: Pressure) -> impl Iterator<Item = Op> {
     };
     let pressed = move |vm| (0..PAGES).map(move |page| Op::Touch(vm, page)).chain([Op::FreezeToSwap(vm)]);
     let pressed = (0..vms).flat_map(pressed).chain([Op::Evict, Op::EndReads]);
-    let pressed = pressed.filter(move |_| pressure == Pressure::Some);
-    (0..vms).flat_map(of_one).chain([Op::Settle]).chain(pressed)
+    let pressed = pressed.filter(move |_| extra == Extra::Pressure);
+    let entries = move |vm| [Protection::ReadOnly, Protection::ReadWrite].map(|protection| Op::Protect(vm, protection));
+    let entries = (0..vms).flat_map(entries).filter(move |_| extra == Extra::Entries);
+    (0..vms).flat_map(of_one).chain([Op::Settle]).chain(pressed).chain(entries)
 }
 
 fn run(world: &mut World, op: Op, gaps: Gaps) {
@@ -61,6 +68,7 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         }
         Op::Balloon(vm) => world.balloon(ids[vm], GfnRange::between(Gfn(0), Gfn(1))),
         Op::Exit(vm) => world.exit(ids[vm]),
+        Op::Protect(vm, protection) => world.protect(ids[vm], GfnRange::from(1..2), protection),
         Op::Settle => {
             world.settle();
         }
@@ -79,14 +87,14 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
 struct Scope {
     layout: Layout,
     gaps: Gaps,
-    pressure: Pressure,
+    extra: Extra,
 }
 
 /// Every sequence of `depth` more operations after `ops`; what is on the way to them was checked when it was the end.
 fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize, ends: &mut u64) {
-    let &Scope { ref layout, gaps, pressure } = scope;
+    let &Scope { ref layout, gaps, extra } = scope;
     let mut world = World::new(layout);
-    if pressure == Pressure::Some {
+    if extra == Extra::Pressure {
         world.swap.borrow_mut().reads = Reads::Later;
     }
     for &op in ops.iter() {
@@ -99,7 +107,7 @@ fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize, ends: &mut u64) {
     world.end();
     *ends += 1;
     if depth > 0 {
-        for op in choices(vms, pressure) {
+        for op in choices(vms, extra) {
             ops.push(op);
             explore(scope, ops, depth - 1, ends);
             ops.pop();
@@ -111,7 +119,7 @@ fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize, ends: &mut u64) {
 fn every_sequence_of_five_operations_on_two_pages() {
     let mut ends = 0;
     for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
-        let scope = Scope { layout: Layout::flat(PAGES), gaps, pressure: Pressure::None };
+        let scope = Scope { layout: Layout::flat(PAGES), gaps, extra: Extra::None };
         explore(&scope, &mut Vec::new(), 5, &mut ends);
     }
     assert!(ends > 10_000, "{ends}");
@@ -121,8 +129,18 @@ fn every_sequence_of_five_operations_on_two_pages() {
 fn every_sequence_of_four_operations_over_a_file() {
     let layout = Layout::flat(PAGES).with_files(&[(1, 2)]);
     for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
-        let scope = Scope { layout: layout.clone(), gaps, pressure: Pressure::None };
+        let scope = Scope { layout: layout.clone(), gaps, extra: Extra::None };
         explore(&scope, &mut Vec::new(), 4, &mut 0);
+    }
+}
+
+#[test]
+fn every_sequence_of_four_operations_on_entries() {
+    for layout in [Layout::flat(PAGES), Layout::flat(PAGES).with_files(&[(1, 2)])] {
+        for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
+            let scope = Scope { layout: layout.clone(), gaps, extra: Extra::Entries };
+            explore(&scope, &mut Vec::new(), 4, &mut 0);
+        }
     }
 }
 
@@ -130,7 +148,7 @@ fn every_sequence_of_four_operations_over_a_file() {
 #[test]
 fn every_sequence_of_five_operations_under_pressure() {
     for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
-        let scope = Scope { layout: Layout::flat(PAGES), gaps, pressure: Pressure::Some };
+        let scope = Scope { layout: Layout::flat(PAGES), gaps, extra: Extra::Pressure };
         explore(&scope, &mut vec![Op::Write(0, 0), Op::FreezeToSwap(0)], 3, &mut 0);
         explore(&scope, &mut vec![Op::Write(0, 1), Op::Fork(0), Op::Settle, Op::Evict], 3, &mut 0);
     }

@@ -4,7 +4,7 @@ use crate::fakes::{Call, Gaps};
 use crate::world::{Layout, World};
 use guest_mem::addr::Gfn;
 use guest_mem::manager::Error;
-use guest_mem::{Destination, VmId};
+use guest_mem::{Destination, Protection, VmId};
 use std::ops::Range;
 
 /// Tries again what failed, which must leave everything in order, and succeed.
@@ -38,6 +38,9 @@ fn play(world: &mut World) {
         insist(world, |world| world.try_write(second, Gfn(page)));
     }
     let third = insist(world, |world| world.try_fork(second, Gaps::All));
+    for (pages, protection) in [(8..60, Protection::ReadOnly), (20..40, Protection::ReadWrite)] {
+        insist(world, |world| world.try_protect(third, pages.clone().into(), protection));
+    }
     read(world, third, 0..30);
     while insist(world, World::try_settle) {}
     world.reap();
@@ -119,6 +122,11 @@ fn a_fill_that_fails_half_way_is_done_again() {
 #[test]
 fn a_file_that_cannot_be_read_is_read_again() {
     assert!(fail_every(Call::ReadFile) >= 3);
+}
+
+#[test]
+fn what_cannot_be_protected_is_as_it_was() {
+    assert_eq!(fail_every(Call::Protect), 2);
 }
 
 #[test]

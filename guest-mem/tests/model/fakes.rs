@@ -6,7 +6,7 @@ use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use guest_mem::store::swap::SharedSwap;
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::{Fetch, Swap, SwapSlot};
-use guest_mem::{Harvest, Run, Source, StoreId, Window};
+use guest_mem::{Harvest, Protection, Run, Source, StoreId, Window};
 use rangemap::{RangeMap, RangeSet};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +34,7 @@ pub enum Call {
     Fill,
     ReadScratch,
     ReadFile,
+    Protect,
     PutSwap,
     GetSwap,
     Supply,
@@ -419,6 +420,14 @@ impl Gaps {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Trapped;
 
+/// What became of a write.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Write {
+    Done,
+    /// The page is read-only: the kernel says so to who tried.
+    Refused,
+}
+
 /// A VM's window.
 #[derive(Default)]
 pub struct FakeWindow {
@@ -427,6 +436,8 @@ pub struct FakeWindow {
     mapped: BTreeMap<StoreId, Mapped>,
     present: BTreeMap<u64, Private>,
     scratch: BTreeMap<StoreId, BTreeMap<u64, Stamp>>,
+    /// What the guest may not write.
+    pub read_only: BTreeSet<u64>,
     /// Pages that guests wait for.
     waiting: BTreeSet<u64>,
     /// The process is gone, and its memory.
@@ -495,16 +506,21 @@ impl FakeWindow {
     }
 
     /// A guest writes a whole page. The copy is made of what is beneath, which must be there first.
-    pub fn write(&mut self, gfn: Gfn, stamp: Stamp) -> Result<(), Trapped> {
+    pub fn write(&mut self, gfn: Gfn, stamp: Stamp) -> Result<Write, Trapped> {
+        if self.read_only.contains(&gfn.0) {
+            return Ok(Write::Refused);
+        }
         self.read(gfn)?;
         self.present.insert(gfn.0, Private::Dirty(stamp));
-        Ok(())
+        Ok(Write::Done)
     }
 
     /// KVM makes a page writable that is only read.
     pub fn copy_clean(&mut self, gfn: Gfn) -> Result<(), Trapped> {
         let stamp = self.read(gfn)?;
-        self.present.entry(gfn.0).or_insert(Private::Clean(stamp));
+        if !self.read_only.contains(&gfn.0) {
+            self.present.entry(gfn.0).or_insert(Private::Clean(stamp));
+        }
         Ok(())
     }
 
@@ -662,6 +678,15 @@ impl Window for FakeWindow {
         assert_eq!(self.beneath(gfn), Err(Trapped), "{gfn} is in its store, and would be there twice");
         self.ledger.check(Call::Supply)?;
         self.present.insert(gfn.0, Private::Clean(decode(page)));
+        Ok(())
+    }
+
+    fn protect(&mut self, pages: GfnRange, protection: Protection) -> io::Result<()> {
+        self.ledger.check(Call::Protect)?;
+        match protection {
+            Protection::ReadOnly => self.read_only.extend(self.ram.iter().flat_map(|ram| ram.intersect(pages).raw())),
+            Protection::ReadWrite => self.read_only.retain(|page| !pages.contains(Gfn(*page))),
+        }
         Ok(())
     }
 

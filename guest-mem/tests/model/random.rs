@@ -6,7 +6,7 @@ use crate::fakes::{Call, Gaps, Reads};
 use crate::rng::Rng;
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
-use guest_mem::{Pace, Touch, VmId};
+use guest_mem::{Pace, Protection, Touch, VmId};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// More VMs than this make no new ones.
@@ -170,7 +170,8 @@ impl Player {
                 }
             }
             71 => self.shed(vm),
-            72..74 => self.world.freeze_in_vain(vm),
+            72 => self.protect(vm),
+            73 => self.world.freeze_in_vain(vm),
             74..80 => {
                 if self.world.vms.len() > 1 {
                     self.world.exit(vm);
@@ -191,6 +192,13 @@ impl Player {
             }
             _ => self.kill(vm),
         }
+    }
+
+    fn protect(&mut self, vm: VmId) {
+        let stretch = self.stretch();
+        let pages = GfnRange::between(stretch[0], Gfn(stretch[stretch.len() - 1].0 + 1));
+        let protection = self.rng.pick(&[Protection::ReadOnly, Protection::ReadWrite]);
+        self.world.protect(vm, pages, protection);
     }
 
     fn shed(&mut self, vm: VmId) {

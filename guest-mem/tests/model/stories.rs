@@ -2,10 +2,10 @@
 
 use crate::fakes::{FakeFile, Gaps};
 use crate::world::{Layout, World};
-use guest_mem::VmId;
-use guest_mem::addr::Gfn;
+use guest_mem::addr::{Gfn, GfnRange};
 use guest_mem::manager::Copied;
 use guest_mem::sys::Touch;
+use guest_mem::{Protection, VmId};
 
 /// Two VMs over an object of pages 0 to 3, of which 1 and 2 are left to a gap of the second VM alone. Returns that VM.
 fn with_a_gap(world: &mut World) -> VmId {
@@ -285,5 +285,60 @@ fn what_a_parent_keeps_is_settled_ahead_for_its_children() {
     assert!(world.window(child).read(Gfn(5)).is_ok(), "the child traps");
     world.verify();
     world.check();
+    world.end();
+}
+
+/// Tweedie's question on linux-mm: what of a child that protects arbitrary regions of what it inherits? It has entries of
+/// its own for them, and both sides go on sharing pages, and writing where they may.
+#[test]
+fn a_child_that_protects_regions_shares_their_pages() {
+    let mut world = World::new(&Layout::flat(64).with_files(&[(40, 50)]));
+    let parent = world.ids()[0];
+    (0..40).for_each(|page| world.write(parent, Gfn(page)));
+    let child = world.fork(parent, Gaps::None);
+    world.settle_all();
+    let before = world.manager.family().totals();
+    for pages in [3..5, 10..20, 38..45] {
+        world.protect(child, pages.into(), Protection::ReadOnly);
+        world.check();
+    }
+    assert_eq!(world.manager.family().totals(), before, "nothing was copied");
+    let entries = |world: &World, vm| world.manager.family().vm(vm).map().iter().count();
+    assert_eq!((entries(&world, parent), entries(&world, child)), (3, 9));
+    for vm in [parent, child] {
+        // The child's writes count where it may write, and change nothing elsewhere.
+        (0..64).step_by(3).for_each(|page| world.write(vm, Gfn(page)));
+    }
+    world.check_counts();
+    // Its own child has the same protections, until it lifts them for itself alone.
+    let grandchild = world.fork(child, Gaps::Stay);
+    world.protect(grandchild, GfnRange::from(0..64), Protection::ReadWrite);
+    (0..64).step_by(2).for_each(|page| world.write(grandchild, Gfn(page)));
+    (0..64).step_by(2).for_each(|page| world.write(child, Gfn(page)));
+    world.verify();
+    world.exit(child);
+    world.check();
+    world.settle_all();
+    world.verify();
+    world.end();
+}
+
+/// The parts of an entry are one again when nothing tells them apart, and what both show has one entry's uses.
+#[test]
+fn what_is_protected_for_a_while_leaves_no_trace() {
+    let mut world = World::new(&Layout::flat(64));
+    let vm = world.ids()[0];
+    (0..64).for_each(|page| world.write(vm, Gfn(page)));
+    world.freeze(vm, Gaps::None);
+    for pages in [10..20, 30..31, 0..64] {
+        world.protect(vm, pages.into(), Protection::ReadOnly);
+    }
+    world.protect(vm, GfnRange::from(0..64), Protection::ReadWrite);
+    world.check();
+    assert_eq!(world.manager.family().vm(vm).map().iter().count(), 1);
+    world.write(vm, Gfn(15));
+    world.freeze(vm, Gaps::None);
+    assert_eq!(world.manager.family().totals().objects, 1);
+    world.verify();
     world.end();
 }

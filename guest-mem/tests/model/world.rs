@@ -1,13 +1,13 @@
 //! A family of VMs on fakes, and beside it what each of them must see.
 
-use crate::fakes::{FakeFile, FakeSwap, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStores};
+use crate::fakes::{FakeFile, FakeSwap, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStores, Write};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::check::check_swap;
 use guest_mem::manager::{Copied, Error, Evicted, SETTLE_BATCH};
 use guest_mem::object::{Found, ObjectId, Slot};
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
-use guest_mem::{Destination, Manager, Source, StoreId, Touch, VmId, Window};
+use guest_mem::{Destination, Manager, Protection, Source, StoreId, Touch, VmId, Window};
 use rangemap::RangeSet;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,6 +49,8 @@ pub struct World {
     pub swap: Rc<RefCell<FakeSwap>>,
     ram: Vec<GfnRange>,
     pub vms: BTreeMap<VmId, Memory>,
+    /// What VMs may not write.
+    read_only: BTreeMap<VmId, BTreeSet<u64>>,
     /// VMs that are gone; their windows may be needed.
     gone: BTreeSet<VmId>,
     writes: u64,
@@ -78,8 +80,18 @@ impl World {
             }
         }
         let vms = BTreeMap::from([(vm, memory)]);
-        let mut world =
-            Self { manager, ledger, swap, ram, vms, gone: BTreeSet::new(), writes: 0, killed: false, untold: false };
+        let mut world = Self {
+            manager,
+            ledger,
+            swap,
+            ram,
+            vms,
+            read_only: BTreeMap::new(),
+            gone: BTreeSet::new(),
+            writes: 0,
+            killed: false,
+            untold: false,
+        };
         world.map_runs(vm);
         world
     }
@@ -113,6 +125,10 @@ impl World {
                 }),
             };
             self.window_mut(vm).map(run, mapped);
+        }
+        let read_only: Vec<_> = self.manager.family().vm(vm).map().protected(Protection::ReadOnly).collect();
+        for pages in read_only {
+            self.window_mut(vm).protect(pages, Protection::ReadOnly).expect("nothing is to fail");
         }
     }
 
@@ -261,10 +277,30 @@ impl World {
     }
 
     fn try_write_stamp(&mut self, vm: VmId, gfn: Gfn, stamp: Stamp) -> Result<(), Error> {
-        if self.touch(vm, gfn, Touch::Write, |window| window.write(gfn, stamp))?.is_some() {
-            set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp);
+        let read_only = self.read_only.get(&vm).is_some_and(|pages| pages.contains(&gfn.0));
+        if let Some(write) = self.touch(vm, gfn, Touch::Write, |window| window.write(gfn, stamp))? {
+            assert_eq!(write == Write::Refused, read_only, "{vm:?} writes page {}", gfn.0);
+            if write == Write::Done {
+                set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp);
+            }
         }
         Ok(())
+    }
+
+    /// A VM may write a part of its memory no more, or again.
+    pub fn try_protect(&mut self, vm: VmId, pages: GfnRange, protection: Protection) -> Result<(), Error> {
+        self.manager.protect(vm, pages, protection)?;
+        let frames = self.frames().filter(|gfn| pages.contains(*gfn)).map(|gfn| gfn.0);
+        let read_only = self.read_only.entry(vm).or_default();
+        match protection {
+            Protection::ReadOnly => read_only.extend(frames),
+            Protection::ReadWrite => read_only.retain(|page| !pages.contains(Gfn(*page))),
+        }
+        Ok(())
+    }
+
+    pub fn protect(&mut self, vm: VmId, pages: GfnRange, protection: Protection) {
+        self.try_protect(vm, pages, protection).expect("nothing is to fail");
     }
 
     /// KVM makes a private copy of a page that the guest only reads.
@@ -366,6 +402,9 @@ impl World {
     pub fn fork_frozen(&mut self, parent: VmId) -> VmId {
         let child = self.manager.fork(parent, FakeWindow::new(&self.ram, &self.ledger));
         self.vms.insert(child, self.vms[&parent].clone());
+        if let Some(read_only) = self.read_only.get(&parent).cloned() {
+            self.read_only.insert(child, read_only);
+        }
         self.map_runs(child);
         child
     }
@@ -447,6 +486,10 @@ impl World {
         for &vm in self.vms.keys() {
             let told: Vec<_> = family.vm(vm).runs().collect();
             assert_eq!(self.window(vm).runs(), told, "the window of {vm:?} maps what the books say");
+        }
+        for &vm in self.vms.keys() {
+            let read_only = family.vm(vm).map().protected(Protection::ReadOnly).flat_map(GfnRange::raw).collect();
+            assert_eq!(self.window(vm).read_only, read_only, "the window of {vm:?} protects what the books say");
         }
         for &vm in self.vms.keys() {
             let books: RangeSet<u64> = family.vm(vm).kept().map(GfnRange::raw).collect();

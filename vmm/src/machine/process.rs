@@ -241,6 +241,11 @@ impl Process<'_> {
                     }
                 }
             }
+            ToVm::Protect { pages, protection } => {
+                if let Err(error) = vm.protect(pages, protection) {
+                    floor.die(format!("protect memory: {error}"));
+                }
+            }
             ToVm::LeaveScratch { store, pages } => vm.leave_scratch(store, pages),
             ToVm::DropScratch(store) => {
                 vm.drop_scratch(store);

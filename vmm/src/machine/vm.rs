@@ -28,7 +28,7 @@ use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
 use crate::wire::{Activity, Expect, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
 use guest_mem::window::host::{Features, HostWindow, HugePages, Place, WindowError};
-use guest_mem::{Run, StoreId};
+use guest_mem::{Protection, Run, StoreId};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -69,6 +69,8 @@ pub(super) enum VmError {
     Thread(io::Error),
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
+    #[error("protect memory: {0}")]
+    Protect(io::Error),
     #[error("the VM was started before")]
     StartedTwice,
     #[error("the server's socket: {0}")]
@@ -273,7 +275,7 @@ impl Vm {
         if self.started {
             return Err(VmError::StartedTwice);
         }
-        let Start { identity, runs, stores, origin, activity, ahead } = start;
+        let Start { identity, runs, stores, read_only, origin, activity, ahead } = start;
         let (stores_fds, kernel) = match (&origin, fds) {
             (Origin::Linux(_), [stores @ .., kernel]) => (stores, Some(kernel)),
             _ => (fds, None),
@@ -285,6 +287,7 @@ impl Vm {
         };
         self.map(&runs, &stores, huge)?;
         ahead.iter().for_each(|pages| self.window.copy_ahead(*pages));
+        read_only.iter().try_for_each(|pages| self.protect(*pages, Protection::ReadOnly)).map_err(VmError::Protect)?;
         self.log_tells_all = matches!(origin, Origin::Fork { .. });
         if !self.log_tells_all {
             // The first freeze turns the log on, and takes every private page: until then huge pages are worth more.

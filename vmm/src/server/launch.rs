@@ -13,7 +13,7 @@ use crate::wire::{self, Activity, Identity, Machine, Shape, Start, ToVm};
 use firmware::abi;
 use guest_mem::stage2;
 use guest_mem::store::FileStore;
-use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Run, Source, StoreId, VmId};
+use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Protection, Run, Source, StoreId, VmId};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::io;
@@ -209,7 +209,8 @@ impl Server {
         expectation.forget_window();
         match stores_of(manager, &runs) {
             Ok((stores, mut descriptors)) => {
-                let start = Start { identity, runs, stores, origin, activity, ahead };
+                let read_only = manager.family().vm(member).map().protected(Protection::ReadOnly).collect();
+                let start = Start { identity, runs, stores, read_only, origin, activity, ahead };
                 descriptors.extend(kernel);
                 let message = ToVm::Start(Box::new(start));
                 let process = self.processes.get_mut(&process).expect("a VM's process");

@@ -387,6 +387,10 @@ impl Server {
                 Want::LeaveScratch(store, pages) => {
                     process.send(&crate::wire::ToVm::LeaveScratch { store, pages }, &[]);
                 }
+                Want::Protect(pages, protection) => {
+                    let message = crate::wire::ToVm::Protect { pages, protection };
+                    process.send_when_ready(process::Parcel { message, descriptors: Vec::new() });
+                }
                 Want::Room => self.watch_process(id),
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {

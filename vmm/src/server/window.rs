@@ -7,7 +7,7 @@
 use super::process::ProcessId;
 use crate::wire::{ADDRESSES_END, Frozen};
 use guest_mem::sys::Userfaultfd;
-use guest_mem::{Gfn, GfnRange, PAGE_SIZE, ScratchRange, StoreId, Window};
+use guest_mem::{Gfn, GfnRange, PAGE_SIZE, Protection, ScratchRange, StoreId, Window};
 use nix::fcntl::OFlag;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::{Pid, pipe2};
@@ -26,6 +26,8 @@ pub enum Want {
     DropScratch(StoreId),
     /// Tell the process that these pages of this freeze's scratch range are not needed any more.
     LeaveScratch(StoreId, GfnRange),
+    /// Tell the process what its VM may do with these pages.
+    Protect(GfnRange, Protection),
     /// Its VM must not run on, for this reason.
     Fail(String),
     /// Nobody needs the window any more.
@@ -272,6 +274,12 @@ impl Window for RemoteWindow {
     fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()> {
         let traps = self.0.traps.get().ok_or(io::ErrorKind::Unsupported)?;
         traps.supply(self.0.base.get() + gfn.gpa(), page)
+    }
+
+    /// The process does it before anything that it is told afterwards. If it cannot, its VM ends.
+    fn protect(&mut self, pages: GfnRange, protection: Protection) -> io::Result<()> {
+        self.0.want(Want::Protect(pages, protection));
+        Ok(())
     }
 
     fn wake(&mut self, pages: GfnRange) {

@@ -3,7 +3,7 @@
 use crate::family::{Family, Machine};
 use crate::worker::{ALL, Worker, read_memory};
 use guest_mem::window::host::Short;
-use guest_mem::{GfnRange, PageCount, Run};
+use guest_mem::{GfnRange, PageCount, Protection, Run};
 use nix::sys::signal::{Signal, kill};
 use std::fs;
 use std::ops::Range;
@@ -414,4 +414,31 @@ pub fn nonsense_ends_the_process() {
         _ => None,
     });
     assert!(why.contains("not started"), "{why}");
+}
+
+/// The guest may read what is protected, and write it when it is not any more. A write before that ends its VM, and no page
+/// has changed.
+pub fn a_write_to_what_is_protected_ends_its_vm() {
+    let mut family = Family::new(MEM);
+    let mut machine = family.launch();
+    machine.worker.ok("fill 1000 100 1");
+    let protect = |machine: &mut Machine, protection| {
+        machine.worker.tell(&ToVm::Protect { pages: GfnRange::from(1000..1050), protection }, &[]);
+    };
+    protect(&mut machine, Protection::ReadOnly);
+    machine.worker.ok("verify 1000 100 1");
+    machine.worker.ok("fill 1050 10 2");
+    protect(&mut machine, Protection::ReadWrite);
+    machine.worker.ok("fill 1000 10 3");
+    protect(&mut machine, Protection::ReadOnly);
+    let mut child = family.fork(&mut machine, "child");
+    child.worker.ok("fill 1000 10 4");
+    machine.worker.ok("verify 1000 10 3");
+    machine.worker.post("fill 1040 1 5");
+    let why = machine.worker.expect(|message| match message {
+        FromVm::Ended(Ending::Dead(why)) => Some(why.clone()),
+        _ => None,
+    });
+    assert!(why.contains("memory") || why.contains("KVM_RUN"), "{why}");
+    child.worker.ok("verify 1010 40 1");
 }

@@ -87,7 +87,8 @@ impl Family {
         stores.dedup();
         let identity = Identity { name: name.into(), generation: self.generation };
         let fds = stores.iter().map(|store| self.file(*store)).collect();
-        (Start { identity, runs: runs.to_vec(), stores, origin, activity, ahead: Vec::new() }, fds)
+        let (read_only, ahead) = (Vec::new(), Vec::new());
+        (Start { identity, runs: runs.to_vec(), stores, read_only, origin, activity, ahead }, fds)
     }
 
     /// Tells a prepared process what to expect, and waits until it does.

@@ -48,7 +48,8 @@ impl HostWindow {
             self.area.map_anonymous(stretch).map_err(during("mmap", stretch))?;
             // A kernel without huge pages refuses the advice, and needs none.
             self.area.hint(stretch, Advice::Small);
-            self.runs.mapped(stretch, Source::Anonymous);
+            self.shut(stretch).map_err(during("mprotect", stretch))?;
+            self.mapped(stretch, Source::Anonymous);
             done.insert(stretch.raw());
             return Ok(());
         }

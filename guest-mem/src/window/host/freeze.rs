@@ -151,7 +151,7 @@ impl HostWindow {
 
         let source = Source::Store { store, origin: Gfn(0) };
         for pages in &plan.moves {
-            self.runs.mapped(*pages, source);
+            self.mapped(*pages, source);
             self.kept.remove(*pages);
         }
         self.forget_dirty();
@@ -312,7 +312,7 @@ impl HostWindow {
             return Err(WindowError::Torn { failed: Box::new(failed), cause });
         }
         // What was moved out and back may be mappings of their own now.
-        moved.into_iter().for_each(|(pages, source)| self.runs.mapped(pages, source));
+        moved.into_iter().for_each(|(pages, source)| self.mapped(pages, source));
         Err(failed)
     }
 
@@ -334,7 +334,8 @@ impl HostWindow {
         for pages in moves {
             self.map_shut(*pages, file).map_err(during("mmap", *pages))?;
             self.register(*pages).map_err(during("UFFDIO_REGISTER", *pages))?;
-            self.area.protect(*pages, Access::ReadWrite).map_err(during("mprotect", *pages))?;
+            let opened = self.area.protect(*pages, Access::ReadWrite).and_then(|()| self.shut(*pages));
+            opened.map_err(during("mprotect", *pages))?;
         }
         Ok(())
     }

@@ -67,7 +67,8 @@ impl HostWindow {
                 map.map_err(during("mmap", run.pages))?;
             }
         }
-        self.runs.mapped(run.pages, run.source);
+        self.shut(run.pages).map_err(during("mprotect", run.pages))?;
+        self.mapped(run.pages, run.source);
         Ok(())
     }
 

@@ -86,7 +86,7 @@ impl HostWindow {
             written.iter().try_for_each(|part| window.put(&before, *part).map_err(during("UFFDIO_COPY", *part)))
         })?;
         for stretch in &pages {
-            self.runs.mapped(*stretch, Source::Store { store, origin: Gfn(0) });
+            self.mapped(*stretch, Source::Store { store, origin: Gfn(0) });
             self.kept.remove(*stretch);
         }
         Ok(Shed { pages, _before: Some(before) })

@@ -9,7 +9,7 @@ use crate::{Result, fail};
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::{Fetch, Swap, SwapSlot};
 use guest_mem::{
-    Destination, Gfn, GfnRange, Harvest, Manager, Pace, PageCount, PageIndex, StoreId, VmId, Window, stage2,
+    Destination, Gfn, GfnRange, Harvest, Manager, Pace, PageCount, PageIndex, Protection, StoreId, VmId, Window, stage2,
 };
 use std::io;
 
@@ -141,6 +141,10 @@ impl Window for Nothing {
     fn drop_scratch(&mut self, _: StoreId) {}
 
     fn zero(&mut self, _: GfnRange) {}
+
+    fn protect(&mut self, _: GfnRange, _: Protection) -> io::Result<()> {
+        Ok(())
+    }
 
     fn supply(&mut self, _: Gfn, _: &[u8]) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())

@@ -13,7 +13,7 @@ use super::{Vm, VmError};
 use crate::devices::serial;
 use crate::wire::{Activity, FromVm, Frozen};
 use guest_mem::window::host::{Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
-use guest_mem::{Gfn, GfnRange, Harvest, StoreId, Window};
+use guest_mem::{Gfn, GfnRange, Harvest, Protection, StoreId, Window};
 use nix::unistd::Pid;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -325,6 +325,11 @@ impl Vm {
     /// The pages of the freeze into `store` have settled. What memory their copies had may be for the next freeze's.
     pub fn drop_scratch(&mut self, store: StoreId) {
         self.window.drop_scratch(store);
+    }
+
+    /// What the guest may do with these pages, whatever is mapped there later.
+    pub fn protect(&mut self, pages: GfnRange, protection: Protection) -> io::Result<()> {
+        self.window.protect(pages, protection)
     }
 
     /// No freeze is likely to come soon.
