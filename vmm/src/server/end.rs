@@ -112,6 +112,7 @@ impl Server {
             _ => format!("VM {name:?} is off"),
         };
         log::info!("{why}");
+        self.working_sets.forget(generation);
         if let Some((family, member)) = memory {
             self.families.get_mut(&family).expect("a VM has a family").exit(member);
         }

@@ -188,8 +188,8 @@ impl Server {
             true => {
                 let books = manager.family();
                 let told = told_first(shape.machine).into_iter().flat_map(|page| books.at_hand(member, page));
-                let learned = self.learned.at_hand(parent, books, member);
-                let pages: RangeSet<u64> = told.chain(learned).map(GfnRange::raw).collect();
+                let writes = self.working_sets.writes(parent, books, member);
+                let pages: RangeSet<u64> = told.chain(writes).map(GfnRange::raw).collect();
                 pages.into_iter().map(GfnRange::from).collect()
             }
             false => Vec::new(),

@@ -6,7 +6,7 @@ use super::hint::Hint;
 use super::idle::IdleBalloon;
 use super::launch::Beginning;
 use super::process::{Parcel, ProcessId, Role};
-use super::vm::{FamilyId, Generation, Phase};
+use super::vm::{FamilyId, Generation, Phase, Vm};
 use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::host::latency::LEASE;
@@ -15,7 +15,7 @@ use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
 use guest_mem::manager::{Copied, SETTLE_BATCH};
 use guest_mem::window::host::Short;
-use guest_mem::{Destination, StoreId, VmId};
+use guest_mem::{Destination, GfnRange, PageCount, StoreId, VmId};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -227,7 +227,7 @@ impl Server {
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let (max_runs, first) = (self.max_runs, self.early.of(family).collect());
+                let (max_runs, first) = (self.max_runs, self.working_sets.reads(parent));
                 let message = ToVm::Freeze { store, max_runs, short: Short::Copied, first };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 // What is frozen in a copy is in memory twice, until it has left the window.
@@ -296,19 +296,15 @@ impl Server {
     }
 
     fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId)) {
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
-        for gfn in self.early.of(family) {
-            if let Err(error) = manager.settle_ahead(parent, gfn) {
-                log::debug!("settle {gfn} ahead: {error}");
-            }
-        }
         let op = self.forks.get_mut(&fork).expect("a fork under way");
         if op.failure.is_some() {
             return;
         }
         op.begun = true;
         let parent_generation = op.parent;
-        let ahead = self.learned.at_hand(parent_generation, self.families[&family].family(), parent);
+        self.write_back_ahead(parent_generation, (family, parent));
+        let op = &self.forks[&fork];
+        let ahead = self.working_sets.writes(parent_generation, self.families[&family].family(), parent);
         let Some(parent_vm) = self.vms.get(op.parent) else { return };
         let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
         let (asked_balloon, idle) = (op.asked_balloon, op.idle.of_child(Instant::now()));
@@ -324,11 +320,35 @@ impl Server {
             vm.memory = Some((family, child));
             vm.paused = activity == Activity::Paused;
             vm.born = Some((parent_generation, ahead.clone()));
+            self.working_sets.inherit(parent_generation, generation);
             (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);
             (vm.asked_balloon, vm.idle) = (asked_balloon, idle);
             self.child_mut(fork, generation, |child| child.runs = runs);
             let origin = wire::Origin::Fork { index };
             self.start(generation, Beginning { origin, kernel: None, activity, ahead: ahead.clone() });
+        }
+    }
+
+    /// Writes back what children are about to read, if it is not in a store yet.
+    fn write_back_ahead(&mut self, parent: Generation, (family, member): (FamilyId, VmId)) {
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        for gfn in self.working_sets.reads(parent) {
+            if !manager.family().at_hand(member, GfnRange::new(gfn, PageCount(1))).is_empty() {
+                self.working_sets.was_there(parent, gfn);
+            } else if let Err(error) = manager.settle_ahead(member, gfn) {
+                log::debug!("write {gfn} back ahead: {error}");
+            }
+        }
+    }
+
+    /// A child tells what it has written since it began: so far, or in all of its first moments.
+    pub(super) fn child_wrote(&mut self, child: Generation, pages: &[GfnRange], last: bool) {
+        let Some((parent, ahead)) = self.vms.get(child).and_then(|vm| vm.born.as_ref()) else { return };
+        if self.vms.get(*parent).is_some_and(Vm::is_alive) {
+            match last {
+                true => self.working_sets.began(*parent, child, ahead, pages),
+                false => self.working_sets.wrote(*parent, child, pages),
+            }
         }
     }
 

@@ -169,14 +169,7 @@ impl Server {
             }
             FromVm::Ballooned(pages) => self.ballooned(generation, &pages),
             FromVm::BalloonSize { pages } => self.balloon_resized(generation, pages),
-            FromVm::Wrote { pages, last } => {
-                if let Some((parent, ahead)) = &vm.born {
-                    match last {
-                        true => self.learned.settled_in(*parent, generation, ahead, &pages),
-                        false => self.learned.wrote(*parent, generation, &pages),
-                    }
-                }
-            }
+            FromVm::Wrote { pages, last } => self.child_wrote(generation, &pages, last),
             FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
             FromVm::Hinted => self.hinted(generation),
             FromVm::Frozen(frozen) => self.frozen(generation, *frozen),

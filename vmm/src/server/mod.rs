@@ -21,7 +21,6 @@ mod balloon;
 mod budget;
 mod check;
 mod clients;
-mod early;
 mod end;
 mod expect;
 mod files;
@@ -31,7 +30,6 @@ mod hint;
 mod idle;
 mod inbox;
 mod launch;
-mod learned;
 mod names;
 mod pace;
 mod pool;
@@ -46,6 +44,7 @@ mod talk;
 mod vm;
 mod watch;
 mod window;
+mod working_set;
 mod zygote;
 
 use crate::api::{Answer, Failure, Greeting, Reply, Request};
@@ -183,10 +182,9 @@ struct Server {
     checks: Checks,
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
-    early: early::EarlyTouches,
     /// What is to leave windows.
     sheds: shed::Sheds,
-    learned: learned::Learned,
+    working_sets: working_set::WorkingSets,
     retries: VecDeque<(Generation, guest_mem::Gfn, guest_mem::Touch)>,
     retry_at: Option<Instant>,
     pace: pace::Pace,
@@ -297,9 +295,8 @@ impl Server {
             checks: Checks::default(),
             removals: Vec::new(),
             deadlines: Vec::new(),
-            early: early::EarlyTouches::default(),
             sheds: shed::Sheds::default(),
-            learned: learned::Learned::default(),
+            working_sets: working_set::WorkingSets::default(),
             retries: VecDeque::new(),
             retry_at: None,
             pace: pace::Pace::default(),
@@ -351,8 +348,6 @@ impl Server {
             }
             lives
         });
-        self.early.retain(&self.families);
-        self.learned.retain(|parent| self.vms.get(parent).is_some());
         self.pool.retain(|parent| self.vms.get(parent).is_some_and(vm::Vm::is_alive));
         if settling || reclaiming || bringing || filling || !self.replied.is_empty() {
             let busy = reclaiming || bringing || filling || !self.replied.is_empty();

@@ -100,10 +100,16 @@ impl Server {
     pub(super) fn serve_trap(&mut self, generation: Generation, gfn: Gfn, touch: Touch) {
         let Some(record) = self.vms.get(generation) else { return };
         let Some((family, vm)) = record.memory else { return };
-        let forking = matches!(record.phase, Phase::Forking(_));
+        let parent = match (&record.phase, &record.born) {
+            (Phase::Forking(_), Some((parent, _))) => self.vms.get(*parent).filter(|parent| parent.is_alive()),
+            _ => None,
+        };
+        let parent = parent.map(|parent| parent.generation);
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        if forking && matches!(manager.family().trap(vm, gfn), Trap::Settle(_) | Trap::SwapIn(_)) {
-            self.early.note(family, gfn);
+        if let Some(parent) = parent
+            && matches!(manager.family().trap(vm, gfn), Trap::Settle(_) | Trap::SwapIn(_))
+        {
+            self.working_sets.waited(parent, gfn);
         }
         let started = Instant::now();
         let answered = manager.trap(vm, gfn, touch);
