@@ -1,6 +1,7 @@
 //! Small scope, all of it.
 
-use crate::fakes::{Gaps, Reads};
+use crate::fakes::Gaps;
+use crate::swap::Reads;
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange};
 use guest_mem::{Protection, Touch};

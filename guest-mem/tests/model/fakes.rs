@@ -2,10 +2,12 @@
 //!
 //! A page's content is a [`Stamp`]; it is spelled out in bytes only where the manager looks at it.
 
+use super::plan::broken_rule;
+use super::rng::Rng;
 use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use guest_mem::store::swap::SharedSwap;
 use guest_mem::store::{FileStore, Store, StoreFactory};
-use guest_mem::swap::{Fetch, Swap, SwapSlot};
+use guest_mem::swap::Swap;
 use guest_mem::{Harvest, Protection, Run, Source, StoreId, Window};
 use rangemap::{RangeMap, RangeSet};
 use std::cell::{Cell, RefCell};
@@ -16,13 +18,13 @@ use std::rc::Rc;
 /// What a page holds: who wrote it and when, or 0 for zeros.
 pub type Stamp = u64;
 
-fn encode(stamp: Stamp, page: &mut [u8]) {
+pub fn encode(stamp: Stamp, page: &mut [u8]) {
     page.fill(0);
     page[..8].copy_from_slice(&stamp.to_le_bytes());
     page[PAGE_SIZE - 8..].copy_from_slice(&stamp.to_le_bytes());
 }
 
-fn decode(page: &[u8]) -> Stamp {
+pub fn decode(page: &[u8]) -> Stamp {
     assert_eq!(page[..8], page[PAGE_SIZE - 8..], "a page is copied as a whole");
     Stamp::from_le_bytes(page[..8].try_into().expect("eight bytes"))
 }
@@ -32,6 +34,8 @@ fn decode(page: &[u8]) -> Stamp {
 pub enum Call {
     Create,
     Fill,
+    Read,
+    Punch,
     ReadScratch,
     ReadFile,
     Protect,
@@ -40,18 +44,34 @@ pub enum Call {
     Supply,
 }
 
+/// Which calls of a kind fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failing {
+    /// The one before which so many others are made.
+    Once(u64),
+    /// One of so many, and the one before which so many others are made is the next.
+    Each(u64, u64),
+}
+
 /// What all fakes of a world share: how much they hold, and which call is to fail.
 #[derive(Debug, Default)]
 pub struct Ledger {
     pages: Cell<u64>,
     stores: Cell<u64>,
-    fail: Cell<Option<(Call, u64)>>,
+    fail: Cell<Option<(Call, Failing)>>,
+    /// Pages that could not be freed.
+    stuck: Cell<u64>,
 }
 
 impl Ledger {
-    /// Pages in all stores.
+    /// Pages in all stores, but for those that could not be freed.
     pub fn pages(&self) -> u64 {
         self.pages.get()
+    }
+
+    /// Pages that could not be freed.
+    pub fn stuck(&self) -> u64 {
+        self.stuck.get()
     }
 
     /// Stores that have not been dropped.
@@ -61,7 +81,12 @@ impl Ledger {
 
     /// Makes the `nth` call (from 0) of this kind, from now on, fail; once.
     pub fn fail(&self, call: Call, nth: u64) {
-        self.fail.set(Some((call, nth)));
+        self.fail.set(Some((call, Failing::Once(nth))));
+    }
+
+    /// Makes every `nth` call (from 1) of this kind fail, until [`take_unfailed`](Self::take_unfailed).
+    pub fn fail_each(&self, call: Call, nth: u64) {
+        self.fail.set(Some((call, Failing::Each(nth, nth - 1))));
     }
 
     /// Whether a call that is to fail has not been made yet. It will not fail any more.
@@ -69,169 +94,21 @@ impl Ledger {
         self.fail.take().is_some()
     }
 
-    fn check(&self, call: Call) -> io::Result<()> {
-        match self.fail.get() {
-            Some((failing, 0)) if failing == call => {
-                self.fail.set(None);
-                Err(io::Error::other("as the test ordered"))
-            }
-            Some((failing, nth)) if failing == call => {
-                self.fail.set(Some((failing, nth - 1)));
-                Ok(())
-            }
-            _ => Ok(()),
-        }
+    pub fn check(&self, call: Call) -> io::Result<()> {
+        let Some((failing, which)) = self.fail.get().filter(|(failing, _)| *failing == call) else { return Ok(()) };
+        let (fails, then) = match which {
+            Failing::Once(0) => (true, None),
+            Failing::Once(more) => (false, Some(Failing::Once(more - 1))),
+            Failing::Each(nth, 0) => (true, Some(Failing::Each(nth, nth - 1))),
+            Failing::Each(nth, more) => (false, Some(Failing::Each(nth, more - 1))),
+        };
+        self.fail.set(then.map(|then| (failing, then)));
+        if fails { Err(io::Error::other("as the test ordered")) } else { Ok(()) }
     }
 }
 
 /// The pages of a store; whoever maps it holds on to them, as with a memfd.
 type Pages = Rc<RefCell<BTreeMap<u64, Stamp>>>;
-
-/// How soon a page is read from swap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reads {
-    AtOnce,
-    /// When the test says so.
-    Later,
-}
-
-/// A page in swap.
-#[derive(Debug)]
-struct Swapped {
-    stamp: Stamp,
-    /// Number of its put.
-    put: u64,
-    read: Read,
-}
-
-/// How far a read has got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Read {
-    None,
-    UnderWay,
-    Done,
-}
-
-/// Swap in memory. Panics where the manager reads or frees what is not there, or reads pages of two puts at once.
-pub struct FakeSwap {
-    slots: BTreeMap<u64, Swapped>,
-    puts: u64,
-    gets: u64,
-    /// Pages that were read ahead and proved useful.
-    pub hits: u64,
-    /// Slots for so many pages, all in all.
-    pub size: u64,
-    pub reads: Reads,
-    ledger: Rc<Ledger>,
-}
-
-impl FakeSwap {
-    fn new(ledger: &Rc<Ledger>) -> Self {
-        let ledger = Rc::clone(ledger);
-        Self { slots: BTreeMap::new(), puts: 0, gets: 0, hits: 0, size: u64::MAX, reads: Reads::AtOnce, ledger }
-    }
-
-    /// Pages there are.
-    pub fn pages(&self) -> usize {
-        self.slots.len()
-    }
-
-    /// Puts, and gets that brought pages.
-    pub fn calls(&self) -> (u64, u64) {
-        (self.puts, self.gets)
-    }
-
-    /// Ends all reads that are under way. Whether there were any.
-    pub fn end_reads(&mut self) -> bool {
-        let under_way = self.slots.values_mut().filter(|page| page.read == Read::UnderWay);
-        under_way.map(|page| page.read = Read::Done).count() > 0
-    }
-
-    /// Whether reads have begun of which nobody has had the pages.
-    pub fn is_reading(&self) -> bool {
-        self.slots.values().any(|page| page.read != Read::None)
-    }
-
-    /// The lowest slots that are free in a row: slots are used again soon, and puts become neighbours.
-    fn allocate(&self, count: u64) -> io::Result<u64> {
-        if self.pages() as u64 + count > self.size {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        let mut first = 0;
-        for &slot in self.slots.keys() {
-            if slot - first >= count {
-                break;
-            }
-            first = slot + 1;
-        }
-        Ok(first)
-    }
-}
-
-impl Swap for FakeSwap {
-    fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot> {
-        let count = (pages.len() / PAGE_SIZE) as u64;
-        assert!((1..=16).contains(&count) && pages.len().is_multiple_of(PAGE_SIZE), "{} bytes are put", pages.len());
-        self.ledger.check(Call::PutSwap)?;
-        let first = self.allocate(count)?;
-        for (slot, page) in (first..).zip(pages.chunks_exact(PAGE_SIZE)) {
-            let page = Swapped { stamp: decode(page), put: self.puts, read: Read::None };
-            assert!(self.slots.insert(slot, page).is_none(), "slot {slot} is free");
-        }
-        self.puts += 1;
-        Ok(SwapSlot(first))
-    }
-
-    /// What a read has brought is brought once.
-    fn get(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
-        let count = (buf.len() / PAGE_SIZE) as u64;
-        assert!((1..=16).contains(&count) && buf.len().is_multiple_of(PAGE_SIZE), "{} bytes are read", buf.len());
-        let mut pages: Vec<_> = self.slots.range_mut(first.0..first.0 + count).map(|(_, page)| page).collect();
-        assert_eq!(pages.len() as u64, count, "{count} slots from {first:?} on are in use");
-        assert!(pages.windows(2).all(|two| two[0].put == two[1].put), "pages of one put are read together");
-        self.ledger.check(Call::GetSwap)?;
-        if self.reads == Reads::Later && pages.iter().any(|page| page.read != Read::Done) {
-            pages.iter_mut().filter(|page| page.read == Read::None).for_each(|page| page.read = Read::UnderWay);
-            return Ok(Fetch::Coming);
-        }
-        for (page, bytes) in pages.into_iter().zip(buf.chunks_exact_mut(PAGE_SIZE)) {
-            encode(page.stamp, bytes);
-            page.read = Read::None;
-        }
-        self.gets += 1;
-        Ok(Fetch::Here)
-    }
-
-    fn expect(&mut self, first: SwapSlot, count: PageCount) -> PageCount {
-        let pages = self.slots.range_mut(first.0..first.0 + count.0).map(|(_, page)| page);
-        let unread = pages.filter(|page| self.reads == Reads::Later && page.read == Read::None);
-        PageCount(unread.map(|page| page.read = Read::UnderWay).count() as u64)
-    }
-
-    /// What is not on its way is not waited for.
-    fn get_expected(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
-        let count = (buf.len() / PAGE_SIZE) as u64;
-        let mut pages = self.slots.range(first.0..first.0 + count).map(|(_, page)| page);
-        if self.reads == Reads::Later && pages.any(|page| page.read == Read::None) {
-            return Err(io::ErrorKind::NotFound.into());
-        }
-        self.get(first, buf)
-    }
-
-    fn count_hits(&mut self, pages: PageCount) {
-        self.hits += pages.0;
-    }
-
-    fn free(&mut self, first: SwapSlot, count: PageCount) {
-        for slot in first.0..first.0 + count.0 {
-            assert!(self.slots.remove(&slot).is_some(), "slot {slot} is freed once");
-        }
-    }
-
-    fn used(&self) -> Option<Vec<(SwapSlot, PageCount)>> {
-        Some(self.slots.keys().map(|&slot| (SwapSlot(slot), PageCount(1))).collect())
-    }
-}
 
 /// Makes [`VecStore`]s.
 pub struct VecStores {
@@ -240,10 +117,9 @@ pub struct VecStores {
 }
 
 impl VecStores {
-    /// Stores on `ledger`, and their swap.
-    pub fn new(ledger: &Rc<Ledger>) -> (Self, Rc<RefCell<FakeSwap>>) {
-        let swap = Rc::new(RefCell::new(FakeSwap::new(ledger)));
-        (Self { ledger: Rc::clone(ledger), swap: SharedSwap::new(Rc::clone(&swap)) }, swap)
+    /// Stores on `ledger` that evict to `swap`.
+    pub fn new<S: Swap + 'static>(ledger: &Rc<Ledger>, swap: &Rc<RefCell<S>>) -> Self {
+        Self { ledger: Rc::clone(ledger), swap: SharedSwap::new(Rc::clone(swap)) }
     }
 }
 
@@ -253,6 +129,8 @@ pub struct VecStore {
     size: PageCount,
     /// Where a fill failed half way.
     torn: Option<GfnRange>,
+    /// Pages that could not be freed.
+    stuck: BTreeSet<u64>,
     ledger: Rc<Ledger>,
 }
 
@@ -265,7 +143,7 @@ impl StoreFactory for VecStores {
         let ledger = Rc::clone(&self.ledger);
         ledger.check(Call::Create)?;
         ledger.stores.set(ledger.stores.get() + 1);
-        Ok(VecStore { pages: Pages::default(), size: pages, torn: None, ledger })
+        Ok(VecStore { pages: Pages::default(), size: pages, torn: None, stuck: BTreeSet::new(), ledger })
     }
 
     fn swap(&mut self) -> &mut SharedSwap {
@@ -277,6 +155,9 @@ impl Store for VecStore {
     /// A failing call leaves half of the pages behind, as the kernel does.
     fn fill(&mut self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
         let count = bytes.len() / PAGE_SIZE;
+        if self.stuck.range(first.0..first.0 + count as u64).next().is_some() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
         let done = self.ledger.check(Call::Fill);
         let filled = if done.is_ok() { count } else { count / 2 };
         for (index, page) in (first.0..).zip(bytes.chunks_exact(PAGE_SIZE)).take(filled) {
@@ -292,6 +173,7 @@ impl Store for VecStore {
     }
 
     fn read(&self, first: PageIndex, buf: &mut [u8]) -> io::Result<()> {
+        self.ledger.check(Call::Read)?;
         for (index, page) in (first.0..).zip(buf.chunks_exact_mut(PAGE_SIZE)) {
             let stamp = *self.pages.borrow().get(&index).expect("the manager reads pages that are there");
             encode(stamp, page);
@@ -299,18 +181,30 @@ impl Store for VecStore {
         Ok(())
     }
 
+    /// A failing call leaves everything where it is, and nobody is told.
     fn punch(&mut self, first: PageIndex, count: PageCount) {
         let range = GfnRange::new(Gfn(first.0), count);
         let torn = self.torn.take() == Some(range);
+        let fails = self.ledger.check(Call::Punch).is_err();
         for index in range.raw() {
-            let was = self.pages.borrow_mut().remove(&index).is_some();
-            assert!(was || torn, "page {index} is freed once, and only if it is there");
+            let was = match fails {
+                true => self.pages.borrow().contains_key(&index),
+                false => self.pages.borrow_mut().remove(&index).is_some(),
+            };
+            let freed_before = self.stuck.contains(&index);
+            assert!((was && !freed_before) || torn, "page {index} is freed once, and only if it is there");
             self.ledger.pages.set(self.ledger.pages.get() - u64::from(was));
+            if was && fails {
+                self.stuck.insert(index);
+                self.ledger.stuck.set(self.ledger.stuck.get() + 1);
+            }
         }
     }
 
     fn extents(&self) -> io::Result<Vec<GfnRange>> {
-        let pages: RangeSet<u64> = self.pages.borrow().keys().map(|&page| page..page + 1).collect();
+        let there = self.pages.borrow();
+        let pages: RangeSet<u64> =
+            there.keys().filter(|page| !self.stuck.contains(page)).map(|&page| page..page + 1).collect();
         Ok(pages.into_iter().map(GfnRange::from).collect())
     }
 }
@@ -318,7 +212,8 @@ impl Store for VecStore {
 impl Drop for VecStore {
     fn drop(&mut self) {
         self.ledger.stores.set(self.ledger.stores.get() - 1);
-        let left = self.pages.borrow().len();
+        let left = self.pages.borrow().len() - self.stuck.len();
+        self.ledger.stuck.set(self.ledger.stuck.get() - self.stuck.len() as u64);
         assert!(left == 0 || std::thread::panicking(), "a store is dropped with {left} pages");
     }
 }
@@ -392,28 +287,17 @@ enum Private {
     Zero,
 }
 
-/// How far a freeze moves clean pages along.
+/// What a freeze does with what it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gaps {
-    /// Not at all.
+    /// Private pages are moved, and nothing else.
     None,
-    /// Some, by these random bits.
+    /// Anything that is [allowed](super::plan), by these random bits.
     Some(u64),
-    /// Everything between any two pages.
+    /// Everything is moved, from the first page of RAM with a private page to the last.
     All,
     /// Nothing is moved: pages are copied and stay.
     Stay,
-}
-
-impl Gaps {
-    /// Whether a stretch is copied, and stays.
-    fn stays(self, range: &std::ops::Range<u64>) -> bool {
-        match self {
-            Self::None | Self::All => false,
-            Self::Some(bits) => bits >> (range.start % 61) & 1 == 1,
-            Self::Stay => true,
-        }
-    }
 }
 
 /// A touch of a page that nothing supplies: the guest waits.
@@ -435,6 +319,8 @@ pub struct FakeWindow {
     runs: RangeMap<u64, Source>,
     mapped: BTreeMap<StoreId, Mapped>,
     present: BTreeMap<u64, Private>,
+    /// Frozen pages that stayed, written since or not.
+    stayed: RangeSet<u64>,
     scratch: BTreeMap<StoreId, BTreeMap<u64, Stamp>>,
     /// What the guest may not write.
     pub read_only: BTreeSet<u64>,
@@ -472,6 +358,11 @@ impl FakeWindow {
         let kept = self.present.iter().filter(|(_, page)| matches!(page, Private::Kept(_)));
         let kept: RangeSet<u64> = kept.map(|(&page, _)| page..page + 1).collect();
         kept.into_iter().map(GfnRange::from).collect()
+    }
+
+    /// Frozen pages that stayed, written since or not.
+    pub fn stayed(&self) -> Vec<GfnRange> {
+        self.stayed.iter().map(|range| range.clone().into()).collect()
     }
 
     /// The live layer.
@@ -542,6 +433,7 @@ impl FakeWindow {
     /// Drops what is there, and maps anonymous memory in its place.
     pub fn balloon(&mut self, pages: GfnRange) {
         self.present.retain(|page, _| !pages.contains(Gfn(*page)));
+        self.stayed.remove(pages.raw());
         let mapped: Vec<_> = self.runs.overlapping(pages.raw()).map(|(run, _)| run.clone()).collect();
         for run in mapped {
             self.runs.insert(pages.intersect(run.into()).raw(), Source::Anonymous);
@@ -561,11 +453,7 @@ impl FakeWindow {
     pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps) -> Harvest {
         self.present.retain(|_, page| !matches!(page, Private::Clean(_)));
         let private = self.live();
-        let mut moved = self.plan(&private, gaps);
-        let copied = private.iter().filter(|range| moved.get(&range.start) == Some(*range) && gaps.stays(range));
-        let copied: RangeSet<u64> = copied.cloned().collect();
-        copied.iter().for_each(|range| moved.remove(range.clone()));
-        let source = Source::Store { store, origin: Gfn(0) };
+        let (moved, copied) = self.plan(&private, gaps);
         let mut scratch = BTreeMap::new();
         for range in moved.iter() {
             for page in range.clone() {
@@ -573,7 +461,8 @@ impl FakeWindow {
                     scratch.insert(page, stamp);
                 }
             }
-            self.runs.insert(range.clone(), source);
+            self.runs.insert(range.clone(), Source::Store { store, origin: Gfn(0) });
+            self.stayed.remove(range.clone());
         }
         for page in copied.iter().flat_map(Clone::clone) {
             if let Some(Private::Dirty(stamp)) = self.present.get(&page).copied() {
@@ -581,53 +470,71 @@ impl FakeWindow {
                 self.present.insert(page, Private::Kept(stamp));
             }
         }
+        self.stayed.extend(copied.iter().cloned());
         if !scratch.is_empty() {
             self.scratch.insert(store, scratch);
             self.mapped.insert(store, file);
         }
-        let sorted = |set: &RangeSet<u64>| set.iter().map(|range| range.clone().into()).collect();
-        let mut moved_private = private;
+        let sorted = |set: &RangeSet<u64>| -> Vec<GfnRange> { set.iter().map(|range| range.clone().into()).collect() };
+        let mut moved_private = private.clone();
         copied.iter().for_each(|range| moved_private.remove(range.clone()));
-        Harvest { moved: sorted(&moved), copied: sorted(&copied), moved_private: sorted(&moved_private) }
+        let harvest = Harvest { moved: sorted(&moved), copied: sorted(&copied), moved_private: sorted(&moved_private) };
+        assert_eq!(broken_rule(&harvest, &sorted(&private), &self.ram), None, "{harvest:?} of {private:?}");
+        harvest
     }
 
-    /// Maps `file` where frozen pages stayed. What was written since stays.
-    pub fn shed(&mut self, store: StoreId, file: Mapped, pages: &[GfnRange]) {
-        for pages in pages {
+    /// Maps `file` where frozen pages stayed, and stay still. What was written since stays. Which pages it did so for.
+    pub fn shed(&mut self, store: StoreId, file: Mapped, pages: &[GfnRange]) -> Vec<GfnRange> {
+        let stayed = pages.iter().flat_map(|pages| {
+            self.stayed.overlapping(pages.raw()).map(|range| GfnRange::from(range.clone()).intersect(*pages))
+        });
+        let stayed: Vec<GfnRange> = stayed.collect();
+        for pages in &stayed {
             for gfn in pages.iter() {
                 match self.present.get(&gfn.0) {
                     Some(Private::Kept(_)) => drop(self.present.remove(&gfn.0)),
                     Some(Private::Dirty(_)) => {}
-                    other => panic!("the books say that {gfn} stayed, and it is {other:?}"),
+                    other => panic!("{gfn} stayed, and it is {other:?}"),
                 }
             }
             self.runs.insert(pages.raw(), Source::Store { store, origin: Gfn(0) });
+            self.stayed.remove(pages.raw());
         }
         self.mapped.insert(store, file);
+        stayed
     }
 
-    /// The stretches to move: dirty pages, and by `gaps` clean ones of the same RAM.
-    fn plan(&self, private: &RangeSet<u64>, gaps: Gaps) -> RangeSet<u64> {
-        let mut moved = private.clone();
-        let mut bits = match gaps {
-            Gaps::None | Gaps::Stay => return moved,
-            Gaps::Some(bits) => bits,
-            Gaps::All => u64::MAX,
-        };
-        for ram in &self.ram {
-            let first = private.overlapping(ram.raw()).next().map(|range| range.start);
-            let last = private.overlapping(ram.raw()).next_back().map(|range| range.end);
-            let (Some(first), Some(last)) = (first, last) else { continue };
-            let beyond: Vec<_> = private.gaps(&(first..last)).collect();
-            let ends = (gaps == Gaps::All).then_some([ram.start().0..first, last..ram.end().0]);
-            for gap in beyond.into_iter().chain(ends.into_iter().flatten()).filter(|gap| !gap.is_empty()) {
-                bits = bits.rotate_right(1);
-                if bits & 1 == 1 {
-                    moved.insert(gap);
+    /// The stretches to move and those to copy.
+    fn plan(&self, private: &RangeSet<u64>, gaps: Gaps) -> (RangeSet<u64>, RangeSet<u64>) {
+        let (mut moved, mut copied) = (private.clone(), RangeSet::new());
+        match gaps {
+            Gaps::None => {}
+            Gaps::Stay => std::mem::swap(&mut moved, &mut copied),
+            Gaps::All => {
+                let touched = self.ram.iter().filter(|ram| private.overlaps(&ram.raw()));
+                moved = touched.map(|ram| ram.raw()).collect();
+            }
+            Gaps::Some(bits) => {
+                let mut rng = Rng::new(bits);
+                for range in private.iter() {
+                    // Whole, in part, or not at all.
+                    let length = range.end - range.start;
+                    let most = rng.pick(&[0, 0, length / 2, length, length]);
+                    let first = range.start + rng.below(length);
+                    copied.extend(Some(first..range.end.min(first + most)).filter(|range| !range.is_empty()));
+                }
+                copied.iter().for_each(|range| moved.remove(range.clone()));
+                let between: Vec<_> = moved.iter().zip(moved.iter().skip(1)).map(|(a, b)| a.end..b.start).collect();
+                for gap in between {
+                    let joined = GfnRange::from(gap.start - 1..gap.end + 1);
+                    let in_ram = self.ram.iter().any(|ram| ram.intersect(joined) == joined);
+                    if in_ram && !copied.overlaps(&gap) && rng.below(2) == 0 {
+                        moved.insert(gap);
+                    }
                 }
             }
         }
-        moved
+        (moved, copied)
     }
 }
 

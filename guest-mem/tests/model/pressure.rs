@@ -1,6 +1,7 @@
 //! Stories of memory pressure: what goes to swap, how often, and who hears of it.
 
-use crate::fakes::{Call, Gaps, Reads};
+use crate::fakes::{Call, Gaps};
+use crate::swap::{Reads, WorldSwap};
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::{Pace, Touch, VmId};
