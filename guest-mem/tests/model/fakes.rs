@@ -328,8 +328,8 @@ pub struct FakeWindow {
     waiting: BTreeSet<u64>,
     /// The process is gone, and its memory.
     pub killed: bool,
-    /// The process has still to copy what its freezes have taken.
-    pub copying: bool,
+    /// Freezes of which the process has still to copy what they have taken.
+    copying: BTreeSet<StoreId>,
     /// Why the VM must not run on.
     pub failed: Option<String>,
     ledger: Rc<Ledger>,
@@ -449,6 +449,21 @@ impl FakeWindow {
         }
     }
 
+    /// The process has told of its last freezes before it has copied what they have taken.
+    pub fn copies_behind(&mut self) {
+        self.copying = self.scratch.keys().copied().collect();
+    }
+
+    /// Whether it has still to copy pages that somebody waits for.
+    pub fn is_copying(&self) -> bool {
+        !self.copying.is_empty()
+    }
+
+    /// It has copied all. Whether there was something to copy.
+    pub fn end_copies(&mut self) -> bool {
+        !std::mem::take(&mut self.copying).is_empty()
+    }
+
     /// Moves dirty pages out and maps `file` in their place, or copies them.
     pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps) -> Harvest {
         self.present.retain(|_, page| !matches!(page, Private::Clean(_)));
@@ -543,7 +558,7 @@ impl Window for FakeWindow {
         if self.killed {
             return Err(io::ErrorKind::NotFound.into());
         }
-        if self.copying {
+        if self.copying.contains(&scratch) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.ledger.check(Call::ReadScratch)?;
@@ -561,6 +576,7 @@ impl Window for FakeWindow {
 
     fn drop_scratch(&mut self, scratch: StoreId) {
         assert!(self.scratch.remove(&scratch).is_some(), "a scratch range is dropped once");
+        self.copying.remove(&scratch);
     }
 
     fn zero(&mut self, pages: GfnRange) {

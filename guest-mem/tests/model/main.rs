@@ -5,6 +5,7 @@ mod balloon;
 mod exhaustive;
 mod failures;
 mod fakes;
+mod halves;
 mod interleavings;
 mod plan;
 mod pressure;

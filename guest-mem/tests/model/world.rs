@@ -284,7 +284,7 @@ impl<S: WorldSwap> World<S> {
     pub fn end_reads(&mut self) -> bool {
         let mut ended = self.swap.borrow_mut().end_reads();
         for vm in self.windows() {
-            ended |= std::mem::take(&mut self.window_mut(vm).copying);
+            ended |= self.window_mut(vm).end_copies();
         }
         self.untold |= ended;
         ended
@@ -292,7 +292,7 @@ impl<S: WorldSwap> World<S> {
 
     /// The last freeze of a VM was told of before its pages had been copied.
     pub fn copies_behind(&mut self, vm: VmId) {
-        self.window_mut(vm).copying = true;
+        self.window_mut(vm).copies_behind();
     }
 
     /// VMs that have a window, those that are gone included.
@@ -695,14 +695,14 @@ impl<S: WorldSwap> World<S> {
     /// Whoever waits is known to the manager. (A VM that fails waits for ever.)
     fn check_waiting(&self) {
         let known: BTreeSet<(VmId, Gfn)> = self.manager.waiting_for_pages().collect();
-        let taken = |vm| matches!(self.halves.get(&vm), Some(Half::Taken(..)));
-        let copying = self.windows().into_iter().any(|vm| self.window(vm).copying);
+        let stands = |vm| matches!(self.halves.get(&vm), Some(Half::Standing(..) | Half::Taken(..)));
+        let copying = self.windows().into_iter().any(|vm| self.window(vm).is_copying());
         let reading = self.untold || copying || self.swap.borrow().is_reading();
         assert!(known.is_empty() || reading, "nobody waits for nothing: {known:?}");
         assert!(!self.manager.family().objects().waits_for_others() || reading, "nothing is put off for nothing");
         for &vm in self.vms.keys().filter(|vm| self.window(**vm).failed.is_none()) {
             for &page in self.window(vm).waiting() {
-                assert!(known.contains(&(vm, Gfn(page))) || taken(vm), "{vm:?} waits at page {page}, and nobody knows");
+                assert!(known.contains(&(vm, Gfn(page))) || stands(vm), "{vm:?} waits at page {page}, and nobody knows");
             }
         }
     }
