@@ -44,6 +44,10 @@ pub mod family;
 pub mod local;
 pub mod manager;
 pub mod map;
+#[cfg(test)]
+#[path = "../tests/model/rig.rs"]
+#[allow(dead_code, reason = "the model test uses all of it")]
+mod model;
 pub mod object;
 pub mod ops;
 mod pages;
@@ -59,6 +63,10 @@ pub mod sys;
 #[cfg(test)]
 mod testing;
 pub mod window;
+
+/// The model's name for this crate.
+#[cfg(test)]
+extern crate self as guest_mem;
 
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
 pub use family::{Pace, VmId};

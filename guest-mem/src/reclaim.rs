@@ -38,6 +38,9 @@ pub(crate) struct Ages {
     batches: u32,
     /// Refaults in this window, and in the one before.
     refaults: [u32; 2],
+    /// Entries that were looked at.
+    #[cfg(test)]
+    pub steps: u64,
 }
 
 /// A place in the queue; later ones are higher.
@@ -121,6 +124,7 @@ impl Ages {
                 self.queue.push_front(entry);
                 return None;
             }
+            self.count_steps(1);
             let Entry { store, cluster, turn } = entry;
             match self.listed.get(&store).and_then(|listed| listed.get(&cluster)) {
                 Some(place) if place.turn == turn && place.refaulted && self.has_many_refaults() => {
@@ -138,6 +142,7 @@ impl Ages {
 
     /// Takes out some cluster that only idle VMs see, of the oldest store that has one.
     pub fn take_idle(&mut self) -> Option<(StoreId, GfnRange)> {
+        self.count_steps(1);
         let store = *self.idle_listed.first()?;
         let cluster = *self.listed[&store].keys().next().expect("it has listed clusters");
         self.unlist(store, cluster);
@@ -201,9 +206,15 @@ impl Ages {
         }
     }
 
+    fn count_steps(&mut self, _steps: usize) {
+        #[cfg(test)]
+        (self.steps += _steps as u64);
+    }
+
     /// Keeps what is out of date from being most of the queue.
     fn compact(&mut self) {
         if self.queue.len() > 2 * self.count + 64 {
+            self.count_steps(self.queue.len());
             let listed = &self.listed;
             let turn = |entry: &Entry| listed.get(&entry.store)?.get(&entry.cluster).map(|place| place.turn);
             self.queue.retain(|entry| turn(entry) == Some(entry.turn));

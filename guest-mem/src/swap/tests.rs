@@ -1,5 +1,6 @@
 //! The store as a whole, on failing disks; [`model`] holds it against a map.
 
+mod manager;
 mod model;
 mod rig;
 

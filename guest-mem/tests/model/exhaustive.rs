@@ -2,9 +2,9 @@
 
 use crate::fakes::Gaps;
 use crate::swap::Reads;
-use crate::world::{Layout, World};
-use guest_mem::addr::{Gfn, GfnRange};
-use guest_mem::{Protection, Touch};
+use crate::world::{Half, Layout, Shedding, What, World};
+use guest_mem::addr::{Gfn, GfnRange, PageCount};
+use guest_mem::{Destination, Protection, Touch, VmId};
 
 /// One operation; VMs by their age among those that live.
 #[derive(Clone, Copy, Debug)]
@@ -15,7 +15,7 @@ enum Op {
     /// Of the first page.
     Balloon(usize),
     Exit(usize),
-    /// Of the second page: it may not be written, or may be again.
+    /// Of the last page: it may not be written, or may be again.
     Protect(usize, Protection),
     Settle,
     /// All there is.
@@ -24,42 +24,121 @@ enum Op {
     FreezeToSwap(usize),
     /// A VM touches a page, and is left waiting if that is in swap.
     Touch(usize, u64),
+    /// Of swap, and of pages that are copied.
     EndReads,
+    /// A freeze, step by step, and a child of what the last one took.
+    Begin(usize),
+    Take(usize),
+    Finish(usize),
+    Abort(usize),
+    ForkFrozen(usize),
+    /// A window gives up what stayed in it, and the manager hears of that.
+    DoShed(usize),
+    TellShed(usize),
+    /// What the last freeze took has still to be copied.
+    CopiesBehind(usize),
 }
 
-/// What is done besides writes, forks and exits.
+/// What can be done.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Extra {
-    None,
-    /// Memory is short.
+enum Ops {
+    /// As long as there is memory enough.
+    Plain,
+    /// And when there is not.
     Pressure,
     /// Map entries are changed.
     Entries,
+    /// The halves of freezes and sheds are operations of their own.
+    Halves,
 }
 
-const PAGES: u64 = 2;
-const MAX_VMS: usize = 3;
+/// Where sequences play.
+#[derive(Clone)]
+struct Scope {
+    layout: Layout,
+    gaps: Gaps,
+    ops: Ops,
+    most_vms: usize,
+}
 
-/// All that can be done with so many VMs.
-fn choices(vms: usize, extra: Extra) -> impl Iterator<Item = Op> {
-    let of_one = move |vm| {
-        let fork = (vms < MAX_VMS).then_some(Op::Fork(vm));
-        (0..PAGES)
-            .map(move |page| Op::Write(vm, page))
-            .chain([Op::Freeze(vm), Op::Balloon(vm), Op::Exit(vm)])
-            .chain(fork)
+impl Scope {
+    /// Two pages and three VMs.
+    fn new(gaps: Gaps, ops: Ops) -> Self {
+        Self { layout: Layout::flat(2), gaps, ops, most_vms: 3 }
+    }
+
+    /// One page and two VMs.
+    fn smallest(gaps: Gaps, ops: Ops) -> Self {
+        Self { layout: Layout::flat(1), most_vms: 2, ..Self::new(gaps, ops) }
+    }
+
+    fn may_evict(&self) -> bool {
+        matches!(self.ops, Ops::Pressure | Ops::Halves)
+    }
+
+    /// All that can be done now.
+    fn choices(&self, world: &World) -> Vec<Op> {
+        let pages = self.layout.ram[0].1;
+        let ids = world.ids();
+        let mut choices = vec![Op::Settle];
+        for (vm, id) in ids.iter().enumerate() {
+            let all = (0..pages).map(|page| Op::Write(vm, page)).chain([Op::Balloon(vm), Op::Exit(vm)]);
+            choices.extend(all.filter(|op| !matches!(op, Op::Balloon(_)) || !is_between(world, *id)));
+            let may_fork = ids.len() < self.most_vms;
+            match self.ops {
+                Ops::Plain | Ops::Pressure | Ops::Entries => {
+                    choices.push(Op::Freeze(vm));
+                    choices.extend(Some(Op::Fork(vm)).filter(|_| may_fork));
+                }
+                Ops::Halves => {
+                    choices.extend(Some(Op::ForkFrozen(vm)).filter(|_| may_fork));
+                    choices.extend(halves(world, vm, *id));
+                }
+            }
+            if self.ops == Ops::Entries {
+                choices.extend(PROTECTIONS.map(|protection| Op::Protect(vm, protection)));
+            }
+            if self.ops == Ops::Pressure {
+                choices.extend((0..pages).map(|page| Op::Touch(vm, page)).chain([Op::FreezeToSwap(vm)]));
+            }
+        }
+        if self.may_evict() {
+            choices.extend([Op::Evict, Op::EndReads]);
+        }
+        choices
+    }
+}
+
+/// Whether the manager hears of this VM's freeze or shed before anything that it does now.
+fn is_between(world: &World, vm: VmId) -> bool {
+    matches!(world.halves.get(&vm), Some(Half::Taken(..))) || world.sheddings.contains_key(&vm)
+}
+
+/// The steps that this VM can take now.
+fn halves(world: &World, vm: usize, id: VmId) -> Vec<Op> {
+    let mut steps = match world.halves.get(&id) {
+        None => vec![Op::Begin(vm)],
+        Some(Half::Begun(..) | Half::Standing(..)) => vec![Op::Take(vm), Op::Abort(vm)],
+        Some(Half::Taken(..)) => vec![Op::Finish(vm)],
     };
-    let pressed = move |vm| (0..PAGES).map(move |page| Op::Touch(vm, page)).chain([Op::FreezeToSwap(vm)]);
-    let pressed = (0..vms).flat_map(pressed).chain([Op::Evict, Op::EndReads]);
-    let pressed = pressed.filter(move |_| extra == Extra::Pressure);
-    let entries = move |vm| [Protection::ReadOnly, Protection::ReadWrite].map(|protection| Op::Protect(vm, protection));
-    let entries = (0..vms).flat_map(entries).filter(move |_| extra == Extra::Entries);
-    (0..vms).flat_map(of_one).chain([Op::Settle]).chain(pressed).chain(entries)
+    match world.sheddings.get(&id) {
+        Some(Shedding::Asked(..)) => {}
+        Some(Shedding::Done(..)) => steps.push(Op::TellShed(vm)),
+        None if world.halves.contains_key(&id) || world.kept_stores(id).is_empty() => {}
+        None => steps.push(Op::DoShed(vm)),
+    }
+    if world.window(id).has_scratch() && !world.window(id).is_copying() {
+        steps.push(Op::CopiesBehind(vm));
+    }
+    steps
 }
 
 fn run(world: &mut World, op: Op, gaps: Gaps) {
     let ids = world.ids();
     match op {
+        Op::Write(vm, page) if is_between(world, ids[vm]) => {
+            world.attempt_write(ids[vm], Gfn(page), What::Stamp).expect("nothing is to fail");
+        }
         Op::Write(vm, page) => world.write(ids[vm], Gfn(page)),
         Op::Fork(vm) => {
             world.fork(ids[vm], gaps);
@@ -69,7 +148,10 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         }
         Op::Balloon(vm) => world.balloon(ids[vm], GfnRange::between(Gfn(0), Gfn(1))),
         Op::Exit(vm) => world.exit(ids[vm]),
-        Op::Protect(vm, protection) => world.protect(ids[vm], GfnRange::from(1..2), protection),
+        Op::Protect(vm, protection) => {
+            let last = world.frames().last().expect("RAM");
+            world.protect(ids[vm], GfnRange::new(last, PageCount(1)), protection);
+        }
         Op::Settle => {
             world.settle();
         }
@@ -81,78 +163,110 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         Op::EndReads => {
             world.io_done();
         }
+        Op::Begin(vm) => {
+            world.begin(ids[vm], Destination::Store).expect("nothing is to fail");
+        }
+        Op::Take(vm) => {
+            world.stand(ids[vm]);
+            world.take(ids[vm], gaps);
+        }
+        Op::Finish(vm) => world.finish(ids[vm]),
+        Op::Abort(vm) => world.abort(ids[vm]),
+        Op::ForkFrozen(vm) => {
+            world.fork_frozen(ids[vm]);
+        }
+        Op::DoShed(vm) => {
+            let store = *world.kept_stores(ids[vm]).first().expect("pages stayed");
+            world.ask_to_shed(ids[vm], store, 1, u64::MAX);
+            world.do_shed(ids[vm]);
+        }
+        Op::TellShed(vm) => world.tell_shed(ids[vm]),
+        Op::CopiesBehind(vm) => world.copies_behind(ids[vm]),
     }
 }
 
-/// Where sequences play.
-struct Scope {
-    layout: Layout,
-    gaps: Gaps,
-    extra: Extra,
-}
-
-/// Every sequence of `depth` more operations after `ops`; what is on the way to them was checked when it was the end.
-fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize, ends: &mut u64) {
-    let &Scope { ref layout, gaps, extra } = scope;
-    let mut world = World::new(layout);
-    if extra == Extra::Pressure {
+/// Every sequence of `depth` more operations after `ops`; what is on the way to them was checked when it was the end. How many
+/// sequences.
+fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize) -> u64 {
+    let mut world = World::new(&scope.layout);
+    if scope.may_evict() {
         world.swap.borrow_mut().reads = Reads::Later;
     }
     for &op in ops.iter() {
-        run(&mut world, op, gaps);
+        run(&mut world, op, scope.gaps);
     }
     world.check();
     world.check_counts();
-    let vms = world.vms.len();
+    let choices = scope.choices(&world);
+    world.close();
     world.verify();
     world.end();
-    *ends += 1;
-    if depth > 0 {
-        for op in choices(vms, extra) {
-            ops.push(op);
-            explore(scope, ops, depth - 1, ends);
-            ops.pop();
-        }
+    let mut ends = 1;
+    for op in choices.into_iter().filter(|_| depth > 0) {
+        ops.push(op);
+        ends += explore(scope, ops, depth - 1);
+        ops.pop();
     }
+    ends
 }
+
+const PROTECTIONS: [Protection; 2] = [Protection::ReadOnly, Protection::ReadWrite];
+const GAPS: [Gaps; 3] = [Gaps::None, Gaps::All, Gaps::Stay];
 
 #[test]
 fn every_sequence_of_five_operations_on_two_pages() {
-    let mut ends = 0;
-    for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
-        let scope = Scope { layout: Layout::flat(PAGES), gaps, extra: Extra::None };
-        explore(&scope, &mut Vec::new(), 5, &mut ends);
-    }
+    let ends: u64 = GAPS.map(|gaps| explore(&Scope::new(gaps, Ops::Plain), &mut Vec::new(), 5)).iter().sum();
     assert!(ends > 10_000, "{ends}");
 }
 
 #[test]
 fn every_sequence_of_four_operations_over_a_file() {
-    let layout = Layout::flat(PAGES).with_files(&[(1, 2)]);
-    for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
-        let scope = Scope { layout: layout.clone(), gaps, extra: Extra::None };
-        explore(&scope, &mut Vec::new(), 4, &mut 0);
+    for gaps in GAPS {
+        let scope = Scope::new(gaps, Ops::Plain);
+        let layout = scope.layout.clone().with_files(&[(1, 2)]);
+        explore(&Scope { layout, ..scope }, &mut Vec::new(), 4);
     }
 }
 
 #[test]
 fn every_sequence_of_four_operations_on_entries() {
-    for layout in [Layout::flat(PAGES), Layout::flat(PAGES).with_files(&[(1, 2)])] {
-        for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
-            let scope = Scope { layout: layout.clone(), gaps, extra: Extra::Entries };
-            explore(&scope, &mut Vec::new(), 4, &mut 0);
-        }
+    for gaps in GAPS {
+        let scope = Scope::new(gaps, Ops::Entries);
+        explore(&scope, &mut Vec::new(), 4);
+        let layout = scope.layout.clone().with_files(&[(1, 2)]);
+        explore(&Scope { layout, ..scope }, &mut Vec::new(), 4);
     }
 }
 
-/// The first two are given, without which nothing can be evicted.
+/// The first ones are given, without which nothing can be evicted.
+#[test]
+fn every_sequence_of_three_operations_under_pressure() {
+    for gaps in GAPS {
+        let scope = Scope::new(gaps, Ops::Pressure);
+        explore(&scope, &mut vec![Op::Write(0, 0), Op::FreezeToSwap(0)], 3);
+        explore(&scope, &mut vec![Op::Write(0, 1), Op::Fork(0), Op::Settle, Op::Evict], 3);
+    }
+}
+
 #[test]
 fn every_sequence_of_five_operations_under_pressure() {
-    for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
-        let scope = Scope { layout: Layout::flat(PAGES), gaps, extra: Extra::Pressure };
-        explore(&scope, &mut vec![Op::Write(0, 0), Op::FreezeToSwap(0)], 3, &mut 0);
-        explore(&scope, &mut vec![Op::Write(0, 1), Op::Fork(0), Op::Settle, Op::Evict], 3, &mut 0);
+    for gaps in [Gaps::None, Gaps::Stay] {
+        let ends = explore(&Scope::smallest(gaps, Ops::Pressure), &mut Vec::new(), 5);
+        assert!(ends > 10_000, "{ends}");
     }
+}
+
+/// Freezes in two steps, snapshots among them, which are copied later, and sheds.
+#[test]
+fn every_sequence_of_five_steps_of_freezes_and_sheds() {
+    for gaps in [Gaps::None, Gaps::Stay] {
+        let scope = Scope::smallest(gaps, Ops::Halves);
+        explore(&scope, &mut vec![Op::Write(0, 0)], 4);
+        let ends = explore(&scope, &mut vec![Op::Write(0, 0), Op::Begin(0), Op::Take(0), Op::Finish(0)], 5);
+        assert!(ends > 10_000, "{ends}");
+    }
+    let scope = Scope::new(Gaps::Stay, Ops::Halves);
+    explore(&scope, &mut vec![Op::Write(0, 0), Op::Begin(0), Op::Take(0), Op::Finish(0), Op::ForkFrozen(0)], 3);
 }
 
 /// All orders of the numbers below four.

@@ -8,7 +8,7 @@ const LENGTH: usize = 250;
 
 #[test]
 fn whatever_happens_between_the_halves_of_freezes_and_sheds() {
-    run_seeds(seeds(100_000, LENGTH), LENGTH, |seed, stage, ops| {
+    run_seeds(seeds(50_000, LENGTH), LENGTH, |seed, stage, ops| {
         let world = World::new(&stage.layout);
         if seed % 2 == 0 {
             world.swap.borrow_mut().reads = Reads::Later;
@@ -18,6 +18,6 @@ fn whatever_happens_between_the_halves_of_freezes_and_sheds() {
         }
         let mut player = Player::new(stage, world);
         ops.iter().for_each(|&op| player.step(op));
-        player.end();
+        player.end(|_| ());
     });
 }

@@ -9,9 +9,10 @@ use super::swap::WorldSwap;
 use super::world::{Half, Layout, Shedding, What, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::manager::Error;
-use guest_mem::{Destination, Pace, Touch, VmId};
+use guest_mem::{Destination, Pace, Protection, Touch, VmId};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 
 /// More VMs than this make no new ones.
 const MAX_VMS: usize = 7;
@@ -26,6 +27,7 @@ pub enum Op {
     Clear(u64, u64, u64),
     CopyClean(u64, u64),
     Balloon(u64, u64, u64),
+    Protect(u64, u64, u64, Protection),
     Begin(u64, Destination),
     Stand(u64),
     Take(u64, Gaps),
@@ -106,8 +108,8 @@ impl Stage {
 
     fn call(&self, rng: &mut Rng) -> Call {
         use Call::*;
-        let harmless = [Create, Fill, Read, ReadFile, PutSwap, Supply];
-        let deadly = [Create, Fill, Read, ReadFile, PutSwap, Supply, ReadScratch, GetSwap];
+        let harmless = [Create, Fill, Read, ReadFile, PutSwap, Supply, Protect];
+        let deadly = [Create, Fill, Read, ReadFile, PutSwap, Supply, Protect, ReadScratch, GetSwap];
         rng.pick(if self.deadly { &deadly[..] } else { &harmless[..] })
     }
 
@@ -151,7 +153,8 @@ impl Stage {
             93..95 => Op::Retry,
             95 | 96 if self.failing => Op::Fail(self.call(rng), 1 + rng.below(4)),
             97 => Op::Mend,
-            98 => Op::Look,
+            98 => Op::Protect(vm, page, count, rng.pick(&[Protection::ReadOnly, Protection::ReadWrite])),
+            99 => Op::Look,
             _ => Op::Write(vm, page, 1),
         }
     }
@@ -240,6 +243,16 @@ impl<'a, S: WorldSwap> Player<'a, S> {
                     }
                     for part in stretch.chunk_by(|a, b| a.0 + 1 == b.0) {
                         self.world.balloon(vm, GfnRange::new(part[0], PageCount(part.len() as u64)));
+                    }
+                }
+            }
+            Op::Protect(vm, page, count, protection) => {
+                let vm = self.vm(vm);
+                for part in self.stretch(page, count).chunk_by(|a, b| a.0 + 1 == b.0) {
+                    let pages = GfnRange::new(part[0], PageCount(part.len() as u64));
+                    if !self.stands(vm) {
+                        let done = self.world.try_protect(vm, pages, protection);
+                        self.may_fail(done);
                     }
                 }
             }
@@ -382,26 +395,25 @@ impl<'a, S: WorldSwap> Player<'a, S> {
         }
     }
 
-    /// Everything is read, and nothing is left.
-    pub fn end(mut self) {
+    /// Everything is read, and nothing is left; `swap` looks at what swap is then.
+    pub fn end(mut self, swap: impl FnOnce(&S)) {
         self.world.ledger.take_unfailed();
-        for vm in self.world.ids() {
-            self.world.tell_shed(vm);
-            // Half of them end in the middle.
-            match self.world.halves.get(&vm) {
-                Some(Half::Taken(..)) if vm.0 % 2 == 0 => self.world.finish(vm),
-                Some(Half::Begun(..) | Half::Standing(..)) if vm.0 % 2 == 0 => self.world.abort(vm),
-                Some(_) => self.world.exit(vm),
-                None => {}
-            }
+        // Half of them end in the middle.
+        let halves: Vec<VmId> = self.world.halves.keys().copied().filter(|vm| vm.0 % 2 == 1).collect();
+        for vm in halves {
+            self.world.exit(vm);
             self.world.check();
         }
+        self.world.close();
+        self.world.check();
         self.world.settle_all();
         self.world.check();
         self.world.reap();
         self.world.verify();
         self.world.check();
+        let left = Rc::clone(&self.world.swap);
         self.world.end();
+        swap(&left.borrow());
     }
 }
 

@@ -1,8 +1,8 @@
 //! What a freeze may do with the pages that it finds: not which plan is made, but which are allowed. The fake window picks any
 //! of these, and the real window's planner is held against them too.
 
-use guest_mem::addr::GfnRange;
 use guest_mem::Harvest;
+use guest_mem::addr::GfnRange;
 use rangemap::RangeSet;
 
 fn set(ranges: &[GfnRange]) -> RangeSet<u64> {
@@ -10,7 +10,11 @@ fn set(ranges: &[GfnRange]) -> RangeSet<u64> {
 }
 
 fn overlap(a: &RangeSet<u64>, b: &RangeSet<u64>) -> RangeSet<u64> {
-    a.iter().flat_map(|range| b.overlapping(range.clone()).map(|other| range.start.max(other.start)..range.end.min(other.end))).collect()
+    a.iter()
+        .flat_map(|range| {
+            b.overlapping(range.clone()).map(|other| range.start.max(other.start)..range.end.min(other.end))
+        })
+        .collect()
 }
 
 /// The rule that a harvest of `private` pages breaks, if it breaks one.
@@ -31,10 +35,7 @@ pub fn broken_rule(harvest: &Harvest, private: &[GfnRange], ram: &[GfnRange]) ->
             "every private page is moved or copied",
             private.iter().all(|range| set(&harvest.taken()).gaps(&range.raw()).eq([])),
         ),
-        (
-            "nothing is moved without a private page in it",
-            moved.iter().all(|range| private_set.overlaps(&range.raw())),
-        ),
+        ("nothing is moved without a private page in it", moved.iter().all(|range| private_set.overlaps(&range.raw()))),
     ];
     rules.into_iter().find(|(_, holds)| !holds).map(|(rule, _)| rule)
 }

@@ -3,8 +3,8 @@
 //! `OFFSHOOT_SEED` runs one seed again, `OFFSHOOT_STEPS` makes every run longer.
 
 use crate::fakes::{Call, Gaps};
-use crate::swap::Reads;
 use crate::rng::Rng;
+use crate::swap::Reads;
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::{Pace, Protection, Touch, VmId};

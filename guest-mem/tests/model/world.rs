@@ -26,7 +26,12 @@ impl Layout {
     /// `pages` of RAM from 0, tables of four entries.
     pub fn flat(pages: u64) -> Self {
         let levels = if pages <= 64 { 3 } else { 4 };
-        Self { shape: Shape { bits: 2, levels, leaf_levels: levels - 1 }, ram: vec![(0, pages)], files: Vec::new(), max_runs: MAX_RUNS }
+        Self {
+            shape: Shape { bits: 2, levels, leaf_levels: levels - 1 },
+            ram: vec![(0, pages)],
+            files: Vec::new(),
+            max_runs: MAX_RUNS,
+        }
     }
 
     /// The same with files at these places.
@@ -550,6 +555,18 @@ impl<S: WorldSwap> World<S> {
         }
     }
 
+    /// What is half done comes to its end.
+    pub fn close(&mut self) {
+        for vm in self.ids() {
+            self.tell_shed(vm);
+            match self.halves.get(&vm) {
+                Some(Half::Taken(..)) => self.finish(vm),
+                Some(Half::Begun(..) | Half::Standing(..)) => self.abort(vm),
+                None => {}
+            }
+        }
+    }
+
     /// Whether the manager does not know what the window of `vm` shows.
     fn is_between(&self, vm: VmId) -> bool {
         matches!(self.halves.get(&vm), Some(Half::Taken(..)))
@@ -702,7 +719,10 @@ impl<S: WorldSwap> World<S> {
         assert!(!self.manager.family().objects().waits_for_others() || reading, "nothing is put off for nothing");
         for &vm in self.vms.keys().filter(|vm| self.window(**vm).failed.is_none()) {
             for &page in self.window(vm).waiting() {
-                assert!(known.contains(&(vm, Gfn(page))) || stands(vm), "{vm:?} waits at page {page}, and nobody knows");
+                assert!(
+                    known.contains(&(vm, Gfn(page))) || stands(vm),
+                    "{vm:?} waits at page {page}, and nobody knows"
+                );
             }
         }
     }

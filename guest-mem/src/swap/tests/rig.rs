@@ -24,6 +24,8 @@ pub(super) struct Disk {
     pub(super) held: Mutex<bool>,
     pub(super) let_go: Condvar,
     pub(super) discarded: Mutex<Vec<(u64, u64)>>,
+    /// It says that it has written, and has not.
+    pub(super) forgets: Mutex<bool>,
     /// Discards are not for it.
     pub(super) keeps: bool,
 }
@@ -77,6 +79,9 @@ impl Device for Arc<Disk> {
         let held = self.held.lock().unwrap();
         drop(self.let_go.wait_while(held, |held| *held).unwrap());
         Disk::fail(&self.bad_writes, first, bytes.len())?;
+        if *self.forgets.lock().unwrap() {
+            return Ok(());
+        }
         let start = first as usize * BLOCK;
         self.bytes.lock().unwrap()[start..start + bytes.len()].copy_from_slice(bytes);
         Ok(())

@@ -184,4 +184,29 @@ mod tests {
             }
         }
     }
+    /// Whatever a plan is, it is one that the model's windows might make.
+    #[test]
+    fn every_plan_is_allowed() {
+        let mut random = crate::testing::numbers();
+        for _ in 0..2000 {
+            let ram = ranges(&[0..200, 200..400, 500..900]);
+            let mut private: Vec<GfnRange> = Vec::new();
+            for ram in &ram {
+                let mut at = ram.start().0 + random(30);
+                while at < ram.end().0 {
+                    let end = ram.end().0.min(at + 1 + random(2 * SHORT));
+                    private.push((at..end).into());
+                    at = end + 1 + random(40);
+                }
+            }
+            let limit = random(40) as usize;
+            for short in [Short::Copied, Short::Moved] {
+                let Plan { moves, copies } = plan(&private, &ram, limit, short);
+                let within = |to: &GfnRange| private.iter().map(move |range| range.intersect(*to));
+                let moved_private = moves.iter().flat_map(within).filter(|part| !part.is_empty()).collect();
+                let harvest = crate::Harvest { moved: moves, copied: copies, moved_private };
+                assert_eq!(crate::model::plan::broken_rule(&harvest, &private, &ram), None, "{harvest:?}");
+            }
+        }
+    }
 }
