@@ -202,8 +202,8 @@ mod tests {
             let limit = random(40) as usize;
             for short in [Short::Copied, Short::Moved] {
                 let Plan { moves, copies } = plan(&private, &ram, limit, short);
-                let within = |to: &GfnRange| private.iter().map(move |range| range.intersect(*to));
-                let moved_private = moves.iter().flat_map(within).filter(|part| !part.is_empty()).collect();
+                let parts = moves.iter().flat_map(|to| private.iter().map(|range| range.intersect(*to)));
+                let moved_private = parts.filter(|part| !part.is_empty()).collect();
                 let harvest = crate::Harvest { moved: moves, copied: copies, moved_private };
                 assert_eq!(crate::model::plan::broken_rule(&harvest, &private, &ram), None, "{harvest:?}");
             }
