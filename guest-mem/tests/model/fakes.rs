@@ -305,7 +305,7 @@ pub enum Gaps {
 pub struct Trapped;
 
 /// What became of a write.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
     Done,
     /// The page is read-only: the kernel says so to who tried.

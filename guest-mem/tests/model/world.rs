@@ -177,9 +177,8 @@ impl<S: WorldSwap> World<S> {
             self.window_mut(vm).map(run, mapped);
         }
         let read_only: Vec<_> = self.manager.family().vm(vm).map().protected(Protection::ReadOnly).collect();
-        for pages in read_only {
-            self.window_mut(vm).protect(pages, Protection::ReadOnly).expect("nothing is to fail");
-        }
+        // Whoever makes a window maps it so from the start.
+        self.window_mut(vm).read_only = read_only.into_iter().flat_map(GfnRange::raw).collect();
     }
 
     /// Does what a guest does, traps included; none if the VM failed in it.
