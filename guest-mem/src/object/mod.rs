@@ -128,7 +128,7 @@ pub struct Objects {
     next_store: u32,
     /// Objects with pending slots.
     pub(crate) pending: BTreeSet<ObjectId>,
-    /// Those among them whose next page to settle is being read from swap.
+    /// Those among them whose next page to settle is on its way: being read from swap, or still to be copied by its window.
     pub(crate) put_off: BTreeSet<ObjectId>,
     /// The object of which somebody waited for a page last.
     pub(crate) waited_for: Option<ObjectId>,
@@ -354,8 +354,6 @@ impl Objects {
         let sources = self.gap_sources(id, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
         let sources: Vec<_> = sources.collect();
         self.unneeded.extend(sources);
-        // It may be this page's read that was waited for.
-        self.put_off.remove(&id);
     }
 
     /// What gaps of `id` are to be copied from, and which pages of that.
@@ -450,6 +448,10 @@ impl Objects {
     }
 
     fn discharge(&mut self, id: ObjectId, slot: Slot, count: u64, effects: &mut Effects) {
+        if slot.is_pending() {
+            // It may be one of these pages that the object was put off for: nobody will tell of it any more.
+            self.put_off.remove(&id);
+        }
         let Some(store) = slot.store() else { return };
         let (slots_id, busy) = (self.get(id).slots_id, self.get(id).busy > 0);
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");

@@ -342,3 +342,25 @@ fn what_is_protected_for_a_while_leaves_no_trace() {
     world.verify();
     world.end();
 }
+
+/// An object could not settle since a VM that was gone had still to copy a page. Its last viewer gave that page back, nobody was
+/// left to tell of the copy, and what else the object had stayed in scratch ranges for good.
+#[test]
+fn what_settling_waits_for_goes_and_the_rest_settles() {
+    let mut world = World::new(&Layout::flat(16));
+    let parent = world.ids()[0];
+    world.write(parent, Gfn(0));
+    let child = world.fork(parent, Gaps::Stay);
+    world.copies_behind(parent);
+    world.write(child, Gfn(5));
+    world.freeze(child, Gaps::Stay);
+    world.exit(parent);
+    while world.settle() {}
+    assert!(world.manager.family().objects().waits_for_others());
+    world.balloon(child, (0..1).into());
+    world.check();
+    while world.settle() {}
+    assert_eq!(world.manager.family().totals().unsettled, 0);
+    world.verify();
+    world.end();
+}
