@@ -20,9 +20,10 @@ use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
-use crate::window::{Harvest, Run, StoreId, Window};
+use crate::window::{Failure, Harvest, Run, StoreId, Window};
 use rangemap::RangeSet;
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
 use std::rc::Rc;
 
 /// Most pages settled at a time: few enough that whoever owns the manager soon gets to a waiting trap.
@@ -390,8 +391,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 zeros.iter().for_each(|&pages| window.zero(pages));
                 zeros.iter().chain([&page]).for_each(|&pages| window.wake(pages));
             }
-            Trap::Lost(loss) => window.fail(&lost(gfn, loss)),
-            Trap::Outside => window.fail("a trap outside of its memory"),
+            Trap::Lost(loss) => window.fail(lost(gfn, loss)),
+            Trap::Outside => window.fail(Failure::Outside(gfn)),
             Trap::Wake(wake) | Trap::File { wake, .. } => window.wake(wake),
             Trap::Settle(_) | Trap::SwapIn(_) | Trap::Wait => unreachable!("dealt with above"),
         });
@@ -515,17 +516,21 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 Effect::DropWindow(vm) => {
                     self.windows.remove(&vm);
                 }
-                Effect::Fail(vm, pages) => {
-                    self.window_do(vm, |window| window.fail(&lost(pages.start(), Loss::Process)))
-                }
+                Effect::Fail(vm, pages) => self.window_do(vm, |window| window.fail(lost(pages.start(), Loss::Process))),
             }
         }
     }
 }
 
-fn lost(gfn: Gfn, loss: Loss) -> String {
+fn lost(gfn: Gfn, loss: Loss) -> Failure {
     match loss {
-        Loss::Process => format!("memory at {gfn} was lost with the process of the VM that wrote it"),
-        Loss::Swap => format!("memory at {gfn} could not be read back from swap"),
+        Loss::Process => Failure::LostWithProcess(gfn),
+        Loss::Swap => Failure::LostInSwap(gfn),
+    }
+}
+
+impl<S: StoreFactory, W> fmt::Debug for Manager<S, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Manager({} windows, {} stores)", self.windows.len(), self.stores.len())
     }
 }

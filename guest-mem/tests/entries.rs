@@ -1,10 +1,8 @@
 //! Map entries on real windows: what is protected, shared and moved, as threads of this process see it.
 
-use guest_mem::local::Local;
-use guest_mem::sys::Written;
-use guest_mem::{GfnRange, Protection};
+use guest_mem::{GfnRange, Local, LocalVm, Protection};
 use std::fs::File;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 256;
 
@@ -13,7 +11,8 @@ fn at(page: u64) -> GuestAddress {
 }
 
 /// Writes a page the way a device does that reads a file into it: the kernel refuses where a guest would be stopped.
-fn write(memory: &GuestMemoryMmap<Written>, page: u64, word: u64) -> bool {
+fn write(family: &Local, vm: LocalVm, page: u64, word: u64) -> bool {
+    let memory = family.memory(vm).unwrap();
     let mut words = File::open("/dev/zero").expect("a source of bytes");
     let may = memory.read_exact_volatile_from(at(page), &mut words, 4096).is_ok();
     if may {
@@ -22,56 +21,65 @@ fn write(memory: &GuestMemoryMmap<Written>, page: u64, word: u64) -> bool {
     may
 }
 
-fn read(family: &Local, vm: guest_mem::VmId, page: u64) -> u64 {
-    family.memory(vm).read_obj(at(page)).expect("a page of RAM")
+fn read(family: &Local, vm: LocalVm, page: u64) -> u64 {
+    family.memory(vm).unwrap().read_obj(at(page)).expect("a page of RAM")
+}
+
+fn resident(family: &Local) -> u64 {
+    family.stats().unwrap().totals.resident
 }
 
 fn sound(family: &Local) {
-    family.manager().family().check_invariants().unwrap();
-    let mut broken = Vec::new();
-    family.manager().check_stores(&mut broken);
-    assert_eq!(broken, Vec::<String>::new());
+    let broken = family.inspect(|manager| {
+        let mut broken = Vec::new();
+        manager.check_stores(&mut broken);
+        broken.extend(manager.family().check_invariants().err().into_iter().flatten());
+        broken
+    });
+    assert_eq!(broken.unwrap(), Vec::<String>::new());
 }
 
 /// A child protects parts of its parent's memory; both go on, with the same pages.
 #[test]
 fn a_child_protects_parts_of_its_memory() {
-    let mut family = Local::new(vec![GfnRange::from(0..PAGES)]).expect("this test needs userfaultfd");
+    let family = Local::new(vec![GfnRange::from(0..PAGES)]).expect("this test needs userfaultfd");
     let parent = family.launch().unwrap();
-    (0..PAGES).for_each(|page| family.memory(parent).write_obj(page + 1, at(page)).unwrap());
+    (0..PAGES).for_each(|page| family.memory(parent).unwrap().write_obj(page + 1, at(page)).unwrap());
     let child = family.fork(parent).unwrap();
     family.settle().unwrap();
-    let stored = family.manager().family().totals().resident;
+    let stored = resident(&family);
     family.protect(child, GfnRange::from(10..20), Protection::ReadOnly).unwrap();
     family.protect(child, GfnRange::from(100..180), Protection::ReadOnly).unwrap();
-    assert_eq!(family.manager().family().totals().resident, stored, "nothing is copied");
+    assert_eq!(resident(&family), stored, "nothing is copied");
     for page in [9, 10, 19, 20, 99, 150, 180] {
-        let may = write(family.memory(child), page, 1000 + page);
+        let may = write(&family, child, page, 1000 + page);
         assert_eq!(may, !(10..20).contains(&page) && !(100..180).contains(&page), "page {page}");
-        assert!(write(family.memory(parent), page, 2000 + page));
+        assert!(write(&family, parent, page, 2000 + page));
     }
     // Freezes take what was written around and within: the mappings that they lay are protected as those before.
-    assert_eq!((90..200).filter(|page| write(family.memory(child), *page, 3000 + page)).count(), 30);
+    assert_eq!((90..200).filter(|page| write(&family, child, *page, 3000 + page)).count(), 30);
     let grandchild = family.fork(child).unwrap();
     family.settle().unwrap();
     for vm in [child, grandchild] {
-        assert!(!write(family.memory(vm), 15, 0) && !write(family.memory(vm), 150, 0));
+        assert!(!write(&family, vm, 15, 0) && !write(&family, vm, 150, 0));
         assert_eq!([15, 150, 95].map(|page| read(&family, vm, page)), [16, 151, 3095]);
     }
     family.protect(grandchild, GfnRange::from(0..PAGES), Protection::ReadWrite).unwrap();
-    assert!(write(family.memory(grandchild), 150, 7) && !write(family.memory(child), 150, 0));
-    (90..200).for_each(|page| assert!(write(family.memory(grandchild), page, 4000 + page)));
+    assert!(write(&family, grandchild, 150, 7) && !write(&family, child, 150, 0));
+    (90..200).for_each(|page| assert!(write(&family, grandchild, page, 4000 + page)));
     let last = family.fork(grandchild).unwrap();
     family.settle().unwrap();
     assert_eq!([90, 150, 199].map(|page| read(&family, last, page)), [4090, 4150, 4199]);
     assert_eq!([90, 150, 199].map(|page| read(&family, child, page)), [3090, 151, 3199]);
     sound(&family);
     // What is given back reads zero, and stays as protected as it was.
-    assert_eq!(family.balloon(child, &[GfnRange::from(140..160)]), [GfnRange::from(140..160)]);
-    assert_eq!((read(&family, child, 150), write(family.memory(child), 150, 1)), (0, false));
-    assert_eq!(
-        family.manager().family().vm(child).run_count() as u64,
-        family.manager().window(child).unwrap().runs().count() as u64
-    );
+    assert_eq!(family.balloon(child, &[GfnRange::from(140..160)]).unwrap(), [GfnRange::from(140..160)]);
+    assert_eq!((read(&family, child, 150), write(&family, child, 150, 1)), (0, false));
+    let runs = family.inspect(move |manager| {
+        let window = manager.window(child.id()).unwrap();
+        (manager.family().vm(child.id()).run_count() as u64, window.runs().count() as u64)
+    });
+    let (told, mapped) = runs.unwrap();
+    assert_eq!(told, mapped);
     sound(&family);
 }

@@ -6,6 +6,7 @@ use std::io;
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// A store could not be made: nothing has changed.
     #[error("cannot make a store of {} pages", pages.0)]

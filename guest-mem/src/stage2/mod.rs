@@ -2,7 +2,7 @@
 //!
 //! The tree has the shape of the hardware's (4 levels of 512 entries; tests use tiny ones) and leaves at the lower
 //! three. A fork shares the whole tree by adding one to the root's use count. The first change below a shared table
-//! copies that table and nothing else (shared page tables: Phillips 2002); [`cursor`] is the only code that changes one.
+//! copies that table and nothing else (shared page tables: Phillips 2002); `cursor` is the only code that changes one.
 //!
 //! A leaf says nothing about residency: eviction and swap-in touch no table. The tree is a *cache* of what the object
 //! chains say and can be rebuilt from them at any time.

@@ -6,6 +6,8 @@ use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vmm_sys_util::eventfd::EventFd;
 
 /// For users without swap: nothing is ever evicted.
 #[derive(Clone, Copy, Debug, Default)]
@@ -76,4 +78,48 @@ impl Swap for SharedSwap {
     fn used(&self) -> Option<Vec<(SwapSlot, PageCount)>> {
         self.0.borrow().used()
     }
+}
+
+/// One swap for families on several threads.
+impl<S: Swap + ?Sized> Swap for Arc<Mutex<S>> {
+    fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot> {
+        lock(self).put(pages)
+    }
+
+    fn get(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        lock(self).get(first, buf)
+    }
+
+    fn expect(&mut self, first: SwapSlot, count: PageCount) -> PageCount {
+        lock(self).expect(first, count)
+    }
+
+    fn get_expected(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
+        lock(self).get_expected(first, buf)
+    }
+
+    fn count_hits(&mut self, pages: PageCount) {
+        lock(self).count_hits(pages);
+    }
+
+    fn free(&mut self, first: SwapSlot, count: PageCount) {
+        lock(self).free(first, count);
+    }
+
+    fn used(&self) -> Option<Vec<(SwapSlot, PageCount)>> {
+        lock(self).used()
+    }
+
+    fn collect(&mut self) {
+        lock(self).collect();
+    }
+
+    fn completions(&self) -> Option<Arc<EventFd>> {
+        lock(self).completions()
+    }
+}
+
+/// A thread that panicked in the swap has broken its own family; what swap has of the others is whole.
+fn lock<S: ?Sized>(swap: &Arc<Mutex<S>>) -> MutexGuard<'_, S> {
+    swap.lock().unwrap_or_else(PoisonError::into_inner)
 }

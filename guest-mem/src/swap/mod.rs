@@ -78,6 +78,8 @@ pub use store::{SwapCapacity, SwapOptions, SwapStats, SwapStore};
 
 use crate::addr::PageCount;
 use std::io;
+use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Pages kept together: 64 KiB.
 pub const CLUSTER: PageCount = PageCount(16);
@@ -146,6 +148,14 @@ pub trait Swap {
 
     /// All slots that are in use, if it can tell.
     fn used(&self) -> Option<Vec<(SwapSlot, PageCount)>> {
+        None
+    }
+
+    /// Takes in reads and writes that have ended: what was [coming](Fetch::Coming) may be here.
+    fn collect(&mut self) {}
+
+    /// Becomes readable when some have ended, and stays so until somebody [collects](Self::collect) them.
+    fn completions(&self) -> Option<Arc<EventFd>> {
         None
     }
 }

@@ -313,6 +313,14 @@ impl Swap for SwapStore {
         self.counters.readahead_hits += pages.0;
     }
 
+    fn collect(&mut self) {
+        self.complete();
+    }
+
+    fn completions(&self) -> Option<Arc<EventFd>> {
+        Some(Arc::clone(&self.event))
+    }
+
     fn free(&mut self, first: SwapSlot, count: PageCount) {
         let found = self.books.find(first, count);
         let (key, page) = found.unwrap_or_else(|| panic!("swap slots {:#x}+{} are in use", first.0, count.0));

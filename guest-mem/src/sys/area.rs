@@ -1,13 +1,15 @@
 //! A stretch of this process's addresses that mirrors guest-physical space.
 #![allow(unsafe_code)] // mmap and its relatives: every call stays within an area that this type owns
 
-use super::Written;
 use super::inject;
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use std::any::Any;
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice};
 
 /// Where an [`Area`] goes.
@@ -48,12 +50,37 @@ pub enum Advice {
 ///
 /// An area owns its addresses: nothing else in the process maps, unmaps or refers to them, and no reference into them is
 /// ever made (guest bytes are touched by volatile access alone). All methods take guest frames and refuse those beyond
-/// the area. Dropping it unmaps everything.
+/// the area. Dropping it unmaps everything, but not before the last clone of its [guest memory](Self::guest_memory) has
+/// gone: until then the addresses are nobody else's.
 #[derive(Debug)]
 pub struct Area {
     base: u64,
     frames: GfnRange,
     place: Place,
+    /// Regions that were given out. They hold no mapping, and whoever has one may touch what is mapped here.
+    lent: Vec<Lent>,
+}
+
+type Lent = Arc<dyn Any + Send + Sync>;
+
+/// What is left of an area whose guest memory somebody still holds.
+#[derive(Debug)]
+struct Remains {
+    base: u64,
+    len: usize,
+    lent: Vec<Lent>,
+}
+
+/// Areas to be unmapped as soon as nobody holds their memory. The regions' own type has no room for a guard, so it is looked
+/// at whenever an area ends.
+static REMAINS: Mutex<Vec<Remains>> = Mutex::new(Vec::new());
+
+impl Remains {
+    /// Whether somebody still holds a region, or could get hold of one. Nobody can once this has said no: ours is the
+    /// last.
+    fn is_lent(&mut self) -> bool {
+        self.lent.iter_mut().any(|region| Arc::get_mut(region).is_none())
+    }
 }
 
 /// Both ends of an area are multiples of this (1 GiB), so that moving pages between two areas moves whole page tables.
@@ -88,7 +115,7 @@ impl Area {
                 base
             }
         };
-        Ok(Self { base, frames: GfnRange::new(Gfn(0), PageCount(span / PAGE_SIZE as u64)), place })
+        Ok(Self { base, frames: GfnRange::new(Gfn(0), PageCount(span / PAGE_SIZE as u64)), place, lent: Vec::new() })
     }
 
     /// How many bytes of addresses an area of so many frames takes: whole GiB.
@@ -205,43 +232,48 @@ impl Area {
         }
     }
 
-    /// Moves the pages of `range`, which one mapping holds, to the same place in `to`. Page tables move, bytes do not.
+    /// Moves the pages of `range`, which one mapping holds, to the same place in `to`. Page tables move, bytes do not. What
+    /// is left behind must be mapped anew before it is touched.
     ///
     /// # Errors
     /// Of `mremap`; nothing has changed. `EFAULT`: it is not one mapping.
     pub fn move_to(&self, to: &Self, range: GfnRange) -> io::Result<()> {
         let (from, len) = self.host(range)?;
         let (there, _) = to.host(range)?;
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let stays = match self.place {
+            Place::Fixed(_) => 0,
+            // The kernel would give the addresses to the next who asks for some, a thread for its stack, say.
+            Place::Anywhere => libc::MREMAP_DONTUNMAP,
+        };
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | stays;
         inject::check()?;
         // SAFETY: Both ranges lie within areas whose addresses nobody else uses and nobody refers to.
         let at = unsafe { libc::mremap(from as *mut libc::c_void, len, len, flags, there as *mut libc::c_void) };
         if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// The memory of `ram` as vm-memory sees it. Whoever holds it touches mapped frames only, and not after the area's
-    /// end.
+    /// The memory of `ram` as vm-memory sees it, with a bitmap of the caller's choice. Whoever holds it, or a clone,
+    /// touches mapped frames only. It may outlive the area: what is mapped there at the area's end stays.
     ///
     /// # Errors
     /// A range is not within the area, or the ranges overlap.
-    pub fn guest_memory(&self, ram: &[GfnRange]) -> io::Result<GuestMemoryMmap<Written>> {
-        let region = |range: &GfnRange| {
+    pub fn guest_memory<B>(&mut self, ram: &[GfnRange]) -> io::Result<GuestMemoryMmap<B>>
+    where
+        B: NewBitmap + Send + Sync + 'static,
+    {
+        let mut regions = Vec::new();
+        for range in ram {
             let (start, len) = self.host(*range)?;
-            // SAFETY: The range lies within this area. That only mapped frames are touched is the holder's duty, as
-            // documented: vm-memory makes no reference to guest bytes, an unmapped page means a signal.
-            let region = unsafe {
-                MmapRegion::build_raw(
-                    start as *mut u8,
-                    len,
-                    Access::ReadWrite.bits(),
-                    libc::MAP_PRIVATE | libc::MAP_NORESERVE,
-                )
-            };
-            let region = region.map_err(io::Error::other)?;
-            let region = GuestRegionMmap::new(region, GuestAddress(range.start().gpa()));
-            region.ok_or_else(|| io::Error::from_raw_os_error(libc::ERANGE))
-        };
-        let regions = ram.iter().map(region).collect::<io::Result<Vec<_>>>()?;
+            let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+            // SAFETY: The range lies within this area, which stays for as long as the region is lent. That only mapped frames
+            // are touched is the holder's duty, as documented: vm-memory makes no reference to guest bytes, an unmapped page
+            // means a signal.
+            let region = unsafe { MmapRegion::build_raw(start as *mut u8, len, Access::ReadWrite.bits(), flags) };
+            let region = Arc::new(region.map_err(io::Error::other)?);
+            self.lent.push(Arc::clone(&region) as Lent);
+            let region = GuestRegionMmap::with_arc(region, GuestAddress(range.start().gpa()));
+            regions.push(region.ok_or_else(|| io::Error::from_raw_os_error(libc::ERANGE))?);
+        }
         GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
     }
 
@@ -292,9 +324,16 @@ fn prefetch(address: u64) {
 
 impl Drop for Area {
     fn drop(&mut self) {
-        if let Err(error) = unmap_raw(self.base, self.frames.len_bytes()) {
-            log::error!("munmap of the area at {:#x}: {error}", self.base);
-        }
+        let ends = Remains { base: self.base, len: self.frames.len_bytes(), lent: std::mem::take(&mut self.lent) };
+        let mut remains = REMAINS.lock().unwrap_or_else(PoisonError::into_inner);
+        remains.push(ends);
+        remains.retain_mut(|ends| {
+            let stays = ends.is_lent();
+            if !stays && let Err(error) = unmap_raw(ends.base, ends.len) {
+                log::error!("munmap of the area at {:#x}: {error}", ends.base);
+            }
+            stays
+        });
     }
 }
 
@@ -341,6 +380,7 @@ fn unmap_raw(at: u64, len: usize) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::GuestMemoryBackend;
 
     #[test]
     fn a_fixed_place_that_is_taken_is_refused() {
@@ -348,6 +388,24 @@ mod tests {
         let error = Area::reserve(Place::Fixed(first.base()), PageCount(16)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EEXIST));
         assert_eq!(first.base() % ALIGN, 0);
+    }
+
+    /// The next area was given the same addresses, and whoever had the memory of the one before wrote into it.
+    #[test]
+    fn an_area_lasts_as_long_as_its_memory() {
+        let ram = [GfnRange::new(Gfn(0), PageCount(4)), GfnRange::new(Gfn(8), PageCount(4))];
+        let mut area = Area::reserve(Place::Anywhere, PageCount(12)).unwrap();
+        let base = area.base();
+        let memory: GuestMemoryMmap = area.guest_memory(&ram).unwrap();
+        ram.iter().for_each(|&range| area.map_anonymous(range).unwrap());
+        // A region alone, and what it is made of, are enough.
+        let mapping = memory.iter().last().unwrap().get_mmap();
+        drop((area, memory));
+        let taken = |base| Area::reserve(Place::Fixed(base), PageCount(12)).map(drop).map_err(|e| e.raw_os_error());
+        assert_eq!(taken(base), Err(Some(libc::EEXIST)));
+        drop(mapping);
+        drop(Area::reserve(Place::Anywhere, PageCount(1)).unwrap());
+        assert_eq!(taken(base), Ok(()));
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub use freeze::{Frozen, MovedOut};
 pub use moves::Short;
 pub use snapshot::Shed;
 
-use super::{Run, Source, StoreId, Window};
+use super::{Failure, Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::Protection;
 use crate::pages::PageSet;
@@ -37,6 +37,7 @@ use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
 use runs::RunMap;
 use scratch::Scratches;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use thiserror::Error;
@@ -62,6 +63,7 @@ pub enum HugePages {
 
 /// Something went wrong with a window.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum WindowError {
     /// A system call failed. Nothing has changed.
     #[error("{call} of guest pages {pages:?}: {cause}")]
@@ -106,12 +108,17 @@ fn during(call: &'static str, pages: GfnRange) -> impl FnOnce(io::Error) -> Wind
 ///
 /// Owns the mappings, the scratch ranges of freezes that have not settled, the traps and the record of what the VMM
 /// wrote. Stays outside: the stores (the window keeps no descriptor, mappings hold the files), KVM, and who stops the
-/// vCPUs. Dropping it unmaps everything.
-#[derive(Debug)]
+/// vCPUs. Dropping it [retires](Self::retire) the memory that somebody still holds, and unmaps everything else.
 pub struct HostWindow {
+    memory: GuestMemoryMmap<Written>,
+    /// The same, where nobody needs to know what the VMM writes.
+    plain: GuestMemoryMmap,
+    /// Ends after what it has lent.
     area: Area,
     ram: Vec<GfnRange>,
-    memory: GuestMemoryMmap<Written>,
+    /// Pages that were waited for and that nobody can supply, as far as nobody has [asked](Self::take_failures).
+    failures: Vec<Failure>,
+    retired: bool,
     runs: RunMap,
     scratches: Scratches,
     /// Frozen pages that stayed, and must: what is mapped there shows something older.
@@ -135,7 +142,7 @@ impl HostWindow {
     pub fn reserve(ram: &[GfnRange], place: Place, features: Features) -> Result<Self, WindowError> {
         let end = ram.last().map_or(Gfn(0), |range| range.end());
         let all = GfnRange::between(Gfn(0), end);
-        let area = Area::reserve(place, all.count()).map_err(during("reserving addresses", all))?;
+        let mut area = Area::reserve(place, all.count()).map_err(during("reserving addresses", all))?;
         let uffd = features.userfaultfd.then(Userfaultfd::new).transpose();
         let uffd = uffd.map_err(|cause| WindowError::Unsupported { what: "userfaultfd", cause })?;
         let method = if features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
@@ -143,6 +150,9 @@ impl HostWindow {
         let pagemap = pagemap.map_err(|cause| WindowError::Unsupported { what: "/proc/self/pagemap", cause })?;
         Ok(Self {
             memory: area.guest_memory(ram).map_err(during("describing", all))?,
+            plain: area.guest_memory(ram).map_err(during("describing", all))?,
+            failures: Vec::new(),
+            retired: false,
             scratches: Scratches::beside(&area, place, all.count()),
             pending: DirtyMap::clean(ram),
             kept: PageSet::default(),
@@ -179,9 +189,40 @@ impl HostWindow {
     }
 
     /// The guest's memory, for the VMM's own reads and writes: it records what is written. Only mapped frames may be
-    /// touched, so not before [`map`](Self::map); a touch of a page that no store holds yet waits for the manager.
+    /// touched, so not before [`map`](Self::map), nor while the window is frozen; a touch of a page that no store holds yet
+    /// waits for the manager. Clones outlive the window, and are [zero](Self::retire) from then on.
     pub fn memory(&self) -> &GuestMemoryMmap<Written> {
         &self.memory
+    }
+
+    /// The same memory without the record: for users whose every freeze looks at [every page](Dirty::Every).
+    pub fn plain_memory(&self) -> &GuestMemoryMmap {
+        &self.plain
+    }
+
+    /// What has made its VM fail since this was last asked.
+    pub fn take_failures(&mut self) -> Vec<Failure> {
+        std::mem::take(&mut self.failures)
+    }
+
+    /// Nobody supplies the window's pages any more: all of its RAM becomes zero memory of its own that never traps. Who
+    /// waits for a page goes on, and whoever holds the memory may go on to use it. Nothing of it is shared with anybody.
+    ///
+    /// # Errors
+    /// Of `mmap`: some of the memory is as it was, and who waits there waits on.
+    pub fn retire(&mut self) -> Result<(), WindowError> {
+        if self.retired {
+            return Ok(());
+        }
+        for &pages in &self.ram {
+            self.area.map_anonymous(pages).map_err(during("mmap", pages))?;
+            self.runs.mapped(pages, Source::Anonymous);
+        }
+        self.kept.clear();
+        self.read_only.clear();
+        self.retired = true;
+        self.wake(GfnRange::between(Gfn(0), self.ram.last().map_or(Gfn(0), |ram| ram.end())));
+        Ok(())
     }
 
     /// What is mapped, sorted; neighbours that continue each other are one.
@@ -232,7 +273,24 @@ impl Window for HostWindow {
         }
     }
 
-    fn fail(&mut self, why: &str) {
-        log::error!("the window lost a page, its VM must not run on: {why}");
+    fn fail(&mut self, failure: Failure) {
+        log::error!("{failure}: the VM must not run on");
+        self.failures.push(failure);
+    }
+}
+
+impl Drop for HostWindow {
+    fn drop(&mut self) {
+        if let Err(error) = self.retire() {
+            log::error!("memory of a window that ends: {error}");
+            // Without its traps, whoever touches it would plant pages of zeros in stores that others see.
+            std::mem::forget(self.uffd.take());
+        }
+    }
+}
+
+impl fmt::Debug for HostWindow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostWindow({:#x}, {} runs)", self.base(), self.runs.count())
     }
 }

@@ -187,8 +187,36 @@ pub trait Window {
     /// Wakes who waits for these pages.
     fn wake(&mut self, pages: GfnRange);
 
-    /// A page this window needs is lost: its VM must never run on. `why` is for its user.
-    fn fail(&mut self, why: &str);
+    /// Somebody waits for a page that nobody can supply: the VM must never run on.
+    fn fail(&mut self, failure: Failure);
+}
+
+/// Why a VM must never run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// The page was on its way into a store when the process that had it ended.
+    #[error("memory at {0} was lost with the process of the VM that wrote it")]
+    LostWithProcess(Gfn),
+    /// The device of the swap failed, or did not return what it was given.
+    #[error("memory at {0} could not be read back from swap")]
+    LostInSwap(Gfn),
+    /// Its window traps where it has no memory.
+    #[error("a trap outside of its memory, at {0}")]
+    Outside(Gfn),
+    /// A call failed in the middle of a freeze, and another one when the first was undone.
+    #[error("a freeze has torn its memory")]
+    Torn,
+}
+
+impl Failure {
+    /// The page that is waited for.
+    pub fn page(self) -> Option<Gfn> {
+        match self {
+            Self::LostWithProcess(gfn) | Self::LostInSwap(gfn) | Self::Outside(gfn) => Some(gfn),
+            Self::Torn => None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use guest_mem::store::swap::SharedSwap;
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::Swap;
-use guest_mem::{Harvest, Protection, Run, Source, StoreId, Window};
+use guest_mem::{Failure, Harvest, Protection, Run, Source, StoreId, Window};
 use rangemap::{RangeMap, RangeSet};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -617,7 +617,7 @@ impl Window for FakeWindow {
         self.waiting.retain(|page| !pages.contains(Gfn(*page)));
     }
 
-    fn fail(&mut self, why: &str) {
-        self.failed.get_or_insert(why.to_owned());
+    fn fail(&mut self, failure: Failure) {
+        self.failed.get_or_insert(failure.to_string());
     }
 }

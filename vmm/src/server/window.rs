@@ -7,7 +7,7 @@
 use super::process::ProcessId;
 use crate::wire::{ADDRESSES_END, Frozen};
 use guest_mem::sys::Userfaultfd;
-use guest_mem::{Gfn, GfnRange, PAGE_SIZE, Protection, ScratchRange, StoreId, Window};
+use guest_mem::{Failure, Gfn, GfnRange, PAGE_SIZE, Protection, ScratchRange, StoreId, Window};
 use nix::fcntl::OFlag;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::{Pid, pipe2};
@@ -269,6 +269,7 @@ impl Window for RemoteWindow {
 
     fn zero(&mut self, pages: GfnRange) {
         self.answer("zero", pages, Userfaultfd::zero);
+        self.wake(pages);
     }
 
     fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()> {
@@ -286,8 +287,8 @@ impl Window for RemoteWindow {
         self.answer("wake", pages, Userfaultfd::wake);
     }
 
-    fn fail(&mut self, why: &str) {
-        self.0.want(Want::Fail(why.to_owned()));
+    fn fail(&mut self, failure: Failure) {
+        self.0.want(Want::Fail(failure.to_string()));
     }
 }
 

@@ -9,7 +9,8 @@ use crate::{Result, fail};
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::{Fetch, Swap, SwapSlot};
 use guest_mem::{
-    Destination, Gfn, GfnRange, Harvest, Manager, Pace, PageCount, PageIndex, Protection, StoreId, VmId, Window, stage2,
+    Destination, Failure, Gfn, GfnRange, Harvest, Manager, Pace, PageCount, PageIndex, Protection, StoreId, VmId,
+    Window, stage2,
 };
 use std::io;
 
@@ -152,5 +153,5 @@ impl Window for Nothing {
 
     fn wake(&mut self, _: GfnRange) {}
 
-    fn fail(&mut self, _: &str) {}
+    fn fail(&mut self, _: Failure) {}
 }
