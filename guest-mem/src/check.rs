@@ -2,14 +2,16 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Pace, Vm, VmId};
-use crate::object::{Kind, ObjectId, Slot};
+use crate::map::AddressMap;
+use crate::object::{Found, Kind, ObjectId, Slot, shift_down};
 use crate::reclaim::clusters;
 use crate::stage2::{TableId, View, entries};
 use crate::swap::{Swap, SwapSlot};
 use crate::window::{Run, Source, StoreId};
-use rangemap::RangeSet;
+use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
+use std::ops::ControlFlow;
 
 /// 4: no slot of swap is owned twice, and if `swap` can tell, every slot that is in use is owned: by one of `families`,
 /// which are all that use it.
@@ -33,6 +35,9 @@ pub fn check_swap<'a>(
         }
     }
 }
+
+/// What the chains of a VM have, by frames.
+type Chains = RangeMap<u64, Found>;
 
 /// What is compared with the chains.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,23 +66,40 @@ impl Family {
     /// Every one that does not hold, and where.
     pub fn check_invariants(&self) -> Result<(), Vec<String>> {
         let mut broken = Vec::new();
+        let chains: BTreeMap<VmId, Chains> = self.vms.iter().map(|(&id, vm)| (id, self.chains(&vm.map))).collect();
         for (&id, vm) in &self.vms {
-            self.check_sources(id, Shown::Tables, vm, self.stage2_runs(vm), &mut broken);
-            self.check_sources(id, Shown::Window, vm, self.runs_shown(vm), &mut broken);
+            check_sources(id, Shown::Tables, vm, &chains[&id], self.stage2_runs(vm), &mut broken);
+            check_sources(id, Shown::Window, vm, &chains[&id], self.runs_shown(vm), &mut broken);
             let spans = vm.spans.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source });
-            self.check_sources(id, Shown::Spans, vm, spans.collect(), &mut broken);
+            check_sources(id, Shown::Spans, vm, &chains[&id], spans.collect(), &mut broken);
+            self.check_shown(id, &chains[&id], &mut broken);
         }
         self.check_links(&mut broken);
         self.check_uses(&mut broken);
         self.check_accounts(&mut broken);
         check_swap([self], None, &mut broken);
-        if self.is_tidy() {
-            self.check_seen(&mut broken);
-        }
-        if let Err(error) = self.stage2.rmap().check(&self.stage2) {
-            broken.push(error);
-        }
+        self.check_viewers(&chains, &mut broken);
         if broken.is_empty() { Ok(()) } else { Err(broken) }
+    }
+
+    /// What the chains behind a map have, frame by frame: object by object, from the top down. This is how the books say what
+    /// a VM sees without stage-2, and it has nothing in common with the looks that are compared with it.
+    fn chains(&self, map: &AddressMap) -> Chains {
+        let mut chains = Chains::new();
+        for (bounds, entry) in map.iter() {
+            let mut origin = entry.origin;
+            for id in self.objects.chain(entry.object) {
+                let object = self.objects.get(id);
+                let own = shift_down(bounds.intersect(GfnRange::between(origin, Gfn(u64::MAX))), origin);
+                for (pages, slot) in object.slots.within(own) {
+                    let frames = pages.start().0 + origin.0..pages.end().0 + origin.0;
+                    let new: Vec<_> = chains.gaps(&frames).collect();
+                    new.into_iter().for_each(|part| chains.insert(part, Found { object: id, origin, slot }));
+                }
+                origin = Gfn(origin.0 + object.backing.map_or(0, |backing| backing.origin));
+            }
+        }
+        chains
     }
 
     /// The slots of swap that pages of the family are in.
@@ -95,45 +117,28 @@ impl Family {
         vm.map.iter().flat_map(|(pages, _)| self.stage2.runs(vm.root, pages)).collect()
     }
 
-    /// 1 and 8: what these runs show is what the chains say.
-    fn check_sources(&self, id: VmId, what: Shown, vm: &Vm, runs: Vec<Run>, broken: &mut Vec<String>) {
-        let told: u64 = runs.iter().map(|run| run.pages.count().0).sum();
-        let shown: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
-        if told != shown && what != Shown::Spans {
-            broken.push(format!("{what} of {id:?} tells of {told} pages, its map has {shown}"));
-        }
-        for (pages, entry) in vm.map.iter() {
-            for run in &runs {
-                for segment in self.objects.resolve(entry.object, entry.origin, run.pages.intersect(pages)) {
-                    let slot = segment.found.map(|found| (found.slot, found.origin));
-                    let right = match (run.source, slot) {
-                        (_, Some((Slot::Zero, _))) | (Source::Anonymous, None) => true,
-                        (Source::Store { store, origin }, Some((slot, at))) => {
-                            slot.store() == Some(store) && origin == at
-                        }
-                        (Source::Anonymous, Some(_)) => segment.pages.is_empty(),
-                        // What a window maps of a store that has nothing there traps, and is zero then.
-                        (Source::Store { .. }, None) => what != Shown::Tables || segment.pages.is_empty(),
-                    };
-                    if !right {
-                        broken.push(format!(
-                            "{what} of {id:?} says {:?} at {:?}, its chain {:?}",
-                            run.source, segment.pages, segment.found
-                        ));
-                    }
-                }
+    /// 1: what is found by way of stage-2 is what the chains have, but for zeros.
+    fn check_shown(&self, id: VmId, chains: &Chains, broken: &mut Vec<String>) {
+        let mut shown = Chains::new();
+        for (bounds, _) in self.vm(id).map.iter() {
+            for segment in self.shown(id, bounds) {
+                segment.found.into_iter().for_each(|found| shown.insert(segment.pages.raw(), found));
             }
+        }
+        let chains: Vec<_> = chains.iter().filter(|(_, found)| found.slot != Slot::Zero).collect();
+        if !shown.iter().eq(chains.iter().copied()) {
+            broken.push(format!("1: {id:?} sees {shown:?} by stage-2, {chains:?} by its chains"));
         }
     }
 
     /// 2: backing and shadows mirror each other, mappings are exact, nothing is left that nothing needs.
     fn check_links(&self, broken: &mut Vec<String>) {
-        let mut mappings: HashMap<ObjectId, u32> = HashMap::new();
-        for vm in self.vms.values() {
-            for (_, entry) in vm.map.iter() {
-                if let Some(object) = entry.object {
-                    *mappings.entry(object).or_default() += 1;
-                }
+        let mut mappings: HashMap<ObjectId, BTreeMap<VmId, u32>> = HashMap::new();
+        let mut running: HashMap<ObjectId, u32> = HashMap::new();
+        for (&id, vm) in &self.vms {
+            for object in vm.map.iter().filter_map(|(_, entry)| entry.object) {
+                *mappings.entry(object).or_default().entry(id).or_default() += 1;
+                *running.entry(object).or_default() += u32::from(vm.pace == Pace::Running);
             }
         }
         for (id, object) in self.objects.iter() {
@@ -149,29 +154,22 @@ impl Family {
                     broken.push(format!("2: {shadow:?} is a shadow of {id:?} that is not stacked on it"));
                 }
             }
-            let mapped = mappings.get(&id).copied().unwrap_or(0);
+            let mapped = mappings.remove(&id).unwrap_or_default();
             if mapped != object.mappings {
-                broken.push(format!("2: {id:?} counts {} mappings, {mapped} entries show it", object.mappings));
+                broken.push(format!("2: {id:?} lists the entries {:?}, {mapped:?} show it", object.mappings));
             }
-            let busy = self.busy_showing(id);
+            let busy = object.shadows.iter().filter(|&&shadow| self.objects.get(shadow).busy > 0).count() as u32
+                + running.get(&id).copied().unwrap_or(0);
             if busy != object.busy {
                 broken.push(format!("2: {id:?} counts {} busy ones that show it, there are {busy}", object.busy));
             }
             let absorbable = object.shadows.len() == 1
                 && object.kind == Kind::Anonymous
                 && object.shadows.iter().all(|&shadow| !self.objects.has_gaps(shadow));
-            if self.is_tidy() && object.mappings == 0 && (object.shadows.is_empty() || absorbable) {
+            if self.is_tidy() && object.mappings.is_empty() && (object.shadows.is_empty() || absorbable) {
                 broken.push(format!("2: {id:?} should have been collapsed"));
             }
         }
-    }
-
-    /// Map entries of running VMs, and busy shadows, that show an object.
-    fn busy_showing(&self, id: ObjectId) -> u32 {
-        let running = self.vms.values().filter(|vm| vm.pace == Pace::Running);
-        let entries = running.flat_map(|vm| vm.map.iter()).filter(|(_, entry)| entry.object == Some(id));
-        let shadows = self.objects.get(id).shadows.iter().filter(|&&shadow| self.objects.get(shadow).busy > 0);
-        (entries.count() + shadows.count()) as u32
     }
 
     /// 2: the use counts of tables are exact.
@@ -270,57 +268,76 @@ impl Family {
         }
     }
 
-    /// 6 and 7: every page in a store or in swap is seen by some VM (or waited for by a gap), and the reverse map finds who sees it.
-    fn check_seen(&self, broken: &mut Vec<String>) {
+    /// 6 and 7: every page in a store or in swap is seen by some VM (or waited for by a gap), and the reverse map finds who
+    /// sees it, neither more nor fewer than a scan of all VMs does.
+    fn check_viewers(&self, chains: &BTreeMap<VmId, Chains>, broken: &mut Vec<String>) {
+        type Viewers = BTreeMap<(StoreId, VmId), RangeSet<u64>>;
+        let (mut scanned, mut found) = (Viewers::new(), Viewers::new());
         let mut seen: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
-        let mut mapped: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
-        for vm in self.vms.values() {
-            for run in self.chain_runs(&vm.map) {
-                if let Source::Store { store, origin } = run.source {
-                    let pages = crate::object::shift_down(run.pages, origin);
-                    seen.entry(store).or_default().insert(pages.raw());
-                }
+        for (&vm, chains) in chains {
+            for (frames, Found { origin, slot, .. }) in chains.iter() {
+                let Some(store) = slot.store() else { continue };
+                let pages = shift_down(frames.clone().into(), *origin).raw();
+                seen.entry(store).or_default().insert(pages.clone());
+                scanned.entry((store, vm)).or_default().insert(pages);
             }
-            for run in self.stage2_runs(vm) {
-                if let Source::Store { store, .. } = run.source {
-                    mapped.entry(store).or_default().insert(run.pages.raw());
+        }
+        let mut awaited: HashMap<ObjectId, RangeSet<u64>> = HashMap::new();
+        for (id, object) in self.objects.iter().filter(|(_, object)| object.gaps > 0) {
+            for (gap, _) in object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(_))) {
+                for (found, pages) in self.objects.gap_sources(id, gap) {
+                    awaited.entry(found.object).or_default().insert(pages.raw());
                 }
             }
         }
-        for (id, object) in self.objects.iter().filter(|(_, object)| object.kind == Kind::Anonymous) {
+        for (id, object) in self.objects.iter() {
             for (pages, slot) in object.slots.iter() {
                 let Some(store) = slot.store() else { continue };
-                let empty = RangeSet::new();
-                let hidden: Vec<_> = seen.get(&store).unwrap_or(&empty).gaps(&pages.raw()).collect();
-                for part in hidden {
-                    if !self.awaited_above(id, part.clone().into()) {
+                let _ = self.viewers(store, pages, |vm, run| {
+                    let pages = run.indexes().expect("a run of a store").raw();
+                    found.entry((store, vm)).or_default().insert(pages);
+                    ControlFlow::Continue(())
+                });
+                if object.kind == Kind::File || !self.is_tidy() {
+                    continue;
+                }
+                let awaited = awaited.entry(id).or_default();
+                for hidden in seen.entry(store).or_default().gaps(&pages.raw()) {
+                    awaited.gaps(&hidden).for_each(|part| {
                         broken.push(format!("6: nobody sees pages {part:?} of {store:?}, state {slot:?}"));
-                    }
+                    });
                 }
             }
         }
-        for (store, pages) in &mapped {
-            for part in pages.iter() {
-                let found = self.stage2.rmap().seen(&self.stage2, part.clone().into(), *store);
-                if !found.gaps(part).eq(std::iter::empty()) {
-                    broken.push(format!("7: the reverse map finds {found:?} of {part:?} of {store:?}"));
-                }
-            }
+        if found != scanned {
+            let differ = |(a, b): &(_, _)| a != b;
+            let first = found.iter().zip(&scanned).find(differ);
+            broken.push(format!("7: the reverse map and a scan of all VMs differ, first at {first:?}"));
         }
     }
+}
 
-    /// Whether a gap is to be copied from each of these pages of an object.
-    fn awaited_above(&self, object: ObjectId, pages: GfnRange) -> bool {
-        pages.iter().all(|page: Gfn| {
-            self.objects.iter().any(|(_, above)| {
-                let is_gap = matches!(above.slots.get(page), Some(Slot::Gap(_)));
-                let below = above.backing.filter(|_| is_gap);
-                below.is_some_and(|below| {
-                    let one = GfnRange::new(page, PageCount(1));
-                    let source = self.objects.resolve(Some(below.object), Gfn(below.origin), one)[0].found;
-                    source.is_some_and(|found| found.object == object)
-                })
-            })
-        })
+/// 1 and 8: what these runs show is what the chains say.
+fn check_sources(id: VmId, what: Shown, vm: &Vm, chains: &Chains, runs: Vec<Run>, broken: &mut Vec<String>) {
+    let told: u64 = runs.iter().map(|run| run.pages.count().0).sum();
+    let shown: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
+    if told != shown && what != Shown::Spans {
+        broken.push(format!("{what} of {id:?} tells of {told} pages, its map has {shown}"));
+    }
+    for run in runs {
+        let there = chains.overlapping(run.pages.raw()).map(|(_, found)| Some(*found));
+        // What a window maps of a store that has nothing there traps, and is zero then.
+        for found in there.chain(chains.gaps(&run.pages.raw()).map(|_| None)) {
+            let right = match (run.source, found) {
+                (Source::Anonymous, found) => found.is_none_or(|found| found.slot == Slot::Zero),
+                (Source::Store { .. }, None) => what != Shown::Tables,
+                (Source::Store { store, origin }, Some(Found { slot, origin: at, .. })) => {
+                    slot == Slot::Zero || (slot.store() == Some(store) && origin == at)
+                }
+            };
+            if !right {
+                broken.push(format!("{what} of {id:?} says {run:?}, its chain {found:?}"));
+            }
+        }
     }
 }

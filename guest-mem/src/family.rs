@@ -1,7 +1,8 @@
 //! A family's books: its objects, its VMs' address spaces, and the stage-2 tables between them.
 //!
-//! A family is the VMs that descend from one launch (Torvalds 2004: exec makes a new group, fork joins it). A page of
-//! anonymous memory has the same index in all of them, which is what makes the reverse map one look.
+//! A family is the VMs that descend from one launch: Torvalds' *group* (2004), which exec makes and fork joins, and which
+//! lists its address spaces. A page of anonymous memory has the same index in all of them, so the reverse map looks at that
+//! one address in each that may have it.
 //!
 //! Objects and stage-2 tables do not know each other; they meet in the operations of [`ops`](crate::ops), each of which
 //! changes the books and collects [effects](crate::effect). Nothing here touches memory, waits, or can fail half way.
@@ -159,9 +160,13 @@ impl Family {
         }
     }
 
+    /// A new VM joins; the objects that it shows list it.
     pub(crate) fn insert_vm(&mut self, vm: Vm) -> VmId {
         let id = VmId(self.next_vm);
         self.next_vm += 1;
+        for object in vm.map.iter().filter_map(|(_, entry)| entry.object) {
+            self.objects.map(object, id, vm.pace);
+        }
         self.vms.insert(id, vm);
         id
     }

@@ -33,7 +33,6 @@ pub mod ops;
 mod pages;
 mod ranges;
 mod reclaim;
-pub mod rmap;
 pub mod stage2;
 pub mod stats;
 pub mod store;

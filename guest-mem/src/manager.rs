@@ -463,6 +463,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Holds the stores against the books: a page is in its store exactly if its slot says so (invariants 3 and 6).
     pub fn check_stores(&self, broken: &mut Vec<String>) {
+        let resident = self.family.objects().resident();
         for (&id, store) in &self.stores {
             match store.extents() {
                 Err(error) => broken.push(format!("3: {id:?} cannot tell what it has: {error}")),
@@ -470,7 +471,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                     let mut there: RangeSet<u64> = extents.into_iter().map(GfnRange::raw).collect();
                     let hidden = self.hidden_pages().filter(|(store, _)| *store == id);
                     hidden.for_each(|(_, pages)| there.remove(pages.raw()));
-                    let told = self.family.objects().resident(id);
+                    let told = resident.get(&id).cloned().unwrap_or_default();
                     if there != told {
                         broken.push(format!("3: {id:?} has pages {there:?}, the books say {told:?}"));
                     }

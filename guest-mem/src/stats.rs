@@ -2,16 +2,11 @@
 
 use crate::addr::PageCount;
 use crate::family::{Family, VmId};
-use crate::object::{Kind, Slot};
-use crate::stage2::{View, entries};
+use crate::object::{Kind, Slot, shift_down};
+use crate::stage2::{Sharing, push_run};
 use crate::window::{Source, StoreId};
-use rangemap::{RangeMap, RangeSet};
-use std::collections::HashMap;
-
-/// How many VMs see each stored page, by store and guest frame. Made once for a report, by one pass over the distinct
-/// tables.
-#[derive(Debug, Default)]
-pub struct Census(HashMap<StoreId, RangeMap<u64, u32>>);
+use rangemap::RangeSet;
+use std::ops::Range;
 
 /// A VM's pages by kind; they add up to its memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,46 +43,43 @@ pub struct Totals {
 }
 
 impl Family {
-    /// Counts the viewers of every stored page.
-    pub fn census(&self) -> Census {
-        let mut census = Census::default();
-        let viewers = self.stage2.viewers(self.vms.values().map(|vm| vm.root));
-        for (table, count) in viewers {
-            for (pages, entry) in entries(self.stage2.shape(), self.stage2.table(table)) {
-                if let View::Leaf(Source::Store { store, .. }) = entry.view(pages.start()) {
-                    add(census.0.entry(store).or_default(), pages.raw(), count);
-                }
-            }
-        }
-        census
-    }
-
-    /// A VM's pages by kind. `live` is its live layer: the private pages of its window.
-    pub fn page_counts(&self, id: VmId, census: &Census, live: &RangeSet<u64>) -> PageCounts {
+    /// A VM's pages by kind. `live` is its live layer: the private pages of its window. Costs as much as the VM has leaves: what
+    /// a shared table shows is shared, and of what only its own tables show the reverse map knows whether others see it.
+    pub fn page_counts(&self, id: VmId, live: &RangeSet<u64>) -> PageCounts {
         let vm = self.vm(id);
-        let mut counts = PageCounts { private: live.iter().map(|r| r.end - r.start).sum(), ..PageCounts::default() };
-        let mut memory = 0;
-        for (pages, entry) in vm.map.iter() {
-            memory += pages.count().0;
-            for segment in self.objects.resolve(entry.object, entry.origin, pages) {
+        let count = |pages: &Range<u64>| pages.end - pages.start;
+        let mut counts = PageCounts { private: live.iter().map(count).sum(), ..PageCounts::default() };
+        let (mut own, mut shared) = (Vec::new(), Vec::new());
+        for (bounds, _) in vm.map.iter() {
+            self.stage2.for_each_leaf(vm.root, bounds, Sharing::Own, &mut |run, sharing| match sharing {
+                Sharing::Own => push_run(&mut own, run),
+                Sharing::Shared => push_run(&mut shared, run),
+            });
+        }
+        let own = own.into_iter().map(|run| (run, Sharing::Own));
+        for (run, sharing) in own.chain(shared.into_iter().map(|run| (run, Sharing::Shared))) {
+            let Source::Store { store, origin } = run.source else { continue };
+            let indexes = shift_down(run.pages, origin);
+            let by_others = match sharing {
+                Sharing::Own => self.seen(store, indexes, Some(id)),
+                Sharing::Shared => RangeSet::from_iter([indexes.raw()]),
+            };
+            for segment in self.objects.stored(store, origin, run.pages) {
                 let Some(found) = segment.found else { continue };
                 match found.slot {
                     Slot::Unsettled(_) | Slot::Gap(_) => counts.unsettled += segment.pages.count().0,
                     Slot::Swapped(..) => counts.swapped += segment.pages.count().0,
                     _ => {}
                 }
-                let Some(viewers) = found.slot.store().and_then(|store| census.0.get(&store)) else { continue };
-                if found.slot == Slot::Zero {
-                    continue;
-                }
-                for part in live.gaps(&segment.pages.raw()) {
-                    for (seen, &by) in viewers.overlapping(part.clone()) {
-                        let pages = seen.end.min(part.end) - seen.start.max(part.start);
-                        *(if by > 1 { &mut counts.shared } else { &mut counts.private }) += pages;
-                    }
+                for frozen in live.gaps(&segment.pages.raw()) {
+                    let pages = shift_down(frozen.clone().into(), origin).raw();
+                    let own: u64 = by_others.gaps(&pages).map(|part| count(&part)).sum();
+                    counts.private += own;
+                    counts.shared += count(&pages) - own;
                 }
             }
         }
+        let memory: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
         counts.zero = memory.saturating_sub(counts.private + counts.shared);
         counts
     }
@@ -125,18 +117,7 @@ impl Family {
             swapped: anonymous.map(|account| account.swapped).sum(),
             unsettled: self.unsettled().0,
             tables: self.stage2.tables() as u64,
-            unshared_tables: self.vms.values().map(|vm| self.stage2.tables_below(vm.root) as u64).sum(),
+            unshared_tables: self.stage2.unshared(self.vms.values().map(|vm| vm.root)),
         }
-    }
-}
-
-fn add(counts: &mut RangeMap<u64, u32>, pages: std::ops::Range<u64>, by: u32) {
-    let seen: Vec<_> = counts
-        .overlapping(pages.clone())
-        .map(|(range, &count)| (range.start.max(pages.start)..range.end.min(pages.end), count))
-        .collect();
-    counts.insert(pages, by);
-    for (range, count) in seen {
-        counts.insert(range, count + by);
     }
 }

@@ -83,15 +83,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         if !self.may_evict() {
             return all;
         }
-        // What nobody sees is not worth a place in swap.
-        while !self.family.is_tidy() {
-            self.tidy();
-        }
         let end = self.family.search_victims();
-        while all.pages < limit
-            && all.stopped.is_none()
-            && let Some((store, pages, objects)) = self.family.next_victim(end)
-        {
+        while all.pages < limit && all.stopped.is_none() {
+            let (mut effects, before) = (Effects::default(), self.family.resident());
+            let victim = self.family.next_victim(end, &mut effects);
+            all.pages.0 += before.0 - self.family.resident().0;
+            self.carry_out(effects);
+            let Some((store, pages, objects)) = victim else { break };
             for object in objects {
                 match self.evict_cluster(object, pages) {
                     Ok(freed) => all.pages.0 += freed.0,

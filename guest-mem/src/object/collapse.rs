@@ -9,19 +9,24 @@
 use super::{Backing, Kind, ObjectId, Objects, Slot};
 use crate::addr::GfnRange;
 use crate::effect::Effects;
-use crate::family::Pace;
+use crate::family::{Pace, VmId};
 use crate::ranges::without;
 
 impl Objects {
-    /// One map entry less, of a VM of this pace, shows `id`.
-    pub(crate) fn unmap(&mut self, id: ObjectId, pace: Pace, effects: &mut Effects) {
-        self.unmap_untidily(id, pace);
+    /// One map entry less, of this VM of this pace, shows `id`.
+    pub(crate) fn unmap(&mut self, id: ObjectId, vm: VmId, pace: Pace, effects: &mut Effects) {
+        self.unmap_untidily(id, vm, pace);
         self.tidy(id, effects);
     }
 
     /// The same; what can be made of `id` now is made later.
-    pub(crate) fn unmap_untidily(&mut self, id: ObjectId, pace: Pace) {
-        self.get_mut(id).mappings -= 1;
+    pub(crate) fn unmap_untidily(&mut self, id: ObjectId, vm: VmId, pace: Pace) {
+        let mappings = &mut self.get_mut(id).mappings;
+        let entries = mappings.get_mut(&vm).expect("an object lists who shows it");
+        *entries -= 1;
+        if *entries == 0 {
+            mappings.remove(&vm);
+        }
         if pace == Pace::Running {
             self.calm(id);
         }
@@ -30,7 +35,7 @@ impl Objects {
     /// Removes `id` if nothing needs it, has it absorbed if one shadow does, and goes on below.
     pub(crate) fn tidy(&mut self, id: ObjectId, effects: &mut Effects) {
         let mut next = Some(id);
-        while let Some(id) = next.filter(|&id| self.contains(id) && self.get(id).mappings == 0) {
+        while let Some(id) = next.filter(|&id| self.contains(id) && self.get(id).mappings.is_empty()) {
             let object = self.get(id);
             let mut shadows = object.shadows.iter();
             next = match (shadows.next(), shadows.next()) {

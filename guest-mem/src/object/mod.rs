@@ -10,12 +10,14 @@ mod collapse;
 mod resolve;
 mod slot;
 mod slots;
+mod users;
 
 pub(crate) use resolve::shift_down;
 pub use resolve::{Found, Segment};
 pub(crate) use slot::Batch;
 pub use slot::{Loss, Slot, SwapBase};
 use slots::Slots;
+pub(crate) use users::User;
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
@@ -54,9 +56,9 @@ pub struct Object {
     pub(crate) backing: Option<Backing>,
     /// Objects stacked directly on this one.
     pub(crate) shadows: BTreeSet<ObjectId>,
-    /// Map entries that show this object.
-    pub(crate) mappings: u32,
-    /// Those among them of VMs that run, and shadows that are busy: somebody may need a page of it soon.
+    /// Whose map entries show this object, and how many of each: its space's *list of all vmas that use it* (Lokier 2000).
+    pub(crate) mappings: BTreeMap<VmId, u32>,
+    /// Entries of VMs that run, and shadows that are busy: somebody may need a page of it soon.
     pub(crate) busy: u32,
     pub(crate) slots: Slots,
     /// What the accounts of stores call these slots.
@@ -204,14 +206,16 @@ impl Objects {
         let entry = self.objects.vacant_entry();
         let id = ObjectId(entry.key() as u32);
         let slots_id = SlotsId(self.owners.insert(Owner { object: id, stores: BTreeSet::new() }) as u32);
-        let (slots, shadows) = (Slots::default(), BTreeSet::new());
-        let object = Object { kind, backing, shadows, mappings: 0, busy: 0, slots, slots_id, gaps: 0, settle_from: 0 };
+        let (slots, shadows, mappings) = (Slots::default(), BTreeSet::new(), BTreeMap::new());
+        let object = Object { kind, backing, shadows, mappings, busy: 0, slots, slots_id, gaps: 0, settle_from: 0 };
         entry.insert(object);
         id
     }
 
     /// An object.
     pub fn get(&self, id: ObjectId) -> &Object {
+        #[cfg(test)]
+        crate::testing::step();
         &self.objects[id.0 as usize]
     }
 
@@ -234,9 +238,9 @@ impl Objects {
         self.objects.is_empty()
     }
 
-    /// One more map entry, of a VM of this pace, shows `id`.
-    pub(crate) fn map(&mut self, id: ObjectId, pace: Pace) {
-        self.get_mut(id).mappings += 1;
+    /// One more map entry, of this VM of this pace, shows `id`.
+    pub(crate) fn map(&mut self, id: ObjectId, vm: VmId, pace: Pace) {
+        *self.get_mut(id).mappings.entry(vm).or_default() += 1;
         if pace == Pace::Running {
             self.rouse(id);
         }
@@ -357,7 +361,7 @@ impl Objects {
     }
 
     /// What gaps of `id` are to be copied from, and which pages of that.
-    fn gap_sources(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
+    pub(crate) fn gap_sources(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
         let (below, origin) = self.get(id).backing.map_or((None, 0), |below| (Some(below.object), below.origin));
         let segments = self.resolve(below, Gfn(origin), pages).into_iter();
         segments.filter_map(|segment| segment.found.map(|found| (found, found.indexes(segment.pages))))
@@ -513,10 +517,15 @@ impl Objects {
         !self.put_off.is_empty()
     }
 
-    /// The pages that are in a store.
-    pub(crate) fn resident(&self, store: StoreId) -> RangeSet<u64> {
-        let slots = self.iter().flat_map(|(_, object)| object.slots.iter());
-        slots.filter(|(_, slot)| slot.resident() == Some(store)).map(|(pages, _)| pages.raw()).collect()
+    /// The pages that are in each store.
+    pub(crate) fn resident(&self) -> BTreeMap<StoreId, RangeSet<u64>> {
+        let mut resident: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
+        for (pages, slot) in self.iter().flat_map(|(_, object)| object.slots.iter()) {
+            if let Some(store) = slot.resident() {
+                resident.entry(store).or_default().insert(pages.raw());
+            }
+        }
+        resident
     }
 
     /// Whether pages of a window of `holder` are waited for.

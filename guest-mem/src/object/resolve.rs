@@ -2,6 +2,8 @@
 
 use super::{ObjectId, Objects, Slot};
 use crate::addr::{Gfn, GfnRange};
+use crate::ranges::without;
+use crate::window::StoreId;
 
 /// What the chain says of a stretch of guest frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,55 +46,57 @@ pub(crate) fn shift_down(pages: GfnRange, origin: Gfn) -> GfnRange {
 
 impl Objects {
     /// What the chain from `top` down, its page 0 at guest frame `origin`, says of `pages`; in order of the frames.
+    ///
+    /// Depth is the number of live generations, without bound: a list of what is still looked for goes down, no recursion.
     pub fn resolve(&self, top: Option<ObjectId>, origin: Gfn, pages: GfnRange) -> Vec<Segment> {
         let mut segments = Vec::new();
-        self.for_each_segment(top, origin, pages, &mut |segment| segments.push(segment));
+        let (mut rest, mut left) = (vec![pages], Vec::new());
+        let (mut next, mut origin) = (top, origin);
+        rest.retain(|pages| !pages.is_empty());
+        while let Some(id) = next.filter(|_| !rest.is_empty()) {
+            for pages in rest.drain(..) {
+                let mut at = pages.start();
+                for segment in self.segments_of(id, origin, pages) {
+                    left.push(GfnRange::between(at, segment.pages.start()));
+                    at = segment.pages.end();
+                    segments.push(segment);
+                }
+                left.push(GfnRange::between(at, pages.end()));
+            }
+            left.retain(|pages| !pages.is_empty());
+            std::mem::swap(&mut rest, &mut left);
+            let backing = self.get(id).backing;
+            next = backing.map(|backing| backing.object);
+            origin = Gfn(origin.0 + backing.map_or(0, |backing| backing.origin));
+        }
+        segments.extend(rest.into_iter().map(|pages| Segment { pages, found: None }));
+        segments.sort_unstable_by_key(|segment| segment.pages.start());
         segments
     }
 
-    /// The same, segment by segment.
-    pub(crate) fn for_each_segment(
-        &self,
-        top: Option<ObjectId>,
-        origin: Gfn,
-        pages: GfnRange,
-        out: &mut dyn FnMut(Segment),
-    ) {
-        // Depth is the number of live generations: without bound, so no recursion over it where nothing is found.
-        let (mut top, mut origin) = (top, origin);
-        loop {
-            let Some(id) = top else {
-                out(Segment { pages, found: None });
-                return;
-            };
-            let object = self.get(id);
-            // Frames before the object's first page are not its own.
-            let own = pages.intersect(GfnRange::between(origin, Gfn(u64::MAX)));
-            let below = object.backing;
-            let (next, next_origin) = match below {
-                Some(backing) => (Some(backing.object), Gfn(origin.0 + backing.origin)),
-                None => (None, origin),
-            };
-            let mut hits =
-                if own.is_empty() { None } else { Some(self.slots_in(id, shift_down(own, origin)).peekable()) };
-            if hits.as_mut().is_none_or(|hits| hits.peek().is_none()) {
-                (top, origin) = (next, next_origin);
-                continue;
-            }
-            let mut at = pages.start();
-            for (part, slot) in hits.into_iter().flatten() {
-                let part = GfnRange::between(Gfn(part.start().0 + origin.0), Gfn(part.end().0 + origin.0));
-                if at < part.start() {
-                    self.for_each_segment(next, next_origin, GfnRange::between(at, part.start()), out);
-                }
-                out(Segment { pages: part, found: Some(Found { object: id, origin, slot }) });
-                at = part.end();
-            }
-            if at < pages.end() {
-                self.for_each_segment(next, next_origin, GfnRange::between(at, pages.end()), out);
-            }
-            return;
-        }
+    /// What one object, its page 0 at guest frame `origin`, has of `pages`.
+    fn segments_of(&self, object: ObjectId, origin: Gfn, pages: GfnRange) -> impl Iterator<Item = Segment> {
+        // Frames before the object's first page are not its own.
+        let own = pages.intersect(GfnRange::between(origin, Gfn(u64::MAX)));
+        let indexes = if own.is_empty() { own } else { shift_down(own, origin) };
+        self.slots_in(object, indexes).map(move |(part, slot)| {
+            let pages = GfnRange::between(Gfn(part.start().0 + origin.0), Gfn(part.end().0 + origin.0));
+            Segment { pages, found: Some(Found { object, origin, slot }) }
+        })
+    }
+
+    /// What these frames are whose leaves name `store`, its page 0 at `origin`: the slots that name it, whosever they are
+    /// now, and zero where none does. No chain is asked: this costs the same at any depth.
+    pub(crate) fn stored(&self, store: StoreId, origin: Gfn, pages: GfnRange) -> Vec<Segment> {
+        let owners = self.owners(store).flat_map(|(object, _)| self.segments_of(object, origin, pages));
+        let names = |segment: &Segment| segment.found.and_then(|found| found.slot.store()) == Some(store);
+        let mut segments: Vec<Segment> = owners.filter(names).collect();
+        segments.sort_unstable_by_key(|segment| segment.pages.start());
+        let there: Vec<GfnRange> = segments.iter().map(|segment| segment.pages).collect();
+        let zeros = without(&[pages], &there).into_iter();
+        segments.extend(zeros.map(|pages| Segment { pages, found: None }));
+        segments.sort_unstable_by_key(|segment| segment.pages.start());
+        segments
     }
 
     /// Those of `all` (sorted, apart from each other) where an object of the chain from `top` down has a slot. Costs a look at
@@ -127,7 +131,6 @@ impl Objects {
 mod tests {
     use super::super::Backing;
     use super::*;
-    use crate::window::StoreId;
 
     /// For many pseudo-random chains of objects that begin at different frames: as a look at every page tells.
     #[test]

@@ -1,7 +1,7 @@
 //! Which pages of an object have which slot.
 
 use super::Slot;
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::GfnRange;
 use std::collections::BTreeMap;
 use std::iter;
 use std::ops::Range;
@@ -66,11 +66,6 @@ impl Slots {
                 }
             }
         }
-    }
-
-    /// The slot of a page; none of one that is absent.
-    pub fn get(&self, page: Gfn) -> Option<Slot> {
-        self.parts(GfnRange::between(page, Gfn(page.0 + 1))).next().map(|(_, slot)| slot)
     }
 
     /// The stretches among `pages`, cut to them.
@@ -185,8 +180,6 @@ mod tests {
                 all.windows(2).all(apart) && all.iter().all(|(pages, _)| !pages.is_empty()),
                 "step {step}: {all:?}"
             );
-            let page = Gfn(random(PAGES));
-            assert_eq!(slots.get(page), model[page.0 as usize], "step {step}");
         }
         slots.remove((0..PAGES).into());
         assert!(slots.is_empty());

@@ -45,11 +45,9 @@ impl Family {
 
     /// Makes `parts` of an entry zero in its top object, which is this VM's alone, or becomes so.
     fn hide(&mut self, vm: VmId, bounds: GfnRange, entry: MapEntry, parts: &[GfnRange], effects: &mut Effects) {
-        let segments = parts.iter().flat_map(|&part| self.objects.resolve(entry.object, entry.origin, part));
-        let shown: RangeSet<u64> = segments
-            .filter(|segment| segment.found.is_some_and(|found| found.slot != Slot::Zero))
-            .map(|segment| segment.pages.raw())
-            .collect();
+        let segments = parts.iter().flat_map(|&part| self.shown(vm, part));
+        let shown: RangeSet<u64> =
+            segments.filter(|segment| !segment.is_zero()).map(|segment| segment.pages.raw()).collect();
         if shown.is_empty() {
             return;
         }
@@ -63,7 +61,7 @@ impl Family {
         }
         if let Some(below) = entry.object.filter(|&below| below != top) {
             let pace = self.vm(vm).pace;
-            self.objects.unmap(below, pace, effects);
+            self.objects.unmap(below, vm, pace, effects);
         }
     }
 

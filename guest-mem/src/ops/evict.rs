@@ -2,7 +2,7 @@
 //!
 //! No table and no window is changed, however many VMs look: they go on mapping the store, which has a hole now. A page
 //! that has been to swap before is there still, and is not written again. Frozen bytes never change, so there is no
-//! write to race with. Pages that nobody sees do not get here: invariant 6 has them freed.
+//! write to race with. What nobody sees any more, as the reverse map tells, is freed instead.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
@@ -84,10 +84,17 @@ impl Family {
     }
 
     /// The next cluster to evict, and the objects that have pages of it. What only idle VMs see, as far as chains tell,
-    /// goes first.
-    pub(crate) fn next_victim(&mut self, end: Turn) -> Option<(StoreId, GfnRange, Vec<ObjectId>)> {
+    /// goes first. What a freeze has hidden from everybody, and nobody has [tidied up](Self::tidy), is freed here.
+    pub(crate) fn next_victim(
+        &mut self,
+        end: Turn,
+        effects: &mut Effects,
+    ) -> Option<(StoreId, GfnRange, Vec<ObjectId>)> {
         let ages = &mut self.objects.ages;
         let (store, pages) = ages.take_idle().or_else(|| ages.take_oldest(end))?;
+        if !self.is_tidy() {
+            self.free_suspects(vec![(store, pages)], effects);
+        }
         Some((store, pages, self.objects.owners(store).map(|(object, _)| object).collect()))
     }
 
@@ -187,7 +194,8 @@ mod tests {
                 let before = family.objects.ages.steps;
                 for _ in 0..choices {
                     let end = family.search_victims();
-                    let (store, pages, objects) = family.next_victim(end).expect("there are victims");
+                    let (store, pages, objects) =
+                        family.next_victim(end, &mut Effects::default()).expect("there are victims");
                     assert_eq!(objects.len(), 1);
                     family.keep_victim(store, pages);
                 }

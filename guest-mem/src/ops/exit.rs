@@ -15,7 +15,7 @@ impl Family {
         // What nobody else maps goes whole; then, page by page, what others hide.
         for (_, entry) in gone.map.iter() {
             if let Some(object) = entry.object {
-                self.objects.unmap(object, gone.pace, effects);
+                self.objects.unmap(object, vm, gone.pace, effects);
             }
         }
         self.free_unseen(dropped, effects);

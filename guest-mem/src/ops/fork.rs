@@ -20,11 +20,6 @@ impl Family {
         let vm = self.vm_mut(parent);
         vm.map.share();
         let (map, root) = (vm.map.clone(), vm.root);
-        for (_, entry) in map.iter() {
-            if let Some(object) = entry.object {
-                self.objects.map(object, Pace::Running);
-            }
-        }
         let root = self.stage2.share(root);
         let runs = self.fresh_runs(parent, max_runs);
         self.insert_vm(Vm {

@@ -80,7 +80,7 @@ impl Family {
             self.fill_top(top, &taken, &private, store, effects);
             if let Some(below) = entry.object.filter(|&below| below != top) {
                 let pace = self.vm(vm).pace;
-                self.objects.unmap_untidily(below, pace);
+                self.objects.unmap_untidily(below, vm, pace);
             }
         }
         let spans = self.spans(vm, &all_private, &harvest.copied, bridge);
@@ -118,7 +118,7 @@ impl Family {
     pub(super) fn stack_top(&mut self, vm: VmId, pages: GfnRange, entry: MapEntry) -> ObjectId {
         let top = self.objects.stack(entry.object.map(|object| Backing { object, origin: entry.origin.0 }));
         let pace = self.vm(vm).pace;
-        self.objects.map(top, pace);
+        self.objects.map(top, vm, pace);
         let entry = MapEntry { object: Some(top), origin: Gfn(0), needs_copy: false, ..entry };
         self.vm_mut(vm).map.set(pages, entry);
         top

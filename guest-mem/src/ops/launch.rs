@@ -24,11 +24,6 @@ impl Family {
             };
             map.set(mapping.pages, entry);
         }
-        for (_, entry) in map.iter() {
-            if let Some(object) = entry.object {
-                self.objects.map(object, Pace::Running);
-            }
-        }
         let root = self.stage2.new_root();
         let mut vm = Vm {
             map,
@@ -46,7 +41,7 @@ impl Family {
         self.insert_vm(vm)
     }
 
-    /// What the chains behind a map supply, run by run: what stage-2 is a cache of.
+    /// What the chains behind a map supply, run by run: what stage-2 says of a VM that has just been launched.
     pub(crate) fn chain_runs(&self, map: &AddressMap) -> Vec<Run> {
         let mut runs = Vec::new();
         for (pages, entry) in map.iter() {

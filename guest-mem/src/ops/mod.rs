@@ -11,6 +11,7 @@ mod settle;
 mod shed;
 mod swap_in;
 mod trap;
+mod viewers;
 
 pub use evict::Victim;
 pub use freeze::Destination;
@@ -36,6 +37,11 @@ impl Family {
             Source::Store { store, .. } => Some((store, run.pages)),
             Source::Anonymous => None,
         }));
+        self.free_suspects(suspects, effects);
+    }
+
+    /// Frees those of these pages that nobody sees, and what only gaps in their place had kept.
+    fn free_suspects(&mut self, mut suspects: Vec<(StoreId, GfnRange)>, effects: &mut Effects) {
         while !suspects.is_empty() {
             let mut lighter = BTreeSet::new();
             for (store, pages) in suspects {
@@ -48,14 +54,13 @@ impl Family {
         }
     }
 
-    /// Frees pages of a store, unless somebody sees them or a gap is still to be copied from them. Who sees a page is
-    /// one look per distinct table; `lighter` gets the objects that lost pages.
+    /// Frees pages of a store, unless somebody sees them or a gap is still to be copied from them. `lighter` gets the objects that lost pages.
     fn free_pages(&mut self, store: StoreId, pages: GfnRange, lighter: &mut BTreeSet<ObjectId>, effects: &mut Effects) {
         if self.objects.stores.get(&store).is_none_or(|account| account.kind == Kind::File) {
             return;
         }
         let owners: Vec<ObjectId> = self.objects.owners(store).map(|(object, _)| object).collect();
-        let seen = self.stage2.rmap().seen(&self.stage2, pages, store);
+        let seen = self.seen(store, pages, None);
         for unseen in seen.gaps(&pages.raw()) {
             for &object in &owners {
                 let held = self.objects.slots_in(object, unseen.clone().into());

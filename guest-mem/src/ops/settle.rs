@@ -6,6 +6,7 @@ use crate::family::{Family, VmId};
 use crate::object::{Backing, Found, Loss, ObjectId, Objects, Slot, SwapBase};
 use crate::swap::SwapSlot;
 use crate::window::{Run, StoreId};
+use std::ops::ControlFlow;
 
 /// Where the bytes of a job are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,31 +76,36 @@ impl Family {
 
     /// What has to be done for pending pages of one state: a job for them, or for what they are to be copied from.
     pub(crate) fn job(&self, object: ObjectId, pages: GfnRange, slot: Slot) -> Job {
-        let store = slot.store().expect("a pending page is bound for a store");
-        if let Slot::Unsettled(_) = slot {
-            let scratch = self.objects.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
-            return Job { object, needed_by: object, pages, store, from: CopyFrom::Scratch(scratch.holder) };
-        }
-        let (below, origin) = match self.objects.get(object).backing {
-            Some(Backing { object, origin }) => (Some(object), Gfn(origin)),
-            None => (None, Gfn(0)),
-        };
-        let segment = self.objects.resolve(below, origin, pages)[0];
-        let job = |from| Job { object, needed_by: object, pages: segment.pages, store, from };
-        match segment.found {
-            None => job(CopyFrom::Zero),
-            Some(Found { slot: Slot::Zero, .. }) => job(CopyFrom::Zero),
-            Some(Found { slot: Slot::Lost(_, loss), .. }) => job(CopyFrom::Lost(loss)),
-            Some(Found { slot: Slot::Resident(store) | Slot::Clean(store, _), origin, .. }) => {
-                job(CopyFrom::Store { store, origin })
+        let needed_by = object;
+        let (mut object, mut pages, mut slot) = (object, pages, slot);
+        // Gaps may lie over gaps, generation over generation.
+        loop {
+            let store = slot.store().expect("a pending page is bound for a store");
+            if let Slot::Unsettled(_) = slot {
+                let scratch = self.objects.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
+                return Job { object, needed_by, pages, store, from: CopyFrom::Scratch(scratch.holder) };
             }
-            Some(Found { object, slot: Slot::Swapped(_, base), origin }) => {
-                assert_eq!(origin, Gfn(0), "anonymous objects of a family share one index space");
-                job(CopyFrom::Swap { object, first: base.slot(segment.pages.start()) })
-            }
-            Some(found @ Found { slot: Slot::Unsettled(_) | Slot::Gap(_), .. }) => {
-                Job { needed_by: object, ..self.job(found.object, found.indexes(segment.pages), found.slot) }
-            }
+            let (below, origin) = match self.objects.get(object).backing {
+                Some(Backing { object, origin }) => (Some(object), Gfn(origin)),
+                None => (None, Gfn(0)),
+            };
+            let segment = self.objects.resolve(below, origin, pages)[0];
+            let from = match segment.found {
+                None | Some(Found { slot: Slot::Zero, .. }) => CopyFrom::Zero,
+                Some(Found { slot: Slot::Lost(_, loss), .. }) => CopyFrom::Lost(loss),
+                Some(Found { slot: Slot::Resident(store) | Slot::Clean(store, _), origin, .. }) => {
+                    CopyFrom::Store { store, origin }
+                }
+                Some(Found { object, slot: Slot::Swapped(_, base), origin }) => {
+                    assert_eq!(origin, Gfn(0), "anonymous objects of a family share one index space");
+                    CopyFrom::Swap { object, first: base.slot(segment.pages.start()) }
+                }
+                Some(found @ Found { slot: Slot::Unsettled(_) | Slot::Gap(_), .. }) => {
+                    (object, pages, slot) = (found.object, found.indexes(segment.pages), found.slot);
+                    continue;
+                }
+            };
+            return Job { object, needed_by, pages: segment.pages, store, from };
         }
     }
 
@@ -112,8 +118,9 @@ impl Family {
                 Placed::Swapped(base) => Slot::Swapped(job.store, base),
                 Placed::Lost(loss) => Slot::Lost(job.store, loss),
             };
-            self.objects.advance(job.object, pages, to, effects);
+            // Before, as long as a slot tells whose pages these are.
             self.tell_windows(pages, job.store, outcome, effects);
+            self.objects.advance(job.object, pages, to, effects);
         }
         if !matches!(job.from, CopyFrom::Scratch(_)) {
             // Pages below, and the chain to them, may have been kept for these gaps alone.
@@ -144,17 +151,17 @@ impl Family {
         if !matches!(outcome, Placed::Zero | Placed::Lost(Loss::Process)) {
             return;
         }
-        for (&id, vm) in &self.vms {
-            for Run { pages: part, .. } in
-                self.window_runs(id, pages).into_iter().filter(|run| run.source.is_store(store))
-            {
+        let _ = self.viewers(store, pages, |vm, run| {
+            let shown = self.window_runs(vm, run.pages).into_iter().filter(|part| part.source == run.source);
+            for Run { pages: part, .. } in shown {
                 if outcome != Placed::Zero {
-                    effects.push(Effect::Fail(id, part));
-                } else if vm.freezing.is_none() {
-                    effects.push(Effect::Zero(id, part));
+                    effects.push(Effect::Fail(vm, part));
+                } else if self.vm(vm).freezing.is_none() {
+                    effects.push(Effect::Zero(vm, part));
                 }
             }
-        }
+            ControlFlow::Continue(())
+        });
     }
 }
 

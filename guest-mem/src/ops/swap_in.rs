@@ -51,20 +51,19 @@ impl Family {
     }
 
     /// The page that `vm` waits for, to write it, if it is in swap only and nobody else sees it: a copy of its own is all that
-    /// anybody needs. Its slot stays until a freeze tells that the copy was written.
+    /// anybody needs (exclusive swap-in). Its slot stays until a freeze tells that the copy was written.
     pub(crate) fn only_viewer(&self, vm: VmId, gfn: Gfn) -> Option<SwapIn> {
         // A page that is on its way out may have been written.
-        let member = self.vms.get(&vm).filter(|member| member.freezing.is_none())?;
+        self.vms.get(&vm).filter(|member| member.freezing.is_none())?;
         let Trap::SwapIn(read) = self.trap(vm, gfn) else { return None };
-        self.stage2.is_alone(member.root, gfn).then_some(read)
+        self.is_alone(vm, gfn).then_some(read)
     }
 
     /// What `vm` sees of a cluster that is in swap only, each part as it is read.
     pub(crate) fn swapped(&self, vm: VmId, cluster: GfnRange) -> Vec<SwapIn> {
-        let entry = self.vms.get(&vm).and_then(|vm| vm.map.get(cluster.start()));
-        let Some((bounds, entry)) = entry else { return Vec::new() };
         let mut reads: Vec<SwapIn> = Vec::new();
-        for segment in self.objects.resolve(entry.object, entry.origin, cluster.intersect(bounds)) {
+        let segments = if self.vms.contains_key(&vm) { self.shown(vm, cluster) } else { Vec::new() };
+        for segment in segments {
             if let Some(found) = segment.found
                 && let Slot::Swapped(_, base) = found.slot
             {

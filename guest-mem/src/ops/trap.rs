@@ -5,6 +5,7 @@ use super::swap_in::SwapIn;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Freezing, VmId};
 use crate::object::{Kind, Loss, Segment, Slot};
+use crate::ranges::push;
 use crate::swap::CLUSTER;
 use crate::window::{Source, StoreId};
 
@@ -60,9 +61,8 @@ impl Family {
 
     /// What it takes to have what `vm` sees at `gfn` in a store, whether its window keeps that page or not.
     pub fn beneath(&self, vm: VmId, gfn: Gfn) -> Trap {
-        let Some((entry_pages, entry)) = self.vm(vm).map.get(gfn) else { return Trap::Outside };
-        let cluster = aligned(gfn, CLUSTER).intersect(entry_pages);
-        let segments = self.objects.resolve(entry.object, entry.origin, cluster);
+        let Some((entry_pages, _)) = self.vm(vm).map.get(gfn) else { return Trap::Outside };
+        let segments = self.shown(vm, aligned(gfn, CLUSTER).intersect(entry_pages));
         let segment = segments.iter().find(|segment| segment.pages.contains(gfn)).expect("the cluster holds the page");
         let Some(found) = segment.found else { return self.zeros(vm, gfn) };
         match found.slot {
@@ -84,20 +84,11 @@ impl Family {
 
     /// Those of `pages` that are in stores of the family: a touch by `vm` finds them, and does not trap.
     pub fn at_hand(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
-        let mut there = Vec::new();
-        for (bounds, entry) in self.vm(vm).map.iter() {
-            let part = pages.intersect(bounds);
-            if part.is_empty() {
-                continue;
-            }
-            let segments = self.objects.resolve(entry.object, entry.origin, part).into_iter();
-            let stored = segments.filter(|segment| {
-                let found = segment.found.filter(|found| found.slot.resident().is_some());
-                found.is_some_and(|found| self.objects.get(found.object).kind == Kind::Anonymous)
-            });
-            there.extend(stored.map(|segment| segment.pages));
-        }
-        there
+        let stored = self.shown(vm, pages).into_iter().filter(|segment| {
+            let found = segment.found.filter(|found| found.slot.resident().is_some());
+            found.is_some_and(|found| self.objects.get(found.object).kind == Kind::Anonymous)
+        });
+        stored.map(|segment| segment.pages).collect()
     }
 
     /// The zero pages around `gfn`.
@@ -112,24 +103,31 @@ impl Family {
     /// Those of `pages` that are zero, and that the window of `vm` takes from stores: a touch traps. Stretches that lie in one
     /// run each, since no call supplies zeros to two mappings.
     pub fn trapping_zeros(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
-        let runs = self.window_runs(vm, pages).into_iter();
-        let mut zeros: Vec<GfnRange> = Vec::new();
-        for run in runs.filter(|run| run.source != Source::Anonymous) {
-            let from = zeros.len();
-            for (bounds, entry) in self.vm(vm).map.iter() {
-                let part = run.pages.intersect(bounds);
-                let segments = self.objects.resolve(entry.object, entry.origin, part).into_iter();
-                for Segment { pages, .. } in segments.filter(|it| it.is_zero() && !it.pages.is_empty()) {
-                    match zeros[from..].last_mut() {
-                        Some(last) if last.end() == pages.start() => {
-                            *last = GfnRange::between(last.start(), pages.end())
-                        }
-                        _ => zeros.push(pages),
-                    }
-                }
-            }
+        let mut zeros = Vec::new();
+        for run in self.window_runs(vm, pages).into_iter().filter(|run| run.source != Source::Anonymous) {
+            let mut of_run = Vec::new();
+            let shown = self.shown(vm, run.pages).into_iter();
+            shown.filter(Segment::is_zero).for_each(|segment| push(&mut of_run, segment.pages));
+            zeros.append(&mut of_run);
         }
         zeros
+    }
+
+    /// What `vm` sees of `pages`, as of its last freeze; in order. Stage-2 says which store's page each frame shows, and the
+    /// slot that names this page says where it is now: no chain is asked, so this costs the same at any depth. Frames
+    /// outside of its memory do not count.
+    ///
+    /// It is what a look down the chain tells, but for zeros: a page that has turned out zero names no store any more, and
+    /// its leaves go on to show the hole it left. So the rule is: *a leaf names the one page that a frame can show, and that
+    /// page is zero where no slot names it*. A gap's slot names the page that is to be filled. Windows lag behind: where
+    /// one keeps a copy, stage-2 says what lies beneath it, and where it bridges zeros, that they are zero.
+    pub(crate) fn shown(&self, vm: VmId, pages: GfnRange) -> Vec<Segment> {
+        let runs = self.stage2.runs(self.vm(vm).root, pages).into_iter();
+        let segments = runs.flat_map(|run| match run.source {
+            Source::Anonymous => vec![Segment { pages: run.pages, found: None }],
+            Source::Store { store, origin } => self.objects.stored(store, origin, run.pages),
+        });
+        segments.collect()
     }
 }
 

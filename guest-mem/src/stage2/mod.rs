@@ -1,20 +1,23 @@
 //! Stage-2 tables: which source supplies each guest frame of a VM, as a radix tree whose tables are shared.
 //!
 //! The tree has the shape of the hardware's (4 levels of 512 entries; tests use tiny ones) and leaves at the lower
-//! three. A fork shares the whole tree by adding one to the root's use count. The first change below a shared table
-//! copies that table and nothing else (shared page tables: Phillips 2002); `cursor` is the only code that changes one.
+//! three. Tables are shared as in Phillips' *shared page tables* (2002): a fork shares the whole tree by adding one to the
+//! root's use count, and the first change below a shared table copies that table and nothing else. `cursor` is the only
+//! code that changes one.
 //!
-//! A leaf says nothing about residency: eviction and swap-in touch no table. The tree is a *cache* of what the object
-//! chains say and can be rebuilt from them at any time.
+//! The tree is the *authority on what is visible*: a page that no table shows is freed, so it is no cache that could be
+//! rebuilt from the object chains afterwards. What a frame shows is found here, in as many steps as there are levels,
+//! however deep the chain is that it came from. A leaf says nothing about residency: eviction and swap-in touch no table.
 
 mod cursor;
 mod entry;
+mod rmap;
 
 pub use cursor::Cursor;
 pub use entry::{Entry, TableId, View};
+pub(crate) use rmap::Looks;
 
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::rmap::ReverseMap;
 use crate::window::{Run, Source};
 use std::collections::HashMap;
 
@@ -50,9 +53,16 @@ pub(crate) struct Table {
     pub(crate) level: u32,
     /// First frame it covers.
     pub(crate) first: Gfn,
-    /// Entries above and VMs that point to it. Above one, nobody changes it.
+    /// Its *use count* (Phillips 2002): entries above and VMs that point to it. Above one, nobody changes it.
     pub(crate) uses: u32,
     pub(crate) entries: Box<[Entry]>,
+}
+
+/// Whether more than one tree leads to a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    Own,
+    Shared,
 }
 
 /// All tables of a family.
@@ -60,13 +70,12 @@ pub(crate) struct Table {
 pub struct Stage2 {
     shape: Shape,
     tables: slab::Slab<Table>,
-    rmap: ReverseMap,
 }
 
 impl Stage2 {
     /// No tables yet.
     pub fn new(shape: Shape) -> Self {
-        Self { shape, tables: slab::Slab::new(), rmap: ReverseMap::new(shape) }
+        Self { shape, tables: slab::Slab::new() }
     }
 
     /// The tree's dimensions.
@@ -77,11 +86,6 @@ impl Stage2 {
     /// How many tables there are.
     pub fn tables(&self) -> usize {
         self.tables.len()
-    }
-
-    /// The family's lists of distinct tables, by the region they cover.
-    pub fn rmap(&self) -> &ReverseMap {
-        &self.rmap
     }
 
     /// A root that knows nothing, used once.
@@ -103,7 +107,6 @@ impl Stage2 {
             return;
         }
         let t = self.tables.remove(table.0 as usize);
-        self.rmap.remove(t.level, t.first, table);
         for (first, entry) in entries(self.shape, &t) {
             match entry.view(first.start()) {
                 View::Empty => {}
@@ -113,105 +116,50 @@ impl Stage2 {
         }
     }
 
-    /// What supplies `gfn`; none where the tree does not know.
-    pub fn walk(&self, root: TableId, gfn: Gfn) -> Option<Source> {
-        let mut table = self.table(root);
-        loop {
-            let span = self.shape.entry_span(table.level).0;
-            let index = (gfn.0 - table.first.0) / span;
-            let entry = *table.entries.get(usize::try_from(index).ok()?)?;
-            match entry.view(Gfn(table.first.0 + index * span)) {
-                View::Empty => return None,
-                View::Leaf(source) => return Some(source),
-                View::Table(below) => table = self.table(below),
-            }
-        }
-    }
-
-    /// Whether the tree below `root` is the only one that shows the stored page it shows at `gfn`.
-    pub fn is_alone(&self, root: TableId, gfn: Gfn) -> bool {
-        let shown = self.walk(root, gfn);
-        let mut table = root;
-        loop {
-            let t = self.table(table);
-            if t.uses > 1 {
-                return false;
-            }
-            match self.entry_at(t, gfn) {
-                View::Table(below) => table = below,
-                View::Empty => return false,
-                View::Leaf(_) => break,
-            }
-        }
-        let shows = |table: &&TableId| match self.entry_at(self.table(**table), gfn) {
-            View::Leaf(source) => Some(source) == shown,
-            _ => false,
-        };
-        let tables = (1..=self.shape.leaf_levels).flat_map(|level| self.rmap.tables(level, gfn));
-        tables.filter(shows).count() == 1
-    }
-
-    /// What a table says of a frame that it covers.
-    fn entry_at(&self, table: &Table, gfn: Gfn) -> View {
-        let span = self.shape.entry_span(table.level).0;
-        let index = (gfn.0 - table.first.0) / span;
-        table.entries[index as usize].view(Gfn(table.first.0 + index * span))
-    }
-
     /// The known part of `range` as runs, in order, neighbours that continue each other as one.
     pub fn runs(&self, root: TableId, range: GfnRange) -> Vec<Run> {
         let mut runs = Vec::new();
-        self.collect(root, range, &mut runs);
+        self.for_each_leaf(root, range, Sharing::Own, &mut |run, _| push_run(&mut runs, run));
         runs
     }
 
-    fn collect(&self, table: TableId, range: GfnRange, runs: &mut Vec<Run>) {
-        for (pages, entry) in entries_in(self.shape, self.table(table), range) {
+    /// The leaves of `range` below `table`, and whether only one tree has them.
+    pub(crate) fn for_each_leaf(
+        &self,
+        table: TableId,
+        range: GfnRange,
+        above: Sharing,
+        out: &mut dyn FnMut(Run, Sharing),
+    ) {
+        let table = self.table(table);
+        let sharing = if table.uses > 1 { Sharing::Shared } else { above };
+        for (pages, entry) in entries_in(self.shape, table, range) {
             match entry.view(pages.start()) {
                 View::Empty => {}
-                View::Leaf(source) => push_run(runs, Run { pages: pages.intersect(range), source }),
-                View::Table(below) => self.collect(below, range, runs),
+                View::Leaf(source) => out(Run { pages: pages.intersect(range), source }, sharing),
+                View::Table(below) => self.for_each_leaf(below, range, sharing, out),
             }
         }
     }
 
-    /// How many of the given roots lead to each table.
-    pub fn viewers(&self, roots: impl Iterator<Item = TableId>) -> HashMap<TableId, u32> {
-        let mut viewers = HashMap::new();
-        let mut level: Vec<TableId> = Vec::new();
-        for root in roots {
-            *viewers.entry(root).or_insert_with(|| {
-                level.push(root);
-                0
-            }) += 1;
-        }
-        while !level.is_empty() {
-            let mut below = Vec::new();
-            for table in level {
-                let above = viewers[&table];
-                let t = self.table(table);
-                for (pages, entry) in entries(self.shape, t) {
-                    if let View::Table(child) = entry.view(pages.start()) {
-                        *viewers.entry(child).or_insert_with(|| {
-                            below.push(child);
-                            0
-                        }) += above;
-                    }
-                }
-            }
-            level = below;
-        }
-        viewers
+    /// How many tables there would be if these trees shared none.
+    pub(crate) fn unshared(&self, roots: impl Iterator<Item = TableId>) -> u64 {
+        let mut known = HashMap::new();
+        roots.map(|root| self.count_below(root, &mut known)).sum()
     }
 
-    /// Tables below `root`, itself included, as if it shared none.
-    pub fn tables_below(&self, root: TableId) -> usize {
-        1 + entries(self.shape, self.table(root))
-            .filter_map(|(pages, entry)| match entry.view(pages.start()) {
-                View::Table(below) => Some(self.tables_below(below)),
-                _ => None,
-            })
-            .sum::<usize>()
+    fn count_below(&self, table: TableId, known: &mut HashMap<TableId, u64>) -> u64 {
+        if let Some(&count) = known.get(&table) {
+            return count;
+        }
+        let below =
+            entries(self.shape, self.table(table)).filter_map(|(pages, entry)| match entry.view(pages.start()) {
+                View::Table(below) => Some(below),
+                View::Empty | View::Leaf(_) => None,
+            });
+        let count = 1 + below.map(|below| self.count_below(below, known)).sum::<u64>();
+        known.insert(table, count);
+        count
     }
 
     pub(crate) fn ids(&self) -> impl Iterator<Item = TableId> {
@@ -219,6 +167,8 @@ impl Stage2 {
     }
 
     pub(crate) fn table(&self, id: TableId) -> &Table {
+        #[cfg(test)]
+        crate::testing::step();
         &self.tables[id.0 as usize]
     }
 
@@ -227,9 +177,7 @@ impl Stage2 {
     }
 
     fn insert(&mut self, level: u32, first: Gfn, entries: Box<[Entry]>) -> TableId {
-        let id = TableId(self.tables.insert(Table { level, first, uses: 1, entries }) as u32);
-        self.rmap.add(level, first, id);
-        id
+        TableId(self.tables.insert(Table { level, first, uses: 1, entries }) as u32)
     }
 }
 
@@ -281,5 +229,13 @@ impl Source {
     /// Whether a page of this source is `store`'s page at the same place.
     pub(crate) fn is_store(self, store: crate::window::StoreId) -> bool {
         matches!(self, Self::Store { store: s, .. } if s == store)
+    }
+}
+
+impl Run {
+    /// Which pages of its store it shows.
+    pub(crate) fn indexes(self) -> Option<GfnRange> {
+        let of_store = |gfn| self.source.page(gfn).map(|(_, page)| Gfn(page.0));
+        Some(GfnRange::between(of_store(self.pages.start())?, of_store(self.pages.end())?))
     }
 }

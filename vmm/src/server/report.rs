@@ -5,7 +5,7 @@ use super::vm::{FamilyId, Generation, Vm};
 use crate::api::{EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
 use crate::procfs;
 use guest_mem::manager::SwapCounts;
-use guest_mem::stats::{Census, PageCounts};
+use guest_mem::stats::PageCounts;
 use guest_mem::sys::{Pagemap, ScanMethod};
 use guest_mem::{GfnRange, PAGE_SHIFT, PAGE_SIZE, Source};
 use rangemap::RangeSet;
@@ -31,13 +31,12 @@ impl Server {
             let parent = vm.parent.as_deref().filter(|parent| self.vms.find(parent).is_some());
             children.entry(parent).or_default().push(vm);
         }
-        let mut censuses = Censuses::default();
         let mut rows = Vec::new();
         let mut stack: Vec<(u32, &Vm)> =
             children.remove(&None).unwrap_or_default().into_iter().map(|vm| (0, vm)).collect();
         stack.reverse();
         while let Some((depth, vm)) = stack.pop() {
-            let counts = self.page_counts(vm, &mut censuses);
+            let counts = self.page_counts(vm);
             let vm_row = self.summary(vm);
             rows.push(TreeRow { vm: vm_row, depth, private_pages: counts.private, shared_pages: counts.shared });
             let below = children.remove(&Some(vm.name.as_str())).unwrap_or_default();
@@ -48,14 +47,13 @@ impl Server {
 
     pub(super) fn stats(&self, name: Option<&str>) -> Result<Stats, Failure> {
         let only = name.map(|name| self.find(name).map(|vm| vm.generation)).transpose()?;
-        let mut censuses = Censuses::default();
         let vms = self.vms.iter().filter(|vm| only.is_none_or(|only| only == vm.generation));
-        let vms = vms.map(|vm| self.vm_stats(vm, &mut censuses)).collect();
+        let vms = vms.map(|vm| self.vm_stats(vm)).collect();
         Ok(Stats { vms, total: self.totals() })
     }
 
-    fn vm_stats(&self, vm: &Vm, censuses: &mut Censuses) -> VmStats {
-        let counts = self.page_counts(vm, censuses);
+    fn vm_stats(&self, vm: &Vm) -> VmStats {
+        let counts = self.page_counts(vm);
         let process = vm.process.and_then(|id| self.processes.get(&id));
         let pid = process.and_then(|process| process.memory.main.get());
         let books = vm.memory.map(|(family, member)| (self.families[&family].family(), member));
@@ -76,11 +74,9 @@ impl Server {
         }
     }
 
-    fn page_counts(&self, vm: &Vm, censuses: &mut Censuses) -> PageCounts {
+    fn page_counts(&self, vm: &Vm) -> PageCounts {
         let Some((id, member)) = vm.memory else { return PageCounts::default() };
-        let family = self.families[&id].family();
-        let census = censuses.0.entry(id).or_insert_with(|| family.census());
-        family.page_counts(member, census, &self.live_layer(vm))
+        self.families[&id].family().page_counts(member, &self.live_layer(vm))
     }
 
     /// The private pages of a VM's window, as its pagemap has them now.
@@ -170,7 +166,7 @@ impl Server {
             None => Default::default(),
         };
         Ok(Inspection {
-            stats: self.vm_stats(vm, &mut Censuses::default()),
+            stats: self.vm_stats(vm),
             generation: vm.generation.0,
             keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
             isolation: self.isolation.to_string(),
@@ -218,7 +214,3 @@ pub(super) fn sum(a: SwapCounts, b: SwapCounts) -> SwapCounts {
         swap_in_live_pages: a.swap_in_live_pages + b.swap_in_live_pages,
     }
 }
-
-/// One census per family and report.
-#[derive(Default)]
-struct Censuses(BTreeMap<FamilyId, Census>);
