@@ -111,8 +111,8 @@ impl Objects {
             let mut at = 0;
             for (part, _) in object.slots.parts(shift_down(own, origin)) {
                 let part = GfnRange::between(Gfn(part.start().0 + origin.0), Gfn(part.end().0 + origin.0));
-                at += all[at..].iter().take_while(|pages| pages.end() <= part.start()).count();
-                let hit = all[at..].iter().take_while(|pages| pages.start() < part.end()).count();
+                at += all[at..].partition_point(|pages| pages.end() <= part.start());
+                let hit = all[at..].partition_point(|pages| pages.start() < part.end());
                 touched[at..at + hit].fill(true);
             }
             next = object.backing.map(|backing| backing.object);

@@ -179,6 +179,36 @@ mod tests {
         family
     }
 
+    /// A freeze hid pages from everybody, and eviction wrote them to swap, or had to tidy up all that freezes had left first.
+    #[test]
+    fn what_nobody_sees_is_freed_and_not_written() {
+        let mut family = family(1);
+        let vm = family.vms().next().expect("one").0;
+        let old = family.objects.stores.keys().next().copied().expect("one");
+        // The next freeze stacks an object of its own, and hides the other's pages from everybody.
+        let child = family.fork(vm, 1000);
+        family.exit(child, &mut Effects::default());
+        family.begin_freeze(vm);
+        let moved = vec![GfnRange::from(0..40)];
+        let harvest = Harvest { moved_private: moved.clone(), moved, ..Harvest::default() };
+        family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
+        assert!(!family.is_tidy());
+        let (mut effects, mut victims) = (Effects::default(), 0);
+        let end = family.search_victims();
+        while let Some((store, pages, objects)) = family.next_victim(end, &mut effects) {
+            let found = objects.iter().flat_map(|&object| family.victims(object, pages));
+            victims += found.filter(|victim| victim.store == old).count();
+            family.keep_victim(store, pages);
+        }
+        assert_eq!(victims, 2, "pages 40 to 63");
+        let freed = effects.0.iter().filter_map(|effect| match effect {
+            Effect::Punch(store, pages) if *store == old => Some(pages.count().0),
+            _ => None,
+        });
+        assert_eq!(freed.sum::<u64>(), 40);
+        family.check_invariants().unwrap();
+    }
+
     /// Choosing a victim takes as many steps however many VMs there are, with idle ones among them and without.
     #[test]
     fn a_choice_costs_the_same_with_ten_and_with_a_thousand() {

@@ -5,6 +5,8 @@ pub(crate) mod evict;
 mod exit;
 mod fork;
 mod freeze;
+#[cfg(test)]
+mod growth;
 mod launch;
 mod protect;
 mod settle;
