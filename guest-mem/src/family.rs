@@ -5,7 +5,7 @@
 //! one address in each that may have it.
 //!
 //! Objects and stage-2 tables do not know each other; they meet in the operations of [`ops`](crate::ops), each of which
-//! changes the books and collects [effects](crate::effect). Nothing here touches memory, waits, or can fail half way.
+//! changes the books and collects effects. Nothing here touches memory, waits, or can fail half way.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::AddressMap;

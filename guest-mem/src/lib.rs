@@ -19,15 +19,16 @@
 
 pub mod addr;
 pub mod check;
-pub mod effect;
+mod effect;
 pub mod family;
 pub mod local;
 pub mod manager;
-pub mod map;
+mod map;
 #[cfg(test)]
 #[path = "../tests/model/rig.rs"]
 #[allow(dead_code, reason = "the model test uses all of it")]
 mod model;
+#[doc(hidden)]
 pub mod object;
 pub mod ops;
 mod pages;

@@ -17,7 +17,7 @@ use crate::store::memfd::MemfdStores;
 use crate::swap::Swap;
 use crate::window::Failure;
 use crate::window::host::{HostWindow, WindowError};
-use owner::{Order, Owner};
+use owner::{FamilyThread, Request};
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -192,8 +192,8 @@ pub struct LocalStats {
 pub struct Local {
     family: u64,
     /// `None` once it ends.
-    orders: Option<Sender<Order>>,
-    /// One for each order.
+    requests: Option<Sender<Request>>,
+    /// One for each request.
     bell: Arc<EventFd>,
     /// `None` once it has ended.
     owner: Option<JoinHandle<()>>,
@@ -219,11 +219,11 @@ impl Local {
         let family = FAMILIES.fetch_add(1, Ordering::Relaxed);
         let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE).map_err(Error::Begin)?;
         let bell = Arc::new(bell);
-        let (orders, taken) = mpsc::channel();
+        let (requests, taken) = mpsc::channel();
         let (begun, begins) = mpsc::channel();
         let heard = Arc::clone(&bell);
         // The manager never leaves the thread that it is made on.
-        let run = move || match Owner::new(family, ram, options, taken, heard) {
+        let run = move || match FamilyThread::new(family, ram, options, taken, heard) {
             Ok(owner) => {
                 let _ = begun.send(Ok(()));
                 owner.run();
@@ -234,7 +234,7 @@ impl Local {
         };
         let owner = thread::Builder::new().name("guest-mem".to_owned()).spawn(run).map_err(Error::Begin)?;
         begins.recv().unwrap_or(Err(Error::Panicked))?;
-        Ok(Self { family, orders: Some(orders), bell, owner: Some(owner) })
+        Ok(Self { family, requests: Some(requests), bell, owner: Some(owner) })
     }
 
     /// A VM whose memory is zero.
@@ -242,7 +242,7 @@ impl Local {
     /// # Errors
     /// [`Error::Window`]: its window could not be made.
     pub fn launch(&self) -> Result<LocalVm, Error> {
-        self.ask(Owner::launch)?
+        self.ask(FamilyThread::launch)?
     }
 
     /// A child of `parent`, whose memory nobody touches meanwhile: its vCPUs and devices stand still. Whoever does touch it may
@@ -346,18 +346,21 @@ impl Local {
         self.ask(move |owner| look(owner.manager()))
     }
 
-    /// Has the family's thread carry an order out.
-    fn ask<R: Send + 'static>(&self, order: impl FnOnce(&mut Owner) -> R + Send + 'static) -> Result<R, Error> {
-        let (Some(orders), Some(owner)) = (&self.orders, &self.owner) else { return Err(Error::Panicked) };
+    /// Has the family's thread carry a request out.
+    fn ask<R: Send + 'static>(
+        &self,
+        request: impl FnOnce(&mut FamilyThread) -> R + Send + 'static,
+    ) -> Result<R, Error> {
+        let (Some(requests), Some(owner)) = (&self.requests, &self.owner) else { return Err(Error::Panicked) };
         if owner.thread().id() == thread::current().id() {
             return Err(Error::Observing);
         }
         let (answer, answers) = mpsc::channel();
-        let order: Order = Box::new(move |owner| {
-            let _ = answer.send(order(owner));
+        let request: Request = Box::new(move |owner| {
+            let _ = answer.send(request(owner));
         });
-        orders.send(order).map_err(|_| Error::Panicked)?;
-        // It fails where 2^64 orders wait.
+        requests.send(request).map_err(|_| Error::Panicked)?;
+        // It fails where 2^64 requests wait.
         let _ = self.bell.write(1);
         answers.recv().map_err(|_| Error::Panicked)
     }
@@ -365,7 +368,7 @@ impl Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
-        self.orders = None;
+        self.requests = None;
         let _ = self.bell.write(1);
         if let Some(owner) = self.owner.take_if(|owner| owner.thread().id() != thread::current().id()) {
             // What it may have panicked of is on its standard error.

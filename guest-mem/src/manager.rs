@@ -50,7 +50,8 @@ pub struct Copied {
 /// One family's memory. Single owner, no locks, and no method waits.
 ///
 /// It owns the family's stores and the windows of its VMs; file stores are shared. When a VM exits, its window lives on
-/// until the last of its moved-out pages that others see has settled.
+/// until the last of its moved-out pages that others see has settled. A call that cannot fail panics where it is asked about
+/// a VM that is gone: see [`Local`](crate::Local) for VMs that may be.
 pub struct Manager<S: StoreFactory, W> {
     family: Family,
     factory: S,
@@ -125,6 +126,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         &self.family
     }
 
+    fn find(&self, vm: VmId) -> Result<(), Error> {
+        if self.family.vms.contains_key(&vm) { Ok(()) } else { Err(Error::NoSuchVm(vm)) }
+    }
+
     /// The store behind an id, for its descriptor.
     pub fn store(&self, id: StoreId) -> Option<&S::Store> {
         self.stores.get(&id)
@@ -169,8 +174,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// into it, or, with [`Destination::Swap`], into swap.
     ///
     /// # Errors
-    /// [`Error::CreateStore`]; nothing has changed.
+    /// [`Error::NoSuchVm`], [`Error::CreateStore`]; nothing has changed.
     pub fn begin_freeze(&mut self, vm: VmId, to: Destination) -> Result<StoreId, Error> {
+        self.find(vm)?;
         let pages = self.span;
         let store = self.factory.create(pages).map_err(|source| Error::CreateStore { pages, source })?;
         let id = self.family.begin_freeze(vm);
@@ -289,8 +295,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// what others see is not given a way to.
     ///
     /// # Errors
-    /// [`Error::Protect`]; nothing has changed.
+    /// [`Error::NoSuchVm`], [`Error::Protect`]; nothing has changed.
     pub fn protect(&mut self, vm: VmId, pages: GfnRange, protection: Protection) -> Result<(), Error> {
+        self.find(vm)?;
         if let Some(window) = self.windows.get_mut(&vm) {
             window.protect(pages, protection).map_err(|source| Error::Protect { pages, source })?;
         }
@@ -350,8 +357,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// swap. Whether it goes on in order, so that it most likely needs the pages next that settle next.
     ///
     /// # Errors
-    /// The page could not be filled in. The guest waits on.
+    /// [`Error::NoSuchVm`]. Otherwise the page could not be filled in. The guest waits on.
     pub fn trap(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<bool, Error> {
+        self.find(vm)?;
         self.in_order = false;
         self.serve(vm, gfn, touch)?;
         Ok(self.in_order)
@@ -403,8 +411,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// need it.
     ///
     /// # Errors
-    /// A page could not be filled in.
+    /// [`Error::NoSuchVm`]. Otherwise a page could not be filled in.
     pub fn settle_ahead(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        self.find(vm)?;
         self.settle_at(vm, gfn, Family::beneath).map(drop)
     }
 

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 /// A VM's pages by kind; they add up to its memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PageCounts {
     /// Its live layer, and frozen pages that only it sees.
     pub private: u64,
@@ -25,6 +26,7 @@ pub struct PageCounts {
 
 /// Figures of a family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Totals {
     /// Objects.
     pub objects: u64,

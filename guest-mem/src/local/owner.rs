@@ -25,7 +25,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 /// What the thread is asked to do.
-pub(super) type Order = Box<dyn FnOnce(&mut Owner) + Send>;
+pub(super) type Request = Box<dyn FnOnce(&mut FamilyThread) + Send>;
 
 /// Whether the thread goes on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -58,7 +58,7 @@ struct Member {
 }
 
 /// Everything that a family has.
-pub(super) struct Owner {
+pub(super) struct FamilyThread {
     family: u64,
     manager: Manager<MemfdStores, HostWindow>,
     ram: Vec<GfnRange>,
@@ -66,7 +66,7 @@ pub(super) struct Owner {
     swap: Option<LocalSwap>,
     observer: Option<Observer>,
     epoll: Epoll,
-    orders: Receiver<Order>,
+    requests: Receiver<Request>,
     bell: Arc<EventFd>,
     /// Traps that could not be answered.
     again: Vec<(VmId, Gfn, Touch)>,
@@ -74,12 +74,12 @@ pub(super) struct Owner {
     settled: Vec<Sender<Result<(), Error>>>,
 }
 
-impl Owner {
+impl FamilyThread {
     pub fn new(
         family: u64,
         ram: Vec<GfnRange>,
         options: Options,
-        orders: Receiver<Order>,
+        requests: Receiver<Request>,
         bell: Arc<EventFd>,
     ) -> Result<Self, Error> {
         let bounds = [GfnRange::from(0..MOST)];
@@ -100,7 +100,7 @@ impl Owner {
             swap,
             observer,
             epoll,
-            orders,
+            requests,
             bell,
             again: Vec::new(),
             settled: Vec::new(),
@@ -145,8 +145,8 @@ impl Owner {
         }
         if events.clone().any(|data| data == BELL) {
             let _ = self.bell.read();
-            match self.orders.try_recv() {
-                Ok(order) => order(self),
+            match self.requests.try_recv() {
+                Ok(request) => request(self),
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => return Round::Last,
             }

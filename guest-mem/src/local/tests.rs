@@ -226,7 +226,7 @@ fn a_trap_that_fails_is_answered_later() {
     });
     let bell = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
     let ram = vec![GfnRange::new(Gfn(0), PageCount(64))];
-    let mut owner = Owner::new(1, ram, options, taken, bell).expect("these tests need userfaultfd");
+    let mut owner = FamilyThread::new(1, ram, options, taken, bell).expect("these tests need userfaultfd");
     let parent = owner.launch().unwrap();
     (0..64).for_each(|page| owner.memory(parent).unwrap().write_obj(page + 1, at(page)).unwrap());
     let child = owner.fork(parent).unwrap();

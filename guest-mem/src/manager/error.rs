@@ -1,6 +1,7 @@
 //! What can go wrong with a family's memory.
 
 use crate::addr::{GfnRange, PageCount};
+use crate::family::VmId;
 use crate::window::StoreId;
 use std::io;
 
@@ -8,6 +9,9 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The VM is gone, or was never of this family: nothing has changed.
+    #[error("there is no {0:?} in this family")]
+    NoSuchVm(VmId),
     /// A store could not be made: nothing has changed.
     #[error("cannot make a store of {} pages", pages.0)]
     CreateStore {
@@ -71,5 +75,32 @@ impl Error {
     /// Somebody put a page where the books say that there is none: nothing that sees the store can be trusted.
     pub fn is_planted(&self) -> bool {
         matches!(self, Self::Fill { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Manager;
+    use crate::addr::Gfn;
+    use crate::map::Protection;
+    use crate::ops::Destination;
+    use crate::stage2::Shape;
+    use crate::store::memfd::MemfdStores;
+    use crate::sys::Touch;
+    use crate::window::host::HostWindow;
+
+    /// Each of them panicked.
+    #[test]
+    fn a_vm_that_is_gone_is_an_error() {
+        let mut manager = Manager::<_, HostWindow>::new(Shape::X86_64, PageCount(16), MemfdStores::new(None));
+        let gone = VmId(7);
+        let errors = [
+            manager.begin_freeze(gone, Destination::Store).map(drop),
+            manager.trap(gone, Gfn(0), Touch::Read).map(drop),
+            manager.settle_ahead(gone, Gfn(0)),
+            manager.protect(gone, GfnRange::from(0..1), Protection::ReadOnly),
+        ];
+        assert!(errors.iter().all(|error| matches!(error, Err(Error::NoSuchVm(vm)) if *vm == gone)), "{errors:?}");
     }
 }

@@ -15,10 +15,11 @@ use crate::sys::Touch;
 use crate::window::{StoreId, Window};
 use std::collections::HashMap;
 use std::io;
-use std::ops::Range;
+use std::ops::{Add, Range};
 
 /// What went to swap and came back, in pages, since the family began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SwapCounts {
     /// Written to swap.
     pub swap_out_pages: u64,
@@ -34,6 +35,23 @@ pub struct SwapCounts {
     pub lost_pages: u64,
     /// Read from swap into the live layer of the only VM that saw them, which was about to write them.
     pub swap_in_live_pages: u64,
+}
+
+/// What two families did.
+impl Add for SwapCounts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            swap_out_pages: self.swap_out_pages + other.swap_out_pages,
+            swap_in_pages: self.swap_in_pages + other.swap_in_pages,
+            clean_evictions: self.clean_evictions + other.clean_evictions,
+            discarded_pages: self.discarded_pages + other.discarded_pages,
+            refaults: self.refaults + other.refaults,
+            lost_pages: self.lost_pages + other.lost_pages,
+            swap_in_live_pages: self.swap_in_live_pages + other.swap_in_live_pages,
+        }
+    }
 }
 
 /// A guest that waits for a page on its way.
@@ -59,6 +77,7 @@ const AWAKE: usize = 16;
 
 /// What was evicted.
 #[derive(Debug, Default)]
+#[non_exhaustive]
 pub struct Evicted {
     /// Pages freed in stores.
     pub pages: PageCount,

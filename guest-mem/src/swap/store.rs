@@ -32,6 +32,7 @@ pub struct SwapOptions {
 
 /// What a [`SwapStore`] holds and has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SwapStats {
     /// Memory that compressed pages take: the tier, what is on its way out, and copies of what is on the disk.
     pub compressed_bytes: u64,
@@ -55,6 +56,7 @@ pub struct SwapStats {
 
 /// What fits into a [`SwapStore`], in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SwapCapacity {
     /// The limit of the tier in memory.
     pub memory: u64,

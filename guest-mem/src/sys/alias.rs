@@ -19,6 +19,7 @@ pub struct Alias {
 
 /// A page could not be put into a store.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum FillError {
     /// There is a page already where the store should have a hole: somebody planted it, and nothing that maps the store
     /// can be trusted.

@@ -343,7 +343,7 @@ impl Server {
         self.families.retain(|&family, manager| {
             let lives = manager.windows() > 0;
             if !lives {
-                *past = report::sum(*past, manager.counts());
+                *past = *past + manager.counts();
                 budget.forget(family);
             }
             lives

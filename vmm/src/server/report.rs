@@ -4,7 +4,6 @@ use super::Server;
 use super::vm::{FamilyId, Generation, Vm};
 use crate::api::{EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
 use crate::procfs;
-use guest_mem::manager::SwapCounts;
 use guest_mem::stats::PageCounts;
 use guest_mem::sys::{Pagemap, ScanMethod};
 use guest_mem::{GfnRange, PAGE_SHIFT, PAGE_SIZE, Source};
@@ -116,7 +115,7 @@ impl Server {
             sum.unshared_tables += family.unshared_tables;
         }
         let swap = self.swap.borrow().stats();
-        let counts = self.families.values().map(|manager| manager.counts()).fold(self.past, self::sum);
+        let counts = self.families.values().map(|manager| manager.counts()).fold(self.past, std::ops::Add::add);
         Totals {
             server_pid: std::process::id() as i32,
             vms: self.vms.iter().count() as u64,
@@ -199,18 +198,5 @@ impl Server {
             RunInfo { start, end, source }
         });
         (entries.collect(), runs.collect())
-    }
-}
-
-/// Both together.
-pub(super) fn sum(a: SwapCounts, b: SwapCounts) -> SwapCounts {
-    SwapCounts {
-        swap_out_pages: a.swap_out_pages + b.swap_out_pages,
-        swap_in_pages: a.swap_in_pages + b.swap_in_pages,
-        clean_evictions: a.clean_evictions + b.clean_evictions,
-        discarded_pages: a.discarded_pages + b.discarded_pages,
-        refaults: a.refaults + b.refaults,
-        lost_pages: a.lost_pages + b.lost_pages,
-        swap_in_live_pages: a.swap_in_live_pages + b.swap_in_live_pages,
     }
 }
