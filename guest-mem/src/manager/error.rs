@@ -30,12 +30,13 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// Pages of a store, of which a copy is to be made, could not be read. They wait on; try again.
-    #[error("cannot read store {store:?} for pages {pages:?}")]
+    /// Pages could not be read where they are: in a store, of which a copy is to be made, or in the scratch range of the
+    /// freeze into it. They wait on; try again.
+    #[error("cannot read pages {pages:?} of store {store:?}")]
     Read {
         /// The store.
         store: StoreId,
-        /// The pages that are to get the copy.
+        /// The pages.
         pages: GfnRange,
         /// Why.
         source: io::Error,

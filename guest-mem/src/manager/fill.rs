@@ -84,10 +84,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 match window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Coming),
-                    Err(error) => {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
                         log::error!("pages {pages:?} for store {:?} are lost: {error}", job.store);
                         return Ok(Read::Lost(Loss::Process));
                     }
+                    // Its holder lives, and so do the pages.
+                    Err(source) => return Err(Error::Read { store: job.store, pages, source }),
                 }
             }
             CopyFrom::Swap { object, first } => match self.factory.swap().get(first, buf) {

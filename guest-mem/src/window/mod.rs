@@ -155,7 +155,8 @@ pub trait Window {
     ///
     /// # Errors
     /// `WouldBlock`: their holder has still to copy them; the manager is to [retry](crate::manager::Manager::retry) when it
-    /// has. Otherwise it and its memory are gone: the pages are lost.
+    /// has. `NotFound`: it and its memory are gone, and the pages are lost. Anything else says nothing of the pages: they are
+    /// read again later.
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()>;
 
     /// These pages of the freeze into `scratch` have settled: they will not be read again, and their memory may be given

@@ -42,6 +42,8 @@ pub enum Call {
     PutSwap,
     GetSwap,
     Supply,
+    /// The read of a scratch range, whose memory is gone.
+    LoseScratch,
 }
 
 /// Which calls of a kind fail.
@@ -561,6 +563,7 @@ impl Window for FakeWindow {
         if self.copying.contains(&scratch) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
+        self.ledger.check(Call::LoseScratch).map_err(|_| io::ErrorKind::NotFound)?;
         self.ledger.check(Call::ReadScratch)?;
         let pages = &self.scratch[&scratch];
         for (gfn, page) in (first.0..).zip(buf.chunks_exact_mut(PAGE_SIZE)) {

@@ -5,9 +5,11 @@
 //! and by messages, which the server's loop sends.
 
 use super::process::ProcessId;
+use crate::procfs;
 use crate::wire::{ADDRESSES_END, Frozen};
 use guest_mem::sys::Userfaultfd;
 use guest_mem::{Failure, Gfn, GfnRange, PAGE_SIZE, Protection, ScratchRange, StoreId, Window};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::{Pid, pipe2};
@@ -218,11 +220,6 @@ impl Memory {
         self.scratch.borrow().get(&scratch).is_some_and(|scratch| scratch.copy.is_some())
     }
 
-    /// A living process that has the memory.
-    pub fn holder(&self) -> Option<Pid> {
-        self.keeper.get().or(self.main.get())
-    }
-
     /// The guest frame at a host address of the window.
     pub fn gfn(&self, address: u64) -> Gfn {
         Gfn::of_gpa(address.saturating_sub(self.base.get()))
@@ -236,21 +233,21 @@ pub struct RemoteWindow(pub Rc<Memory>);
 impl Window for RemoteWindow {
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
         let memory = &self.0;
-        let gone = || io::Error::new(io::ErrorKind::NotFound, "the process and its keeper are gone");
+        let gone = || io::Error::new(io::ErrorKind::NotFound, "the processes that had the memory are gone");
         let ranges = memory.scratch.borrow();
         let scratch = ranges.get(&scratch).ok_or_else(gone)?;
-        let holder = match &scratch.copy {
-            Some(copy) => memory.copies.borrow().contains(&copy.pid).then_some(copy.pid),
-            None => memory.holder(),
+        let holders = match &scratch.copy {
+            Some(copy) => [memory.copies.borrow().contains(&copy.pid).then_some(copy.pid), None],
+            None => [memory.keeper.get(), memory.main.get()],
         };
-        let holder = holder.ok_or_else(gone)?;
-        let base = memory.address(scratch, first)? as usize;
-        let len = buf.len();
-        let remote = RemoteIoVec { base, len };
-        match process_vm_readv(holder, &mut [IoSliceMut::new(buf)], &[remote])? {
-            n if n == len => Ok(()),
-            n => Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{n} of {len} bytes of scratch memory"))),
+        for holder in holders.into_iter().flatten() {
+            match read(holder, memory.address(scratch, first)?, buf) {
+                // It has ended, and has not been reaped.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                done => return done,
+            }
         }
+        Err(gone())
     }
 
     fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange) {
@@ -292,6 +289,26 @@ impl Window for RemoteWindow {
     }
 }
 
+/// Reads memory of a process.
+///
+/// # Errors
+/// `NotFound`: there is no such memory, nor ever will be again. Anything else may be different the next time: the kernel says
+/// "bad address" also where it was short of memory.
+fn read(pid: Pid, address: u64, buf: &mut [u8]) -> io::Result<()> {
+    let len = buf.len();
+    let remote = RemoteIoVec { base: address as usize, len };
+    let why = match process_vm_readv(pid, &mut [IoSliceMut::new(buf)], &[remote]) {
+        Ok(n) if n == len => return Ok(()),
+        Ok(n) => format!("{n} of {len} bytes of scratch memory"),
+        Err(Errno::ESRCH) => return Err(io::ErrorKind::NotFound.into()),
+        Err(error) => format!("scratch memory: {error}"),
+    };
+    let bytes = address..address + len as u64;
+    let there = procfs::mappings(pid.as_raw(), &bytes).map_err(io::Error::other)?;
+    let mapped: u64 = there.iter().map(|m| m.addresses.end.min(bytes.end) - m.addresses.start.max(bytes.start)).sum();
+    Err(if mapped == len as u64 { io::Error::other(why) } else { io::Error::new(io::ErrorKind::NotFound, why) })
+}
+
 impl RemoteWindow {
     fn answer(&self, what: &str, pages: GfnRange, call: impl Fn(&Userfaultfd, u64, usize) -> io::Result<()>) {
         let Some(traps) = self.0.traps.get() else { return };
@@ -318,6 +335,34 @@ mod tests {
     use std::thread;
     use std::time::{Duration, Instant};
     use vm_memory::{Bytes, GuestAddress};
+
+    /// Pages whose process lives were taken for lost where they could not be read for a moment. Here a part of a mapping lies
+    /// beyond its file, which the kernel tells as it tells that it was short of memory.
+    #[test]
+    fn only_memory_that_is_gone_is_lost() {
+        let pages = GfnRange::from(0..16);
+        let features = Features { userfaultfd: false, pagemap_scan: false };
+        let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
+        let (store, file) = (StoreId(1), Memfd::new("store", PageCount(4)).unwrap());
+        let run = Run { pages, source: Source::Store { store, origin: Gfn(0) } };
+        window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
+        let remote = RemoteWindow(Rc::new(Memory::new(ProcessId(1), Pid::this(), Wants::default())));
+        let range = ScratchRange::new(window.base(), Gfn(0), &[]);
+        remote.0.scratch.borrow_mut().insert(store, Scratch { range, copy: None, uncopied: Vec::new() });
+        let read = |first| {
+            let read = remote.read_scratch(store, Gfn(first), &mut [0; 2 * PAGE_SIZE]);
+            read.map_err(|error| error.kind())
+        };
+        assert_eq!(read(2), Ok(()));
+        assert_eq!([read(3), read(8)], [Err(io::ErrorKind::Other); 2]);
+        // One that has ended, of two that have the memory.
+        remote.0.keeper.set(Some(Pid::from_raw(i32::MAX)));
+        assert_eq!([read(2), read(8)], [Ok(()), Err(io::ErrorKind::Other)]);
+        drop(window);
+        assert_eq!(read(2), Err(io::ErrorKind::NotFound));
+        remote.0.main.set(None);
+        assert_eq!(read(2), Err(io::ErrorKind::NotFound));
+    }
 
     /// A guest's page was being read from swap when its VM was removed: nobody answered the trap any more, and the worker of
     /// KVM's that waited kept the memory, so that `rm` never came back.
