@@ -4,11 +4,12 @@ mod ahead;
 mod error;
 mod fill;
 mod swap;
+mod waiters;
 
 use ahead::Ahead;
 pub use error::Error;
-use swap::Waiter;
 pub use swap::{Evicted, SwapCounts};
+use waiters::{Reason, Waiters};
 
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
@@ -60,10 +61,7 @@ pub struct Manager<S: StoreFactory, W> {
     files: HashMap<StoreId, Rc<S::File>>,
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
-    /// Guests that wait for the end of a freeze of theirs, and the pages they wait for.
-    waiting_for_freeze: Vec<(VmId, Gfn)>,
-    /// Guests that wait for reads from swap, or for copies of pages.
-    waiting_for_pages: Vec<Waiter>,
+    waiters: Waiters,
     ahead: Ahead,
     /// Who waited last goes on in order.
     in_order: bool,
@@ -95,8 +93,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             files: HashMap::new(),
             windows: HashMap::new(),
             copied: HashMap::new(),
-            waiting_for_freeze: Vec::new(),
-            waiting_for_pages: Vec::new(),
+            waiters: Waiters::default(),
             ahead: Ahead::default(),
             in_order: false,
             awake: VecDeque::new(),
@@ -271,10 +268,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Who waited for the end of a freeze touches its page again.
     fn wake_frozen(&mut self, vm: VmId) {
-        for (_, gfn) in self.waiting_for_freeze.extract_if(.., |(waiter, _)| *waiter == vm) {
-            if let Some(window) = self.windows.get_mut(&vm) {
-                window.wake(GfnRange::new(gfn, PageCount(1)));
-            }
+        self.wake_all(|waiter, _, reason| waiter == vm && reason == Reason::Freeze);
+    }
+
+    /// Those who wait for this touch their pages again.
+    fn wake_all(&mut self, waits: impl Fn(VmId, Gfn, Reason) -> bool) {
+        for (vm, gfn, _) in self.waiters.take_all(waits) {
+            self.window_do(vm, |window| window.wake(GfnRange::new(gfn, PageCount(1))));
         }
     }
 
@@ -323,9 +323,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.family.balloon(vm, pages, &mut effects);
         self.carry_out(effects);
         // Who waited for one of them to come back from swap finds it zero.
-        let given = |gfn: Gfn| pages.iter().any(|pages| pages.contains(gfn));
-        for waiter in self.waiting_for_pages.extract_if(.., |waiter| waiter.vm == vm && given(waiter.gfn)) {
-            waiter.wake(&mut self.windows);
+        for &pages in pages.iter().filter(|&&pages| self.waiters.take(vm, pages)) {
+            if let Some(window) = self.windows.get_mut(&vm) {
+                window.wake(pages);
+            }
         }
     }
 
@@ -347,8 +348,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn exit(&mut self, vm: VmId) {
         let mut effects = Effects::default();
         self.family.exit(vm, &mut effects);
-        self.waiting_for_freeze.retain(|(waiter, _)| *waiter != vm);
-        self.waiting_for_pages.retain(|waiter| waiter.vm != vm);
+        self.waiters.forget(vm);
         self.ahead.streams.forget(vm);
         self.carry_out(effects);
     }
@@ -357,39 +357,40 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// swap. Whether it goes on in order, so that it most likely needs the pages next that settle next.
     ///
     /// # Errors
-    /// [`Error::NoSuchVm`]. Otherwise the page could not be filled in. The guest waits on.
+    /// [`Error::NoSuchVm`]. Otherwise the page could not be filled in: the guest waits on, and is served by the next
+    /// [`retry`](Self::retry).
     pub fn trap(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<bool, Error> {
         self.find(vm)?;
         self.in_order = false;
-        self.serve(vm, gfn, touch)?;
-        Ok(self.in_order)
+        let served = self.serve(vm, gfn, touch);
+        match served {
+            Ok(None) => drop(self.waiters.take(vm, GfnRange::new(gfn, PageCount(1)))),
+            Ok(Some(reason)) => self.waiters.add(vm, gfn, touch, reason),
+            Err(_) => self.waiters.add(vm, gfn, touch, Reason::Retry),
+        }
+        served.map(|_| self.in_order)
     }
 
-    fn serve(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<(), Error> {
+    /// Answers a trap, if that can be done now; otherwise what its guest waits for.
+    fn serve(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<Option<Reason>, Error> {
         match self.supply_only_viewer(vm, gfn, touch)? {
             None => {}
-            Some(Fetch::Here) => return Ok(()),
-            Some(Fetch::Coming) => {
-                self.waiting_for_pages.push(Waiter { vm, gfn, touch });
-                return Ok(());
-            }
+            Some(Fetch::Here) => return Ok(None),
+            Some(Fetch::Coming) => return Ok(Some(Reason::Page)),
         }
         let answer = match self.settle_at(vm, gfn, Family::trap)? {
             Trap::File { store, pages, wake } => {
                 self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
                 Trap::Wake(wake)
             }
-            Trap::Wait => {
-                self.waiting_for_freeze.push((vm, gfn));
-                return Ok(());
-            }
-            Trap::SwapIn(_) | Trap::Settle(_) => {
-                self.waiting_for_pages.push(Waiter { vm, gfn, touch });
-                return Ok(());
-            }
             answer => answer,
         };
-        self.window_do(vm, |window| match answer {
+        let Some(window) = self.windows.get_mut(&vm) else { return Ok(None) };
+        let mut wake = |window: &mut W, pages| {
+            self.waiters.take(vm, pages);
+            window.wake(pages);
+        };
+        match answer {
             Trap::Zero(zeros) => {
                 let page = GfnRange::new(gfn, PageCount(1));
                 if zeros.iter().any(|pages| pages.contains(gfn)) {
@@ -397,14 +398,15 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                     window.zero(page);
                 }
                 zeros.iter().for_each(|&pages| window.zero(pages));
-                zeros.iter().chain([&page]).for_each(|&pages| window.wake(pages));
+                zeros.iter().chain([&page]).for_each(|&pages| wake(window, pages));
             }
             Trap::Lost(loss) => window.fail(lost(gfn, loss)),
             Trap::Outside => window.fail(Failure::Outside(gfn)),
-            Trap::Wake(wake) | Trap::File { wake, .. } => window.wake(wake),
-            Trap::Settle(_) | Trap::SwapIn(_) | Trap::Wait => unreachable!("dealt with above"),
-        });
-        Ok(())
+            Trap::Wake(pages) | Trap::File { wake: pages, .. } => wake(window, pages),
+            Trap::Wait => return Ok(Some(Reason::Freeze)),
+            Trap::Settle(_) | Trap::SwapIn(_) => return Ok(Some(Reason::Page)),
+        }
+        Ok(None)
     }
 
     /// Settles what `vm` sees around `gfn`, if it has not settled, and has it read if it is in swap: its children are about to
@@ -522,7 +524,15 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                         self.windows.remove(&holder);
                     }
                 }
-                Effect::Zero(vm, pages) => self.window_do(vm, |window| window.zero(pages)),
+                Effect::Zero(vm, pages) => {
+                    let waited = self.waiters.take(vm, pages);
+                    self.window_do(vm, |window| {
+                        window.zero(pages);
+                        if waited {
+                            window.wake(pages);
+                        }
+                    });
+                }
                 Effect::DropWindow(vm) => {
                     self.windows.remove(&vm);
                 }

@@ -1,6 +1,7 @@
 //! The manager's dealings with swap: what is evicted, and how it comes back.
 
 use super::ahead::{Order, Part};
+use super::waiters::Reason;
 use super::{Error, Manager};
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::Effects;
@@ -51,21 +52,6 @@ impl Add for SwapCounts {
             lost_pages: self.lost_pages + other.lost_pages,
             swap_in_live_pages: self.swap_in_live_pages + other.swap_in_live_pages,
         }
-    }
-}
-
-/// A guest that waits for a page on its way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Waiter {
-    pub vm: VmId,
-    pub gfn: Gfn,
-    pub touch: Touch,
-}
-
-impl Waiter {
-    /// It touches its page again.
-    pub fn wake<W: Window>(self, windows: &mut HashMap<VmId, W>) {
-        wake(windows, self.vm, self.gfn);
     }
 }
 
@@ -268,7 +254,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             }
         }
         // One answer is enough for all who wait for it: by a second one, it may have been written and moved out.
-        self.waiting_for_pages.retain(|waiter| (waiter.vm, waiter.gfn) != (vm, gfn));
+        self.waiters.take(vm, GfnRange::new(gfn, PageCount(1)));
         true
     }
 
@@ -289,35 +275,29 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Guests that wait for these pages look again.
     fn wake_for_pages(&mut self, store: StoreId, pages: GfnRange) {
         let family = &self.family;
-        for waiter in self.waiting_for_pages.extract_if(.., |w| family.maps(w.vm, w.gfn, store, pages)) {
-            waiter.wake(&mut self.windows);
+        for (vm, gfn, _) in self.waiters.take_all(|vm, gfn, _| family.maps(vm, gfn, store, pages)) {
+            wake(&mut self.windows, vm, gfn);
         }
     }
 
-    /// Pages have come that were on their way, from swap or into a scratch range: serves the guests that wait for them, and
-    /// [`settle`](Self::settle) goes on with what they held up.
+    /// Pages have come that were on their way, from swap or into a scratch range, or what failed is to be tried again: serves
+    /// the guests that wait for them, and [`settle`](Self::settle) goes on with what they held up.
     ///
     /// # Errors
     /// The first page that could not be filled in. Its guest waits on, and is served when this is called again.
     pub fn retry(&mut self) -> Result<(), Error> {
         self.family.retry_put_off();
         let mut first = Ok(());
-        let mut waiters = std::mem::take(&mut self.waiting_for_pages);
-        // One answer is enough for all who wait for a page.
-        waiters.sort_by_key(|waiter| (waiter.vm, waiter.gfn));
-        waiters.dedup_by_key(|waiter| (waiter.vm, waiter.gfn));
-        for waiter in waiters {
-            if let Err(error) = self.trap(waiter.vm, waiter.gfn, waiter.touch) {
-                self.waiting_for_pages.push(waiter);
-                first = first.and(Err(error));
-            }
+        for (vm, gfn, touch) in self.waiters.take_all(|_, _, reason| reason != Reason::Freeze) {
+            first = first.and(self.trap(vm, gfn, touch).map(drop));
         }
         first
     }
 
-    /// Guests that wait for pages on their way: from swap, or into a scratch range.
+    /// Guests that wait for pages on their way, from swap or into a scratch range, and for those that could not be filled in.
     pub fn waiting_for_pages(&self) -> impl Iterator<Item = (VmId, Gfn)> {
-        self.waiting_for_pages.iter().map(|waiter| (waiter.vm, waiter.gfn))
+        let waiting = self.waiters.iter().filter(|(.., reason)| *reason != Reason::Freeze);
+        waiting.map(|(vm, gfn, _)| (vm, gfn))
     }
 
     /// Pages that are in swap only cannot be read from there.
@@ -328,9 +308,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.family.lose(object, pages, &mut effects);
         self.carry_out(effects);
         // Nobody will tell of a read that was for these pages.
-        for waiter in self.waiting_for_pages.drain(..) {
-            waiter.wake(&mut self.windows);
-        }
+        self.wake_all(|_, _, reason| reason == Reason::Page);
     }
 
     /// Puts staged pages of one cluster that have not settled into swap, if swap takes them.

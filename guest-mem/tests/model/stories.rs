@@ -1,6 +1,6 @@
 //! Bugs that were, and shapes that must not come back.
 
-use crate::fakes::{FakeFile, Gaps};
+use crate::fakes::{Call, FakeFile, Gaps};
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange};
 use guest_mem::manager::Copied;
@@ -363,4 +363,35 @@ fn what_settling_waits_for_goes_and_the_rest_settles() {
     assert_eq!(world.manager.family().totals().unsettled, 0);
     world.verify();
     world.end();
+}
+
+/// A guest waited for a page that was zero when it had settled. It was supplied, written by its guest and moved out by a freeze
+/// of which nobody had heard yet: when the trap was served again, zeros were put over it.
+#[test]
+fn a_page_that_was_supplied_meanwhile_is_not_supplied_again() {
+    for fails in [false, true] {
+        let mut world = World::new(&Layout::flat(64));
+        let parent = world.ids()[0];
+        (0..32).for_each(|page| world.write(parent, Gfn(page)));
+        (0..32).for_each(|page| world.clear(parent, Gfn(page)));
+        let child = world.fork(parent, Gaps::None);
+        match fails {
+            true => {
+                world.ledger.fail(Call::ReadScratch, 0);
+                assert!(world.try_read(child, Gfn(5)).is_err());
+            }
+            false => {
+                world.copies_behind(parent);
+                world.prefetch(child, Gfn(5), Touch::Read);
+                world.end_reads();
+            }
+        }
+        assert!(world.window(child).is_waiting(Gfn(5)));
+        while world.settle() {}
+        assert!(!world.window(child).is_waiting(Gfn(5)) && world.manager.waiting_for_pages().count() == 0);
+        world.write(child, Gfn(5));
+        world.freeze_unheard(child, |world| drop(world.io_done()));
+        world.verify();
+        world.end();
+    }
 }

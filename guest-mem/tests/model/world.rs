@@ -195,8 +195,8 @@ impl<S: WorldSwap> World<S> {
             }
             self.window_mut(vm).wait(gfn);
             if let Err(error) = self.manager.trap(vm, gfn, touch) {
-                // The server knows that it has to try again.
-                self.window_mut(vm).wake(GfnRange::new(gfn, PageCount(1)));
+                // Somebody is to try again.
+                self.untold = true;
                 return Err(error);
             }
             self.finish_reads(vm, gfn)?;
@@ -279,7 +279,10 @@ impl<S: WorldSwap> World<S> {
     fn finish_reads(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
         while self.window(vm).is_waiting(gfn) && self.window(vm).failed.is_none() && (self.end_reads() || self.untold) {
             self.untold = false;
-            self.manager.retry()?;
+            if let Err(error) = self.manager.retry() {
+                self.untold = true;
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -476,6 +479,16 @@ impl<S: WorldSwap> World<S> {
         self.stand(vm);
         self.take(vm, gaps);
         self.finish(vm);
+    }
+
+    /// A freeze of which the manager hears late: it does something else first.
+    pub fn freeze_unheard(&mut self, vm: VmId, meanwhile: impl FnOnce(&mut Self)) {
+        let store = self.manager.begin_freeze(vm, Destination::Store).expect("nothing is to fail");
+        let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
+        let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None);
+        meanwhile(self);
+        self.manager.stands(vm);
+        self.manager.finish_freeze(vm, &harvest);
     }
 
     /// What a VM has written becomes an object.
@@ -715,6 +728,7 @@ impl<S: WorldSwap> World<S> {
         let copying = self.windows().into_iter().any(|vm| self.window(vm).is_copying());
         let reading = self.untold || copying || self.swap.borrow().is_reading();
         assert!(known.is_empty() || reading, "nobody waits for nothing: {known:?}");
+        assert!(known.iter().all(|(vm, _)| self.vms.contains_key(vm)), "nobody waits who is gone: {known:?}");
         assert!(!self.manager.family().objects().waits_for_others() || reading, "nothing is put off for nothing");
         for &vm in self.vms.keys().filter(|vm| self.window(**vm).failed.is_none()) {
             for &page in self.window(vm).waiting() {

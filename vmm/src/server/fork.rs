@@ -384,7 +384,7 @@ impl Server {
         let Some(process) = self.processes.get(&process) else { return };
         let role = process.role;
         process.memory.copied(store);
-        self.serve_waiting();
+        self.pages_came();
         let Role::Vm(parent) = role else { return };
         let Some(fork) = self.fork_of(parent, store) else { return };
         self.forks.get_mut(&fork).expect("just found").copies_due = false;

@@ -251,7 +251,7 @@ impl Server {
         // Its last words may say more than how it ended.
         self.serve_process(id);
         if self.processes.get(&id).is_some_and(|process| process.memory.falls_silent()) {
-            self.serve_waiting();
+            self.pages_came();
         }
         let Some(process) = self.processes.get(&id) else { return };
         match process.role {

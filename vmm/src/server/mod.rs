@@ -73,7 +73,7 @@ use process::{ProcessId, VmProcess};
 use reclaim::Reclaims;
 use roll::Roll;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -164,8 +164,6 @@ struct Server {
     families: BTreeMap<FamilyId, FamilyManager>,
     stores: MemfdStores,
     swap: Rc<RefCell<HostSwap>>,
-    /// Pages from swap could not be put in their place: the retry sees to them as well.
-    swap_in_again: bool,
     reclaims: Reclaims,
     budget: Budget,
     idle: idle::IdlePolicy,
@@ -185,8 +183,8 @@ struct Server {
     /// What is to leave windows.
     sheds: shed::Sheds,
     working_sets: working_set::WorkingSets,
-    retries: VecDeque<(Generation, guest_mem::Gfn, guest_mem::Touch)>,
-    retry_at: Option<Instant>,
+    /// When families do again what failed, or could not be done yet.
+    retries: BTreeMap<FamilyId, Instant>,
     pace: pace::Pace,
     /// Clients that got an answer, and may have asked the next thing already.
     replied: Vec<ClientId>,
@@ -280,7 +278,6 @@ impl Server {
             families: BTreeMap::new(),
             stores: MemfdStores::new(userfaultfd).with_swap(SharedSwap::new(Rc::clone(&swap))),
             swap,
-            swap_in_again: false,
             reclaims: Reclaims::default(),
             budget: Budget::new(budget),
             idle: idle::IdlePolicy::new(idle),
@@ -297,8 +294,7 @@ impl Server {
             deadlines: Vec::new(),
             sheds: shed::Sheds::default(),
             working_sets: working_set::WorkingSets::default(),
-            retries: VecDeque::new(),
-            retry_at: None,
+            retries: BTreeMap::new(),
             pace: pace::Pace::default(),
             replied: Vec::new(),
             lost,
@@ -357,7 +353,7 @@ impl Server {
             self.families.values_mut().for_each(FamilyManager::stock_up);
         }
         let pool = self.pool.next_look();
-        let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retry_at).chain(pool);
+        let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retries.values().copied()).chain(pool);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
         let lingering = (!self.lingering.is_empty()).then(|| now + LINGER);
         let next = next.chain(self.next_idle_look()).chain(self.latency.until()).chain(lingering).min();

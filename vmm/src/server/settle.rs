@@ -2,31 +2,26 @@
 
 use super::fork::ForkOp;
 use super::process::{ProcessId, Role};
-use super::vm::{FamilyId, Generation, Phase};
+use super::vm::{FamilyId, Generation, Phase, Vm};
 use super::{FamilyManager, Server};
 use guest_mem::manager::Error as MemoryError;
 use guest_mem::ops::Trap;
-use guest_mem::{Gfn, Touch};
+use guest_mem::{Gfn, Touch, VmId};
+use std::collections::BTreeSet;
 use std::error::Error as _;
-use std::mem;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// How long a page that could not be filled in waits for the next try.
+/// How long a family in which a page could not be filled in waits for the next try.
 const RETRY: Duration = Duration::from_millis(50);
 
 impl Server {
     /// Settles a batch of every family. Whether there is more, or may be.
     pub(super) fn settle(&mut self, now: Instant) -> bool {
-        if self.retry_at.is_some_and(|at| at > now) {
-            return false;
-        }
-        self.retry_at = None;
-        if mem::take(&mut self.swap_in_again) {
-            self.serve_waiting();
-        }
-        for (generation, gfn, touch) in mem::take(&mut self.retries) {
-            self.serve_trap(generation, gfn, touch);
+        let due: Vec<FamilyId> = self.retries.iter().filter(|(_, at)| **at <= now).map(|(&family, _)| family).collect();
+        for family in due {
+            self.retries.remove(&family);
+            self.serve_waiting(family);
         }
         if !self.families.values().any(FamilyManager::is_settling) {
             self.pace.all_settled();
@@ -41,7 +36,9 @@ impl Server {
         let started = Instant::now();
         let mut more = false;
         let mut failed = Vec::new();
-        for (&id, manager) in &mut self.families {
+        // A family in which something failed has its turn at the next try, and holds nobody else up.
+        let retries = &self.retries;
+        for (&id, manager) in self.families.iter_mut().filter(|(id, _)| !retries.contains_key(id)) {
             match manager.settle(limit) {
                 Ok(left) => more |= left,
                 Err(error) => failed.push((id, error)),
@@ -55,7 +52,28 @@ impl Server {
         for (family, error) in failed {
             self.memory_error(family, &error);
         }
-        more && self.retry_at.is_none()
+        more
+    }
+
+    /// Pages have come, from swap or as copies: who waits for such is served before the next batch settles.
+    pub(super) fn pages_came(&mut self) {
+        let now = Instant::now();
+        self.retries.extend(self.families.keys().map(|&family| (family, now)));
+    }
+
+    /// Serves those again whose traps could not be answered.
+    fn serve_waiting(&mut self, family: FamilyId) {
+        let Some(manager) = self.families.get(&family) else { return };
+        let waiting: BTreeSet<VmId> = manager.waiting_for_pages().map(|(vm, _)| vm).collect();
+        if !waiting.is_empty() {
+            // As with new traps, a freeze that stands was announced before.
+            let waits = |vm: &&Vm| vm.memory.is_some_and(|(of, vm)| of == family && waiting.contains(&vm));
+            let processes: Vec<ProcessId> = self.vms.iter().filter(waits).filter_map(|vm| vm.process).collect();
+            processes.into_iter().for_each(|process| self.serve_process(process));
+        }
+        if let Some(Err(error)) = self.families.get_mut(&family).map(FamilyManager::retry) {
+            self.memory_error(family, &error);
+        }
     }
 
     /// A VM's guests wait for pages.
@@ -120,10 +138,7 @@ impl Server {
             // The next batch is what it needs next.
             Ok(true) if alone => {}
             Ok(_) => self.pace.trapped(answered_at),
-            Err(error) => {
-                self.retries.push_back((generation, gfn, touch));
-                self.memory_error(family, &error);
-            }
+            Err(error) => self.memory_error(family, &error),
         }
     }
 
@@ -136,7 +151,7 @@ impl Server {
                 self.end_vm(generation, Phase::Dead("memory of its family was tampered with".into()));
             }
         } else {
-            self.retry_at = Some(Instant::now() + RETRY);
+            self.retries.entry(family).or_insert_with(|| Instant::now() + RETRY);
         }
     }
 }

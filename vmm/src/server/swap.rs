@@ -1,6 +1,6 @@
 //! The swap that all families share: opened when the first page goes there, unless it was asked for by name.
 
-use super::{Error, FamilyId, FamilyManager, Origin, Server};
+use super::{Error, FamilyManager, Origin, Server};
 use crate::client::Home;
 use event_manager::EventSet;
 use guest_mem::PageCount;
@@ -245,7 +245,7 @@ impl Server {
         let came = self.swap.borrow_mut().complete();
         self.reclaims.swap_moved();
         if came {
-            self.serve_waiting();
+            self.pages_came();
         }
     }
 
@@ -261,20 +261,6 @@ impl Server {
             more |= manager.bring_ahead();
         }
         more
-    }
-
-    /// Pages have come, from swap or as copies: serves who waits for such.
-    pub(super) fn serve_waiting(&mut self) {
-        let mut failed: Vec<(FamilyId, guest_mem::manager::Error)> = Vec::new();
-        for (&id, manager) in &mut self.families {
-            if let Err(error) = manager.retry() {
-                failed.push((id, error));
-            }
-        }
-        for (family, error) in failed {
-            self.swap_in_again = true;
-            self.memory_error(family, &error);
-        }
     }
 }
 
