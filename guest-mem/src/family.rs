@@ -36,6 +36,8 @@ pub struct Vm {
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,
     pub(crate) pace: Pace,
+    /// How far it has shed what stayed since a freeze into this store: up to this page.
+    pub(crate) shed: Option<(StoreId, Gfn)>,
 }
 
 /// Whether a VM is likely to need its memory soon.
@@ -76,12 +78,12 @@ pub struct Family {
     next_vm: u32,
 }
 
-/// What freezes have hidden, perhaps from everybody: to find out takes time, and the children come first.
+/// What freezes and exits have hidden, perhaps from everybody: to find out takes time, and guests that wait come first.
 #[derive(Debug, Default)]
 pub(crate) struct LeftOver {
     /// Objects that have been stacked on others.
     pub(crate) tops: Vec<ObjectId>,
-    /// What the frozen VMs saw before.
+    /// What the frozen VMs saw before, and those that are gone.
     pub(crate) replaced: Vec<Run>,
 }
 

@@ -36,6 +36,7 @@ mod ranges;
 mod reclaim;
 pub mod stage2;
 pub mod stats;
+mod steps;
 pub mod store;
 mod stream;
 pub mod swap;

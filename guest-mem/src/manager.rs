@@ -23,7 +23,7 @@ use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
 use crate::window::{Failure, Harvest, Run, StoreId, Window};
 use rangemap::RangeSet;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::rc::Rc;
 
@@ -69,9 +69,9 @@ pub struct Manager<S: StoreFactory, W> {
     awake: VecDeque<StoreId>,
     /// Stores of freezes whose pages go to swap.
     to_swap: HashSet<StoreId>,
-    /// Pages that nobody sees any more since a freeze and that are still in their stores, and stores without pages: to free
-    /// them takes time, and the children of the freeze come first.
-    hidden: VecDeque<Effect>,
+    /// Pages that nobody sees any more and that are still in their stores: to free them takes time, and guests that wait come
+    /// first.
+    hidden: BTreeMap<StoreId, Vec<GfnRange>>,
     /// Pages of a scratch range that have settled, and whose memory has not been given back.
     left: HashMap<StoreId, GfnRange>,
     swap_counts: SwapCounts,
@@ -98,7 +98,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             in_order: false,
             awake: VecDeque::new(),
             to_swap: HashSet::new(),
-            hidden: VecDeque::new(),
+            hidden: BTreeMap::new(),
             left: HashMap::new(),
             swap_counts: SwapCounts::default(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
@@ -214,12 +214,16 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.wake_frozen(vm);
     }
 
-    /// Carries out what cannot wait.
+    /// Carries out what cannot wait: pages are freed bit by bit, but for those that go with their store.
     fn carry_out_in_time(&mut self, effects: Effects) {
-        let can_wait = |effect: &Effect| matches!(effect, Effect::Punch(..) | Effect::DropStore(_));
-        let (hidden, rest): (Vec<_>, Vec<_>) = effects.0.into_iter().partition(can_wait);
-        self.carry_out(Effects(rest));
-        self.hidden.extend(hidden);
+        let mut rest = Effects::default();
+        for effect in effects.0 {
+            match effect {
+                Effect::Punch(store, pages) => self.hidden.entry(store).or_default().push(pages),
+                effect => rest.push(effect),
+            }
+        }
+        self.carry_out(rest);
     }
 
     /// Finds out about some of what freezes have hidden whether anybody sees it.
@@ -229,41 +233,50 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.carry_out_in_time(effects);
     }
 
-    /// Frees some pages that a freeze has hidden from everybody. Whether more are left.
+    /// Frees some pages that are hidden from everybody. Whether more are left.
     fn free_hidden(&mut self) -> bool {
         if !self.family.is_tidy() {
             self.tidy();
         }
         let mut most = FREED_BATCH.0;
         while most > 0
-            && let Some(effect) = self.hidden.pop_front()
+            && let Some(mut entry) = self.hidden.first_entry()
         {
-            let effect = match effect {
-                Effect::Punch(store, pages) => {
-                    let part = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + most)));
-                    if part.end() < pages.end() {
-                        self.hidden.push_front(Effect::Punch(store, GfnRange::between(part.end(), pages.end())));
-                    }
-                    most -= part.count().0;
-                    Effect::Punch(store, part)
+            let store = *entry.key();
+            let Some(pages) = entry.get_mut().pop() else {
+                entry.remove();
+                if !self.family.objects().stores.contains_key(&store) {
+                    self.drop_store(store);
                 }
-                effect => effect,
+                continue;
             };
-            self.carry_out(Effects(vec![effect]));
+            let part = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + most)));
+            if part.end() < pages.end() {
+                entry.get_mut().push(GfnRange::between(part.end(), pages.end()));
+            }
+            most -= part.count().0;
+            self.punch(store, part);
         }
         !self.hidden.is_empty() || !self.family.is_tidy()
     }
 
-    /// Pages in stores that are about to be freed.
-    pub fn hidden(&self) -> PageCount {
-        PageCount(self.hidden_pages().map(|(_, pages)| pages.count().0).sum())
+    fn drop_store(&mut self, store: StoreId) {
+        self.hidden.remove(&store);
+        self.to_swap.remove(&store);
+        self.stores.remove(&store);
+        self.copied.remove(&store);
+        self.files.remove(&store);
     }
 
-    fn hidden_pages(&self) -> impl Iterator<Item = (StoreId, GfnRange)> {
-        self.hidden.iter().filter_map(|effect| match effect {
-            Effect::Punch(store, pages) => Some((*store, *pages)),
-            _ => None,
-        })
+    fn punch(&mut self, store: StoreId, pages: GfnRange) {
+        if let Some(store) = self.stores.get_mut(&store) {
+            store.punch(PageIndex(pages.start().0), pages.count());
+        }
+    }
+
+    /// Pages in stores that are about to be freed.
+    pub fn hidden(&self) -> PageCount {
+        PageCount(self.hidden.values().flatten().map(|pages| pages.count().0).sum())
     }
 
     /// Who waited for the end of a freeze touches its page again.
@@ -321,7 +334,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub fn balloon(&mut self, vm: VmId, pages: &[GfnRange]) {
         let mut effects = Effects::default();
         self.family.balloon(vm, pages, &mut effects);
-        self.carry_out(effects);
+        self.carry_out_in_time(effects);
         // Who waited for one of them to come back from swap finds it zero.
         for &pages in pages.iter().filter(|&&pages| self.waiters.take(vm, pages)) {
             if let Some(window) = self.windows.get_mut(&vm) {
@@ -350,7 +363,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.family.exit(vm, &mut effects);
         self.waiters.forget(vm);
         self.ahead.streams.forget(vm);
-        self.carry_out(effects);
+        self.carry_out_in_time(effects);
     }
 
     /// A guest waits for the page at `gfn`: gets it there and wakes the guest, now or when its page has been read from
@@ -480,8 +493,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 Err(error) => broken.push(format!("3: {id:?} cannot tell what it has: {error}")),
                 Ok(extents) => {
                     let mut there: RangeSet<u64> = extents.into_iter().map(GfnRange::raw).collect();
-                    let hidden = self.hidden_pages().filter(|(store, _)| *store == id);
-                    hidden.for_each(|(_, pages)| there.remove(pages.raw()));
+                    self.hidden.get(&id).into_iter().flatten().for_each(|pages| there.remove(pages.raw()));
                     let told = resident.get(&id).cloned().unwrap_or_default();
                     if there != told {
                         broken.push(format!("3: {id:?} has pages {there:?}, the books say {told:?}"));
@@ -500,22 +512,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     fn carry_out(&mut self, effects: Effects) {
         for effect in effects.0 {
             match effect {
-                Effect::Punch(store, pages) => {
-                    if let Some(store) = self.stores.get_mut(&store) {
-                        store.punch(PageIndex(pages.start().0), pages.count());
-                    }
-                }
+                Effect::Punch(store, pages) => self.punch(store, pages),
                 Effect::FreeSwap(first, count) => self.factory.swap().free(first, count),
                 Effect::DropStore(store) => {
-                    // Windows may hold on to it, and must not to pages.
-                    let of_store = |effect: &Effect| matches!(effect, Effect::Punch(of, _) if *of == store);
-                    let (hidden, rest): (Vec<_>, Vec<_>) = self.hidden.drain(..).partition(of_store);
-                    self.hidden = rest.into();
-                    self.carry_out(Effects(hidden));
-                    self.to_swap.remove(&store);
-                    self.stores.remove(&store);
-                    self.copied.remove(&store);
-                    self.files.remove(&store);
+                    // Windows of others may hold on to it beneath copies of their own, and must not to its pages.
+                    if !self.hidden.contains_key(&store) || self.family.vms.is_empty() {
+                        self.drop_store(store);
+                    }
                 }
                 Effect::DropScratch(holder, store) => {
                     self.left.remove(&store);

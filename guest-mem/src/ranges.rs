@@ -1,6 +1,7 @@
 //! Sorted lists of page ranges.
 
 use crate::addr::GfnRange;
+use crate::steps::step;
 
 /// The parts of sorted ranges that lie within `bounds`.
 pub(crate) fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Item = GfnRange> {
@@ -20,7 +21,7 @@ pub(crate) fn outside<'a>(ranges: &'a [GfnRange], others: &[GfnRange]) -> impl I
 pub(crate) fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> {
     let (mut rest, mut holes) = (Vec::new(), holes);
     for range in ranges {
-        holes = &holes[holes.iter().take_while(|hole| hole.end() <= range.start()).count()..];
+        holes = &holes[holes.iter().take_while(|hole| hole.end() <= range.start()).inspect(|_| step()).count()..];
         let mut start = range.start();
         for hole in holes.iter().take_while(|hole| hole.start() < range.end()) {
             rest.push(GfnRange::between(start, hole.start()));

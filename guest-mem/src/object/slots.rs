@@ -2,6 +2,7 @@
 
 use super::Slot;
 use crate::addr::GfnRange;
+use crate::steps::step;
 use std::collections::BTreeMap;
 use std::iter;
 use std::ops::Range;
@@ -89,7 +90,7 @@ impl Slots {
             };
             let first = parts.partition_point(|part| range(part).end() <= pages.start());
             let parts = parts[first..].iter().take_while(move |part| range(part).start() < pages.end());
-            parts.map(move |part| (range(part).intersect(pages), part.slot))
+            parts.inspect(|_| step()).map(move |part| (range(part).intersect(pages), part.slot))
         })
     }
 
@@ -108,9 +109,21 @@ impl Slots {
         self.chunks.is_empty()
     }
 
-    /// How much work it is to go over them.
-    pub fn len(&self) -> usize {
-        self.chunks.values().map(Vec::len).sum()
+    /// Whether it is more work to go over these than over the others. To find out is as much work as the lesser.
+    pub fn outnumber(&self, others: &Self) -> bool {
+        let len = |parts: &Vec<Part>| parts.len() as i64;
+        let (mut ours, mut theirs) = (self.chunks.values().map(len), others.chunks.values().map(len));
+        let mut more = 0;
+        loop {
+            match (ours.next(), theirs.next()) {
+                (Some(ours), Some(theirs)) => more += ours - theirs,
+                (Some(ours), None) if more + ours > 0 => return true,
+                (Some(ours), None) => more += ours,
+                (None, Some(theirs)) if more - theirs <= 0 => return false,
+                (None, Some(theirs)) => more -= theirs,
+                (None, None) => return more > 0,
+            }
+        }
     }
 }
 

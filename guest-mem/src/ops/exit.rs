@@ -1,10 +1,13 @@
 //! Exit: a VM goes, and everything that only it saw.
 
+use crate::addr::Gfn;
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
+use crate::window::{Run, Source};
 
 impl Family {
-    /// Takes `vm` out of the books. Its window stays for as long as pages that others see wait in its scratch ranges.
+    /// Takes `vm` out of the books. Its window stays for as long as pages that others see wait in its scratch ranges. What
+    /// nobody sees any more of objects that others need is freed when it is [tidied up](Self::tidy).
     pub fn exit(&mut self, vm: VmId, effects: &mut Effects) {
         let gone = self.vms.remove(&vm).expect("a VM of this family");
         if let Some(freezing) = gone.freezing {
@@ -12,13 +15,16 @@ impl Family {
         }
         let mut dropped = Vec::new();
         self.stage2.release(gone.root, &mut dropped);
-        // What nobody else maps goes whole; then, page by page, what others hide.
+        // What nobody else maps goes whole; page by page, what others hide.
         for (_, entry) in gone.map.iter() {
             if let Some(object) = entry.object {
                 self.objects.unmap(object, vm, gone.pace, effects);
             }
         }
-        self.free_unseen(dropped, effects);
+        self.left.replaced.append(&mut dropped);
+        let unneeded = self.objects.take_unneeded().into_iter();
+        let of_store = |(store, pages)| Run { pages, source: Source::Store { store, origin: Gfn(0) } };
+        self.left.replaced.extend(unneeded.map(of_store));
         if !self.objects.waits_for(vm) {
             effects.push(Effect::DropWindow(vm));
         }

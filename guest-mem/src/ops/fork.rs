@@ -30,6 +30,7 @@ impl Family {
             spans: RangeMap::new(),
             freezing: None,
             pace: Pace::Running,
+            shed: None,
         })
     }
 

@@ -10,10 +10,11 @@ use crate::map::MapEntry;
 use crate::object::{Backing, ObjectId, Segment, Slot};
 use crate::ranges::{merged, outside, push, within, without};
 use crate::stage2::Cursor;
-use crate::window::{Harvest, Source, StoreId};
+use crate::window::{Harvest, Run, Source, StoreId};
 
-/// Stretches of hidden pages tidied up at a time.
+/// Stretches of hidden pages tidied up at a time, and pages of them.
 const TIDIED_BATCH: usize = 512;
+const TIDIED_PAGES: u64 = 1 << 16;
 
 /// Where the pages of a freeze go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,17 +93,30 @@ impl Family {
             books.kept.remove(*pages);
         }
         books.kept.add_all(harvest.copied.iter().copied());
+        books.shed = None;
         outside(&all_taken, &spans).for_each(|pages| books.spans.remove(pages.raw()));
         spans.into_iter().for_each(|pages| books.spans.insert(pages.raw(), source));
         self.left.tops.extend(books.map.iter().filter_map(|(_, entry)| entry.object));
         self.left.replaced.append(&mut replaced);
     }
 
-    /// Frees some of what freezes have hidden from everybody.
+    /// Frees some of what freezes and exits have hidden from everybody.
     pub fn tidy(&mut self, effects: &mut Effects) {
         std::mem::take(&mut self.left.tops).into_iter().for_each(|top| self.objects.shorten(top, effects));
         let replaced = &mut self.left.replaced;
-        let some = replaced.drain(replaced.len().saturating_sub(TIDIED_BATCH)..).collect();
+        let (mut some, mut most) = (Vec::new(), TIDIED_PAGES);
+        while some.len() < TIDIED_BATCH
+            && most > 0
+            && let Some(Run { pages, source }) = replaced.pop()
+        {
+            let end = Gfn(pages.end().0.min(pages.start().0 + most));
+            if end < pages.end() {
+                replaced.push(Run { pages: GfnRange::between(end, pages.end()), source });
+            }
+            let pages = GfnRange::between(pages.start(), end);
+            most -= pages.count().0;
+            some.push(Run { pages, source });
+        }
         if replaced.is_empty() {
             *replaced = Vec::new();
         }

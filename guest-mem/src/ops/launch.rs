@@ -33,6 +33,7 @@ impl Family {
             spans: RangeMap::new(),
             freezing: None,
             pace: Pace::Running,
+            shed: None,
         };
         for run in self.chain_runs(&vm.map) {
             Cursor::new(&mut self.stage2, &mut vm.root).set(run, &mut Vec::new());

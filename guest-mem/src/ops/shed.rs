@@ -5,10 +5,13 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, VmId};
+use crate::family::{Family, Vm, VmId};
 use crate::object::{Segment, Slot};
+use crate::steps::step;
 use crate::window::{Source, StoreId};
-use rangemap::RangeSet;
+
+/// Pages that are looked at together.
+const PIECE: u64 = 512;
 
 impl Family {
     /// Stretches of pages that the window of `vm` keeps though they are in `store`, or in swap for it: each of at least
@@ -23,23 +26,24 @@ impl Family {
         max_runs: usize,
     ) -> Vec<GfnRange> {
         let vm = self.vm(vm);
-        let mut there = RangeSet::new();
-        for kept in vm.kept() {
-            for (bounds, entry) in vm.map.iter() {
-                let runs = self.stage2.runs(vm.root, kept.intersect(bounds)).into_iter();
-                for run in runs.filter(|run| run.source.is_store(store)) {
-                    let segments = self.objects.resolve(entry.object, entry.origin, run.pages).into_iter();
-                    segments.filter(is_placed).for_each(|segment| there.insert(segment.pages.raw()));
-                }
-            }
-        }
         let mut runs = vm.runs.len();
         let mut left = limit.0;
         let mut stretches = Vec::new();
-        for stretch in there.into_iter().map(GfnRange::from).filter(|stretch| stretch.count() >= least) {
+        let mut placed = self.placed(vm, store).peekable();
+        while left > 0
+            && let Some(mut stretch) = placed.next()
+        {
+            while stretch.count().0 < left.max(least.0)
+                && let Some(next) = placed.next_if(|next| next.start() == stretch.end())
+            {
+                stretch = GfnRange::between(stretch.start(), next.end());
+            }
+            if stretch.count() < least {
+                continue;
+            }
             // A run in the middle of another makes three of one.
             runs += 2;
-            if left == 0 || runs > max_runs {
+            if runs > max_runs {
                 break;
             }
             let end = Gfn(stretch.start().0 + stretch.count().0.min(left.max(least.0)));
@@ -49,10 +53,29 @@ impl Family {
         stretches
     }
 
+    /// The kept pages that are in `store`, or in swap for it, from where shedding goes on. In pieces: no more is looked at than
+    /// is asked for.
+    fn placed<'a>(&'a self, vm: &'a Vm, store: StoreId) -> impl Iterator<Item = GfnRange> + 'a {
+        let from = vm.shed.filter(|(of, _)| *of == store).map_or(0, |(_, from)| from.0);
+        let pieces = vm.map.iter().flat_map(move |(bounds, entry)| {
+            let kept = vm.kept.within(bounds.intersect((from..u64::MAX).into()));
+            kept.flat_map(pieces).map(move |piece| (piece, entry))
+        });
+        pieces.flat_map(move |(piece, entry)| {
+            step();
+            let runs = self.stage2.runs(vm.root, piece).into_iter().filter(|run| run.source.is_store(store));
+            let runs: Vec<GfnRange> = runs.map(|run| run.pages).collect();
+            let segments =
+                runs.into_iter().flat_map(move |pages| self.objects.resolve(entry.object, entry.origin, pages));
+            segments.filter(is_placed).map(|segment| segment.pages)
+        })
+    }
+
     /// The window of `vm` maps `store` where it kept these pages; what its guest has written there since they were frozen
     /// is in its live layer.
     pub fn shed(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange], effects: &mut Effects) {
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
+        books.shed = pages.last().map(|last| (store, last.end()));
         for pages in pages {
             books.kept.remove(*pages);
             books.runs.insert(pages.raw(), Source::Store { store, origin: Gfn(0) });
@@ -72,7 +95,52 @@ impl Family {
     }
 }
 
+/// Cuts a stretch at the borders of leaf tables.
+fn pieces(stretch: GfnRange) -> impl Iterator<Item = GfnRange> {
+    let (start, end) = (stretch.start().0, stretch.end().0);
+    let at = start / PIECE * PIECE;
+    (at..end).step_by(PIECE as usize).map(move |at| GfnRange::new(Gfn(at), PageCount(PIECE)).intersect(stretch))
+}
+
 /// Whether pages have settled, and are not lost.
 fn is_placed(segment: &Segment) -> bool {
     segment.found.is_some_and(|found| !found.slot.is_pending() && !matches!(found.slot, Slot::Lost(..)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::Placed;
+    use crate::stage2::Shape;
+    use crate::steps::steps;
+    use crate::window::Harvest;
+
+    /// Each of many batches looked at all that stayed.
+    #[test]
+    fn a_batch_costs_as_much_as_it_has_pages() {
+        let ram = GfnRange::from(0..64 * PIECE);
+        let mut family = Family::new(Shape::X86_64);
+        let vm = family.launch(&[ram], &[]);
+        let store = family.begin_freeze(vm);
+        // Many that are too short before all that are not.
+        let short = (0..1000).map(|at| (at * 16..at * 16 + 8).into());
+        let copied = short.chain([(32 * PIECE..64 * PIECE).into()]).collect();
+        let copied = Harvest { copied, ..Harvest::default() };
+        family.finish_freeze(vm, &copied, PageCount(0), &mut Effects::default());
+        while let Some(job) = family.next_job(PageCount(PIECE)) {
+            family.settled(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+        }
+        let mut batch = |limit| {
+            let (pages, steps) = steps(|| family.to_shed(vm, store, PageCount(17), PageCount(limit), 1000));
+            family.shed(vm, store, &pages, &mut Effects::default());
+            (pages.iter().map(|pages| pages.count().0).sum::<u64>(), steps)
+        };
+        assert_eq!(batch(4 * PIECE).0, 4 * PIECE);
+        for _ in 1..8 {
+            let (shed, steps) = batch(4 * PIECE);
+            assert_eq!(shed, 4 * PIECE);
+            assert!(steps <= 10, "{steps} steps for 4 pieces");
+        }
+        assert_eq!(batch(4 * PIECE), (0, 0));
+    }
 }

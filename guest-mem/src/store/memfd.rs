@@ -11,7 +11,9 @@ use nix::sys::uio::{pread, pwrite};
 use nix::unistd::{Whence, lseek};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread;
 
 /// Makes memfd stores. They are filled through this process's userfaultfd; on a host without one they are written
 /// plainly, which nobody may look at meanwhile.
@@ -21,6 +23,26 @@ pub struct MemfdStores {
     swap: SharedSwap,
     /// The next store, made while there was time.
     spare: Option<MemfdStore>,
+    closer: Arc<Closer>,
+}
+
+/// Closes files of stores. Whoever is the last to have one waits until all its pages are freed: that is a thread of its own,
+/// made with the first.
+#[derive(Debug, Default)]
+struct Closer(OnceLock<Option<Sender<OwnedFd>>>);
+
+impl Closer {
+    fn close(&self, file: OwnedFd) {
+        let start = || {
+            let (closer, files) = mpsc::channel();
+            let thread = thread::Builder::new().name("closer".into());
+            thread.spawn(move || files.into_iter().for_each(drop)).ok().map(|_| closer)
+        };
+        if let Some(closer) = self.0.get_or_init(start) {
+            // Where the thread is gone, the file is closed here.
+            drop(closer.send(file));
+        }
+    }
 }
 
 /// A store that is a memfd.
@@ -34,6 +56,7 @@ pub struct MemfdStore {
     alias: Option<Alias>,
     /// What was filled in, and is in our page tables still.
     filled: Vec<GfnRange>,
+    closer: Arc<Closer>,
 }
 
 /// So many stretches, or pages, are taken out of our page tables together: a call for each interrupts all processors that
@@ -44,7 +67,7 @@ const FILLED: PageCount = PageCount(256);
 impl MemfdStores {
     /// Stores filled through `userfaultfd`, or plainly.
     pub fn new(userfaultfd: Option<Arc<Userfaultfd>>) -> Self {
-        Self { userfaultfd, swap: SharedSwap::default(), spare: None }
+        Self { userfaultfd, swap: SharedSwap::default(), spare: None, closer: Arc::default() }
     }
 
     /// The same, whose pages can be evicted to `swap`.
@@ -64,13 +87,15 @@ impl MemfdStores {
             userfaultfd: self.userfaultfd.clone(),
             alias: None,
             filled: Vec::new(),
+            closer: Arc::clone(&self.closer),
         })
     }
 }
 
 impl Clone for MemfdStores {
     fn clone(&self) -> Self {
-        Self { userfaultfd: self.userfaultfd.clone(), swap: self.swap.clone(), spare: None }
+        let (userfaultfd, swap) = (self.userfaultfd.clone(), self.swap.clone());
+        Self { userfaultfd, swap, spare: None, closer: Arc::clone(&self.closer) }
     }
 }
 
@@ -120,6 +145,15 @@ impl MemfdStore {
             && let Some(alias) = &self.alias
         {
             self.filled.drain(..).for_each(|pages| alias.forget(PageIndex(pages.start().0), pages.count()));
+        }
+    }
+}
+
+impl Drop for MemfdStore {
+    fn drop(&mut self) {
+        // Ours are not the last then.
+        if let Ok(last) = self.read_only.try_clone() {
+            self.closer.close(last);
         }
     }
 }

@@ -33,7 +33,8 @@ fn a_gap_that_goes_lets_go_of_what_is_below() {
     assert_eq!(world.ledger.pages(), 4);
     world.exit(vm);
     world.check();
-    assert_eq!(world.ledger.pages(), 2, "pages 0 and 3, which the other two see");
+    world.settle_all();
+    assert_eq!(world.ledger.pages(), 2 + 4, "pages 0 and 3, which the other two see, and what they wrote");
     world.verify();
     world.end();
 }
@@ -390,8 +391,31 @@ fn a_page_that_was_supplied_meanwhile_is_not_supplied_again() {
         while world.settle() {}
         assert!(!world.window(child).is_waiting(Gfn(5)) && world.manager.waiting_for_pages().count() == 0);
         world.write(child, Gfn(5));
-        world.freeze_unheard(child, |world| drop(world.io_done()));
+        world.freeze_unheard(child, |world| assert!(world.io_done()));
         world.verify();
         world.end();
     }
+}
+
+/// Each stretch of a store was punched before the store was dropped, while everybody waited.
+#[test]
+fn nothing_is_punched_that_goes_with_its_store() {
+    let mut world = World::new(&Layout::flat(64));
+    let parent = world.ids()[0];
+    (0..64).step_by(2).for_each(|page| world.write(parent, Gfn(page)));
+    let child = world.fork(parent, Gaps::None);
+    (0..64).step_by(4).for_each(|page| world.write(parent, Gfn(page)));
+    world.freeze(parent, Gaps::None);
+    world.settle_all();
+    let punches = world.ledger.punches();
+    // What the child saw alone of the first store is freed bit by bit.
+    world.exit(child);
+    world.check();
+    assert_eq!((world.ledger.punches() - punches, world.ledger.pages()), (0, 32 + 16));
+    world.settle_all();
+    assert_eq!((world.ledger.punches() - punches, world.ledger.pages()), (16, 32));
+    // The stores go whole.
+    world.exit(parent);
+    assert_eq!((world.ledger.punches() - punches, world.ledger.pages()), (16, 0));
+    world.end();
 }
