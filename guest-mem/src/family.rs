@@ -11,13 +11,14 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::AddressMap;
 use crate::object::{ObjectId, Objects};
 use crate::pages::PageSet;
-use crate::stage2::{Shape, Stage2, TableId};
+use crate::stage2::{MAX_STORES, Shape, Stage2, TableId, View, entries};
 use crate::window::{Run, Source, StoreId};
 use rangemap::RangeMap;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// Names a VM of its family; never used twice.
+/// Names a VM of its family. It may be another's when the VM, and all that waits in its window, is gone, and all other ids have
+/// been used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct VmId(pub u32);
 
@@ -76,6 +77,9 @@ pub struct Family {
     pub(crate) vms: BTreeMap<VmId, Vm>,
     pub(crate) left: LeftOver,
     next_vm: u32,
+    pub(crate) next_store: u32,
+    /// Stores that something named when ids began anew.
+    named: BTreeSet<StoreId>,
 }
 
 /// What freezes and exits have hidden, perhaps from everybody: to find out takes time, and guests that wait come first.
@@ -100,7 +104,15 @@ impl Family {
     /// An empty family whose stage-2 tables have this shape.
     pub fn new(shape: Shape) -> Self {
         let (objects, stage2) = (Objects::default(), Stage2::new(shape));
-        Self { objects, stage2, vms: BTreeMap::new(), left: LeftOver::default(), next_vm: 1 }
+        Self {
+            objects,
+            stage2,
+            vms: BTreeMap::new(),
+            left: LeftOver::default(),
+            next_vm: 1,
+            next_store: 0,
+            named: BTreeSet::new(),
+        }
     }
 
     /// The objects.
@@ -143,7 +155,7 @@ impl Family {
 
     /// A file object, before the launch that maps it; its store belongs to no family.
     pub fn add_file(&mut self, pages: PageCount) -> (ObjectId, StoreId) {
-        let store = self.objects.reserve_store();
+        let store = self.reserve_store();
         (self.objects.add_file(store, pages), store)
     }
 
@@ -164,13 +176,52 @@ impl Family {
 
     /// A new VM joins; the objects that it shows list it.
     pub(crate) fn insert_vm(&mut self, vm: Vm) -> VmId {
-        let id = VmId(self.next_vm);
-        self.next_vm += 1;
+        let mut id = VmId(self.next_vm);
+        while self.vms.contains_key(&id) || self.objects.waits_for(id) {
+            id.0 = id.0.wrapping_add(1);
+        }
+        self.next_vm = id.0.wrapping_add(1);
         for object in vm.map.iter().filter_map(|(_, entry)| entry.object) {
             self.objects.map(object, id, vm.pace);
         }
         self.vms.insert(id, vm);
         id
+    }
+
+    /// An id for a store. Ids are given in turn, and begin anew where leaves cannot name higher ones: one that is given again
+    /// has not been in use for as long as can be, and whoever is slow has heard that its store is gone.
+    pub(crate) fn reserve_store(&mut self) -> StoreId {
+        loop {
+            if self.next_store >= MAX_STORES {
+                self.next_store = 0;
+                self.named = self.named_stores();
+            }
+            let id = StoreId(self.next_store);
+            self.next_store += 1;
+            if !self.named.contains(&id) {
+                return id;
+            }
+        }
+    }
+
+    /// The stores that leaves, windows or the books name, those that are gone included.
+    fn named_stores(&self) -> BTreeSet<StoreId> {
+        let tables = self.stage2.ids().map(|table| self.stage2.table(table));
+        let leaves = tables.flat_map(|table| entries(self.stage2.shape(), table)).filter_map(|(pages, entry)| {
+            match entry.view(pages.start()) {
+                View::Leaf(source) => Some(source),
+                _ => None,
+            }
+        });
+        let windows = self.vms.values().flat_map(|vm| vm.runs.iter().chain(vm.spans.iter()));
+        let sources = leaves.chain(windows.map(|(_, &source)| source));
+        let sources = sources.chain(self.left.replaced.iter().map(|run| run.source));
+        let stores = sources.filter_map(|source| match source {
+            Source::Store { store, .. } => Some(store),
+            Source::Anonymous => None,
+        });
+        let freezing = self.vms.values().filter_map(|vm| vm.freezing.map(Freezing::store));
+        stores.chain(self.objects.stores.keys().copied()).chain(freezing).collect()
     }
 }
 
@@ -198,5 +249,72 @@ impl Vm {
     /// How many mappings its window has.
     pub fn run_count(&self) -> usize {
         self.runs.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Gfn;
+    use crate::effect::Effects;
+    use crate::ops::Placed;
+    use crate::window::Harvest;
+
+    fn freeze(family: &mut Family, vm: VmId, pages: std::ops::Range<u64>) -> StoreId {
+        let store = family.begin_freeze(vm);
+        let copied = Harvest { copied: vec![pages.into()], ..Harvest::default() };
+        family.finish_freeze(vm, &copied, PageCount(0), &mut Effects::default());
+        family.check_invariants().unwrap();
+        store
+    }
+
+    /// After 2^28 freezes of a family, empty and aborted ones counted, the server panicked.
+    #[test]
+    fn ids_of_stores_that_nothing_names_are_given_again() {
+        let mut family = Family::new(Shape::X86_64);
+        let vm = family.launch(&[GfnRange::from(0..64)], &[]);
+        let (_, file) = family.add_file(PageCount(1));
+        let stores = [freeze(&mut family, vm, 0..8), freeze(&mut family, vm, 4..12)];
+        assert_eq!((file.0, stores.map(|store| store.0)), (0, [1, 2]));
+        // All zero: the store is gone, and windows map it.
+        let moved = family.begin_freeze(vm);
+        let pages = vec![(20..24).into()];
+        let harvest = Harvest { moved: pages.clone(), moved_private: pages, ..Harvest::default() };
+        family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
+        while let Some(job) = family.next_job(PageCount(64)) {
+            let placed = if job.store == moved { Placed::Zero } else { Placed::Stored };
+            family.settled(&job, &[(job.pages, placed)], &mut Effects::default());
+        }
+        family.next_store = MAX_STORES - 2;
+        for at in [MAX_STORES - 2, MAX_STORES - 1, 4] {
+            assert_eq!(family.begin_freeze(vm), StoreId(at), "of those before, four are in use");
+            family.abort_freeze(vm, &mut Effects::default());
+        }
+        assert_eq!(freeze(&mut family, vm, 0..64), StoreId(5));
+        while !family.is_tidy() {
+            family.tidy(&mut Effects::default());
+        }
+        family.next_store = MAX_STORES;
+        // The last freeze has hidden all pages; the window still maps the store of the one that was moved.
+        assert_eq!([0, 1].map(|_| family.reserve_store().0), [1, 2]);
+        assert_eq!([0, 1].map(|_| family.reserve_store().0), [4, 6]);
+    }
+
+    #[test]
+    fn an_id_is_no_vms_while_another_has_it() {
+        let mut family = Family::new(Shape::X86_64);
+        let first = family.launch(&[GfnRange::from(0..64)], &[]);
+        family.next_vm = u32::MAX;
+        let ids = [0, 1, 2].map(|_| family.fork(first, 1000).0);
+        assert_eq!((first.0, ids), (1, [u32::MAX, 0, 2]));
+        // One that is gone, and whose pages wait in its window.
+        family.begin_freeze(VmId(2));
+        let pages = vec![GfnRange::new(Gfn(0), PageCount(8))];
+        let harvest = Harvest { moved: pages.clone(), moved_private: pages, ..Harvest::default() };
+        family.finish_freeze(VmId(2), &harvest, PageCount(0), &mut Effects::default());
+        family.fork(VmId(2), 1000);
+        family.exit(VmId(2), &mut Effects::default());
+        family.next_vm = 2;
+        assert_eq!(family.fork(first, 1000).0, 4);
     }
 }

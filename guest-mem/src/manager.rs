@@ -177,6 +177,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let pages = self.span;
         let store = self.factory.create(pages).map_err(|source| Error::CreateStore { pages, source })?;
         let id = self.family.begin_freeze(vm);
+        while self.stores.contains_key(&id) {
+            // Of the last that had this id, nothing is left but pages to be freed.
+            self.free_hidden();
+        }
         self.stores.insert(id, store);
         if to == Destination::Swap && self.may_evict() {
             self.to_swap.insert(id);

@@ -552,7 +552,7 @@ pub struct RunInfo {
 }
 
 /// `check`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct CheckReport {
     /// VMs looked at.
     pub vms: u64,

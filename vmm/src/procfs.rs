@@ -79,6 +79,10 @@ fn parse_ticks(stat: &str) -> Option<u64> {
 /// It is gone, or not ours to look at.
 pub fn mappings(pid: i32, bounds: &Range<u64>) -> io::Result<Vec<Mapping>> {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    if maps.is_empty() {
+        // It has ended, and has not been reaped.
+        return Err(io::ErrorKind::NotFound.into());
+    }
     let inside = |m: &Mapping| m.addresses.start < bounds.end && m.addresses.end > bounds.start;
     Ok(maps.lines().filter_map(parse_mapping).filter(inside).collect())
 }
@@ -117,6 +121,20 @@ mod tests {
         assert_eq!((mapping.private, mapping.writable, mapping.offset, mapping.inode), (true, true, 0x1000, 4711));
         assert_eq!(parse_mapping("7f00-7f01 r--s 00000000 00:00 0").map(|m| (m.private, m.inode)), Some((false, 0)));
         assert_eq!(parse_mapping("nonsense"), None);
+    }
+
+    /// `check` said of a VM process that had been killed a moment ago that nothing was mapped in it.
+    #[test]
+    fn a_process_that_has_ended_has_no_mappings_and_not_none() {
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        let pid = ended.id() as i32;
+        while std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().split(' ').nth(2) != Some("Z") {
+            std::thread::yield_now();
+        }
+        assert!(mappings(pid, &(0..u64::MAX)).is_err());
+        ended.wait().unwrap();
+        assert!(mappings(pid, &(0..u64::MAX)).is_err());
+        assert!(!mappings(std::process::id() as i32, &(0..u64::MAX)).unwrap().is_empty());
     }
 
     #[test]

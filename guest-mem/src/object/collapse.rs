@@ -198,11 +198,12 @@ mod tests {
     use super::*;
     use crate::family::VmId;
     use crate::steps::steps;
+    use crate::window::StoreId;
 
     /// Steps to absorb an object of two stores, page by page, into one that has as many stretches between.
     fn absorb(stretches: u64) -> u64 {
         let mut objects = Objects::default();
-        let stores = [objects.reserve_store(), objects.reserve_store()];
+        let stores = [StoreId(1), StoreId(2)];
         stores.iter().for_each(|&store| objects.open_store(store, VmId(1)));
         let below = objects.stack(None);
         let top = objects.stack(Some(Backing { object: below, origin: 0 }));

@@ -127,7 +127,6 @@ pub struct Objects {
     /// Whose the slots are that accounts know by a name.
     owners: slab::Slab<Owner>,
     pub(crate) stores: BTreeMap<StoreId, StoreAccount>,
-    next_store: u32,
     /// Objects with pending slots.
     pub(crate) pending: BTreeSet<ObjectId>,
     /// Those among them whose next page to settle is on its way: being read from swap, or still to be copied by its window.
@@ -168,13 +167,6 @@ impl StoreAccount {
 }
 
 impl Objects {
-    /// A store id of its own, without an account yet.
-    pub(crate) fn reserve_store(&mut self) -> StoreId {
-        let id = StoreId(self.next_store);
-        self.next_store += 1;
-        id
-    }
-
     /// A file of `pages` pages, in the store `store`.
     pub(crate) fn add_file(&mut self, store: StoreId, pages: PageCount) -> ObjectId {
         self.stores.insert(store, StoreAccount::new(Kind::File, None));

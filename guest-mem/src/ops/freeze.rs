@@ -32,7 +32,7 @@ impl Family {
     /// # Panics
     /// If a freeze of this VM is under way.
     pub fn begin_freeze(&mut self, vm: VmId) -> StoreId {
-        let store = self.objects.reserve_store();
+        let store = self.reserve_store();
         let before = self.vm_mut(vm).freezing.replace(Freezing::Stopping(store));
         assert_eq!(before, None, "one freeze of a VM at a time");
         store

@@ -25,6 +25,8 @@ pub struct Entry(u64);
 
 const KIND_BITS: u32 = 2;
 const STORE_BITS: u32 = 28;
+/// So many stores can be named.
+pub(crate) const MAX_STORES: u32 = 1 << STORE_BITS;
 const EMPTY: u64 = 0;
 const ANONYMOUS: u64 = 1;
 const STORE: u64 = 2;
@@ -41,10 +43,7 @@ impl Entry {
             View::Leaf(Source::Anonymous) => ANONYMOUS,
             View::Leaf(Source::Store { store, origin }) => {
                 let index = first.0 - origin.0;
-                assert!(
-                    store.0 < 1 << STORE_BITS && index < 1 << (64 - KIND_BITS - STORE_BITS),
-                    "stage-2 leaf overflow"
-                );
+                assert!(store.0 < MAX_STORES && index < 1 << (64 - KIND_BITS - STORE_BITS), "stage-2 leaf overflow");
                 STORE | u64::from(store.0) << KIND_BITS | index << (KIND_BITS + STORE_BITS)
             }
             View::Table(table) => TABLE | u64::from(table.0) << KIND_BITS,

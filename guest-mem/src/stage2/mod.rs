@@ -14,6 +14,7 @@ mod entry;
 mod rmap;
 
 pub use cursor::Cursor;
+pub(crate) use entry::MAX_STORES;
 pub use entry::{Entry, TableId, View};
 pub(crate) use rmap::Looks;
 

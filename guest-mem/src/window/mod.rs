@@ -14,7 +14,7 @@ use crate::ranges::merged;
 use serde::{Deserialize, Serialize};
 use std::io;
 
-/// Names a store for as long as its manager lives; never used twice.
+/// Names a store of its family. It may be another's when nothing names it any more, and all other ids have been used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct StoreId(pub u32);
 

@@ -6,18 +6,17 @@
 
 use super::Server;
 use super::clients::ClientId;
-use super::vm::{Generation, Vm};
+use super::vm::{FamilyId, Generation, Vm};
 use crate::api::{Answer, CheckReport};
 use crate::procfs::{self, Mapping};
 use crate::wire::ToVm;
 use guest_mem::check::check_swap;
 use guest_mem::family::Family;
 use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, Run, Source};
-use std::collections::BTreeSet;
-use std::thread;
-use std::time::Duration;
+use std::collections::{BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
 
-/// Checks that wait for VM processes to tell how their attempts went.
+/// Checks under way.
 #[derive(Debug, Default)]
 pub struct Checks(Vec<Check>);
 
@@ -25,26 +24,74 @@ pub struct Checks(Vec<Check>);
 struct Check {
     client: ClientId,
     report: CheckReport,
+    /// What is still to be looked at: a part in a round, since others wait meanwhile.
+    left: VecDeque<Part>,
+    /// VM processes that have still to tell how their attempts went.
     awaited: BTreeSet<Generation>,
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    Books(FamilyId),
+    Stores(FamilyId),
+    Swap,
+    /// What a VM's window shows, and its live layer; at this time, and how often again if something is broken.
+    Window(Generation, Instant, u32),
+    Isolation,
+}
+
+/// A guest gives pages back when it likes: the window shows it a moment before we hear of it. What is broken is still so
+/// after so many looks, and everything was heard between them.
+const LOOKS: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(1);
+
 impl Server {
     pub(super) fn check(&mut self, client: ClientId) {
-        let mut report = CheckReport { vms: 0, mappings: 0, pages: 0, broken: Vec::new() };
-        for manager in self.families.values() {
-            if let Err(broken) = manager.family().check_invariants() {
-                report.broken.extend(broken);
+        let report = CheckReport::default();
+        let books = self.families.keys().flat_map(|&family| [Part::Books(family), Part::Stores(family)]);
+        let windows = self.vms.iter().map(|vm| Part::Window(vm.generation, Instant::now(), LOOKS));
+        let left = books.chain([Part::Swap]).chain(windows).chain([Part::Isolation]).collect();
+        self.checks.0.push(Check { client, report, left, awaited: BTreeSet::new() });
+    }
+
+    /// Goes on with a part of each check. When there is more to do.
+    pub(super) fn tend_checks(&mut self, now: Instant) -> Option<Instant> {
+        let mut checks = std::mem::take(&mut self.checks.0);
+        for Check { report, left, awaited, .. } in &mut checks {
+            match left.pop_front() {
+                None => {}
+                Some(Part::Books(family)) => {
+                    let books = self.families.get(&family).map(|manager| manager.family().check_invariants());
+                    report.broken.extend(books.and_then(Result::err).into_iter().flatten());
+                }
+                Some(Part::Stores(family)) => {
+                    if let Some(manager) = self.families.get(&family) {
+                        manager.check_stores(&mut report.broken);
+                    }
+                }
+                Some(Part::Swap) => self.check_swap(report),
+                Some(part @ Part::Window(_, at, _)) if at > now => left.push_front(part),
+                Some(Part::Window(generation, _, looks)) => {
+                    let one = self.check_window(generation);
+                    if !one.broken.is_empty() && looks > 1 {
+                        left.push_front(Part::Window(generation, now + PAUSE, looks - 1));
+                    } else {
+                        report.vms += one.vms;
+                        report.mappings += one.mappings;
+                        report.pages += one.pages;
+                        report.broken.extend(one.broken);
+                    }
+                }
+                Some(Part::Isolation) => *awaited = self.probe_isolation(),
             }
-            manager.check_stores(&mut report.broken);
         }
-        self.check_swap(&mut report);
-        let steady = self.vms.iter().filter(|vm| vm.is_alive() && vm.forks.is_empty() && vm.reclaiming.is_none());
-        let steady: Vec<Generation> = steady.map(|vm| vm.generation).collect();
-        for generation in steady {
-            self.check_window_in_peace(generation, &mut report);
-        }
-        let awaited = self.probe_isolation();
-        self.checks.0.push(Check { client, report, awaited });
+        checks.append(&mut self.checks.0);
+        self.checks.0 = checks;
+        let next = self.checks.0.iter().filter_map(|check| match check.left.front()? {
+            Part::Window(_, at, _) => Some(*at),
+            _ => Some(now),
+        });
+        next.min()
     }
 
     /// 4: no slot of swap is owned twice, and those in use are those that are owned.
@@ -58,33 +105,16 @@ impl Server {
         }
     }
 
-    /// A guest gives pages back when it likes: the window shows it a moment before we hear of it. What is broken is still so
-    /// after everything was heard.
-    fn check_window_in_peace(&mut self, generation: Generation, report: &mut CheckReport) {
-        const TRIES: u32 = 20;
-        for again in (0..TRIES).rev() {
-            let Some(vm) = self.vms.get(generation).filter(|vm| vm.is_alive()) else { return };
-            let mut one = CheckReport { vms: 1, mappings: 0, pages: 0, broken: Vec::new() };
-            self.check_window(vm, &mut one);
-            if one.broken.is_empty() || again == 0 {
-                report.vms += one.vms;
-                report.mappings += one.mappings;
-                report.pages += one.pages;
-                return report.broken.append(&mut one.broken);
-            }
-            thread::sleep(Duration::from_millis(1));
-            if let Some(process) = vm.process {
-                self.serve_process(process);
-            }
-        }
-    }
-
     /// 8, 9 and 10: what a VM process really maps.
-    fn check_window(&self, vm: &Vm, report: &mut CheckReport) {
-        let Some((family, member)) = vm.memory else { return };
-        let Some(process) = vm.process.and_then(|id| self.processes.get(&id)) else { return };
+    fn check_window(&self, generation: Generation) -> CheckReport {
+        let mut report = CheckReport::default();
+        let steady = |vm: &&Vm| vm.is_alive() && vm.forks.is_empty() && vm.reclaiming.is_none();
+        let Some(vm) = self.vms.get(generation).filter(steady) else { return report };
+        report.vms = 1;
+        let Some((family, member)) = vm.memory else { return report };
+        let Some(process) = vm.process.and_then(|id| self.processes.get(&id)) else { return report };
         let Some(pid) = process.memory.main.get().filter(|_| process.ready && process.waiting.is_empty()) else {
-            return;
+            return report;
         };
         let manager = &self.families[&family];
         let runs: Vec<Run> = manager.family().vm(member).runs().collect();
@@ -93,7 +123,8 @@ impl Server {
         }
         let base = process.memory.base.get();
         let bounds = base..base + runs.last().map_or(0, |run| run.pages.end().gpa());
-        let Ok(mappings) = procfs::mappings(pid.as_raw(), &bounds) else { return };
+        // One that was killed a moment ago has none, and will be reaped.
+        let Ok(mappings) = procfs::mappings(pid.as_raw(), &bounds) else { return report };
         report.mappings += mappings.len() as u64;
         report.pages += self.live_layer(vm).iter().map(|part| part.end - part.start).sum::<u64>();
         for run in &runs {
@@ -110,6 +141,7 @@ impl Server {
         if let Some(shared) = mappings.iter().find(|mapping| !mapping.private) {
             report.broken.push(format!("10: {:?} has a shared mapping at {:#x}", vm.name, shared.addresses.start));
         }
+        report
     }
 
     /// 10: asks every VM process to try to write to a store of its own family.
@@ -153,10 +185,16 @@ impl Server {
 
     /// Answers the checks that have heard from everybody.
     pub(super) fn finish_checks(&mut self) {
-        let done: Vec<Check> = self.checks.0.extract_if(.., |check| check.awaited.is_empty()).collect();
+        let done: Vec<Check> = self.checks.0.extract_if(.., Check::is_done).collect();
         for check in done {
             self.reply(check.client, Ok(Answer::Checked(check.report)));
         }
+    }
+}
+
+impl Check {
+    fn is_done(&mut self) -> bool {
+        self.left.is_empty() && self.awaited.is_empty()
     }
 }
 

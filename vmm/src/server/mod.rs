@@ -334,6 +334,7 @@ impl Server {
         let filling = self.tend_pool(now, settling || bringing);
         self.tend_lingering();
         self.finish_removals();
+        let checking = self.tend_checks(now);
         self.finish_checks();
         let (past, budget) = (&mut self.past, &mut self.budget);
         self.families.retain(|&family, manager| {
@@ -345,15 +346,17 @@ impl Server {
             lives
         });
         self.pool.retain(|parent| self.vms.get(parent).is_some_and(vm::Vm::is_alive));
-        if settling || reclaiming || bringing || filling || !self.replied.is_empty() {
-            let busy = reclaiming || bringing || filling || !self.replied.is_empty();
+        let busy =
+            reclaiming || bringing || filling || checking.is_some_and(|at| at <= now) || !self.replied.is_empty();
+        if settling || busy {
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
         if self.forks.is_empty() {
             self.families.values_mut().for_each(FamilyManager::stock_up);
         }
         let pool = self.pool.next_look();
-        let next = self.deadlines.iter().map(|(at, _)| *at).chain(self.retries.values().copied()).chain(pool);
+        let next =
+            self.deadlines.iter().map(|(at, _)| *at).chain(self.retries.values().copied()).chain(pool).chain(checking);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
         let lingering = (!self.lingering.is_empty()).then(|| now + LINGER);
         let next = next.chain(self.next_idle_look()).chain(self.latency.until()).chain(lingering).min();

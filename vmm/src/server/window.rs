@@ -304,7 +304,7 @@ fn read(pid: Pid, address: u64, buf: &mut [u8]) -> io::Result<()> {
         Err(error) => format!("scratch memory: {error}"),
     };
     let bytes = address..address + len as u64;
-    let there = procfs::mappings(pid.as_raw(), &bytes).map_err(io::Error::other)?;
+    let there = procfs::mappings(pid.as_raw(), &bytes)?;
     let mapped: u64 = there.iter().map(|m| m.addresses.end.min(bytes.end) - m.addresses.start.max(bytes.start)).sum();
     Err(if mapped == len as u64 { io::Error::other(why) } else { io::Error::new(io::ErrorKind::NotFound, why) })
 }
