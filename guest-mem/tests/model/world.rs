@@ -8,7 +8,7 @@ use guest_mem::manager::{Copied, Error, Evicted, MAX_RUNS, SETTLE_BATCH};
 use guest_mem::object::{Found, ObjectId, Slot};
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
-use guest_mem::{Destination, Harvest, Manager, Protection, Source, StoreId, Touch, VmId, Window};
+use guest_mem::{Destination, Harvest, Manager, Protection, Source, StoreId, Touch, VmId};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -222,8 +222,8 @@ impl<S: WorldSwap> World<S> {
             }
             self.window_mut(vm).wait(gfn);
             if let Err(error) = self.manager.trap(vm, gfn, touch) {
-                // The server knows that it has to try again.
-                self.window_mut(vm).wake(GfnRange::new(gfn, PageCount(1)));
+                // Somebody is to try again.
+                self.untold = true;
                 return Err(error);
             }
             if self.window(vm).failed.is_some() || self.window(vm).is_waiting(gfn) {
