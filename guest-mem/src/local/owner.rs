@@ -68,8 +68,6 @@ pub(super) struct FamilyThread {
     epoll: Epoll,
     requests: Receiver<Request>,
     bell: Arc<EventFd>,
-    /// Traps that could not be answered.
-    again: Vec<(VmId, Gfn, Touch)>,
     /// Who waits until all pages have been written back.
     settled: Vec<Sender<Result<(), Error>>>,
 }
@@ -102,7 +100,6 @@ impl FamilyThread {
             epoll,
             requests,
             bell,
-            again: Vec::new(),
             settled: Vec::new(),
         };
         owner.watch(owner.bell.as_raw_fd(), BELL).map_err(Error::Begin)?;
@@ -156,9 +153,7 @@ impl FamilyThread {
 
     /// Whether something is to be tried again, or is read from swap.
     fn awaits_something(&self) -> bool {
-        !self.again.is_empty()
-            || self.manager.waiting_for_pages().next().is_some()
-            || self.manager.family().unsettled() > PageCount(0)
+        self.manager.waiting_for_pages().next().is_some() || self.manager.family().unsettled() > PageCount(0)
     }
 
     /// Writes a batch of frozen pages back.
@@ -192,7 +187,6 @@ impl FamilyThread {
         if let Err(error) = self.manager.trap(vm, gfn, touch) {
             log::warn!("the page at {gfn} for {vm:?}: {error}");
             self.tell(vm, Event::Delayed(&error));
-            self.again.push((vm, gfn, touch));
         }
         self.see_failures(vm);
     }
@@ -207,7 +201,6 @@ impl FamilyThread {
             log::warn!("pages from swap: {error}");
         }
         waiting.into_iter().for_each(|vm| self.see_failures(vm));
-        std::mem::take(&mut self.again).into_iter().for_each(|(vm, gfn, touch)| self.answer(vm, gfn, touch));
     }
 
     /// A page that is lost is told first, then becomes zero, so that who waits for it can be stopped.
@@ -365,7 +358,6 @@ impl FamilyThread {
         {
             log::error!("the traps of {vm:?}: {error}");
         }
-        self.again.retain(|(waits, ..)| *waits != vm);
         self.manager.exit(vm);
         Ok(())
     }
