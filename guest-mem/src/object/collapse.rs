@@ -207,7 +207,7 @@ mod tests {
         stores.iter().for_each(|&store| objects.open_store(store, VmId(1)));
         let below = objects.stack(None);
         let top = objects.stack(Some(Backing { object: below, origin: 0 }));
-        objects.map(top, Pace::Running);
+        objects.map(top, VmId(1), Pace::Running);
         for at in (0..stretches).map(|stretch| stretch * 8) {
             for (page, store) in (at..).zip(stores) {
                 objects.put(below, (page..page + 1).into(), Slot::Resident(store));

@@ -204,7 +204,7 @@ fn a_look_down_a_chain_is_no_recursion() {
         let objects = &mut family.objects;
         let mut top = None;
         for page in 0..DEPTH {
-            let store = objects.reserve_store();
+            let store = StoreId(page as u32);
             objects.open_store(store, VmId(1));
             let object = objects.stack(top.map(|object| Backing { object, origin: 0 }));
             objects.put(object, (page..page + 1).into(), Slot::Unsettled(store));

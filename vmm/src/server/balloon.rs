@@ -147,7 +147,9 @@ impl Server {
                 .end_vm(generation, Phase::Dead("its process gave pages back while it stood for a fork".into()));
         }
         manager.balloon(member, pages);
-        self.count_hinted(generation, pages.iter().map(|pages| pages.count().0).sum());
+        // Whoever is taken over may name a page more than once.
+        let count = pages.iter().fold(0, |count: u64, pages| count.saturating_add(pages.count().0));
+        self.count_hinted(generation, count);
     }
 
     /// A guest's balloon has another size now.

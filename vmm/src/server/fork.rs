@@ -25,6 +25,10 @@ pub struct ForkId(pub u64);
 
 /// Most children of one fork.
 const COUNT_MAX: u32 = 1000;
+/// A guest that asks for children itself gets fewer than this at a time, and only as long as there are no more VMs than this:
+/// one that does so in a loop leaves something to others.
+const INSIDE_EACH: u32 = 65;
+const INSIDE_ALL: usize = 1024;
 
 /// Who asked for a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +132,15 @@ impl Server {
         let asked_ns = monotonic_ns();
         let Some(vm) = self.vms.get(parent) else { return };
         let prefix = vm.name.clone();
-        match self.child_names(&prefix, count) {
+        let there = self.vms.iter().filter(|vm| vm.is_alive()).count();
+        let names = match count {
+            INSIDE_EACH.. => Err(Failure::bad_input(format!("{count} children: fewer than {INSIDE_EACH} at a time"))),
+            _ if there + count as usize > INSIDE_ALL => {
+                Err(Failure::failed(format!("{there} VMs are there: guests fork while there are at most {INSIDE_ALL}")))
+            }
+            _ => self.child_names(&prefix, count),
+        };
+        match names {
             Err(failure) => self.tell_guest(parent, Err(failure.message)),
             Ok(names) => self.begin_fork(ForkOp::new(Asker::Guest, parent, asked_ns), names),
         }

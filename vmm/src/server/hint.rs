@@ -44,7 +44,7 @@ impl Server {
     pub(super) fn count_hinted(&mut self, parent: Generation, pages: u64) {
         let fork = self.vms.get(parent).and_then(|vm| vm.forks.front());
         if let Some(Hint::Asked(count)) = fork.and_then(|fork| self.forks.get_mut(fork)).map(|op| &mut op.hint) {
-            *count += pages;
+            *count = count.saturating_add(pages);
         }
     }
 
