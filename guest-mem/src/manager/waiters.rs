@@ -29,13 +29,22 @@ impl Waiters {
 
     /// Takes out those of `vm` that wait for one of these pages. Whether there was one.
     pub fn take(&mut self, vm: VmId, pages: GfnRange) -> bool {
-        self.0.extract_if((vm, pages.start())..(vm, pages.end().max(pages.start())), |_, _| true).count() > 0
+        let waiting = self.0.range((vm, pages.start())..(vm, pages.end().max(pages.start())));
+        let waiting: Vec<(VmId, Gfn)> = waiting.map(|(&waiter, _)| waiter).collect();
+        for waiter in &waiting {
+            self.0.remove(waiter);
+        }
+        !waiting.is_empty()
     }
 
     /// Takes out those who wait for this.
     pub fn take_all(&mut self, waits: impl Fn(VmId, Gfn, Reason) -> bool) -> Vec<(VmId, Gfn, Touch)> {
-        let taken = self.0.extract_if(.., |&(vm, gfn), &mut (_, reason)| waits(vm, gfn, reason));
-        taken.map(|((vm, gfn), (touch, _))| (vm, gfn, touch)).collect()
+        let taken = self.0.iter().filter(|&(&(vm, gfn), &(_, reason))| waits(vm, gfn, reason));
+        let taken: Vec<_> = taken.map(|(&(vm, gfn), &(touch, _))| (vm, gfn, touch)).collect();
+        for &(vm, gfn, _) in &taken {
+            self.0.remove(&(vm, gfn));
+        }
+        taken
     }
 
     /// The VM is gone.
