@@ -34,6 +34,8 @@ pub struct Vm {
     /// Stretches of frozen pages, some of which stayed in its window, all from one store, with nothing but zeros between:
     /// windows of children map that store throughout.
     pub(crate) spans: RangeMap<u64, Source>,
+    /// Mappings that its last child began with, or itself.
+    pub(crate) child_runs: usize,
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,
     pub(crate) pace: Pace,

@@ -16,7 +16,7 @@ use crate::effect::{Effect, Effects};
 use crate::family::{Family, FileMapping, VmId};
 use crate::map::Protection;
 use crate::object::Loss;
-use crate::ops::{Destination, Trap, ZERO_CLUSTER};
+use crate::ops::{Compaction, Destination, Trap, ZERO_CLUSTER};
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
@@ -80,6 +80,7 @@ pub struct Manager<S: StoreFactory, W> {
     zero_run: u64,
     /// Mappings a window may have.
     max_runs: usize,
+    compaction: Compaction,
 }
 
 impl<S: StoreFactory, W: Window> Manager<S, W> {
@@ -104,12 +105,19 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
             max_runs: MAX_RUNS,
+            compaction: Compaction::default(),
         }
     }
 
     /// The same, where windows may have `max_runs` mappings; a quarter of the kernel's default otherwise.
     pub fn with_max_runs(self, max_runs: usize) -> Self {
         Self { max_runs, ..self }
+    }
+
+    /// The same, with other bounds of what is compacted.
+    #[must_use]
+    pub fn with_compaction(self, compaction: Compaction) -> Self {
+        Self { compaction, ..self }
     }
 
     /// For windows without traps: zeros are stored like all pages, since a hole would be filled by whoever reads it.
@@ -186,6 +194,23 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             self.to_swap.insert(id);
         }
         Ok(id)
+    }
+
+    /// Pages that the freeze of `vm` which is about to begin is to take along, written or not: those of small old stores, and
+    /// those that are [lost](Self::mends) but for the copy that its window keeps. Sorted, apart.
+    pub fn takes_along(&mut self, vm: VmId) -> Vec<GfnRange> {
+        let lost = self.mends(vm);
+        if !lost.is_empty() || self.zero_run == u64::MAX {
+            return lost;
+        }
+        self.family.to_compact(vm, self.compaction)
+    }
+
+    /// Pages of `vm` that are lost to its children, and that its window has a copy of. What a copy of its process had is lost
+    /// with it, whether anybody has asked for it or not.
+    pub fn mends(&mut self, vm: VmId) -> Vec<GfnRange> {
+        self.settle_lost(vm);
+        self.family.to_mend(vm)
     }
 
     /// Nothing else is to be done: gets ready for the next freeze.

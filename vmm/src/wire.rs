@@ -182,6 +182,8 @@ pub enum ToVm {
         max_runs: u32,
         /// What becomes of short stretches.
         short: Short,
+        /// Pages that are taken along, though the guest has not written them; sorted, apart.
+        along: Vec<GfnRange>,
         /// Frames that somebody is about to wait for, sorted: where pages are copied, theirs come first.
         first: Vec<Gfn>,
     },

@@ -11,7 +11,7 @@ use crate::store::memfd::MemfdStores;
 use crate::store::swap::SharedSwap;
 use crate::swap::Swap;
 use crate::sys::{Touch, Userfaultfd};
-use crate::window::host::{Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
+use crate::window::host::{Asked, Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
 use crate::window::{Failure, Harvest, Run, Source, StoreId, Window, are_apart};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -275,10 +275,12 @@ impl FamilyThread {
     }
 
     fn freeze(&mut self, vm: VmId, store: StoreId) -> Result<Harvest, WindowError> {
+        let along = self.manager.takes_along(vm);
         let file = self.manager.store(store).expect("just made").read_only();
         let file = file.try_clone_to_owned().map_err(WindowError::NoScratch)?;
         let window = self.manager.window_mut(vm).expect("a VM has a window");
-        Ok(window.freeze(Dirty::Every, store, file.as_fd(), MAX_RUNS as u32, Short::Copied)?.harvest)
+        let asked = Asked { max_runs: MAX_RUNS as u32, short: Short::Copied, along: &along };
+        Ok(window.freeze(Dirty::Every, store, file.as_fd(), asked)?.harvest)
     }
 
     /// Maps a new VM's window.

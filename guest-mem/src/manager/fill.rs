@@ -44,6 +44,25 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         done.map(|()| Fetch::Here)
     }
 
+    /// Settles all pages that `vm` is to have in its scratch ranges, where those have gone.
+    pub(super) fn settle_lost(&mut self, vm: VmId) {
+        let Some(window) = self.windows.get(&vm) else { return };
+        let jobs = self.family.jobs_of(vm).into_iter();
+        let first = |job: &Job| GfnRange::new(job.pages.start(), PageCount(1));
+        let gone: Vec<Job> = jobs
+            .filter(|job| {
+                let page = &mut self.staging[..PAGE_SIZE];
+                let read = window.read_scratch(job.store, first(job).start(), page);
+                read.is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock)
+            })
+            .collect();
+        for store in gone.into_iter().map(|job| job.store) {
+            let mut effects = Effects::default();
+            self.family.lose_unsettled(store, &mut effects);
+            self.carry_out(effects);
+        }
+    }
+
     /// Pages have settled: what they had in a scratch range is given back as it becomes much.
     fn leave_scratch(&mut self, holder: VmId, store: StoreId, pages: GfnRange) {
         if self.family.objects().stores.get(&store).is_none_or(|account| account.scratch.is_none()) {

@@ -143,6 +143,8 @@ pub struct Objects {
     pub(crate) clean: BTreeSet<(StoreId, u64)>,
     /// Pages in the stores of anonymous objects.
     pub(crate) resident_pages: u64,
+    /// Slots whose pages are lost.
+    pub(crate) lost: u64,
     /// Pages that were freed in swap since nobody saw them.
     pub(crate) discarded: u64,
 }
@@ -384,6 +386,11 @@ impl Objects {
         slots.map(|(slots_id, &count)| (self.owners[slots_id.0 as usize].object, count))
     }
 
+    /// The stores that slots of an object name.
+    pub(crate) fn stores_of(&self, id: ObjectId) -> impl Iterator<Item = StoreId> {
+        self.owners[self.get(id).slots_id.0 as usize].stores.iter().copied()
+    }
+
     /// The slots of `pages`, cut to them.
     pub(crate) fn slots_in(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
         self.get(id).slots.within(pages)
@@ -439,7 +446,8 @@ impl Objects {
                 account.gaps += count;
                 self.get_mut(id).gaps += count;
             }
-            Slot::Zero | Slot::Lost(..) => {}
+            Slot::Lost(..) => self.lost += count,
+            Slot::Zero => {}
         }
     }
 
@@ -471,7 +479,8 @@ impl Objects {
                 account.gaps -= count;
                 self.get_mut(id).gaps -= count;
             }
-            Slot::Zero | Slot::Lost(..) => {}
+            Slot::Lost(..) => self.lost -= count,
+            Slot::Zero => {}
         }
         self.settle_accounts(store, effects);
     }

@@ -22,12 +22,15 @@ impl Family {
         let (map, root) = (vm.map.clone(), vm.root);
         let root = self.stage2.share(root);
         let runs = self.fresh_runs(parent, max_runs);
+        let child_runs = runs.len();
+        self.vm_mut(parent).child_runs = child_runs;
         self.insert_vm(Vm {
             map,
             root,
             runs,
             kept: PageSet::default(),
             spans: RangeMap::new(),
+            child_runs,
             freezing: None,
             pace: Pace::Running,
             shed: None,

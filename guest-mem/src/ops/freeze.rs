@@ -67,12 +67,15 @@ impl Family {
         let source = Source::Store { store, origin: Gfn(0) };
         let before = self.vm(vm).map.clone();
         let mut replaced = Vec::new();
-        let (all_taken, all_private) = (harvest.taken(), harvest.private());
+        let harvest_taken = harvest.taken();
+        let (mut all_taken, all_private) = (Vec::new(), harvest.private());
         for (pages, entry) in before.iter() {
-            let taken: Vec<GfnRange> = within(&all_taken, pages).collect();
+            let taken: Vec<GfnRange> = within(&harvest_taken, pages).collect();
+            let taken = if bridge.0 == 0 { taken } else { self.without_clean_zeros(entry, taken, &all_private) };
             if taken.is_empty() {
                 continue;
             }
+            all_taken.extend(&taken);
             let private: Vec<GfnRange> = within(&all_private, pages).collect();
             let top = match entry.object {
                 Some(top) if !entry.needs_copy && taken == private => top,
@@ -94,10 +97,25 @@ impl Family {
         }
         books.kept.add_all(harvest.copied.iter().copied());
         books.shed = None;
-        outside(&all_taken, &spans).for_each(|pages| books.spans.remove(pages.raw()));
+        outside(&harvest_taken, &spans).for_each(|pages| books.spans.remove(pages.raw()));
         spans.into_iter().for_each(|pages| books.spans.insert(pages.raw(), source));
         self.left.tops.extend(books.map.iter().filter_map(|(_, entry)| entry.object));
         self.left.replaced.append(&mut replaced);
+    }
+
+    /// Stretches in which nothing was private were [taken along](Self::to_compact), over zeros between: those take no slots and
+    /// no storage. Windows trap there.
+    fn without_clean_zeros(&self, entry: MapEntry, taken: Vec<GfnRange>, private: &[GfnRange]) -> Vec<GfnRange> {
+        let mut left = Vec::with_capacity(taken.len());
+        for pages in taken {
+            if within(private, pages).next().is_some() {
+                left.push(pages);
+                continue;
+            }
+            let segments = self.objects.resolve(entry.object, entry.origin, pages).into_iter();
+            segments.filter(|segment| !segment.is_zero()).for_each(|segment| push(&mut left, segment.pages));
+        }
+        left
     }
 
     /// Frees some of what freezes and exits have hidden from everybody.

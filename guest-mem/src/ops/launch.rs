@@ -31,6 +31,7 @@ impl Family {
             runs: RangeMap::new(),
             kept: PageSet::default(),
             spans: RangeMap::new(),
+            child_runs: 0,
             freezing: None,
             pace: Pace::Running,
             shed: None,

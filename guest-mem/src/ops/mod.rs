@@ -1,6 +1,7 @@
 //! The few operations in which objects and stage-2 tables meet, one file each.
 
 mod balloon;
+mod compact;
 pub(crate) mod evict;
 mod exit;
 mod fork;
@@ -15,6 +16,7 @@ mod swap_in;
 mod trap;
 mod viewers;
 
+pub use compact::Compaction;
 pub use evict::Victim;
 pub use freeze::Destination;
 pub use settle::{CopyFrom, Job, Placed};

@@ -3,7 +3,7 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
-use crate::object::{Backing, Found, Loss, ObjectId, Objects, Slot, SwapBase};
+use crate::object::{Backing, Found, Loss, ObjectId, Objects, Slot, StoreAccount, SwapBase};
 use crate::swap::SwapSlot;
 use crate::window::{Run, StoreId};
 use std::ops::ControlFlow;
@@ -106,6 +106,38 @@ impl Family {
                 }
             };
             return Job { object, needed_by, pages: segment.pages, store, from };
+        }
+    }
+
+    /// A job for a page of each scratch range that `vm` holds.
+    pub(crate) fn jobs_of(&self, vm: VmId) -> Vec<Job> {
+        if !self.objects.waits_for(vm) {
+            return Vec::new();
+        }
+        let held = |account: &StoreAccount| account.scratch.is_some_and(|scratch| scratch.holder == vm);
+        let stores = self.objects.stores.iter().filter(|(_, account)| held(account));
+        let first = |&store: &StoreId| {
+            let (object, pages) = self.unsettled_of(store).next()?;
+            Some(self.job(object, pages, Slot::Unsettled(store)))
+        };
+        stores.filter_map(|(store, _)| first(store)).collect()
+    }
+
+    /// The pages that wait in the scratch range of the freeze into `store`, and whose they are.
+    fn unsettled_of(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, GfnRange)> {
+        let owners = self.objects.owners(store).map(|(object, _)| object);
+        owners.flat_map(move |object| {
+            let slots = self.objects.get(object).slots.iter();
+            slots.filter(move |(_, slot)| *slot == Slot::Unsettled(store)).map(move |(pages, _)| (object, pages))
+        })
+    }
+
+    /// What had the pages of the freeze into `store` has gone, and so have they.
+    pub(crate) fn lose_unsettled(&mut self, store: StoreId, effects: &mut Effects) {
+        let lost: Vec<(ObjectId, GfnRange)> = self.unsettled_of(store).collect();
+        for (object, pages) in lost {
+            self.objects.advance(object, pages, Slot::Lost(store, Loss::Process), effects);
+            self.tell_windows(pages, store, Placed::Lost(Loss::Process), effects);
         }
     }
 

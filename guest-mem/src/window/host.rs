@@ -24,7 +24,7 @@ mod tests;
 
 pub use crate::sys::Place;
 pub use dirty::{Dirty, SlotLog};
-pub use freeze::{Frozen, MovedOut};
+pub use freeze::{Asked, Frozen, MovedOut};
 pub use moves::Short;
 pub use snapshot::Shed;
 

@@ -54,7 +54,8 @@ pub struct Run {
 /// What a freeze took out of a window.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Harvest {
-    /// Runs that now map the freeze's store, sorted, not adjacent. They hold private pages and gaps of clean ones between.
+    /// Runs that now map the freeze's store, sorted, apart. They hold private pages and gaps of clean ones between, or clean
+    /// pages alone, which were [taken along](host::Asked::along).
     pub moved: Vec<GfnRange>,
     /// Pages that were copied, sorted, not adjacent, none of them moved: the window keeps them as private pages over
     /// whatever it maps there, and they never trap.

@@ -358,6 +358,8 @@ pub struct FakeWindow {
     pub read_only: BTreeSet<u64>,
     /// Pages that guests wait for.
     waiting: BTreeSet<u64>,
+    /// Freezes whose pages are gone, and nothing else of the process.
+    gone: BTreeSet<StoreId>,
     /// The process is gone, and its memory.
     pub killed: bool,
     /// Freezes of which the process has still to copy what they have taken.
@@ -395,6 +397,11 @@ impl FakeWindow {
     /// Frozen pages that stayed, written since or not.
     pub fn stayed(&self) -> Vec<GfnRange> {
         self.stayed.iter().map(|range| range.clone().into()).collect()
+    }
+
+    /// All that freezes have taken and that has not settled is gone.
+    pub fn lose_scratch(&mut self) {
+        self.gone.extend(self.scratch.keys());
     }
 
     /// The live layer.
@@ -496,11 +503,33 @@ impl FakeWindow {
         !std::mem::take(&mut self.copying).is_empty()
     }
 
-    /// Moves dirty pages out and maps `file` in their place, or copies them.
-    pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps) -> Harvest {
+    /// Those that stayed count as written. The others.
+    fn take_kept_along(&mut self, along: &[GfnRange]) -> RangeSet<u64> {
+        let mut others: RangeSet<u64> = along.iter().map(|pages| pages.raw()).collect();
+        for gfn in along.iter().flat_map(|pages| pages.iter()) {
+            if let Some(Private::Kept(stamp)) = self.present.get(&gfn.0).copied() {
+                self.present.insert(gfn.0, Private::Dirty(stamp));
+                others.remove(gfn.0..gfn.0 + 1);
+            }
+        }
+        others
+    }
+
+    /// Moves dirty pages out and maps `file` in their place, or copies them. If anything is taken so are the pages `along`.
+    pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps, along: &[GfnRange]) -> Harvest {
+        let mut others = self.take_kept_along(along);
         self.present.retain(|_, page| !matches!(page, Private::Clean(_)));
         let private = self.live();
-        let (moved, copied) = self.plan(&private, gaps);
+        let (mut moved, copied) = self.plan(&private, gaps);
+        let sorted = |set: &RangeSet<u64>| -> Vec<GfnRange> { set.iter().map(|range| range.clone().into()).collect() };
+        let mut moved_private = private.clone();
+        copied.iter().for_each(|range| moved_private.remove(range.clone()));
+        let harvest = Harvest { moved: sorted(&moved), copied: sorted(&copied), moved_private: sorted(&moved_private) };
+        assert_eq!(broken_rule(&harvest, &sorted(&private), &self.ram), None, "{harvest:?} of {private:?}");
+        if !private.is_empty() {
+            private.iter().for_each(|range| others.remove(range.clone()));
+            moved.extend(others);
+        }
         let mut scratch = BTreeMap::new();
         for range in moved.iter() {
             for page in range.clone() {
@@ -522,12 +551,7 @@ impl FakeWindow {
             self.scratch.insert(store, scratch);
             self.mapped.insert(store, file);
         }
-        let sorted = |set: &RangeSet<u64>| -> Vec<GfnRange> { set.iter().map(|range| range.clone().into()).collect() };
-        let mut moved_private = private.clone();
-        copied.iter().for_each(|range| moved_private.remove(range.clone()));
-        let harvest = Harvest { moved: sorted(&moved), copied: sorted(&copied), moved_private: sorted(&moved_private) };
-        assert_eq!(broken_rule(&harvest, &sorted(&private), &self.ram), None, "{harvest:?} of {private:?}");
-        harvest
+        Harvest { moved: sorted(&moved), ..harvest }
     }
 
     /// Maps `file` where frozen pages stayed, and stay still. What was written since stays. Which pages it did so for.
@@ -587,7 +611,7 @@ impl FakeWindow {
 
 impl Window for FakeWindow {
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()> {
-        if self.killed {
+        if self.killed || self.gone.contains(&scratch) {
             return Err(io::ErrorKind::NotFound.into());
         }
         if self.copying.contains(&scratch) {

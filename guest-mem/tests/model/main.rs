@@ -5,6 +5,7 @@ mod balloon;
 mod exhaustive;
 mod failures;
 mod fakes;
+mod generations;
 mod halves;
 mod interleavings;
 mod plan;

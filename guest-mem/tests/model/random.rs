@@ -122,6 +122,7 @@ impl Player {
                 self.world.expect_losses();
             }
             12 => drop(self.world.manager.bring_ahead()),
+            14 if self.deadly && self.rng.below(4) == 0 => self.world.lose_scratch(vm),
             13 => {
                 let room = PageCount(16 * self.rng.below(8));
                 self.world.manager.set_room_ahead(room);

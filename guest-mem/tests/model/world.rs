@@ -6,6 +6,7 @@ use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::check::check_swap;
 use guest_mem::manager::{Copied, Error, Evicted, MAX_RUNS, SETTLE_BATCH};
 use guest_mem::object::{Found, ObjectId, Slot};
+use guest_mem::ops::Compaction;
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
 use guest_mem::{Destination, Harvest, Manager, Protection, Source, StoreId, Touch, VmId};
@@ -20,6 +21,7 @@ pub struct Layout {
     pub ram: Vec<(u64, u64)>,
     pub files: Vec<(u64, u64)>,
     pub max_runs: usize,
+    pub compaction: Compaction,
 }
 
 impl Layout {
@@ -31,6 +33,7 @@ impl Layout {
             ram: vec![(0, pages)],
             files: Vec::new(),
             max_runs: MAX_RUNS,
+            compaction: Compaction { stores: 2, runs: 3, pages: PageCount(12), remapped: 4 },
         }
     }
 
@@ -88,6 +91,8 @@ pub struct World<S = FakeSwap> {
     frozen: BTreeMap<VmId, Memory>,
     /// Freezes between their halves.
     pub halves: BTreeMap<VmId, Half>,
+    /// What freezes under way are to take along.
+    along: BTreeMap<VmId, Vec<GfnRange>>,
     pub sheddings: BTreeMap<VmId, Shedding>,
     /// VMs that are gone; their windows may be needed.
     gone: BTreeSet<VmId>,
@@ -117,7 +122,8 @@ impl<S: WorldSwap> World<S> {
         let span = layout.shape.table_span(layout.shape.levels);
         let swap = Rc::new(RefCell::new(swap(&ledger)));
         let stores = VecStores::new(&ledger, &swap);
-        let mut manager = Manager::new(layout.shape, span, stores).with_max_runs(layout.max_runs);
+        let mut manager =
+            Manager::new(layout.shape, span, stores).with_max_runs(layout.max_runs).with_compaction(layout.compaction);
         let files: Vec<_> = layout.files.iter().map(|&at| (range(at), file(range(at).count(), &ledger))).collect();
         let vm = manager.launch(&ram, &files, FakeWindow::new(&ram, &ledger));
         let mut memory = Memory::new();
@@ -136,6 +142,7 @@ impl<S: WorldSwap> World<S> {
             frozen: vms.clone(),
             vms,
             halves: BTreeMap::new(),
+            along: BTreeMap::new(),
             sheddings: BTreeMap::new(),
             gone: BTreeSet::new(),
             writes: 0,
@@ -435,6 +442,11 @@ impl<S: WorldSwap> World<S> {
     /// A freeze begins: the VM is to be stopped.
     pub fn begin(&mut self, vm: VmId, to: Destination) -> Result<StoreId, Error> {
         let store = self.manager.begin_freeze(vm, to)?;
+        let along = match to {
+            Destination::Store => self.manager.takes_along(vm),
+            Destination::Swap => Vec::new(),
+        };
+        self.along.insert(vm, along);
         self.halves.insert(vm, Half::Begun(store, to));
         Ok(store)
     }
@@ -454,7 +466,8 @@ impl<S: WorldSwap> World<S> {
         if to == Destination::Swap {
             self.window_mut(vm).forget_kept();
         }
-        let harvest = self.window_mut(vm).freeze(store, mapped, gaps);
+        let along = self.along.remove(&vm).expect("it was asked for");
+        let harvest = self.window_mut(vm).freeze(store, mapped, gaps, &along);
         self.halves.insert(vm, Half::Taken(harvest, self.vms[&vm].clone()));
     }
 
@@ -637,6 +650,12 @@ impl<S: WorldSwap> World<S> {
         if self.vms.contains_key(&vm) {
             self.exit(vm);
         }
+    }
+
+    /// A copy of a VM's process dies, which had what its freezes took.
+    pub fn lose_scratch(&mut self, vm: VmId) {
+        self.killed = true;
+        self.window_mut(vm).lose_scratch();
     }
 
     /// Moved-out pages will be lost, though nobody dies.

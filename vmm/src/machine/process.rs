@@ -9,6 +9,7 @@ use crate::link::Link;
 use crate::nice;
 use crate::wire::{Activity, FromVm, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use guest_mem::window::host::Asked;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::unistd::{Pid, close, getppid};
 use std::io;
@@ -213,14 +214,15 @@ impl Process<'_> {
                 let loaded = vm.load_expected();
                 self.begin_moments(loaded)?;
             }
-            ToVm::Freeze { store, max_runs, short, first } => {
+            ToVm::Freeze { store, max_runs, short, along, first } => {
                 let (file, lifeline) = match fds.as_slice() {
                     [file, lifeline] => (file, Some(lifeline.as_fd())),
                     fds => (one(fds)?, None),
                 };
                 self.spare = Some(Instant::now());
                 let mut out = Outbox::new(&mut self.link);
-                let freeze = Freeze { store, file: file.as_fd(), lifeline, max_runs, short, first: &first };
+                let asked = Asked { max_runs, short, along: &along };
+                let freeze = Freeze { store, file: file.as_fd(), lifeline, asked, first: &first };
                 match vm.freeze(&freeze, &mut out) {
                     Ok(()) => {}
                     Err(error) => {

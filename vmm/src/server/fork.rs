@@ -229,7 +229,9 @@ impl Server {
             return;
         }
         let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
-        if let Some(state) = self.still(parent).cloned() {
+        let lost = self.families.get_mut(&family).is_some_and(|manager| !manager.mends(member).is_empty());
+        // What its children would miss, a freeze takes.
+        if let Some(state) = self.still(parent).filter(|_| !lost).cloned() {
             let op = self.forks.get_mut(&fork).expect("a queued fork");
             (op.asked_balloon, op.idle) = asked;
             return self.fork_still(parent, (family, member), state);
@@ -238,9 +240,10 @@ impl Server {
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
+                let along = manager.takes_along(member);
                 let file = manager.store(store).expect("just made");
                 let (max_runs, first) = (self.max_runs, self.working_sets.reads(parent));
-                let message = ToVm::Freeze { store, max_runs, short: Short::Copied, first };
+                let message = ToVm::Freeze { store, max_runs, short: Short::Copied, along, first };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 // What is frozen in a copy is in memory twice, until it has left the window.
                 let lifeline = may_copy.then(|| process.memory.spin_lifeline().ok()).flatten();

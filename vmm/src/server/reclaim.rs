@@ -230,7 +230,7 @@ impl Server {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
                 let (max_runs, short) = (self.max_runs, Short::Moved);
-                let message = ToVm::Freeze { store, max_runs, short, first: Vec::new() };
+                let message = ToVm::Freeze { store, max_runs, short, along: Vec::new(), first: Vec::new() };
                 self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
                 vm.reclaiming = Some(store);
                 let moved = PageCount(0);

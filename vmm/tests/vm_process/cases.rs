@@ -301,8 +301,10 @@ pub fn off_is_off_and_a_crash_is_told() {
     root.worker.post("halt");
     assert_eq!(root.worker.expect(ending), Ending::Off);
     let store = family.new_store();
-    root.worker
-        .tell(&ToVm::Freeze { store, max_runs: 100, short: Short::Moved, first: Vec::new() }, &[family.file(store)]);
+    root.worker.tell(
+        &ToVm::Freeze { store, max_runs: 100, short: Short::Moved, along: Vec::new(), first: Vec::new() },
+        &[family.file(store)],
+    );
     let why = root.worker.expect(|message| match message {
         FromVm::FreezeFailed(why) => Some(why.clone()),
         _ => None,
@@ -406,7 +408,13 @@ pub fn nonsense_ends_the_process() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let mut worker = Worker::prepare(PageCount(4096), Isolation::Off, ALL);
     worker.tell(
-        &ToVm::Freeze { store: guest_mem::StoreId(1), max_runs: 1, short: Short::Moved, first: Vec::new() },
+        &ToVm::Freeze {
+            store: guest_mem::StoreId(1),
+            max_runs: 1,
+            short: Short::Moved,
+            along: Vec::new(),
+            first: Vec::new(),
+        },
         &[std::io::stdin().as_fd()],
     );
     let why = worker.expect(|message| match message {

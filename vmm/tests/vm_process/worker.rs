@@ -196,7 +196,10 @@ impl Worker {
     }
 
     pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>) -> Taken {
-        self.tell(&ToVm::Freeze { store, max_runs: 10_000, short: Short::Moved, first: Vec::new() }, &[file]);
+        self.tell(
+            &ToVm::Freeze { store, max_runs: 10_000, short: Short::Moved, along: Vec::new(), first: Vec::new() },
+            &[file],
+        );
         self.taken()
     }
 

@@ -36,6 +36,18 @@ pub struct MovedOut {
     told: Vec<GfnRange>,
 }
 
+/// What a freeze is asked for besides what is dirty.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Mappings that the window may have afterwards.
+    pub max_runs: u32,
+    /// What becomes of short stretches.
+    pub short: Short,
+    /// Pages that are taken along though they are clean, if anything is taken: those that the window keeps are copied once
+    /// more, and at the others the store is mapped, which is to get what is there. Sorted, apart, within RAM.
+    pub along: &'a [GfnRange],
+}
+
 /// What a window has in its dirty ranges.
 #[derive(Default)]
 pub(super) struct Found {
@@ -77,10 +89,9 @@ impl HostWindow {
         dirty: Dirty<'_>,
         store: StoreId,
         file: BorrowedFd<'_>,
-        max_runs: u32,
-        short: Short,
+        asked: Asked<'_>,
     ) -> Result<Frozen, WindowError> {
-        match self.move_out(dirty, store, file, max_runs, short)? {
+        match self.move_out(dirty, store, file, asked)? {
             Some(moved) => {
                 self.copy(store, moved.copies())?;
                 self.harvest(&moved)
@@ -106,7 +117,7 @@ impl HostWindow {
     /// Moves all dirty private pages into a scratch range and maps the still empty `file` in their place, its page `n`
     /// at guest frame `n`; touches of what it does not hold trap. With [`Short::Copied`], short stretches stay, and are to
     /// be [copied](Self::copy) into the scratch range. With [`Short::Moved`], those that stayed earlier are moved as well, written
-    /// or not. Private copies of other clean pages are dropped where we come across them. If nothing is dirty and
+    /// or not. Private copies of other clean pages are dropped where we come across them. What is to be taken [along](Asked::along) is. If nothing is dirty and
     /// private, nothing is touched.
     ///
     /// Nobody touches the window meanwhile: vCPUs, devices, kernel threads that work for them (with a local APIC in the
@@ -121,12 +132,14 @@ impl HostWindow {
         dirty: Dirty<'_>,
         store: StoreId,
         file: BorrowedFd<'_>,
-        max_runs: u32,
-        mut short: Short,
+        asked: Asked<'_>,
     ) -> Result<Option<MovedOut>, WindowError> {
+        let Asked { max_runs, mut short, along } = asked;
         if short == Short::Moved {
             self.mark_kept();
         }
+        let (kept, others) = self.split_kept(along);
+        kept.into_iter().for_each(|pages| self.pending.mark(pages));
         let trust = self.mark(dirty);
         let mut found = self.find_private(trust)?;
         // A run in the middle of a mapping makes three of one: here, or in the windows of children.
@@ -144,7 +157,11 @@ impl HostWindow {
             return Ok(None);
         }
 
-        let plan = plan(&found.dirty, &self.ram, limit, short);
+        let mut plan = plan(&found.dirty, &self.ram, limit, short);
+        let others = without(&without(&others, &found.dirty), &plan.moves);
+        if plan.moves.len() + others.len() <= limit {
+            plan.moves = merged(&plan.moves, &others);
+        }
         let copies = PageCount(plan.copies.iter().map(|pages| pages.count().0).sum());
         let scratch = self.scratches.make_for(copies).map_err(WindowError::NoScratch)?;
         self.exchange(&scratch.area, &plan.moves, file, |_| Ok(()))?;
@@ -157,6 +174,13 @@ impl HostWindow {
         self.forget_dirty();
         self.scratches.keep(store, scratch, &plan.copies);
         Ok(Some(MovedOut { store, plan, found: found.dirty, told: found.told }))
+    }
+
+    /// Those of `pages` that are kept, and the others.
+    fn split_kept(&self, pages: &[GfnRange]) -> (Vec<GfnRange>, Vec<GfnRange>) {
+        let kept: Vec<GfnRange> = pages.iter().flat_map(|&pages| self.kept.within(pages)).collect();
+        let others = without(pages, &kept);
+        (kept, others)
     }
 
     /// In how many stretches pages stay if these do as well.

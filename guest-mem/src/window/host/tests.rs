@@ -66,7 +66,7 @@ impl Rig {
 
     fn freeze_with(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32, short: Short) -> (Frozen, Memfd) {
         let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
-        let frozen = self.window.freeze(dirty, StoreId(store), file.as_fd(), max_runs, short).unwrap();
+        let frozen = self.window.freeze(dirty, StoreId(store), file.as_fd(), asked(max_runs, short)).unwrap();
         (frozen, file)
     }
 
@@ -75,6 +75,10 @@ impl Rig {
         self.window.read_scratch(StoreId(store), Gfn(frame), &mut page)?;
         Ok(u64::from_ne_bytes(page[..8].try_into().unwrap()))
     }
+}
+
+fn asked(max_runs: u32, short: Short) -> Asked<'static> {
+    Asked { max_runs, short, along: &[] }
 }
 
 /// What KVM's log would say if the guest had written these frames.
@@ -305,7 +309,7 @@ fn a_freeze_has_its_memory_before_if_it_is_to_copy_much() {
         rig.window.prepare_copies(&log);
         // Neither an address nor a page is asked for any more.
         inject::fail_after(0);
-        let frozen = rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), 10_000, Short::Copied);
+        let frozen = rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), asked(10_000, Short::Copied));
         let failed = inject::stop();
         assert_eq!((frozen.is_ok(), failed), (has_memory, !has_memory), "{frozen:?}");
     }
@@ -351,7 +355,7 @@ fn only_pages_that_were_seen_are_copied() {
     window.memory().write_obj(9u64, GuestAddress(66 << 12)).unwrap();
     let file = Memfd::new("store", PageCount(70)).unwrap();
     let log = [SlotLog { first: Gfn(0), words: vec![0, u64::MAX] }];
-    let frozen = window.freeze(Dirty::Logged(&log), StoreId(1), file.as_fd(), 100, Short::Copied).unwrap();
+    let frozen = window.freeze(Dirty::Logged(&log), StoreId(1), file.as_fd(), asked(100, Short::Copied)).unwrap();
     assert_eq!(frozen.harvest.private(), [frames(66..67)]);
 }
 
@@ -375,7 +379,7 @@ fn a_freeze_that_fails_changes_nothing() {
         let runs: Vec<Run> = rig.window.runs().collect();
         let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
         inject::fail_after(calls);
-        let frozen = rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), 1000, short);
+        let frozen = rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), asked(1000, short));
         let failed = inject::stop();
         let Err(error) = frozen else {
             // What is advice only may be refused.

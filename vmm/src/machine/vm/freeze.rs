@@ -12,7 +12,7 @@ use super::super::state::{LinuxState, MachineState, MailboxState, PackedState};
 use super::{Vm, VmError};
 use crate::devices::serial;
 use crate::wire::{Activity, FromVm, Frozen};
-use guest_mem::window::host::{Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
+use guest_mem::window::host::{Asked, Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
 use guest_mem::{Gfn, GfnRange, Harvest, Protection, StoreId, Window};
 use nix::unistd::Pid;
 use std::io;
@@ -36,10 +36,8 @@ pub(in super::super) struct Freeze<'a> {
     pub file: BorrowedFd<'a>,
     /// Where pages may stay: the pipe that a copy of this process lives on.
     pub lifeline: Option<BorrowedFd<'a>>,
-    /// Mappings that the window may have afterwards.
-    pub max_runs: u32,
-    /// What becomes of short stretches.
-    pub short: Short,
+    /// What it is to take besides what is dirty.
+    pub asked: Asked<'a>,
     /// Frames whose pages are copied first; sorted.
     pub first: &'a [Gfn],
 }
@@ -59,7 +57,7 @@ impl Vm {
     /// that the vCPUs run. Of vCPUs that have rested all that is known at once, and told at once. Where many pages are copied,
     /// what was taken and the state are told meanwhile.
     pub fn freeze(&mut self, freeze: &Freeze<'_>, out: &mut Outbox<'_>) -> Result<(), VmError> {
-        let &Freeze { store, lifeline, short, .. } = freeze;
+        let &Freeze { store, lifeline, asked, .. } = freeze;
         if !self.started {
             return Err(VmError::NotStarted);
         }
@@ -70,7 +68,7 @@ impl Vm {
                 Err(error) => log::warn!("freezes take every private page: {error}"),
             }
         }
-        if short == Short::Copied && self.log_tells_all {
+        if asked.short == Short::Copied && self.log_tells_all {
             self.kvm.read_log()?;
             self.window.prepare_copies(self.kvm.logs());
         }
@@ -161,7 +159,7 @@ impl Vm {
         rested: bool,
         out: &mut Outbox<'_>,
     ) -> Result<(Taken, MachineState), VmError> {
-        let &Freeze { file, lifeline, max_runs, short, .. } = freeze;
+        let &Freeze { file, lifeline, asked, .. } = freeze;
         let floor = Arc::clone(&self.floor);
         let mut shared = self.await_standing(&floor, |message| out.tell(message))?;
         let said = shared.take_messages();
@@ -174,14 +172,14 @@ impl Vm {
         let linux = self.linux.as_ref().map(LinuxMachine::save).transpose()?;
         self.kvm.read_log()?;
         let in_copy = match lifeline.filter(|_| self.traps && !self.log_tells_all) {
-            Some(lifeline) => self.freeze_in_copy(lifeline, max_runs)?,
+            Some(lifeline) => self.freeze_in_copy(lifeline, asked.max_runs)?,
             None => None,
         };
         let taken = match in_copy {
             Some(taken) => taken,
             None => {
                 let dirty = if self.log_tells_all { Dirty::Logged(self.kvm.logs()) } else { Dirty::Every };
-                let moved = self.window.move_out(dirty, begun.store, file, max_runs, short)?;
+                let moved = self.window.move_out(dirty, begun.store, file, asked)?;
                 moved.map_or(Taken::Nothing, Taken::Moved)
             }
         };
