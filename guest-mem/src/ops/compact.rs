@@ -70,13 +70,13 @@ impl Family {
         }
         own.retain(|part| stores.contains_key(&part.store));
         own.sort_unstable_by_key(|part| part.pages.start());
-        let chosen: Vec<GfnRange> = if crowded {
-            let chosen = smallest(small, limits);
-            own.iter().filter(|part| chosen.contains(&part.store)).map(|part| part.pages).collect()
-        } else {
-            let save = books.child_runs - limits.runs / 2;
-            most_cut(&own, save, limits.pages)
-        };
+        let save = books.child_runs.saturating_sub(limits.runs / 2);
+        let mut chosen = if books.child_runs > limits.runs { most_cut(&own, save, limits.pages) } else { Vec::new() };
+        if chosen.is_empty() && crowded {
+            let smallest = smallest(small, limits);
+            own.retain(|part| smallest.contains(&part.store));
+            chosen = own;
+        }
         self.stretches(books, &chosen, limits.remapped)
     }
 
@@ -129,22 +129,23 @@ impl Family {
 
     /// What a window is to do for pages (sorted, apart): copy those that it keeps, and map the freeze's store at the others, at
     /// `most` of them, in stretches over the zeros between.
-    fn stretches(&self, vm: &Vm, pages: &[GfnRange], most: usize) -> Vec<GfnRange> {
+    fn stretches(&self, vm: &Vm, all: &[Own], most: usize) -> Vec<GfnRange> {
         let (mut stretches, mut remapped): (Vec<GfnRange>, Vec<GfnRange>) = (Vec::new(), Vec::new());
-        let mut mapped = 0;
-        for &pages in pages {
+        let (mut mapped, mut last_store) = (0, None);
+        for &Own { pages, store } in all {
             let kept: Vec<GfnRange> = vm.kept.within(pages).collect();
             stretches.extend(&kept);
             for part in without(&[pages], &kept) {
-                mapped += 1;
+                let between = remapped.last().map(|last| GfnRange::between(last.end(), part.start()));
+                let joins = between.is_some_and(|between| self.only_zeros(vm, between));
+                mapped += usize::from(!joins || last_store != Some(store));
                 if mapped > most {
                     break;
                 }
-                match remapped.last_mut() {
-                    Some(last) if self.only_zeros(vm, GfnRange::between(last.end(), part.start())) => {
-                        *last = GfnRange::between(last.start(), part.end());
-                    }
-                    _ => remapped.push(part),
+                last_store = Some(store);
+                match remapped.last_mut().filter(|_| joins) {
+                    Some(last) => *last = GfnRange::between(last.start(), part.end()),
+                    None => remapped.push(part),
                 }
             }
         }
@@ -182,7 +183,7 @@ fn smallest(mut small: Vec<(u64, StoreId)>, limits: Compaction) -> BTreeSet<Stor
 
 /// The pages of those neighbourhoods where the fewest pages for each mapping are to be taken, at most `limit`, until `save`
 /// mappings are saved. A neighbourhood is what one mapping may bridge.
-fn most_cut(own: &[Own], save: usize, limit: PageCount) -> Vec<GfnRange> {
+fn most_cut(own: &[Own], save: usize, limit: PageCount) -> Vec<Own> {
     let neighbourhood = |part: &Own| part.pages.start().0 / ZERO_CLUSTER.0;
     let mut cut: Vec<(u64, u64, &[Own])> = Vec::new();
     for parts in own.chunk_by(|a, b| neighbourhood(a) == neighbourhood(b)) {
@@ -194,16 +195,16 @@ fn most_cut(own: &[Own], save: usize, limit: PageCount) -> Vec<GfnRange> {
     }
     cut.sort_by_key(|(pages, cuts, _)| pages * WORTHWHILE * ZERO_CLUSTER.0 / cuts);
     let (mut left, mut saved) = (limit.0, 0);
-    let mut chosen: Vec<GfnRange> = Vec::new();
+    let mut chosen: Vec<Own> = Vec::new();
     for (pages, cuts, parts) in cut {
         if saved >= save as u64 || pages > left {
             break;
         }
         left -= pages;
         saved += cuts;
-        chosen.extend(parts.iter().map(|part| part.pages));
+        chosen.extend(parts);
     }
-    chosen.sort_unstable_by_key(|pages| pages.start());
+    chosen.sort_unstable_by_key(|part| part.pages.start());
     chosen
 }
 

@@ -9,7 +9,7 @@ use guest_mem::stage2::Shape;
 use std::collections::BTreeSet;
 
 const PAGES: u64 = 1024;
-const LIMITS: Compaction = Compaction { stores: 12, runs: 40, pages: PageCount(256), remapped: 24 };
+const LIMITS: Compaction = Compaction { stores: 12, runs: 40, pages: PageCount(512), remapped: 24 };
 
 /// Which VM is frozen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,12 +123,12 @@ fn generations_leave_few_stores_and_mappings_and_are_copied_a_few_times() {
 fn what_others_see_stays_where_it_is() {
     let mut story = Story::new(Line::Parent);
     for page in 0..LIMITS.stores as u64 {
-        story.generation(&[page * 2]);
+        story.generation(&[page]);
     }
     let lasting = story.world.fork(story.vm, Gaps::Stay);
     let before = story.copied;
     for page in 0..LIMITS.stores as u64 {
-        story.generation(&[500 + page * 2]);
+        story.generation(&[500 + page]);
     }
     assert_eq!(story.copied - before, LIMITS.stores as u64, "each page that was written, once");
     story.check();
