@@ -498,7 +498,8 @@ impl<S: WorldSwap> World<S> {
     pub fn freeze_unheard(&mut self, vm: VmId, meanwhile: impl FnOnce(&mut Self)) {
         let store = self.manager.begin_freeze(vm, Destination::Store).expect("nothing is to fail");
         let mapped = Mapped::store(self.manager.store(store).expect("a freeze makes a store"));
-        let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None);
+        let along = self.along.remove(&vm).unwrap_or_default();
+        let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None, &along);
         meanwhile(self);
         self.manager.stands(vm);
         self.manager.finish_freeze(vm, &harvest);
