@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | `home` | a home of a test's own, its server, and the proof that nothing of it is left |
 //! | `fuse` | a file whose blocks can be made to fail |
+//! | `hostile` | a VM process that has been taken over |
 //! | `served` | a server with options of its own |
 //! | `turn` | who may run beside whom |
 //! | `binary` | the `offshoot` binary, built if it is not there or not of today |
@@ -24,6 +25,7 @@ mod figures;
 pub mod fuse;
 mod guest;
 mod home;
+pub mod hostile;
 pub mod process;
 mod served;
 mod traced;

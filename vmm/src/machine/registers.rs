@@ -35,6 +35,8 @@ pub(super) enum RegistersError {
     Msr { call: &'static str, index: u32 },
     #[error("the saved state has {has} words of XSAVE, this host {wants}")]
     XsaveLength { has: usize, wants: usize },
+    #[error("the saved state has other MSRs than this host, or in another order")]
+    MsrList,
 }
 
 /// Adds the call to an error of KVM.
@@ -47,7 +49,7 @@ fn during(call: &'static str) -> impl FnOnce(errno::Error) -> RegistersError {
 pub(super) struct Registers {
     access: Access,
     fresh: VcpuState,
-    /// What it was given when it was made ready for a state to come.
+    /// What it had after it was made ready for a state to come.
     expected: Option<VcpuState>,
 }
 
@@ -109,7 +111,8 @@ impl Registers {
     }
 
     /// Makes the vCPU, which has not run, what `state` says, but for what may not wait or is lost: what is pending comes
-    /// with [`restore`](Self::restore). A state to come will most likely be like this one.
+    /// with [`restore`](Self::restore). A state to come will most likely be like this one; what the vCPU then has is to be
+    /// [learned](Self::learn).
     ///
     /// A vCPU with an interrupt controller is left as it is: its timer runs, also while it does not, and MSRs that name
     /// guest memory make KVM touch that, which is not there yet.
@@ -118,8 +121,15 @@ impl Registers {
             return Ok(());
         }
         let state = VcpuState { mp: self.fresh.mp, events: self.fresh.events, ..state };
-        self.restore(vcpu, &state)?;
-        self.expected = Some(state);
+        self.restore(vcpu, &state)
+    }
+
+    /// Reads what the vCPU has been made since it was fresh. What it was told to become is only what somebody said, and the
+    /// guest's own code may have run on it.
+    pub fn learn(&mut self, vcpu: &VcpuFd) -> Result<(), RegistersError> {
+        if self.access.machine == Machine::Monitor {
+            self.expected = Some(self.access.save(vcpu, None)?);
+        }
         Ok(())
     }
 
@@ -128,7 +138,13 @@ impl Registers {
     /// The order matters: the TSC before the MSRs that refer to it, system registers (which place the LAPIC) before the
     /// LAPIC, that (which says what kind of timer it is) before the MSR of its deadline, events last, because setting
     /// system registers drops them.
+    ///
+    /// # Errors
+    /// Of KVM; or the state is none of a vCPU of this host. An MSR more than the vCPU is compared by would stay in it.
     pub fn restore(&mut self, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), RegistersError> {
+        if !state.msrs.iter().map(|msr| msr.index).eq(self.access.msrs.iter().copied()) {
+            return Err(RegistersError::MsrList);
+        }
         // It is of no use afterwards, and there are many clones.
         let expected = self.expected.take();
         let has = expected.as_ref().unwrap_or(&self.fresh);

@@ -96,6 +96,7 @@ impl Vcpu {
                 let regs = state.regs;
                 self.registers.expect(self.fd, *state)?;
                 self.way.touch(self.fd, self.stop, &regs, &pages)?;
+                self.registers.learn(self.fd)?;
             }
             Load::Saved(state) => self.registers.restore(self.fd, &state)?,
             Load::Monitor => {

@@ -6,6 +6,9 @@
 //! whoever frees pages of a store punches them out, so that it keeps none of them in memory but its copies, which count as
 //! any other memory of a prepared process.
 //!
+//! Whoever is told of a VM has mapped its memory and has its registers, and both may be a hostile process's work. It becomes
+//! that VM's child, or ends: it expects nothing else afterwards, and nobody else gets it.
+//!
 //! A page may leave its store before it is copied: the process then waits for it, and nobody can say what it should get,
 //! for it is no VM yet. So it is out of the pool until it has said that it is done, and ends if it waits for a page.
 
@@ -80,6 +83,16 @@ impl Expectation {
     }
 }
 
+/// Which of processes that expect to become children of `expected` may become a child of `parent`, or of nobody: best one
+/// that expects just that, else one that has seen no VM at all.
+pub fn fitting(
+    expected: impl Iterator<Item = Option<Generation>> + Clone,
+    parent: Option<Generation>,
+) -> Option<usize> {
+    let find = |wanted| expected.clone().position(|expects| expects == wanted);
+    find(parent).or_else(|| find(None))
+}
+
 /// Which VMs of a shape are forked again and again: each has a prepared process that expects to become its child.
 #[derive(Debug, Default)]
 pub struct Favourites {
@@ -137,19 +150,14 @@ impl Favourites {
         self.forks.iter().filter(|&&forked| forked == parent).count() > 1
     }
 
-    /// Which of processes that expect to become children of `expected` is to expect another parent, and which.
+    /// Which of processes that expect to become children of `expected` is to expect a parent, and which: one that expects
+    /// nothing yet, and if each has its own, not the last such.
     fn to_tell(&self, expected: &[Option<Generation>]) -> Option<(usize, Generation)> {
         let all = self.all();
-        let expecting = |parent| expected.iter().filter(|&&other| other == Some(parent)).count();
-        let free = |parent: &Option<Generation>| parent.is_none_or(|parent| !all.contains(&parent));
-        let spare = |parent: &Option<Generation>| free(parent) || parent.is_some_and(|parent| expecting(parent) > 1);
-        let missing = all.iter().find(|&&parent| expecting(parent) == 0);
-        match missing {
-            Some(&parent) => {
-                expected.iter().position(free).or_else(|| expected.iter().position(spare)).map(|at| (at, parent))
-            }
-            None => expected.iter().position(free).zip(all.first().copied()),
-        }
+        let mut free = (0..expected.len()).filter(|&at| expected[at].is_none());
+        let (first, spare) = (free.next()?, free.next());
+        let missing = all.iter().find(|&&parent| !expected.contains(&Some(parent)));
+        missing.or_else(|| spare.and(all.first())).map(|&parent| (first, parent))
     }
 }
 
@@ -174,14 +182,12 @@ impl Server {
     fn expect(&mut self, shape: Shape, parent: Generation, process: ProcessId) -> bool {
         let memory = self.vms.get(parent).and_then(|parent| parent.memory);
         let process = self.processes.get_mut(&process).expect("a process of the pool");
-        let before =
-            std::mem::replace(&mut process.expectation, Expectation { parent: Some(parent), ..Expectation::default() });
+        process.expectation = Expectation { parent: Some(parent), ..Expectation::default() };
         let Some((family, member)) = memory else { return false };
         let manager = &self.families[&family];
         let runs = manager.runs_of_child(member);
-        let news = before.news(family, runs.iter().copied());
         // Where descriptors are short, it expects nothing.
-        let Ok((stores, descriptors)) = stores_of(manager, &news) else { return false };
+        let Ok((stores, descriptors)) = stores_of(manager, &runs) else { return false };
         let state = self.pool.state_to_expect(shape, parent);
         // Without traps it would plant zeros in the store of a page that has left it.
         let ahead = match self.features.userfaultfd {
@@ -199,7 +205,7 @@ impl Server {
             ahead: ahead.iter().map(|pages| pages.raw()).collect(),
             ..Expectation::new(parent, family, &runs)
         };
-        let expect = Expect { runs: news, stores, ahead, state: state.as_deref().cloned() };
+        let expect = Expect { runs, stores, ahead, state: state.as_deref().cloned() };
         process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
         true
     }
@@ -302,10 +308,24 @@ mod tests {
         [one, one, two, two].into_iter().for_each(|parent| favourites.forked(parent));
         assert_eq!(favourites.to_tell(&[None, None]), Some((0, two)));
         assert_eq!(favourites.to_tell(&[Some(two), None]), Some((1, one)));
-        assert_eq!(favourites.to_tell(&[Some(two), Some(gone)]), Some((1, one)));
-        assert_eq!(favourites.to_tell(&[Some(two), Some(two)]), Some((0, one)));
-        assert_eq!(favourites.to_tell(&[Some(two), Some(one), None]), Some((2, two)));
-        assert_eq!(favourites.to_tell(&[Some(two), Some(one), Some(two)]), None);
-        assert_eq!(favourites.to_tell(&[Some(one)]), None, "it is as likely as the other");
+        assert_eq!(favourites.to_tell(&[Some(two), Some(one), None, None]), Some((2, two)));
+        assert_eq!(favourites.to_tell(&[Some(two), Some(one), Some(two), None]), None, "one is for everybody else");
+        assert_eq!(favourites.to_tell(&[]), None);
+    }
+
+    /// What a hostile VM had prepared processes expect was in them still when they became VMs of other families.
+    #[test]
+    fn who_was_told_of_a_vm_is_nobody_elses() {
+        let [one, two, gone] = [1, 2, 9].map(Generation);
+        let mut favourites = Favourites::default();
+        [one, one, two, two].into_iter().for_each(|parent| favourites.forked(parent));
+        assert_eq!(favourites.to_tell(&[Some(two), Some(gone)]), None);
+        assert_eq!(favourites.to_tell(&[Some(two), Some(two)]), None);
+        let fitting = |expected: &[_], parent| fitting(expected.iter().copied(), parent);
+        assert_eq!(fitting(&[Some(one), Some(two)], Some(two)), Some(1));
+        assert_eq!(fitting(&[Some(one), None], Some(two)), Some(1));
+        assert_eq!(fitting(&[Some(one), None], None), Some(1));
+        assert_eq!(fitting(&[Some(one)], Some(two)), None);
+        assert_eq!(fitting(&[Some(one)], None), None);
     }
 }

@@ -4,7 +4,7 @@
 //! one each time it was found empty, and shrinks when it was not used for a while, or memory is short. An empty pool is slower, never an error.
 
 use super::Server;
-use super::expect::Favourites;
+use super::expect::{Favourites, fitting};
 use super::process::{ProcessId, Role, VmProcess};
 use super::vm::Generation;
 use super::window::RemoteWindow;
@@ -132,15 +132,13 @@ impl Pool {
 }
 
 impl Server {
-    /// A process for a VM of this shape, a child of `parent`: a prepared one (best one that expects that, or nothing), or
-    /// one that starts to prepare itself now.
+    /// A process for a VM of this shape, a child of `parent`: a prepared one, best one that expects that, or one that starts to
+    /// prepare itself now.
     pub(super) fn take_process(&mut self, shape: Shape, parent: Option<Generation>) -> io::Result<ProcessId> {
         if let Some(shelf) = self.pool.0.get_mut(&shape) {
             shelf.used = Instant::now();
-            let expects = |id: &ProcessId| self.processes[id].expectation.parent;
-            let find = |wanted| shelf.ready.iter().position(|id| expects(id) == wanted);
-            let best = parent.and_then(|parent| find(Some(parent))).or_else(|| find(None)).unwrap_or(0);
-            if let Some(id) = shelf.ready.remove(best) {
+            let expected = shelf.ready.iter().map(|id| self.processes[id].expectation.parent);
+            if let Some(id) = fitting(expected, parent).and_then(|best| shelf.ready.remove(best)) {
                 return Ok(id);
             }
             shelf.wanted = (shelf.wanted + 1).clamp(SMALLEST, LARGEST);
@@ -180,11 +178,18 @@ impl Server {
                 shelf.used = now;
                 shelf.favourites = Favourites::default();
             }
-            // Those that take turns have one each, and the last one two.
-            let favourites = shelf.favourites.all().len();
-            if favourites > 1 && shelf.wanted > 0 {
-                shelf.wanted = shelf.wanted.max((favourites + 1).min(most));
+            // Each has one, the last one two, and another is there for everybody else.
+            let favourites = shelf.favourites.all();
+            if !favourites.is_empty() && shelf.wanted > 0 {
+                shelf.wanted = shelf.wanted.max((favourites.len() + 2).min(most));
             }
+            // What expects a VM that is none any more has seen its memory, and is of no use to others.
+            let is_stale = |parent| !favourites.contains(&parent);
+            shelf.ready.retain(|id| {
+                let stale = self.processes[id].expectation.parent.is_some_and(is_stale);
+                surplus.extend(stale.then_some(*id));
+                !stale
+            });
             while shelf.ready.len() > shelf.wanted {
                 surplus.extend(shelf.ready.pop_back());
             }

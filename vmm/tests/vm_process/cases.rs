@@ -9,8 +9,8 @@ use std::fs;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use vmm::machine::state::{MachineState, VcpuState};
-use vmm::wire::{Activity, Ending, FromVm, HostFeatures, Isolation, Origin, ToVm};
+use vmm::machine::state::{MachineState, PackedState, VcpuState};
+use vmm::wire::{Activity, Ending, Expect, FromVm, HostFeatures, Isolation, Origin, Start, ToVm};
 
 const MEM: u64 = 64 << 20;
 
@@ -178,6 +178,42 @@ pub fn a_fork_starts_from_its_own_registers_whatever_was_expected() {
         let mut child = Machine { worker, runs: parent.runs.clone() };
         let got = without_unused(&family.freeze(&mut child).state.vcpus[0]);
         assert!(got == without_unused(given), "{given:?}\nis expected to be, after {expected:?}\n{got:?}");
+    }
+}
+
+/// A hostile parent's list had an MSR twice: the vCPU got both, and was compared by the first only.
+pub fn msrs_other_than_this_hosts_are_refused() {
+    let mut family = Family::new(MEM);
+    let mut parent = family.launch();
+    let frozen = family.freeze(&mut parent);
+    family.settle(&mut parent, &frozen);
+    let honest = &frozen.state.vcpus[0].msrs;
+    let last = *honest.last().expect("a vCPU has MSRs");
+    let twice = [honest.as_slice(), &[last]].concat();
+    let mut swapped = honest.clone();
+    swapped.swap(0, 1);
+    let fewer = honest[1..].to_vec();
+    for msrs in [twice, swapped, fewer] {
+        let vcpu = VcpuState { msrs, ..frozen.state.vcpus[0].clone() };
+        let state = MachineState { vcpus: vec![vcpu], ..*frozen.state.clone() };
+        let refused = |message: &FromVm| match message {
+            FromVm::StartFailed(why) => Some(why.clone()),
+            FromVm::Expecting | FromVm::Paused => Some("it is taken".into()),
+            _ => None,
+        };
+        let mut expecting = family.prepare();
+        let (Start { runs, stores, .. }, fds) =
+            family.start("nobody", &parent.runs, Origin::Monitor, Activity::Running);
+        let expected = Expect { runs, stores, ahead: Vec::new(), state: Some(PackedState::pack(&state)) };
+        expecting.tell(&ToVm::Expect(Box::new(expected)), &fds);
+        let mut loading = family.prepare();
+        let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Paused);
+        loading.start(start, &fds);
+        loading.load(&state);
+        for worker in [&mut expecting, &mut loading] {
+            let why = worker.expect(refused);
+            assert!(why.contains("other MSRs"), "{why}");
+        }
     }
 }
 

@@ -25,6 +25,7 @@ const CASES: &[Case] = &[
         "a fork starts from its own registers whatever was expected",
         cases::a_fork_starts_from_its_own_registers_whatever_was_expected,
     ),
+    ("msrs other than this hosts are refused", cases::msrs_other_than_this_hosts_are_refused),
     ("a fork in the middle of a command", cases::a_fork_in_the_middle_of_a_command),
     ("a fork that the guest asks for", cases::a_fork_that_the_guest_asks_for),
     ("a paused machine stands still", cases::a_paused_machine_stands_still),
