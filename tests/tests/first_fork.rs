@@ -147,6 +147,32 @@ fn a_copy_that_dies_takes_nothing_with_it_but_what_it_had() {
     panic!("no copy was killed in time");
 }
 
+/// The copy dies before its pages have settled, and the VM, which has all of them, is forked again: that child has them too.
+/// Every one that such a parent ever had died at its first touch of what its first child had lost.
+#[test]
+fn a_parent_whose_copy_died_has_children_that_lose_nothing() {
+    let Some(home) = TestHome::new() else { return };
+    for _ in 0..20 {
+        let vm = launched(&home);
+        let before = home.processes().into_iter().collect();
+        let (child, copies) = copies(&home, &before, || vm.fork(ForkOptions::new()).unwrap().remove(0).vm);
+        copies.iter().copied().for_each(kill);
+        let verify = format!("verify {} {} 1", WRITTEN.start, WRITTEN.end - WRITTEN.start);
+        let lost = child.send(&verify, TEN_SECONDS).is_err();
+        for _ in 0..3 {
+            let next = vm.fork(ForkOptions::new()).unwrap().remove(0).vm;
+            next.verify(WRITTEN, 1);
+        }
+        vm.verify(WRITTEN, 1);
+        home.check();
+        home.client().remove_all().unwrap();
+        if lost {
+            return;
+        }
+    }
+    panic!("no copy was killed in time");
+}
+
 /// Two freezes of a VM had not settled when it was removed with all who saw them. Its window went with the first scratch
 /// range that was dropped; the copy of its process, which had the other, heard of nothing, and lived on: the removal was
 /// never answered.
