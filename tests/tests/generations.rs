@@ -25,7 +25,7 @@ fn live(line: Line, page: impl Fn(u64) -> u64) {
     let mut costs = Vec::new();
     for generation in 0..GENERATIONS {
         vm.fill(page(generation)..page(generation) + 1, generation + 1);
-        let forked = vm.fork(ForkOptions::new().wait_settled(true)).unwrap().remove(0);
+        let forked = vm.fork(ForkOptions::new().prefix(format!("g{generation}")).wait_settled(true)).unwrap().remove(0);
         match line {
             Line::Parent => forked.vm.remove().unwrap(),
             Line::Child => std::mem::replace(&mut vm, forked.vm).remove().unwrap(),
