@@ -171,7 +171,6 @@ fn a_parent_that_lost_nothing_has_children_that_lose_nothing() {
     let vm = world.ids()[0];
     (0..40).for_each(|page| world.write(vm, Gfn(page)));
     let first = world.fork(vm, Gaps::Stay);
-    world.settle();
     (0..4).for_each(|page| world.write(vm, Gfn(page)));
     world.lose_scratch(vm);
     // Nobody has asked for one of them yet.
