@@ -3,15 +3,17 @@
 #![allow(unsafe_code)] // pidfds, which have no safe wrapper
 
 use crate::guest::Guest;
-use crate::{is_root, process, skip};
+use crate::{TEN_SECONDS, is_root, skip};
+use guest_mem::{Gfn, GfnRange, Harvest, StoreId};
 use nix::errno::Errno;
-use std::fs;
-use std::io;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
+use std::{fs, io, thread};
 use vmm::client::Vm;
 use vmm::link::Link;
-use vmm::wire::FromVm;
+use vmm::wire::{Activity, FromVm, Frozen, ToVm};
 
 /// A real VM process, and what this test holds of it.
 #[derive(Debug)]
@@ -42,22 +44,63 @@ impl Hostile {
         take(&self.pidfd, self.pid, name)
     }
 
-    /// Says something to the server, in one packet. Whether the server still listens.
-    pub fn say(&mut self, said: &[FromVm]) -> bool {
-        self.say_with(&said)
+    /// Stops the process, so that this test answers in its place.
+    pub fn stop(&self) {
+        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).expect("stop a process");
+    }
+
+    /// What the server tells the process next, in its place.
+    pub fn hear(&mut self) -> ToVm {
+        let deadline = Instant::now() + TEN_SECONDS;
+        loop {
+            if let Some((message, _)) = self.link.recv().expect("the server's socket") {
+                return message;
+            }
+            assert!(Instant::now() < deadline, "the server says nothing");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The store of the freeze that the server asks for.
+    pub fn hear_freeze(&mut self) -> StoreId {
+        loop {
+            if let ToVm::Freeze { store, .. } = self.hear() {
+                return store;
+            }
+        }
+    }
+
+    /// Says something to the server, in one packet. The server may not listen any more.
+    pub fn say(&mut self, said: &[FromVm]) {
+        self.say_this(&said);
     }
 
     /// Says whatever can be encoded, in one packet.
-    pub fn say_with(&mut self, said: &impl serde::Serialize) -> bool {
-        let deadline = Instant::now() + Duration::from_secs(20);
+    pub fn say_this(&mut self, said: &impl serde::Serialize) {
+        let deadline = Instant::now() + TEN_SECONDS;
         let mut sent = self.link.send(said, &[]);
         while let Ok(true) = sent.and_then(|()| self.link.flush()) {
-            assert!(Instant::now() < deadline, "the server has not read for long");
-            std::thread::sleep(Duration::from_millis(1));
+            assert!(Instant::now() < deadline, "the server does not read");
+            thread::sleep(Duration::from_millis(1));
             sent = Ok(());
         }
-        process::is_alive(self.pid)
     }
+}
+
+/// A freeze of these pages, as a process may tell of it.
+#[must_use]
+pub fn frozen(store: StoreId, moved: Vec<GfnRange>, scratch_base: u64) -> FromVm {
+    let harvest = Harvest { moved_private: moved.clone(), moved, copied: Vec::new() };
+    FromVm::Frozen(Box::new(Frozen {
+        store,
+        harvest,
+        scratch_base,
+        copies: Gfn(1 << 18),
+        copied: None,
+        copy: None,
+        activity: Activity::Running,
+        kicked_ns: 0,
+    }))
 }
 
 fn take(pidfd: &OwnedFd, pid: i32, name: &str) -> Option<OwnedFd> {

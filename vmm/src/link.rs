@@ -29,7 +29,7 @@ const INLINE_MAX: usize = 64 << 10;
 const FDS_MAX: usize = 250;
 /// Most descriptors with one message.
 const TOTAL_FDS_MAX: usize = 1 << 16;
-/// Longest message through a memory file.
+/// Longest message through a memory file, where the end was not told of another limit.
 const MESSAGE_MAX: u64 = 64 << 20;
 /// A peer that leaves so many packets unread does not read any more.
 const QUEUE_MAX: usize = 1 << 14;
@@ -50,6 +50,12 @@ pub struct Link {
     queue: VecDeque<Packet>,
     /// A message of which descriptors are still to come.
     partial: Option<Partial>,
+    /// The longest message that is taken in.
+    most_bytes: u64,
+    /// The most descriptors that are taken in with one.
+    most_fds: usize,
+    /// Bytes of all messages that were taken in.
+    received: u64,
 }
 
 #[derive(Debug)]
@@ -120,7 +126,19 @@ impl Link {
 
     /// An end that somebody else made.
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket, queue: VecDeque::new(), partial: None }
+        let (most_bytes, most_fds) = (MESSAGE_MAX, TOTAL_FDS_MAX);
+        Self { socket, queue: VecDeque::new(), partial: None, most_bytes, most_fds, received: 0 }
+    }
+
+    /// The same, which takes in no message that is longer, or brings more descriptors.
+    #[must_use]
+    pub fn limited(self, bytes: u64, fds: usize) -> Self {
+        Self { most_bytes: bytes.min(MESSAGE_MAX), most_fds: fds.min(TOTAL_FDS_MAX), ..self }
+    }
+
+    /// Bytes of all messages that were taken in.
+    pub fn received(&self) -> u64 {
+        self.received
     }
 
     /// Makes this end nonblocking.
@@ -234,6 +252,7 @@ impl Link {
         loop {
             let Some(packet) = self.recv_packet()? else { return Ok(None) };
             let Some(message) = self.assemble(packet)? else { continue };
+            self.received += message.bytes.len() as u64;
             let decoded = postcard::from_bytes(&message.bytes)
                 .map_err(|error| invalid(format!("a message that cannot be decoded: {error}")))?;
             return Ok(Some((decoded, message.fds)));
@@ -255,12 +274,12 @@ impl Link {
                 if fds.is_empty() {
                     return Err(invalid("a message in a file without a file"));
                 }
-                let bytes = read_sealed_file(fds.remove(0))?;
+                let bytes = read_sealed_file(fds.remove(0), self.most_bytes)?;
                 Partial { bytes, fds, fd_count }
             }
             _ => return Err(invalid("a packet out of order")),
         };
-        if message.fd_count > TOTAL_FDS_MAX || message.fds.len() > message.fd_count {
+        if message.fd_count > self.most_fds || message.fds.len() > message.fd_count {
             return Err(invalid("a wrong count of descriptors"));
         }
         if message.fds.len() < message.fd_count {
@@ -339,7 +358,7 @@ fn sealed_file(bytes: &[u8]) -> io::Result<OwnedFd> {
 }
 
 /// Only from a sealed memory file: reading one never waits for anybody, and it does not change underneath.
-fn read_sealed_file(fd: OwnedFd) -> io::Result<Vec<u8>> {
+fn read_sealed_file(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
     let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| invalid("a message in a file of a wrong kind"))?;
     let stat = fstat(&fd)?;
     let regular = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG;
@@ -347,7 +366,7 @@ fn read_sealed_file(fd: OwnedFd) -> io::Result<Vec<u8>> {
         return Err(invalid("a message in a file that is not sealed"));
     }
     let len = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-    if len > MESSAGE_MAX {
+    if len > most {
         return Err(invalid("a message that is too long"));
     }
     let mut bytes = vec![0; len as usize];

@@ -4,11 +4,16 @@
 //! for a packet), its descriptors ride on it and, past what one packet carries, on packets that follow.
 
 use crate::boot::linux::Plan;
+use crate::layout::ram_ranges;
+use crate::machine::WINDOW_BASE;
 use crate::machine::state::PackedState;
-use guest_mem::window::host::Short;
+use guest_mem::window::host::{ScratchRow, Short};
 use guest_mem::window::{Harvest, Run, are_apart};
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, Protection, StoreId};
-use serde::{Deserialize, Serialize};
+use serde::de::{Error, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
 
 /// The parts of a VM that are fixed when its KVM VM is made: a prepared VM process fits any VM of its shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -286,8 +291,48 @@ pub struct Frozen {
     pub kicked_ns: u64,
 }
 
-/// VM process to server: those of a packet, one after the other. Descriptors that travel along are the first one's.
-pub type Said = Vec<FromVm>;
+/// VM process to server: those of a packet, one after the other, [`FEW`] at most. Descriptors that travel along are the first
+/// one's.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Said(#[serde(deserialize_with = "few")] pub Vec<FromVm>);
+
+/// Most messages of a packet, and most entries of lists that are never long.
+pub const FEW: usize = 64;
+/// Most stretches of pages in one message that may come again and again.
+pub const SOME: usize = 4096;
+
+/// Elements that take a byte each may take fifty when they are decoded: whoever sends many of them is ours no more.
+fn few<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+    at_most::<FEW, _, _>(from)
+}
+
+/// The same, of stretches of pages.
+fn some<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+    at_most::<SOME, _, _>(from)
+}
+
+fn at_most<'de, const MOST: usize, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+    struct List<const MOST: usize, T>(PhantomData<T>);
+    impl<'de, const MOST: usize, T: Deserialize<'de>> Visitor<'de> for List<MOST, T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MOST} elements")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Vec<T>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(element) = elements.next_element()? {
+                if list.len() == MOST {
+                    return Err(A::Error::custom("a list that is too long"));
+                }
+                list.push(element);
+            }
+            Ok(list)
+        }
+    }
+    from.deserialize_seq(List::<MOST, T>(PhantomData))
+}
 
 /// One message of a VM process to the server. Times are `CLOCK_MONOTONIC` nanoseconds.
 #[derive(Debug, Serialize, Deserialize)]
@@ -320,7 +365,7 @@ pub enum FromVm {
     Standing,
     /// The guest has given these pages back: the window shows anonymous memory there. Never between `Standing` and what
     /// comes of that freeze.
-    Ballooned(Vec<GfnRange>),
+    Ballooned(#[serde(deserialize_with = "some")] Vec<GfnRange>),
     /// So many pages are in the guest's balloon now.
     BalloonSize {
         /// How many.
@@ -328,13 +373,14 @@ pub enum FromVm {
     },
     /// What a clone's guest has written in its first moments.
     Wrote {
-        /// The pages.
+        /// The pages, or some of them.
+        #[serde(deserialize_with = "some")]
         pages: Vec<GfnRange>,
         /// Whether they are over.
         last: bool,
     },
     /// What a Linux guest says of its memory: figures, each with its tag of the virtio specification.
-    GuestStats(Vec<(u16, u64)>),
+    GuestStats(#[serde(deserialize_with = "few")] Vec<(u16, u64)>),
     /// The guest has told of all its free pages.
     Hinted,
     /// A freeze, done, but for the machine's state: children can be given what they see.
@@ -383,7 +429,41 @@ pub enum FromVm {
     /// The VM has ended.
     Ended(Ending),
     /// The ways by which the descriptor let itself be written to: none, if all is well.
-    Probed(Vec<String>),
+    Probed(#[serde(deserialize_with = "few")] Vec<String>),
+}
+
+/// What messages of a VM process of some shape can be about: the server's own knowledge, against which it checks them.
+#[derive(Debug)]
+pub struct Bounds {
+    ram: Vec<GfnRange>,
+    scratch: ScratchRow,
+    max_runs: usize,
+    /// Bytes of a message.
+    pub bytes: u64,
+}
+
+impl Bounds {
+    /// Of a shape, whose windows may have `max_runs` mappings.
+    pub fn of(shape: Shape, max_runs: u32) -> Self {
+        let ram = ram_ranges(shape.ram);
+        let frames = PageCount(ram.last().map_or(0, |pages| pages.end().0));
+        // A freeze may tell of every second page, in ten bytes, and of so many runs; and of what each vCPU has.
+        let bytes = (1 << 18) + 5 * frames.0 + 10 * u64::from(max_runs) + (u64::from(shape.vcpus) << 16);
+        Self { ram, scratch: ScratchRow::behind(WINDOW_BASE, frames), max_runs: max_runs as usize, bytes }
+    }
+
+    fn allow(&self, frozen: &Frozen) -> bool {
+        let Frozen { harvest, scratch_base, copies, copied, copy, .. } = frozen;
+        let there = match copy {
+            _ if harvest.is_empty() => true,
+            Some(_) => *scratch_base == WINDOW_BASE,
+            None => self.scratch.has(*scratch_base, *copies),
+        };
+        there
+            && harvest.makes_sense(&self.ram)
+            && harvest.moved.len() <= self.max_runs
+            && copied.as_ref().is_none_or(|copied| are_apart(copied, &harvest.copied))
+    }
 }
 
 impl FromVm {
@@ -392,16 +472,13 @@ impl FromVm {
         matches!(self, Self::Ready { .. } | Self::PrepareFailed(_))
     }
 
-    /// Whether addresses in it are such, and pages, where their order matters, as ours tells of them: sorted, apart, and
-    /// within `ram`. A process that is taken over may say anything.
-    pub fn makes_sense(&self, ram: &[GfnRange]) -> bool {
+    /// Whether addresses in it are where ours has such things, and pages, where their order matters, as ours tells of them:
+    /// sorted, apart, and within RAM. A process that is taken over may say anything.
+    pub fn makes_sense(&self, bounds: &Bounds) -> bool {
         match self {
-            Self::Ready { window_base, .. } => *window_base < ADDRESSES_END,
-            Self::Frozen(frozen) => {
-                let Frozen { harvest, scratch_base, copies, .. } = &**frozen;
-                harvest.makes_sense(ram) && *scratch_base < ADDRESSES_END && copies.0 < ADDRESSES_END / PAGE_SIZE as u64
-            }
-            Self::Shed { pages, .. } | Self::Wrote { pages, .. } => are_apart(pages, ram),
+            Self::Ready { window_base, .. } => *window_base == WINDOW_BASE,
+            Self::Frozen(frozen) => bounds.allow(frozen),
+            Self::Shed { pages, .. } | Self::Wrote { pages, .. } => are_apart(pages, &bounds.ram),
             _ => true,
         }
     }
@@ -409,3 +486,63 @@ impl FromVm {
 
 /// Where the addresses of a process end, on x86-64.
 pub const ADDRESSES_END: u64 = (1 << 47) - PAGE_SIZE as u64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoded(count: u64, element: &[u8]) -> Vec<u8> {
+        let mut bytes = postcard::to_allocvec(&count).unwrap();
+        (0..count).for_each(|_| bytes.extend_from_slice(element));
+        bytes
+    }
+
+    /// Sixty million messages of a byte each took the server 2.5 GB.
+    #[test]
+    fn a_packet_says_a_few_things() {
+        let standing = postcard::to_allocvec(&FromVm::Standing).unwrap();
+        let said = |count| postcard::from_bytes::<Said>(&encoded(count, &standing));
+        assert_eq!(said(FEW as u64).unwrap().0.len(), FEW);
+        assert!(said(FEW as u64 + 1).is_err());
+        let ways = |count| postcard::to_allocvec(&FromVm::Probed(vec![String::new(); count])).unwrap();
+        assert!(postcard::from_bytes::<FromVm>(&ways(FEW)).is_ok());
+        assert!(postcard::from_bytes::<FromVm>(&ways(FEW + 1)).is_err());
+        let given = |count| postcard::to_allocvec(&FromVm::Ballooned(vec![(0..1).into(); count])).unwrap();
+        assert!(postcard::from_bytes::<FromVm>(&given(SOME)).is_ok());
+        assert!(postcard::from_bytes::<FromVm>(&given(SOME + 1)).is_err());
+    }
+
+    /// The server reads frozen pages where the process says that they are: only where ours would have them.
+    #[test]
+    fn addresses_are_those_of_the_layout() {
+        let shape = Shape { ram: PageCount(16384), vcpus: 1, machine: Machine::Monitor };
+        let bounds = Bounds::of(shape, 100);
+        let frames = PageCount(bounds.ram.last().unwrap().end().0);
+        let scratch = WINDOW_BASE + 4 * (1 << 30);
+        assert!(bounds.scratch.has(scratch, Gfn(1 << 18)) && frames.0 <= 1 << 18);
+        let moved = vec![GfnRange::from(10..20)];
+        let harvest = Harvest { moved: moved.clone(), copied: Vec::new(), moved_private: moved };
+        let honest = Frozen {
+            store: StoreId(1),
+            harvest,
+            scratch_base: scratch,
+            copies: Gfn(1 << 18),
+            copied: None,
+            copy: None,
+            activity: Activity::Running,
+            kicked_ns: 0,
+        };
+        let makes_sense = |frozen: Frozen| FromVm::Frozen(Box::new(frozen)).makes_sense(&bounds);
+        assert!(makes_sense(honest.clone()));
+        assert!(makes_sense(Frozen { scratch_base: WINDOW_BASE, copy: Some(7), ..honest.clone() }));
+        assert!(!makes_sense(Frozen { scratch_base: WINDOW_BASE, ..honest.clone() }));
+        assert!(!makes_sense(Frozen { copy: Some(7), ..honest.clone() }));
+        assert!(!makes_sense(Frozen { scratch_base: scratch + 4096, ..honest.clone() }));
+        assert!(!makes_sense(Frozen { copies: Gfn(0), ..honest.clone() }));
+        assert!(!makes_sense(Frozen { copied: Some(vec![(10..20).into()]), ..honest.clone() }));
+        let pieces: Vec<GfnRange> = (0..101).map(|at| (2 * at..2 * at + 1).into()).collect();
+        let harvest = Harvest { moved: pieces, ..Harvest::default() };
+        assert!(!makes_sense(Frozen { harvest, ..honest }), "more mappings than it was allowed");
+        assert!(!FromVm::Ready { keeper: 7, window_base: WINDOW_BASE + 4096 }.makes_sense(&bounds));
+    }
+}

@@ -211,7 +211,7 @@ impl Store for MemfdStore {
     }
 }
 
-fn write_all(file: &Memfd, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_all(file: &Memfd, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
         match pwrite(file, &bytes[done..], first.offset() as i64 + done as i64)? {

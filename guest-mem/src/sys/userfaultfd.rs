@@ -174,16 +174,27 @@ impl Userfaultfd {
         Ok(())
     }
 
-    /// The traps that wait to be read, up to `limit`, appended to `traps`. Never waits.
+    /// The traps that wait to be read, up to `limit`, appended to `traps`. Never waits, whatever flags another holder of the
+    /// descriptor has set: duplicates share them.
     ///
     /// # Errors
-    /// Of `read`, but for "nothing there".
+    /// Of `preadv2`, but for "nothing there".
     pub fn read(&self, traps: &mut Vec<Trap>, limit: usize) -> io::Result<()> {
         const BATCH: usize = 32;
         let mut room = [MaybeUninit::<uffd_msg>::zeroed(); BATCH];
         let bytes = limit.min(BATCH) * mem::size_of::<uffd_msg>();
+        let there = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: bytes };
+        let fd = self.0.as_raw_fd();
         // SAFETY: The kernel writes at most `bytes` bytes, which the array has.
-        let got = unsafe { libc::read(self.0.as_raw_fd(), room.as_mut_ptr().cast(), bytes) };
+        let mut got = unsafe { libc::preadv2(fd, &raw const there, 1, -1, libc::RWF_NOWAIT) };
+        if got < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {
+            // Before Linux 6.11 the flag is all there is: who clears it at the wrong moment still makes us wait.
+            // SAFETY: The calls take plain flags; the kernel writes at most `bytes` bytes, which the array has.
+            got = unsafe {
+                libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK);
+                libc::read(fd, there.iov_base, bytes)
+            };
+        }
         if got < 0 {
             let error = io::Error::last_os_error();
             return if error.kind() == io::ErrorKind::WouldBlock { Ok(()) } else { Err(error) };

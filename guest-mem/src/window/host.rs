@@ -26,6 +26,7 @@ pub use crate::sys::Place;
 pub use dirty::{Dirty, SlotLog};
 pub use freeze::{Asked, Frozen, MovedOut};
 pub use moves::Short;
+pub use scratch::ScratchRow;
 pub use snapshot::Shed;
 
 use super::{Failure, Run, Source, StoreId, Window};

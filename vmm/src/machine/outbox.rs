@@ -3,7 +3,7 @@
 //! Every packet wakes the server, which takes as long as anything that is done between two of them.
 
 use crate::link::Link;
-use crate::wire::{FromVm, Said};
+use crate::wire::{FEW, FromVm};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::slice;
@@ -12,13 +12,13 @@ use std::slice;
 #[derive(Debug)]
 pub(super) struct Outbox<'a> {
     link: &'a mut Link,
-    held: Said,
+    held: Vec<FromVm>,
 }
 
 impl<'a> Outbox<'a> {
     /// Messages for `link`.
     pub fn new(link: &'a mut Link) -> Self {
-        Self { link, held: Said::new() }
+        Self { link, held: Vec::new() }
     }
 
     /// Keeps a message until the next is sent.
@@ -40,8 +40,8 @@ impl<'a> Outbox<'a> {
 
     /// Sends what is held.
     pub fn send(&mut self) -> io::Result<()> {
-        let held: Said = std::mem::take(&mut self.held);
-        if held.is_empty() { Ok(()) } else { self.link.send(&held, &[]) }
+        let held = std::mem::take(&mut self.held);
+        held.chunks(FEW).try_for_each(|some| self.link.send(&some, &[]))
     }
 }
 

@@ -7,7 +7,7 @@ use super::probe::ways_to_write;
 use super::vm::{Freeze, Preparation, Vm, VmError};
 use crate::link::Link;
 use crate::nice;
-use crate::wire::{Activity, FromVm, ToVm};
+use crate::wire::{Activity, FromVm, SOME, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use guest_mem::window::host::Asked;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -146,7 +146,11 @@ impl Process<'_> {
     fn tell_writes(&mut self, last: bool) -> io::Result<()> {
         let Some(vm) = &mut self.vm else { return Ok(()) };
         match vm.wrote(last) {
-            Ok(pages) => outbox::tell(&mut self.link, &FromVm::Wrote { pages, last }, &[])?,
+            Ok(mut pages) => {
+                // What is scattered so widely, siblings will hardly write as well.
+                pages.truncate(SOME);
+                outbox::tell(&mut self.link, &FromVm::Wrote { pages, last }, &[])?;
+            }
             Err(error) => log::debug!("what a clone wrote: {error}"),
         }
         Ok(())

@@ -5,7 +5,6 @@ use super::process::{ProcessId, Role};
 use super::vm::{Generation, Hold, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
-use crate::layout::ram_ranges;
 use crate::wire::{Ending, FromVm, Line, Machine, Said};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
@@ -14,6 +13,10 @@ use nix::unistd::Pid;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+
+/// What is heard of one process in a round: whoever says more, takes longer, and nobody else does.
+const ROUND_PACKETS: usize = 8;
+const ROUND_BYTES: u64 = 256 << 10;
 
 impl Server {
     /// Sends what is queued, and watches for more room where that is not all.
@@ -25,36 +28,63 @@ impl Server {
         }
     }
 
-    /// Reads all that a VM process has said.
-    pub(super) fn serve_process(&mut self, id: ProcessId) {
+    /// Hears a VM process, and does what has waited for that.
+    pub(super) fn hear_process(&mut self, id: ProcessId) {
+        if !self.serve_process(id) {
+            return;
+        }
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let traps = !process.traps.is_empty();
+        if let Some(how) = process.ended.take() {
+            self.main_is_silent(id, &how);
+            self.forget_process_if_gone(id);
+        } else if traps {
+            self.serve_traps(id);
+        }
+    }
+
+    /// Reads what a VM process has said, as far as that is one process's share of a round. Whether it was all.
+    pub(super) fn serve_process(&mut self, id: ProcessId) -> bool {
         self.watch_process(id);
-        while let Some(process) = self.processes.get_mut(&id).filter(|process| process.link_ended.is_none()) {
+        let Some(process) = self.processes.get(&id) else { return true };
+        let most = process.link.received() + ROUND_BYTES;
+        for _ in 0..ROUND_PACKETS {
+            let process = self.processes.get_mut(&id).filter(|process| process.link_ended.is_none());
+            let Some(process) = process else { return true };
+            if process.link.received() >= most {
+                return false;
+            }
             match process.link.recv::<Said>() {
-                Ok(None) => return,
-                Ok(Some((said, mut fds))) => {
+                Ok(None) => return true,
+                Ok(Some((Said(said), mut fds))) => {
                     process.messages += said.len() as u64;
                     let heard =
                         said.into_iter().try_for_each(|message| self.heard(id, message, std::mem::take(&mut fds)));
                     if let Err(error) = heard {
-                        return self.link_ended(id, &error);
+                        self.link_ended(id, &error);
+                        return true;
                     }
                 }
-                Err(error) => return self.link_ended(id, &error),
+                Err(error) => {
+                    self.link_ended(id, &error);
+                    return true;
+                }
             }
         }
+        false
     }
 
     /// The socket has come to its end. What the process left is dealt with when it is reaped.
     fn link_ended(&mut self, id: ProcessId, error: &io::Error) {
         let Some(process) = self.processes.get_mut(&id) else { return };
-        if error.kind() != io::ErrorKind::UnexpectedEof {
-            log::error!("{id:?} is ended, its messages make no sense: {error}");
-        }
         process.kill();
         if let Some(token) = process.link_token.take() {
             // The descriptor stays with the process until that is gone.
             self.watches.modify(token, EventSet::empty());
             process.link_ended = Some(token);
+        }
+        if error.kind() != io::ErrorKind::UnexpectedEof {
+            self.expel(id, &format!("its process said what makes no sense: {error}"));
         }
     }
 
@@ -64,7 +94,7 @@ impl Server {
     /// `InvalidData`: ours never say such a thing.
     fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) -> io::Result<()> {
         let Some(process) = self.processes.get(&id) else { return Ok(()) };
-        if process.ready == message.comes_first() || !message.makes_sense(&ram_ranges(process.shape.ram)) {
+        if process.ready == message.comes_first() || !message.makes_sense(&process.bounds) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "out of turn, or of pages that are not there"));
         }
         if let FromVm::Frozen(frozen) = &message
@@ -108,6 +138,11 @@ impl Server {
         self.pids.extend(keeper.map(|keeper| (keeper, id)));
         memory.base.set(window_base);
         process.ready = true;
+        if let Err(error) = memory.open_image() {
+            // It may just have ended.
+            log::error!("memory of {id:?}: {error}");
+        }
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
         if let Some(fd) = fds.into_iter().next() {
             let traps = memory.traps.get_or_init(|| Userfaultfd::from_fd(fd));
             process.trap_token = Some(self.watches.add(traps, EventSet::IN, Origin::Traps(id)));
@@ -249,27 +284,33 @@ impl Server {
     fn main_ended(&mut self, id: ProcessId, how: &str) {
         self.processes[&id].memory.main.set(None);
         // Its last words may say more than how it ended.
-        self.serve_process(id);
+        match self.serve_process(id) {
+            true => self.main_is_silent(id, how),
+            false => self.processes.get_mut(&id).expect("looked at by the caller").ended = Some(how.to_owned()),
+        }
+    }
+
+    /// A process has ended, and all that it said has been heard.
+    fn main_is_silent(&mut self, id: ProcessId, how: &str) {
         if self.processes.get(&id).is_some_and(|process| process.memory.falls_silent()) {
             self.pages_came();
         }
+        self.expel(id, &format!("its process {how}"));
+    }
+
+    /// A process has ended, or is to, and what it was for with it.
+    pub(super) fn expel(&mut self, id: ProcessId, why: &str) {
         let Some(process) = self.processes.get(&id) else { return };
+        let shape = process.shape;
         match process.role {
-            Role::Vm(generation) => self.start_failed(generation, &format!("its process {how}")),
-            Role::Pooled => {
-                self.pool.lost(process.shape, id);
-                self.end_process(id);
-            }
-            Role::Preparing => {
-                log::error!("a VM process {how} while it was prepared");
-                match process.ready {
-                    true => self.pool.ended(process.shape),
-                    false => self.pool.failed(process.shape),
-                }
-                self.end_process(id);
-            }
-            Role::Ending => {}
+            Role::Vm(generation) => return self.start_failed(generation, why),
+            Role::Ending => return,
+            Role::Pooled => self.pool.lost(shape, id),
+            Role::Preparing if process.ready => self.pool.ended(shape),
+            Role::Preparing => self.pool.failed(shape),
         }
+        log::error!("a prepared VM process is gone: {why}");
+        self.end_process(id);
     }
 
     /// Looks after processes that have ended and whose memory has not.
@@ -285,7 +326,7 @@ impl Server {
 
     fn forget_process_if_gone(&mut self, id: ProcessId) {
         let Some(memory) = self.processes.get(&id).map(|process| &process.memory) else { return };
-        if !memory.is_unattended() {
+        if !memory.is_unattended() || self.processes[&id].ended.is_some() {
             return;
         }
         if !memory.is_gone() {

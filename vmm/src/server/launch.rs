@@ -12,12 +12,13 @@ use crate::name::check_name;
 use crate::wire::{self, Activity, Identity, Machine, Shape, Start, ToVm};
 use firmware::abi;
 use guest_mem::stage2;
-use guest_mem::store::FileStore;
+use guest_mem::store::file::MemfdFile;
 use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Protection, Run, Source, StoreId, VmId};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 /// How a VM begins.
 #[derive(Debug)]
@@ -42,7 +43,8 @@ impl Beginning {
 }
 
 /// The files of a Linux guest, looked at.
-struct Guest {
+#[derive(Debug)]
+pub(super) struct Guest {
     plan: Plan,
     kernel: File,
     initrd: Option<File>,
@@ -67,7 +69,26 @@ impl Server {
 
     fn try_launch(&mut self, client: ClientId, launch: Launch) -> Result<(), Failure> {
         let shape = self.check_launch(&launch)?;
-        let guest = launch.linux.as_ref().map(|linux| Guest::open(linux, shape)).transpose()?;
+        let mut guest = launch.linux.as_ref().map(|linux| Guest::open(linux, shape)).transpose()?;
+        let initrd = guest.as_mut().and_then(|guest| Some((guest.initrd.take()?, guest.plan.initrd.as_ref()?.len)));
+        match (guest, initrd) {
+            (Some(guest), Some(initrd)) => {
+                self.launch_when_read(client, launch, guest, initrd);
+                Ok(())
+            }
+            (guest, _) => self.launch_from(client, launch, guest.map(|guest| (guest, None))),
+        }
+    }
+
+    /// Launches a VM, whose files are there.
+    pub(super) fn launch_from(
+        &mut self,
+        client: ClientId,
+        launch: Launch,
+        guest: Option<(Guest, Option<Rc<MemfdFile>>)>,
+    ) -> Result<(), Failure> {
+        // Other VMs may have come meanwhile.
+        let shape = self.check_launch(&launch)?;
         let name = match launch.name {
             Some(name) => name,
             None => self.vms.names().first_free("vm", 1).pop().expect("names do not end"),
@@ -75,29 +96,15 @@ impl Server {
         let failed = |what: &'static str| move |e: io::Error| Failure::failed(format!("{what}: {e}"));
         let (files, beginning) = match guest {
             None => {
-                let image = self.files.builtin(firmware::IMAGE, &mut self.stores);
-                let image = image.map_err(failed("put the firmware into memory"))?;
+                let image = self.files.builtin(firmware::IMAGE).map_err(failed("put the firmware into memory"))?;
                 let place = GfnRange::new(Gfn::of_gpa(abi::IMAGE_BASE), image.pages());
                 (vec![(place, image)], Beginning::monitor())
             }
-            Some(Guest { plan, kernel, initrd }) => {
-                let initrd = match (plan.initrd, initrd) {
-                    (Some(placed), Some(file)) => {
-                        let file = self.files.open(file, &mut self.stores).map_err(failed("map the initrd"))?;
-                        Some((placed.pages(), file))
-                    }
-                    _ => None,
-                };
+            Some((Guest { plan, kernel, .. }, initrd)) => {
+                let initrd = plan.initrd.as_ref().map(|placed| placed.pages()).zip(initrd);
                 (initrd.into_iter().collect(), Beginning::linux(plan, kernel))
             }
         };
-        if !self.features.userfaultfd {
-            // Nobody will ask for a page that is missing.
-            for (pages, file) in &files {
-                let all = GfnRange::new(Gfn(0), pages.count());
-                file.ensure(all).map_err(failed("read what is to be mapped"))?;
-            }
-        }
         let process = self.take_process(shape, None).map_err(failed("start a VM process"))?;
 
         let ram = ram_ranges(shape.ram);
@@ -247,7 +254,7 @@ fn descriptor(manager: &FamilyManager, id: StoreId) -> io::Result<OwnedFd> {
         return store.read_only().try_clone_to_owned();
     }
     match manager.file(id) {
-        Some(file) => file.with_read_only(|fd| fd.try_clone_to_owned()),
+        Some(file) => file.read_only().try_clone_to_owned(),
         None => Err(io::Error::new(io::ErrorKind::NotFound, format!("{id:?} is gone"))),
     }
 }

@@ -136,6 +136,7 @@ enum Origin {
     Process(ProcessId),
     Traps(ProcessId),
     Swap,
+    Files,
 }
 
 type FamilyManager = Manager<MemfdStores, RemoteWindow>;
@@ -221,9 +222,11 @@ impl MutEventSubscriber for Server {
             Origin::Listener => self.accept(),
             Origin::Signals => self.reap(),
             Origin::Client(client) => self.serve_client(client),
-            Origin::Process(process) => self.serve_process(process),
+            Origin::Process(process) => self.hear_process(process),
+            Origin::Traps(process) if events.event_set().contains(EventSet::ERROR) => self.traps_broken(process),
             Origin::Traps(process) => self.serve_traps(process),
             Origin::Swap => self.swap_moved(),
+            Origin::Files => self.file_read(),
         }
         self.grant_wants();
     }
@@ -231,6 +234,7 @@ impl MutEventSubscriber for Server {
     fn init(&mut self, _ops: &mut EventOps) {
         self.watches.add(&self.listener, EventSet::IN, Origin::Listener);
         self.watches.add(&self.signals, EventSet::IN, Origin::Signals);
+        self.watches.add(self.files.bell(), EventSet::IN, Origin::Files);
     }
 }
 
@@ -282,7 +286,7 @@ impl Server {
             budget: Budget::new(budget),
             idle: idle::IdlePolicy::new(idle),
             past: SwapCounts::default(),
-            files: Files::default(),
+            files: Files::new().map_err(io("make an eventfd"))?,
             vms: Vms::default(),
             roll: Roll::at(roll_path(&home)),
             latency: WakeLatency::open(),

@@ -9,7 +9,7 @@ use super::process::{ProcessId, Role, VmProcess};
 use super::vm::Generation;
 use super::window::RemoteWindow;
 use crate::machine::state::PackedState;
-use crate::wire::{Shape, ToVm};
+use crate::wire::{Bounds, Shape, ToVm};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::rc::Rc;
@@ -156,7 +156,9 @@ impl Server {
             server: std::process::id() as i32,
             niceness: self.niceness,
         };
-        let mut process = VmProcess::spawn(&mut self.zygote, id, shape, &prepare, Rc::clone(&self.wants))?;
+        let bounds = Rc::new(Bounds::of(shape, self.max_runs));
+        let wants = Rc::clone(&self.wants);
+        let mut process = VmProcess::spawn(&mut self.zygote, id, (shape, bounds), &prepare, wants)?;
         process.link_token =
             Some(self.watches.add(&process.link, event_manager::EventSet::IN, super::Origin::Process(id)));
         self.pids.extend(process.memory.main.get().map(|pid| (pid, id)));

@@ -7,8 +7,9 @@ use super::window::{Memory, Want, Wants};
 use super::zygote::Zygote;
 use crate::link::Link;
 use crate::machine::state::PackedState;
-use crate::wire::{Shape, ToVm};
+use crate::wire::{Bounds, Shape, ToVm};
 use guest_mem::StoreId;
+use guest_mem::sys::Trap;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io;
@@ -50,6 +51,8 @@ pub struct VmProcess {
     pub shape: Shape,
     /// What it is for.
     pub role: Role,
+    /// What it can tell of.
+    pub bounds: Rc<Bounds>,
     /// Whether it has said that it is prepared.
     pub ready: bool,
     /// The socket to it.
@@ -60,6 +63,10 @@ pub struct VmProcess {
     pub link_ended: Option<Token>,
     /// The watch on its traps.
     pub trap_token: Option<Token>,
+    /// Traps that were read before all was heard that it had said by then.
+    pub traps: Vec<Trap>,
+    /// How it has ended, if not all has been heard that it said.
+    pub ended: Option<String>,
     /// What it was told to expect its window to show.
     pub expectation: Expectation,
     /// What it is told when it is ready.
@@ -81,18 +88,29 @@ impl VmProcess {
     ///
     /// # Errors
     /// No process, or no descriptors.
-    pub fn spawn(zygote: &mut Zygote, id: ProcessId, shape: Shape, prepare: &ToVm, wants: Wants) -> io::Result<Self> {
+    pub fn spawn(
+        zygote: &mut Zygote,
+        id: ProcessId,
+        (shape, bounds): (Shape, Rc<Bounds>),
+        prepare: &ToVm,
+        wants: Wants,
+    ) -> io::Result<Self> {
         let (link, theirs) = Link::pair()?;
+        // It sends its userfaultfd, once.
+        let link = link.limited(bounds.bytes, 1);
         let pid = zygote.make(theirs)?;
         let mut process = Self {
             id,
             shape,
             role: Role::Preparing,
+            bounds,
             ready: false,
             link,
             link_token: None,
             link_ended: None,
             trap_token: None,
+            traps: Vec::new(),
+            ended: None,
             expectation: Expectation::default(),
             waiting: Vec::new(),
             memory: Rc::new(Memory::new(id, pid, wants)),

@@ -69,11 +69,26 @@ impl Server {
             // As with new traps, a freeze that stands was announced before.
             let waits = |vm: &&Vm| vm.memory.is_some_and(|(of, vm)| of == family && waiting.contains(&vm));
             let processes: Vec<ProcessId> = self.vms.iter().filter(waits).filter_map(|vm| vm.process).collect();
-            processes.into_iter().for_each(|process| self.serve_process(process));
+            // All of them, whatever the others have to say: there may be more to hear than belongs into one round.
+            let unheard = processes.into_iter().filter(|&process| !self.serve_process(process)).count();
+            if unheard > 0 {
+                self.retries.insert(family, Instant::now());
+                return;
+            }
         }
         if let Some(Err(error)) = self.families.get_mut(&family).map(FamilyManager::retry) {
             self.memory_error(family, &error);
         }
+    }
+
+    /// Traps cannot be polled any more, which would keep the loop busy: the process has made the descriptor, whose flags it
+    /// shares with us, one that waits.
+    pub(super) fn traps_broken(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        if let Some(token) = process.trap_token.take() {
+            self.watches.remove(token, Rc::clone(&process.memory));
+        }
+        self.expel(id, "its process has tampered with its traps");
     }
 
     /// A VM's guests wait for pages.
@@ -90,15 +105,20 @@ impl Server {
             // Nobody touches its window.
             Role::Pooled => return,
         };
-        let mut traps = Vec::new();
         let memory = Rc::clone(&process.memory);
+        let process = self.processes.get_mut(&id).expect("looked at above");
         if let Some(source) = memory.traps.get()
-            && let Err(error) = source.read(&mut traps, 64)
+            && let Err(error) = source.read(&mut process.traps, 64)
         {
             log::debug!("traps of {id:?}: {error}");
         }
-        // A freeze that stands was announced before the traps that it causes.
-        self.serve_process(id);
+        // A freeze that stands was announced before the traps that it causes. Where there is more to hear than belongs into
+        // one round, the traps are served when all is heard.
+        if !self.serve_process(id) {
+            return;
+        }
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let mut traps = std::mem::take(&mut process.traps);
         // Several vCPUs may wait for one page, which one answer supplies: by a second one, a guest may have written to it,
         // and stand for a freeze that has moved it out.
         traps.sort_unstable_by_key(|trap| trap.address);

@@ -116,7 +116,7 @@ impl Worker {
             if let Some(message) = self.unpacked.pop_front() {
                 return Some((message, Vec::new()));
             }
-            if let Some((said, fds)) = self.link.recv::<Said>().unwrap() {
+            if let Some((Said(said), fds)) = self.link.recv::<Said>().unwrap() {
                 let mut said = said.into_iter();
                 let first = said.next().expect("a packet says something");
                 self.unpacked.extend(said);

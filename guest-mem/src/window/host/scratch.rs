@@ -10,18 +10,49 @@ use std::io;
 /// page tables can move.
 #[derive(Debug)]
 pub(super) struct Scratches {
-    /// A fixed window's scratch areas stand in a row behind it, `stride` apart.
-    row: Option<Row>,
+    /// Where a fixed window's scratch areas stand.
+    row: Option<ScratchRow>,
     frames: PageCount,
     areas: BTreeMap<StoreId, Scratch>,
     /// Memory for the copies of the next freeze: those of one before it have settled.
     spare: Option<Draft>,
 }
 
-#[derive(Debug)]
-struct Row {
+/// Where the scratch areas of a window at a fixed address may stand: in a row behind it, `stride` apart.
+#[derive(Clone, Debug)]
+pub struct ScratchRow {
     first: u64,
     stride: u64,
+    frames: PageCount,
+}
+
+impl ScratchRow {
+    /// Of a window of so many frames whose frame 0 stands at the address `base`.
+    pub fn behind(base: u64, frames: PageCount) -> Self {
+        // An area has room for every frame twice, once moved and once copied, and as much again lies between two areas.
+        let stride = 4 * Area::span(frames);
+        Self { first: base + stride, stride, frames }
+    }
+
+    /// The addresses where one may stand.
+    fn places(&self) -> impl Iterator<Item = u64> {
+        let &Self { first, stride, .. } = self;
+        (first..).step_by(stride as usize).take_while(move |base| base + stride <= FIXED_END)
+    }
+
+    /// Whether one may stand there, as `scratch_base`, with its copies from the frame `copies` on.
+    pub fn has(&self, scratch_base: u64, copies: Gfn) -> bool {
+        let Self { first, stride, frames } = self;
+        let behind = scratch_base.checked_sub(*first);
+        behind.is_some_and(|behind| behind % stride == 0)
+            && scratch_base.checked_add(*stride).is_some_and(|end| end <= FIXED_END)
+            && copies == copies_begin(*frames)
+    }
+}
+
+/// The frame of a scratch area where copies begin.
+fn copies_begin(frames: PageCount) -> Gfn {
+    Gfn::of_gpa(Area::span(frames))
 }
 
 #[derive(Debug)]
@@ -52,10 +83,8 @@ const FIXED_END: u64 = 0x4000_0000_0000;
 impl Scratches {
     /// Scratch ranges for the window `area` of `frames` frames, which stands at `place`.
     pub fn beside(area: &Area, place: Place, frames: PageCount) -> Self {
-        // An area has room for every frame twice, once moved and once copied, and as much again lies between two areas.
-        let stride = 4 * Area::span(frames);
         let row = match place {
-            Place::Fixed(_) => Some(Row { first: area.base() + stride, stride }),
+            Place::Fixed(_) => Some(ScratchRow::behind(area.base(), frames)),
             Place::Anywhere => None,
         };
         Self { row, frames, areas: BTreeMap::new(), spare: None }
@@ -66,10 +95,7 @@ impl Scratches {
         let room = PageCount(self.copies().0 + self.frames.0);
         let Some(row) = &self.row else { return Area::reserve(Place::Anywhere, room) };
         let taken = || self.areas.values().map(|scratch| &scratch.draft).chain(&self.spare);
-        let free = (row.first..)
-            .step_by(row.stride as usize)
-            .take_while(|base| base + row.stride <= FIXED_END)
-            .find(|base| taken().all(|draft| draft.area.base() != *base));
+        let free = row.places().find(|base| taken().all(|draft| draft.area.base() != *base));
         let base = free.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         Area::reserve(Place::Fixed(base), room)
     }
@@ -102,7 +128,7 @@ impl Scratches {
 
     /// The frame of every scratch area where copies begin.
     pub fn copies(&self) -> Gfn {
-        Gfn::of_gpa(Area::span(self.frames))
+        copies_begin(self.frames)
     }
 
     /// `draft` is for the pages that the freeze into `store` takes: it has those that were moved, and room for copies.
@@ -214,5 +240,26 @@ impl Draft {
         self.area.clear(GfnRange::between(pages.end(), all.end()))?;
         self.room = pages.count();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_the_places_that_it_gives() {
+        let frames = PageCount(300_000);
+        let row = ScratchRow::behind(0x1000_0000_0000, frames);
+        let copies = copies_begin(frames);
+        assert!(row.places().count() > 1000 && row.places().all(|base| row.has(base, copies)));
+        let first = row.places().next().unwrap();
+        let last = row.places().last().unwrap();
+        for base in
+            [0, 0x1000_0000_0000, first - row.stride, first + 4096, last + row.stride, u64::MAX, u64::MAX - 4095]
+        {
+            assert!(!row.has(base, copies), "{base:#x}");
+        }
+        assert!(!row.has(first, Gfn(0)) && !row.has(first, Gfn(copies.0 + 1)));
     }
 }

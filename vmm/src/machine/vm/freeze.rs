@@ -11,7 +11,7 @@ use super::super::outbox::Outbox;
 use super::super::state::{LinuxState, MachineState, MailboxState, PackedState};
 use super::{Vm, VmError};
 use crate::devices::serial;
-use crate::wire::{Activity, FromVm, Frozen};
+use crate::wire::{Activity, FromVm, Frozen, SOME};
 use guest_mem::window::host::{Asked, Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
 use guest_mem::{Gfn, GfnRange, Harvest, Protection, StoreId, Window};
 use nix::unistd::Pid;
@@ -366,6 +366,6 @@ fn give_back(
     tell: &mut impl FnMut(FromVm) -> io::Result<()>,
 ) -> (Vec<GfnRange>, io::Result<()>) {
     let given = window.balloon(pages, max_runs as usize);
-    let told = if given.is_empty() { Ok(()) } else { tell(FromVm::Ballooned(given.clone())) };
+    let told = given.chunks(SOME).try_for_each(|some| tell(FromVm::Ballooned(some.to_vec())));
     (given, told)
 }
