@@ -8,7 +8,7 @@ use std::thread;
 use vmm::client::{ForkOptions, Vm};
 use vmm::machine::WINDOW_BASE;
 use vmm::units::ByteSize;
-use vmm::wire::FromVm;
+use vmm::wire::{Ending, FromVm};
 
 /// A VM of another family, which nothing may happen to.
 struct Bystander {
@@ -180,4 +180,22 @@ fn who_talks_all_the_time_keeps_nobody_from_being_heard() {
     vm.fill(100..200, 1);
     done.send(()).expect("it listens");
     flood.join().expect("a thread");
+}
+
+/// What a process says is the end of its VM went to terminals as it was.
+#[test]
+fn no_reason_reaches_a_terminal_as_it_is() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = home.launch("a", ByteSize::mib(32));
+    let Some(mut hostile) = Hostile::take_over(&vm) else { return };
+    let why = format!("\u{1b}]0;owned\u{7}\nb  running  {}\u{9b}2J\u{202e}", "x".repeat(10_000));
+    hostile.say(&[FromVm::Ended(Ending::Dead(why))]);
+    let shown = reason(&home, "a");
+    assert!(shown.len() < 2000 && shown.contains("owned"), "{shown}");
+    for command in [&["ls"][..], &["tree"], &["send", "a", "id"]] {
+        let outcome = home.cli(command);
+        let all = format!("{}{}", outcome.out, outcome.err);
+        assert!(all.chars().all(|c| c == '\n' || !(c.is_control() || c == '\u{202e}')), "{all:?}");
+        assert!(!all.lines().any(|line| line.starts_with("b  running")), "{all}");
+    }
 }

@@ -11,6 +11,7 @@ pub mod link;
 pub mod machine;
 pub mod name;
 mod nice;
+pub mod plain;
 pub mod procfs;
 pub mod server;
 pub mod units;

@@ -342,6 +342,21 @@ impl AsRawFd for Link {
     }
 }
 
+/// Sends a short message without descriptors, if the socket takes it at once.
+///
+/// # Errors
+/// It does not, or the message is too long.
+pub fn send_now(socket: BorrowedFd<'_>, message: &impl Serialize) -> io::Result<()> {
+    let bytes = Header { kind: Kind::Inline, fd_count: 0 }.to_bytes().to_vec();
+    let bytes = postcard::to_extend(message, bytes).map_err(io::Error::other)?;
+    if bytes.len() > INLINE_MAX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &[], flags, None)?;
+    Ok(())
+}
+
 fn invalid(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
 }

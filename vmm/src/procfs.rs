@@ -1,6 +1,7 @@
 //! What `/proc` says of a process's memory.
 
 use guest_mem::PAGE_SHIFT;
+use nix::unistd::Pid;
 use std::io;
 use std::ops::Range;
 
@@ -106,6 +107,25 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
         offset,
         inode,
     })
+}
+
+/// The user that a process runs as.
+///
+/// # Errors
+/// It is gone.
+pub fn user(pid: i32) -> io::Result<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let user = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
+    user.ok_or_else(|| io::Error::other("a process without a user"))
+}
+
+/// The processes whose parent is this thread.
+///
+/// # Errors
+/// The kernel does not tell (`CONFIG_PROC_CHILDREN`).
+pub fn children() -> io::Result<Vec<Pid>> {
+    let children = std::fs::read_to_string("/proc/thread-self/children")?;
+    Ok(children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect())
 }
 
 #[cfg(test)]

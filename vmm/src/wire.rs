@@ -7,6 +7,7 @@ use crate::boot::linux::Plan;
 use crate::layout::ram_ranges;
 use crate::machine::WINDOW_BASE;
 use crate::machine::state::PackedState;
+use crate::plain;
 use guest_mem::window::host::{ScratchRow, Short};
 use guest_mem::window::{Harvest, Run, are_apart};
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, Protection, StoreId};
@@ -428,6 +429,8 @@ pub enum FromVm {
     },
     /// The VM has ended.
     Ended(Ending),
+    /// A line of its log. Before the first message as well.
+    Log(String),
     /// The ways by which the descriptor let itself be written to: none, if all is well.
     Probed(#[serde(deserialize_with = "few")] Vec<String>),
 }
@@ -466,7 +469,24 @@ impl Bounds {
     }
 }
 
+/// Longest answer of a guest, in bytes.
+pub const ANSWER_MAX: usize = 64 << 10;
+
 impl FromVm {
+    /// Makes what it has for people to read fit to be shown.
+    pub fn plain(self) -> Self {
+        let reason = |text: String| plain::line(&text, plain::REASON_MAX);
+        match self {
+            Self::PrepareFailed(why) => Self::PrepareFailed(reason(why)),
+            Self::StartFailed(why) => Self::StartFailed(reason(why)),
+            Self::FreezeFailed(why) => Self::FreezeFailed(reason(why)),
+            Self::Ended(Ending::Dead(why)) => Self::Ended(Ending::Dead(reason(why))),
+            Self::Log(line) => Self::Log(reason(line)),
+            Self::Probed(ways) => Self::Probed(ways.into_iter().map(reason).collect()),
+            other => other,
+        }
+    }
+
     /// Whether it is the first that a VM process says.
     pub fn comes_first(&self) -> bool {
         matches!(self, Self::Ready { .. } | Self::PrepareFailed(_))
@@ -478,6 +498,7 @@ impl FromVm {
         match self {
             Self::Ready { window_base, .. } => *window_base == WINDOW_BASE,
             Self::Frozen(frozen) => bounds.allow(frozen),
+            Self::Answer(line) => line.text.len() <= ANSWER_MAX,
             Self::Shed { pages, .. } | Self::Wrote { pages, .. } => are_apart(pages, &bounds.ram),
             _ => true,
         }

@@ -3,9 +3,10 @@
 use super::extents::BLOCK;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, Flock, FlockArg, OFlag, fallocate, fcntl};
+use nix::unistd::geteuid;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -47,11 +48,21 @@ enum Kind {
     Block,
 }
 
+/// Whether nobody else has opened a regular file, or may, as far as its owner and its names tell.
+fn only_ours(file: &File) -> io::Result<()> {
+    let found = file.metadata()?;
+    if found.is_file() && (found.uid() != geteuid().as_raw() || found.nlink() != 1) {
+        let why = "the file is somebody else's, or has another name: its owner could read what guests have in memory";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    }
+    Ok(())
+}
+
 impl FileDevice {
     /// Opens the file at `path` for use as [`new`](Self::new) says; makes it if it is not there.
     ///
     /// # Errors
-    /// It cannot be opened; as of [`new`](Self::new).
+    /// It cannot be opened, or is another user's; as of [`new`](Self::new).
     pub fn open(path: &Path, size: Option<u64>) -> io::Result<Self> {
         let context = |error: io::Error| {
             let why = match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
@@ -66,9 +77,11 @@ impl FileDevice {
             // Not one that is mounted, or somebody's swap.
             Ok(found) if found.file_type().is_block_device() => options.custom_flags(libc::O_EXCL),
             // What it holds goes once it is ours, not before.
-            _ => options.create(true).truncate(false).mode(0o600),
+            _ => options.create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW),
         };
-        Self::new(options.open(path).map_err(context)?, size).map_err(context)
+        let file = options.open(path).map_err(context)?;
+        only_ours(&file).map_err(context)?;
+        Self::new(file, size).map_err(context)
     }
 
     /// Takes a regular file, whose contents go and which gets `size` bytes or keeps its length, or a block device, of

@@ -8,6 +8,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use vmm::client::Error;
+use vmm::plain;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -72,7 +73,8 @@ impl From<nix::Error> for CliError {
 /// Says one line on stderr.
 pub fn tell(message: &str) {
     // There is nobody left to tell if this fails.
-    let _ = writeln!(io::stderr(), "offshoot: {}", message.trim_end().replace('\n', " "));
+    let message = message.trim_end().replace('\n', " ");
+    let _ = writeln!(io::stderr(), "offshoot: {}", plain::lines(&message));
 }
 
 /// What the command line parser has to say: help on stdout, and errors in one line.

@@ -21,6 +21,8 @@ use std::time::Duration;
 use vmm::api::{Child, VmState};
 use vmm::client::{Client, ClientBuilder, ForkOptions, LaunchOptions, Stream};
 use vmm::host::HostReport;
+use vmm::machine::Voice;
+use vmm::plain;
 
 /// How a command ends that did not fail.
 type Done = Result<ExitCode, CliError>;
@@ -39,7 +41,11 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return errors::usage(&e),
     };
-    env_logger::Builder::new().filter_level(cli.log_level).format_timestamp_micros().init();
+    let mut logger = env_logger::Builder::new();
+    if matches!(cli.verb, Verb::VmProcess) {
+        logger.target(env_logger::Target::Pipe(Box::new(Voice)));
+    }
+    logger.filter_level(cli.log_level).format_timestamp_micros().init();
     let done = run(cli).and_then(|code| {
         io::stdout().flush()?;
         Ok(code)
@@ -78,11 +84,11 @@ fn run(cli: Cli) -> Done {
             let (vm, text) = (client.vm(name), text.join(" "));
             if let Some(pattern) = &expect {
                 let found = vm.expect(&text, pattern, timeout)?;
-                writeln!(out, "{found}")?;
+                writeln!(out, "{}", plain::lines(&found))?;
                 return Ok(SUCCESS);
             }
             let Some(answer) = vm.tell(&text, timeout)? else { return Ok(SUCCESS) };
-            writeln!(out, "{answer}")?;
+            writeln!(out, "{}", plain::lines(&answer))?;
             let good = answer.split(' ').next() == Some("ok");
             Ok(if good { SUCCESS } else { FAILED.into() })
         }),

@@ -17,8 +17,11 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+/// What a server puts into its home.
+const OURS: [&str; 6] = ["lock", "socket", "server.log", "swap", "vms", "cage"];
 
 /// Bytes of a Unix socket's path, its end included.
 const SUN_PATH: usize = 108;
@@ -105,7 +108,20 @@ impl Home {
             io::ErrorKind::AlreadyExists => HomeError::NotADirectory(self.0.clone()),
             _ => self.io("create directory", e),
         })?;
-        self.check()
+        self.check()?;
+        // Somebody else may be able to look into one that was there.
+        let mode = fs::symlink_metadata(&self.0).map_err(|e| self.io("look at directory", e))?.mode();
+        if mode & 0o077 != 0 && self.has_only_ours()? {
+            let own = fs::Permissions::from_mode(mode & 0o700);
+            fs::set_permissions(&self.0, own).map_err(|e| self.io("close directory to others", e))?;
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is there but what a server puts there.
+    fn has_only_ours(&self) -> Result<bool, HomeError> {
+        let mut entries = fs::read_dir(&self.0).map_err(|e| self.io("list directory", e))?;
+        Ok(entries.all(|entry| entry.is_ok_and(|entry| OURS.iter().any(|ours| entry.file_name() == *ours))))
     }
 
     /// Checks that the directory is there, and the user's alone to write to. A symbolic link is not followed.
@@ -219,7 +235,7 @@ fn whole_file() -> libc::flock {
 mod tests {
     use super::*;
     use crate::client::testing::TempDir;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::symlink;
     use std::os::unix::net::{UnixListener, UnixStream};
 
     #[test]
@@ -238,8 +254,16 @@ mod tests {
         home.create().unwrap();
         fs::set_permissions(home.path(), PermissionsExt::from_mode(0o777)).unwrap();
         assert!(matches!(home.create(), Err(HomeError::OpenToOthers { mode: 0o777, .. })));
+        let mode = || fs::metadata(home.path()).unwrap().mode() & 0o777;
+        fs::write(home.path().join("lock"), "").unwrap();
         fs::set_permissions(home.path(), PermissionsExt::from_mode(0o755)).unwrap();
         home.create().unwrap();
+        assert_eq!(mode(), 0o700);
+        // A directory that has another use stays as it is: the socket is its user's alone all the same.
+        fs::write(home.path().join("thesis"), "").unwrap();
+        fs::set_permissions(home.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        home.create().unwrap();
+        assert_eq!(mode(), 0o755);
 
         symlink(home.path(), dir.path().join("link")).unwrap();
         let link = Home::at(dir.path().join("link")).unwrap();

@@ -13,6 +13,11 @@ use std::path::Path;
 /// user namespaces usually map.
 const FIRST_ID: u32 = 0x7000_0000;
 
+/// The VM process, as one was or is, that this user id was made for.
+pub fn process_of_user(user: u32) -> Option<Pid> {
+    user.checked_sub(FIRST_ID).and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw)
+}
+
 /// A step of the isolation failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{step}: {cause}")]
@@ -66,18 +71,44 @@ fn enter(cage: &Path) -> Result<(), IsolateError> {
     chdir("/").map_err(during("chdir"))
 }
 
-fn drop_capabilities() -> Result<(), Errno> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    /// Effective, permitted and inheritable, the low 32 and the high 32.
-    type Sets = [[u32; 3]; 2];
-    const VERSION_3: u32 = 0x2008_0522;
+/// Opens files as somebody who may not look at the host: what `open` gives shows no more afterwards, whoever reads it. The
+/// pagemap tells a descriptor that was opened with this right where in the host's memory pages are.
+pub(super) fn without_admin<T>(open: impl FnOnce() -> T) -> Result<T, IsolateError> {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let before = capabilities().map_err(during("capget"))?;
+    let mut without = before;
+    without[0][0] &= !(1 << CAP_SYS_ADMIN);
+    set_capabilities(&without).map_err(during("capset"))?;
+    let opened = open();
+    set_capabilities(&before).map_err(during("capset"))?;
+    Ok(opened)
+}
 
-    let header = Header { version: VERSION_3, pid: 0 };
-    let none: Sets = [[0; 3]; 2];
+fn drop_capabilities() -> Result<(), Errno> {
+    set_capabilities(&[[0; 3]; 2])
+}
+
+/// Effective, permitted and inheritable, the low 32 and the high 32.
+type Sets = [[u32; 3]; 2];
+
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: i32,
+}
+
+/// Version 3, of this thread.
+const HEADER: Header = Header { version: 0x2008_0522, pid: 0 };
+
+fn capabilities() -> Result<Sets, Errno> {
+    let (header, mut sets) = (HEADER, [[0; 3]; 2]);
+    // SAFETY: The call reads a header and, in version 3, writes two sets of three words.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capget, &raw const header, &raw mut sets) })?;
+    Ok(sets)
+}
+
+fn set_capabilities(sets: &Sets) -> Result<(), Errno> {
+    let header = HEADER;
     // SAFETY: The call reads a header and, in version 3, two sets of three words.
-    Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw const header, &raw const none) }).map(drop)
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw const header, &raw const *sets) }).map(drop)
 }

@@ -24,7 +24,7 @@ mod chips;
 mod cpuid;
 mod facts;
 mod floor;
-mod isolate;
+pub(crate) mod isolate;
 mod keeper;
 mod kick;
 mod kvm;
@@ -41,7 +41,10 @@ pub mod state;
 mod touch;
 mod vcpu;
 mod vm;
+mod voice;
 mod zygote;
+
+pub use voice::Voice;
 
 use crate::clock::monotonic_ns as now_ns;
 use facts::Known;

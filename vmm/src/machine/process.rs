@@ -5,6 +5,7 @@ use super::isolate;
 use super::outbox::{self, Outbox};
 use super::probe::ways_to_write;
 use super::vm::{Freeze, Preparation, Vm, VmError};
+use super::voice;
 use crate::link::Link;
 use crate::nice;
 use crate::wire::{Activity, FromVm, SOME, ToVm};
@@ -22,11 +23,11 @@ pub(super) fn run(socket: OwnedFd, known: &Known) -> Result<(), String> {
     let server = getppid();
     isolate::die_with(server).map_err(|error| error.to_string())?;
     // A thread that panics must not leave a machine behind that half works.
-    let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        print(panic);
+        log::error!("{panic}");
         std::process::abort();
     }));
+    voice::speak_to(socket.as_fd()).map_err(|error| format!("the server's socket: {error}"))?;
     make_room(&socket).map_err(|error| format!("room for descriptors: {error}"))?;
     let link = Link::new(socket);
     link.never_wait().map_err(|error| error.to_string())?;

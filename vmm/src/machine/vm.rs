@@ -161,7 +161,8 @@ impl Vm {
         let max_runs = known.max_runs;
         let kvm = Kvm::new().map_err(VmError::OpenKvm)?;
         let ram = ram_ranges(shape.ram);
-        let window = HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features))?;
+        let reserve = || HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features));
+        let window = isolate::without_admin(reserve)??;
         let vm = KvmVm::new(&kvm, &ram, window.base(), shape.machine)?;
         let Facts { cpuid, access } = known.facts(&kvm, shape.machine)?;
         let cpuid = Cpuid::new(&cpuid, shape);

@@ -3,6 +3,9 @@
 use super::vm::Generation;
 use super::watch::Token;
 use crate::api::{Reply, Request};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::unistd::geteuid;
 use serde::Serialize;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -76,6 +79,12 @@ impl Client {
             output: Vec::new(),
             ended: false,
         })
+    }
+
+    /// Whether it is of this server's user, or of root.
+    pub fn is_ours(&self) -> bool {
+        let peer = getsockopt(&self.stream, PeerCredentials).map(|peer| peer.uid());
+        peer.is_ok_and(|user| user == 0 || user == geteuid().as_raw())
     }
 
     /// The connection's descriptor.

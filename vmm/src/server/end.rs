@@ -8,13 +8,19 @@ use super::vm::{Generation, Hold, Phase, Vm};
 use crate::api::{Answer, Failure};
 use crate::wire::ToVm;
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 /// A client that waits until these processes are gone.
 #[derive(Debug)]
 pub struct Removal {
     client: ClientId,
     processes: Vec<ProcessId>,
+    /// It waits no longer.
+    pub until: Instant,
 }
+
+/// How long the memory of processes that have been ended may stay. Where it stays longer, somebody holds on to it.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Server {
     pub(super) fn stop(&mut self, name: &str) -> Result<(), Failure> {
@@ -52,7 +58,7 @@ impl Server {
                 self.end_unused();
                 let ending = self.processes.values().filter(|process| process.role == Role::Ending);
                 let processes = ending.map(|process| process.id).collect();
-                self.removals.push(Removal { client, processes });
+                self.removals.push(Removal { client, processes, until: Instant::now() + PATIENCE });
             }
         }
     }
@@ -76,12 +82,17 @@ impl Server {
     }
 
     /// Answers those whose processes are gone.
-    pub(super) fn finish_removals(&mut self) {
+    pub(super) fn finish_removals(&mut self, now: Instant) {
         let processes = &self.processes;
-        let gone = |removal: &mut Removal| removal.processes.iter().all(|id| !processes.contains_key(id));
-        let done: Vec<ClientId> = self.removals.extract_if(.., gone).map(|removal| removal.client).collect();
-        for client in done {
-            self.reply(client, Ok(Answer::Done));
+        let left = |removal: &Removal| removal.processes.iter().filter(|id| processes.contains_key(id)).count();
+        let over = |removal: &mut Removal| removal.until <= now || left(removal) == 0;
+        let done = self.removals.extract_if(.., over).map(|removal| (removal.client, left(&removal)));
+        for (client, left) in done.collect::<Vec<_>>() {
+            let reply = match left {
+                0 => Ok(Answer::Done),
+                left => Err(Failure::failed(format!("the memory of {left} VM processes is held on to by somebody"))),
+            };
+            self.reply(client, reply);
         }
     }
 

@@ -5,18 +5,24 @@ use super::process::{ProcessId, Role};
 use super::vm::{Generation, Hold, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
+use crate::machine::isolate;
+use crate::procfs;
 use crate::wire::{Ending, FromVm, Line, Machine, Said};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 /// What is heard of one process in a round: whoever says more, takes longer, and nobody else does.
 const ROUND_PACKETS: usize = 8;
 const ROUND_BYTES: u64 = 256 << 10;
+/// When processes are looked for that a VM process has left behind.
+const STRAYS: Duration = Duration::from_millis(200);
 
 impl Server {
     /// Sends what is queued, and watches for more room where that is not all.
@@ -93,6 +99,14 @@ impl Server {
     /// # Errors
     /// `InvalidData`: ours never say such a thing.
     fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
+        let message = match message.plain() {
+            FromVm::Log(line) => {
+                process.log(&line, Instant::now());
+                return Ok(());
+            }
+            message => message,
+        };
         let Some(process) = self.processes.get(&id) else { return Ok(()) };
         if process.ready == message.comes_first() || !message.makes_sense(&process.bounds) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "out of turn, or of pages that are not there"));
@@ -180,7 +194,11 @@ impl Server {
     fn vm_says(&mut self, generation: Generation, message: FromVm) {
         let Some(vm) = self.vms.get_mut(generation) else { return };
         match message {
-            FromVm::Ready { .. } | FromVm::PrepareFailed(_) | FromVm::Expecting | FromVm::Copied { .. } => {}
+            FromVm::Ready { .. }
+            | FromVm::PrepareFailed(_)
+            | FromVm::Expecting
+            | FromVm::Copied { .. }
+            | FromVm::Log(_) => {}
             FromVm::Running { .. } if vm.hold == Hold::Releasing => self.released(generation),
             FromVm::Paused if vm.hold == Hold::Stopping => vm.hold = Hold::Held,
             FromVm::Running { at_ns } => {
@@ -283,6 +301,7 @@ impl Server {
 
     fn main_ended(&mut self, id: ProcessId, how: &str) {
         self.processes[&id].memory.main.set(None);
+        self.strays_at.get_or_insert_with(|| Instant::now() + STRAYS);
         // Its last words may say more than how it ended.
         match self.serve_process(id) {
             true => self.main_is_silent(id, how),
@@ -311,6 +330,23 @@ impl Server {
         }
         log::error!("a prepared VM process is gone: {why}");
         self.end_process(id);
+    }
+
+    /// Ends children of ours whose VM process has ended, and which it has not told of as what outlives it.
+    pub(super) fn end_strays(&mut self, now: Instant) {
+        if self.strays_at.is_none_or(|at| at > now) {
+            return;
+        }
+        self.strays_at = None;
+        for child in procfs::children().unwrap_or_default() {
+            let known = self.pids.contains_key(&child) || self.zygote.is(child);
+            // Each VM process has a user of its own, where it can.
+            let of = procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
+            if !known && of.is_some_and(|main| !self.pids.contains_key(&main)) {
+                log::warn!("process {child} is ended: the VM process that has left it behind is gone");
+                let _ = kill(child, Signal::SIGKILL);
+            }
+        }
     }
 
     /// Looks after processes that have ended and whose memory has not.

@@ -74,7 +74,9 @@ use reclaim::Reclaims;
 use roll::Roll;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -127,6 +129,9 @@ pub enum Error {
 /// How soon a memory that outlives its process is looked at again.
 const LINGER: Duration = Duration::from_millis(5);
 
+/// How long no client is waited for where there is no descriptor for one.
+const DEAF: Duration = Duration::from_secs(1);
+
 /// What an event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
@@ -152,11 +157,16 @@ struct Server {
     max_runs: u32,
     watches: Watches<Origin>,
     listener: UnixListener,
+    listener_token: Option<watch::Token>,
+    /// There was no descriptor for a client: until when none is waited for.
+    deaf_until: Option<Instant>,
     signals: SignalFd,
     clients: BTreeMap<ClientId, Client>,
     processes: BTreeMap<ProcessId, VmProcess>,
     /// Whose a child of this process is: a VM process, its keeper, or a copy.
     pids: HashMap<Pid, ProcessId>,
+    /// When to look for processes that VM processes have left behind.
+    strays_at: Option<Instant>,
     /// Those that have ended, and whose memory a worker of KVM's holds on to.
     lingering: BTreeSet<ProcessId>,
     zygote: Zygote,
@@ -232,7 +242,7 @@ impl MutEventSubscriber for Server {
     }
 
     fn init(&mut self, _ops: &mut EventOps) {
-        self.watches.add(&self.listener, EventSet::IN, Origin::Listener);
+        self.listener_token = Some(self.watches.add(&self.listener, EventSet::IN, Origin::Listener));
         self.watches.add(&self.signals, EventSet::IN, Origin::Signals);
         self.watches.add(self.files.bell(), EventSet::IN, Origin::Files);
     }
@@ -270,10 +280,13 @@ impl Server {
             max_runs: crate::host::max_map_count() / 4,
             watches: Watches::new(),
             listener: listen(&home)?,
+            listener_token: None,
+            deaf_until: None,
             signals,
             clients: BTreeMap::new(),
             processes: BTreeMap::new(),
             pids: HashMap::new(),
+            strays_at: None,
             lingering: BTreeSet::new(),
             // After the niceness: the server waits for it.
             zygote: Zygote::start(),
@@ -337,7 +350,9 @@ impl Server {
         let bringing = self.bring_ahead();
         let filling = self.tend_pool(now, settling || bringing);
         self.tend_lingering();
-        self.finish_removals();
+        self.end_strays(now);
+        self.finish_removals(now);
+        self.listen_again(now);
         let checking = self.tend_checks(now);
         self.finish_checks();
         let (past, budget) = (&mut self.past, &mut self.budget);
@@ -363,6 +378,8 @@ impl Server {
             self.deadlines.iter().map(|(at, _)| *at).chain(self.retries.values().copied()).chain(pool).chain(checking);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
         let lingering = (!self.lingering.is_empty()).then(|| now + LINGER);
+        let removals = self.removals.iter().map(|removal| removal.until).filter(|until| *until > now);
+        let next = next.chain(removals).chain(self.strays_at).chain(self.deaf_until);
         let next = next.chain(self.next_idle_look()).chain(self.latency.until()).chain(lingering).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
@@ -401,9 +418,20 @@ impl Server {
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
+                    return self.rest_from_clients(&error);
+                }
+                Err(_) => return,
+            };
             let id = ClientId(self.fresh_id());
             let Ok(mut client) = Client::new(stream) else { continue };
+            if !client.is_ours() {
+                log::warn!("somebody else's connection is refused");
+                continue;
+            }
             client.say(&Greeting {
                 version: env!("CARGO_PKG_VERSION").into(),
                 pid: std::process::id() as i32,
@@ -411,6 +439,21 @@ impl Server {
             });
             client.token = Some(self.watches.add(client.stream(), EventSet::IN, Origin::Client(id)));
             self.clients.insert(id, client);
+        }
+    }
+
+    /// A client waits, and there is no descriptor for it: it would be heard of in every round.
+    fn rest_from_clients(&mut self, error: &io::Error) {
+        log::error!("clients wait: {error}");
+        self.deaf_until = Some(Instant::now() + DEAF);
+        if let Some(token) = self.listener_token {
+            self.watches.modify(token, EventSet::empty());
+        }
+    }
+
+    fn listen_again(&mut self, now: Instant) {
+        if let (Some(_), Some(token)) = (self.deaf_until.take_if(|until| *until <= now), self.listener_token) {
+            self.watches.modify(token, EventSet::IN);
         }
     }
 
@@ -542,7 +585,8 @@ impl Server {
 
     fn has_stopped(&self) -> bool {
         self.stopping.is_some_and(|client| {
-            self.processes.is_empty() && self.clients.get(&client).is_none_or(|client| !client.has_output())
+            let gone = self.processes.is_empty() || self.removals.is_empty();
+            gone && self.clients.get(&client).is_none_or(|client| !client.has_output())
         }) && self.removals.is_empty()
     }
 
@@ -553,6 +597,9 @@ impl Server {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => log::error!("remove {file}: {e}"),
                 _ => {}
             }
+        }
+        for child in crate::procfs::children().unwrap_or_default() {
+            let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
         }
         HostSwap::clean_up(&self.home);
         std::fs::remove_dir(&self.cage).map_err(|source| Error::Io { operation: "remove the empty directory", source })
@@ -567,7 +614,12 @@ fn listen(home: &Home) -> Result<UnixListener, Error> {
         }
         _ => {}
     }
-    let listener = UnixListener::bind(&path).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
+    let listener = UnixListener::bind(&path).and_then(|listener| {
+        // Whatever the mask is that we were started with.
+        std::fs::set_permissions(path.as_ref(), Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
     listener.map_err(|source| Error::Io { operation: "listen on the home's socket", source })
 }
 

@@ -20,9 +20,12 @@ const LARGEST: usize = 64;
 /// An unused pool is halved after this long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Prepared processes of all shapes.
+/// For how long none is made after one could not be.
+const REST: Duration = Duration::from_secs(1);
+
+/// Prepared processes of all shapes, and until when none is made.
 #[derive(Debug, Default)]
-pub struct Pool(BTreeMap<Shape, Shelf>);
+pub struct Pool(BTreeMap<Shape, Shelf>, Option<Instant>);
 
 #[derive(Debug)]
 struct Shelf {
@@ -127,7 +130,8 @@ impl Pool {
 
     /// When the pool should be looked after next.
     pub fn next_look(&self) -> Option<Instant> {
-        self.0.values().filter(|shelf| shelf.wanted > SMALLEST).map(|shelf| shelf.used + PATIENCE).min()
+        let shelves = self.0.values().filter(|shelf| shelf.wanted > SMALLEST).map(|shelf| shelf.used + PATIENCE);
+        shelves.chain(self.1).min()
     }
 }
 
@@ -204,14 +208,18 @@ impl Server {
             self.end_process(id);
         }
         // While a fork is under way its own processes come first.
-        if !self.forks.is_empty() {
+        if !self.forks.is_empty() || self.pool.1.is_some_and(|until| until > now) {
             return false;
         }
+        let rested = self.pool.1.take().is_some();
         let Some(shape) = hungry else { return !settling && self.tell_what_to_expect() };
         match self.spawn_process(shape) {
             Ok(_) => self.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1,
             Err(error) => {
-                log::warn!("prepare a VM process for the pool: {error}");
+                if !rested {
+                    log::warn!("prepare a VM process for the pool: {error}");
+                }
+                self.pool.1 = Some(now + REST);
                 return false;
             }
         }

@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 /// Names a VM process of this server; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,6 +41,34 @@ pub struct Parcel {
     pub message: ToVm,
     /// The descriptors.
     pub descriptors: Vec<OwnedFd>,
+}
+
+/// Lines of a process that are shown at once, and how long one more takes.
+const LINES: u32 = 50;
+const LINE_EVERY: Duration = Duration::from_secs(1);
+
+/// How much a process may still have written into the server's log.
+#[derive(Debug)]
+struct Lines {
+    left: u32,
+    counted: Instant,
+    /// Not shown since one was.
+    missed: u64,
+}
+
+impl Lines {
+    /// Whether one more is shown, and how many were not before.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let passed = now.saturating_duration_since(self.counted).as_secs() / LINE_EVERY.as_secs();
+        self.counted += LINE_EVERY * passed.min(u64::from(u32::MAX)) as u32;
+        self.left = u64::from(self.left).saturating_add(passed).min(u64::from(LINES)) as u32;
+        if self.left == 0 {
+            self.missed += 1;
+            return None;
+        }
+        self.left -= 1;
+        Some(std::mem::take(&mut self.missed))
+    }
 }
 
 /// A VM process and its keeper.
@@ -75,6 +104,8 @@ pub struct VmProcess {
     pub memory: Rc<Memory>,
     /// Messages both ways.
     pub messages: u64,
+    /// What it may have logged.
+    lines: Lines,
     /// What it was told that may have its guest run.
     wakes: u64,
     /// The last freeze that it was told of, and how many of those messages it had been told before.
@@ -115,12 +146,22 @@ impl VmProcess {
             waiting: Vec::new(),
             memory: Rc::new(Memory::new(id, pid, wants)),
             messages: 0,
+            lines: Lines { left: LINES, counted: Instant::now(), missed: 0 },
             wakes: 0,
             freeze: None,
             still: None,
         };
         process.send(prepare, &[]);
         Ok(process)
+    }
+
+    /// Shows a line of its log, if it has not said too much.
+    pub fn log(&mut self, line: &str, now: Instant) {
+        match self.lines.take(now) {
+            Some(0) => log::error!("{:?} says: {line}", self.id),
+            Some(missed) => log::error!("{:?} says, after {missed} lines that are not shown: {line}", self.id),
+            None => {}
+        }
     }
 
     /// Sends a message. A process that cannot be reached is about to be reaped; one that cannot be told, for want of memory or
@@ -202,5 +243,22 @@ impl VmProcess {
 fn signal(pid: Pid) {
     if let Err(error) = kill(pid, Signal::SIGKILL) {
         log::error!("kill {pid}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_says_too_much_is_not_listened_to_for_a_while() {
+        let start = Instant::now();
+        let mut lines = Lines { left: LINES, counted: start, missed: 0 };
+        assert!((0..LINES).all(|_| lines.take(start) == Some(0)));
+        assert!((0..1000).all(|_| lines.take(start + LINE_EVERY / 2).is_none()));
+        assert_eq!(lines.take(start + LINE_EVERY), Some(1000));
+        assert_eq!(lines.take(start + LINE_EVERY), None);
+        assert!((0..LINES).all(|_| lines.take(start + 1000 * LINE_EVERY).is_some()));
+        assert_eq!(lines.take(start + 1000 * LINE_EVERY), None);
     }
 }
