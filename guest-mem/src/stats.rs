@@ -53,7 +53,7 @@ impl Family {
         let mut counts = PageCounts { private: live.iter().map(count).sum(), ..PageCounts::default() };
         let (mut own, mut shared) = (Vec::new(), Vec::new());
         for (bounds, _) in vm.map.iter() {
-            self.stage2.for_each_leaf(vm.root, bounds, Sharing::Own, &mut |run, sharing| match sharing {
+            self.stage2.for_each_leaf(vm.root, &[bounds], Sharing::Own, &mut |run, sharing| match sharing {
                 Sharing::Own => push_run(&mut own, run),
                 Sharing::Shared => push_run(&mut shared, run),
             });

@@ -71,7 +71,7 @@ impl<'a> Cursor<'a> {
         let level = self.stage2.table(table).level;
         let below = match view {
             View::Table(below) => self.own(below),
-            leaf => self.split(level - 1, first, leaf),
+            leaf => self.stage2.insert_run(level - 1, first, leaf),
         };
         self.write(table, first, View::Table(below));
         self.set_below(below, all, source, replaced);
@@ -90,42 +90,31 @@ impl<'a> Cursor<'a> {
             return table;
         }
         t.uses -= 1;
-        let (level, first, entries) = (t.level, t.first, t.entries.clone());
+        let (level, first, entries, starts) = (t.level, t.first, t.entries.clone(), t.starts.clone());
         let span = self.stage2.shape().entry_span(level).0;
         for (i, entry) in entries.iter().enumerate() {
             if let View::Table(below) = entry.view(Gfn(first.0 + i as u64 * span)) {
                 self.stage2.table_mut(below).uses += 1;
             }
         }
-        self.stage2.insert(level, first, entries)
-    }
-
-    /// A table at `level` whose entries say together what `leaf` said.
-    fn split(&mut self, level: u32, first: Gfn, leaf: View) -> TableId {
-        let shape = self.stage2.shape();
-        let span = shape.entry_span(level).0;
-        let entries = (0..1u64 << shape.bits).map(|i| Entry::new(leaf, Gfn(first.0 + i * span))).collect();
-        self.stage2.insert(level, first, entries)
+        self.stage2.insert(level, first, entries, starts)
     }
 
     /// The one source of all frames below a table, if they have one.
     fn uniform(&self, table: TableId) -> Option<Source> {
         let t = self.stage2.table(table);
         let View::Leaf(source) = t.entries[0].view(t.first) else { return None };
-        let span = self.stage2.shape().entry_span(t.level).0;
-        let all = t.entries.iter().enumerate().all(|(i, entry)| {
-            let first = Gfn(t.first.0 + i as u64 * span);
-            *entry == Entry::new(View::Leaf(source), first)
-        });
-        all.then_some(source)
+        (t.run_end(0) == t.entries.len()).then_some(source)
     }
 
     fn write(&mut self, table: TableId, first: Gfn, view: View) {
-        let span = self.stage2.shape().entry_span(self.stage2.table(table).level).0;
+        let span = self.stage2.shape().entry_span(self.stage2.table(table).level);
         let t = self.stage2.table_mut(table);
         assert_eq!(t.uses, 1, "a shared table is changed by nobody");
-        let index = (first.0 - t.first.0) / span;
-        t.entries[index as usize] = Entry::new(view, first);
+        let index = ((first.0 - t.first.0) / span.0) as usize;
+        t.entries[index] = Entry::new(view, first);
+        t.mark(index, span);
+        t.mark(index + 1, span);
     }
 }
 
@@ -152,6 +141,19 @@ mod tests {
 
     fn at(stage2: &Stage2, root: TableId, gfn: u64) -> Source {
         stage2.runs(root, (gfn..gfn + 1).into())[0].source
+    }
+
+    /// Runs begin where each table says that they do.
+    fn check_starts(s: &Stage2) {
+        for table in s.ids().map(|id| s.table(id)) {
+            let span = s.shape().entry_span(table.level);
+            let continues = |&index: &usize| !table.entries[index].continues(table.entries[index - 1], span);
+            let ends: Vec<usize> = (1..table.entries.len()).filter(continues).chain([table.entries.len()]).collect();
+            let told = std::iter::successors(Some(table.run_end(0)), |&at| {
+                (at < table.entries.len()).then(|| table.run_end(at))
+            });
+            assert_eq!(told.collect::<Vec<_>>(), ends);
+        }
     }
 
     /// Every sequence of three sets on two sharing trees, against an array of sources each.
@@ -183,6 +185,7 @@ mod tests {
                             assert_eq!(all.iter().map(|r| r.pages.count().0).sum::<u64>(), 64);
                             assert!(all.windows(2).all(|w| w[0].source != w[1].source));
                         }
+                        check_starts(&s);
                     }
                     let mut dropped = Vec::new();
                     s.release(roots[0], &mut dropped);

@@ -1,6 +1,6 @@
 //! An entry of a stage-2 table: 8 bytes that say what supplies a stretch of guest frames, or which table knows.
 
-use crate::addr::Gfn;
+use crate::addr::{Gfn, PageCount};
 use crate::window::{Source, StoreId};
 
 /// Names a table of its [`Stage2`](super::Stage2).
@@ -48,6 +48,16 @@ impl Entry {
             }
             View::Table(table) => TABLE | u64::from(table.0) << KIND_BITS,
         })
+    }
+
+    /// Whether it goes on with what the entry `span` frames before it says.
+    pub(super) fn continues(self, before: Self, span: PageCount) -> bool {
+        let step = match self.0 & ((1 << KIND_BITS) - 1) {
+            TABLE => return false,
+            STORE => span.0 << (KIND_BITS + STORE_BITS),
+            _ => 0,
+        };
+        self.0 == before.0.wrapping_add(step)
     }
 
     /// What the entry, whose first frame is `first`, holds.

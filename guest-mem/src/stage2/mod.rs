@@ -57,6 +57,9 @@ pub(crate) struct Table {
     /// Its *use count* (Phillips 2002): entries above and VMs that point to it. Above one, nobody changes it.
     pub(crate) uses: u32,
     pub(crate) entries: Box<[Entry]>,
+    /// Where runs begin, one bit for each entry: it is a table's, or says something else than the one before it goes on to say.
+    /// Who lists what a table shows looks at the runs, and not at the entries.
+    starts: Box<[u64]>,
 }
 
 /// Whether more than one tree leads to a table.
@@ -65,6 +68,28 @@ pub(crate) enum Sharing {
     Own,
     Shared,
 }
+
+impl Table {
+    /// The entry behind the run that begins at, or goes on with, this one.
+    fn run_end(&self, index: usize) -> usize {
+        let (word, bit) = ((index + 1) / WORD, (index + 1) % WORD);
+        let first = self.starts.get(word).map_or(0, |bits| bits & u64::MAX << bit);
+        let rest = self.starts.iter().enumerate().skip(word + 1).map(|(word, &bits)| (word, bits));
+        let next = std::iter::once((word, first)).chain(rest).find(|&(_, bits)| bits != 0);
+        next.map_or(self.entries.len(), |(word, bits)| word * WORD + bits.trailing_zeros() as usize)
+    }
+
+    /// Notes whether a run begins at an entry, which may have changed, or the one before it.
+    fn mark(&mut self, index: usize, span: PageCount) {
+        let Some(entry) = self.entries.get(index) else { return };
+        let goes_on = index > 0 && entry.continues(self.entries[index - 1], span);
+        let bit = 1 << (index % WORD);
+        if goes_on { self.starts[index / WORD] &= !bit } else { self.starts[index / WORD] |= bit }
+    }
+}
+
+/// Bits of a word of [`Table::starts`].
+const WORD: usize = u64::BITS as usize;
 
 /// All tables of a family.
 #[derive(Debug)]
@@ -91,7 +116,7 @@ impl Stage2 {
 
     /// A root that knows nothing, used once.
     pub fn new_root(&mut self) -> TableId {
-        self.insert(self.shape.levels, Gfn(0), vec![Entry::default(); 1 << self.shape.bits].into())
+        self.insert_run(self.shape.levels, Gfn(0), View::Empty)
     }
 
     /// One more user of the whole tree below `root`. Costs the same at any size.
@@ -119,27 +144,47 @@ impl Stage2 {
 
     /// The known part of `range` as runs, in order, neighbours that continue each other as one.
     pub fn runs(&self, root: TableId, range: GfnRange) -> Vec<Run> {
+        self.runs_of(root, &[range])
+    }
+
+    /// The same of many stretches: sorted, and apart from each other.
+    pub fn runs_of(&self, root: TableId, all: &[GfnRange]) -> Vec<Run> {
         let mut runs = Vec::new();
-        self.for_each_leaf(root, range, Sharing::Own, &mut |run, _| push_run(&mut runs, run));
+        self.for_each_leaf(root, all, Sharing::Own, &mut |run, _| push_run(&mut runs, run));
         runs
     }
 
-    /// The leaves of `range` below `table`, and whether only one tree has them.
+    /// The leaves of `all` (sorted, apart from each other) below `table`, those that continue each other in it as one, and
+    /// whether only one tree has them.
     pub(crate) fn for_each_leaf(
         &self,
         table: TableId,
-        range: GfnRange,
+        all: &[GfnRange],
         above: Sharing,
         out: &mut dyn FnMut(Run, Sharing),
     ) {
-        let table = self.table(table);
-        let sharing = if table.uses > 1 { Sharing::Shared } else { above };
-        for (pages, entry) in entries_in(self.shape, table, range) {
-            match entry.view(pages.start()) {
+        let t = self.table(table);
+        let sharing = if t.uses > 1 { Sharing::Shared } else { above };
+        let span = self.shape.entry_span(t.level).0;
+        let end = Gfn(t.first.0 + self.shape.table_span(t.level).0);
+        let (mut at, mut rest) = (t.first, all);
+        while at < end {
+            rest = &rest[rest.iter().take_while(|pages| pages.end() <= at || pages.is_empty()).count()..];
+            let Some(next) = rest.first().filter(|pages| pages.start() < end) else { return };
+            #[cfg(test)]
+            crate::testing::step();
+            let index = (next.start().max(at).0 - t.first.0) / span;
+            let run_end = t.run_end(index as usize) as u64;
+            let pages = GfnRange::from(t.first.0 + index * span..t.first.0 + run_end * span);
+            let touched = &rest[..rest.iter().take_while(|other| other.start() < pages.end()).count()];
+            match t.entries[index as usize].view(pages.start()) {
                 View::Empty => {}
-                View::Leaf(source) => out(Run { pages: pages.intersect(range), source }, sharing),
-                View::Table(below) => self.for_each_leaf(below, range, sharing, out),
+                View::Leaf(source) => {
+                    touched.iter().for_each(|part| out(Run { pages: pages.intersect(*part), source }, sharing));
+                }
+                View::Table(below) => self.for_each_leaf(below, touched, sharing, out),
             }
+            at = pages.end();
         }
     }
 
@@ -177,8 +222,17 @@ impl Stage2 {
         &mut self.tables[id.0 as usize]
     }
 
-    fn insert(&mut self, level: u32, first: Gfn, entries: Box<[Entry]>) -> TableId {
-        TableId(self.tables.insert(Table { level, first, uses: 1, entries }) as u32)
+    /// A table all of whose entries say together what `view`, which is no table, says.
+    fn insert_run(&mut self, level: u32, first: Gfn, view: View) -> TableId {
+        let (count, span) = (1 << self.shape.bits, self.shape.entry_span(level).0);
+        let entries: Box<[Entry]> = (0..count).map(|i| Entry::new(view, Gfn(first.0 + i * span))).collect();
+        let mut starts = vec![0; entries.len().div_ceil(WORD)];
+        starts[0] = 1;
+        self.insert(level, first, entries, starts.into())
+    }
+
+    fn insert(&mut self, level: u32, first: Gfn, entries: Box<[Entry]>, starts: Box<[u64]>) -> TableId {
+        TableId(self.tables.insert(Table { level, first, uses: 1, entries, starts }) as u32)
     }
 }
 
@@ -208,7 +262,10 @@ pub(crate) fn entries_in(shape: Shape, table: &Table, range: GfnRange) -> impl I
 
 /// Appends a run, as one with the last where it continues it.
 pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
+    #[cfg(test)]
+    crate::testing::step();
     match runs.last_mut() {
+        _ if run.pages.is_empty() => {}
         Some(last) if last.pages.end() == run.pages.start() && last.source == run.source => {
             last.pages = GfnRange::between(last.pages.start(), run.pages.end());
         }
