@@ -5,12 +5,12 @@ use crate::family::{Family, Pace, Vm, VmId};
 use crate::map::AddressMap;
 use crate::object::{Found, Kind, ObjectId, Slot, shift_down};
 use crate::reclaim::clusters;
+use crate::runs::{among, over};
 use crate::stage2::{TableId, View, entries};
 use crate::swap::{Swap, SwapSlot};
 use crate::window::{Run, Source, StoreId};
 use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
 use std::ops::ControlFlow;
 
 /// 4: no slot of swap is owned twice, and if `swap` can tell, every slot that is in use is owned: by one of `families`,
@@ -39,25 +39,6 @@ pub fn check_swap<'a>(
 /// What the chains of a VM have, by frames.
 type Chains = RangeMap<u64, Found>;
 
-/// What is compared with the chains.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Shown {
-    Tables,
-    Window,
-    /// What windows of children are to map.
-    Spans,
-}
-
-impl fmt::Display for Shown {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tables => "1: stage-2",
-            Self::Window => "8: window",
-            Self::Spans => "8: spans",
-        })
-    }
-}
-
 impl Family {
     /// Checks everything the books can tell: invariants 1, 2, 3, 5, 6, 7, 11, 4 but for leaks, and 8 as far as the books say what windows
     /// map.
@@ -68,10 +49,9 @@ impl Family {
         let mut broken = Vec::new();
         let chains: BTreeMap<VmId, Chains> = self.vms.iter().map(|(&id, vm)| (id, self.chains(&vm.map))).collect();
         for (&id, vm) in &self.vms {
-            check_sources(id, Shown::Tables, vm, &chains[&id], self.stage2_runs(vm), &mut broken);
-            check_sources(id, Shown::Window, vm, &chains[&id], self.runs_shown(vm), &mut broken);
-            let spans = vm.spans.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source });
-            check_sources(id, Shown::Spans, vm, &chains[&id], spans.collect(), &mut broken);
+            let shown = self.stage2_runs(vm);
+            self.check_sources(id, vm, &chains[&id], &shown, &mut broken);
+            self.check_overlay(id, vm, &chains[&id], &shown, &mut broken);
             self.check_shown(id, &chains[&id], &mut broken);
         }
         self.check_links(&mut broken);
@@ -108,15 +88,6 @@ impl Family {
         slots.filter_map(|(pages, slot)| Some((slot.swap()?.slot(pages.start()), pages.count())))
     }
 
-    fn runs_shown(&self, vm: &Vm) -> Vec<Run> {
-        let runs = self.runs_beneath(vm).into_iter();
-        runs.map(|(pages, source)| Run { pages: pages.into(), source }).collect()
-    }
-
-    fn stage2_runs(&self, vm: &Vm) -> Vec<Run> {
-        vm.map.iter().flat_map(|(pages, _)| self.stage2.runs(vm.root, pages)).collect()
-    }
-
     /// 1: what is found by way of stage-2 is what the chains have, but for zeros.
     fn check_shown(&self, id: VmId, chains: &Chains, broken: &mut Vec<String>) {
         let mut shown = Chains::new();
@@ -128,6 +99,63 @@ impl Family {
         let chains: Vec<_> = chains.iter().filter(|(_, found)| found.slot != Slot::Zero).collect();
         if !shown.iter().eq(chains.iter().copied()) {
             broken.push(format!("1: {id:?} sees {shown:?} by stage-2, {chains:?} by its chains"));
+        }
+    }
+
+    /// 1: what stage-2 shows is what the chains say.
+    fn check_sources(&self, id: VmId, vm: &Vm, chains: &Chains, runs: &[Run], broken: &mut Vec<String>) {
+        let told: u64 = runs.iter().map(|run| run.pages.count().0).sum();
+        let shown: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
+        if told != shown {
+            broken.push(format!("1: stage-2 of {id:?} tells of {told} pages, its map has {shown}"));
+        }
+        for &run in runs {
+            let there = chains.overlapping(run.pages.raw()).map(|(part, found)| (part.clone(), Some(*found)));
+            for (part, found) in there.chain(chains.gaps(&run.pages.raw()).map(|part| (part, None))) {
+                let part = Run { pages: run.pages.intersect(part.into()), ..run };
+                let right = match (run.source, found) {
+                    (Source::Anonymous, found) => found.is_none_or(|found| found.slot == Slot::Zero),
+                    (Source::Store { .. }, Some(Found { slot: Slot::Zero, .. })) => self.objects.are_zero(&part),
+                    (Source::Store { .. }, None) => false,
+                    (Source::Store { store, origin }, Some(Found { slot, origin: at, .. })) => {
+                        slot.store() == Some(store) && origin == at
+                    }
+                };
+                if !right {
+                    broken.push(format!("1: stage-2 of {id:?} says {part:?}, its chain {found:?}"));
+                }
+            }
+        }
+    }
+
+    /// 8: windows, and those of children, map what stage-2 shows but where a copy is kept, and where a bridge or a zero run
+    /// stands for nothing but zeros; in so far as they have been listed, the lists say so.
+    fn check_overlay(&self, id: VmId, vm: &Vm, chains: &Chains, shown: &[Run], broken: &mut Vec<String>) {
+        for (pages, source) in vm.overlay.kept.iter() {
+            let is_copied = |run: &Run| run.source != source && run.source != Source::Anonymous;
+            if !among(shown, pages).all(|run| is_copied(&run)) {
+                broken.push(format!("8: {id:?} keeps {pages:?} though it maps what stage-2 shows"));
+            }
+        }
+        let child = vm.child.iter().filter(|window| window.made_for.0 == self.objects.hollowed);
+        let of_child = child.clone().flat_map(|window| window.zeros.iter());
+        for run in vm.overlay.zeros.iter().chain(&vm.bridges).chain(of_child) {
+            let differs = among(shown, run.pages).all(|there| there.source != run.source);
+            if !differs || !chains.overlapping(run.pages.raw()).all(|(_, found)| found.slot == Slot::Zero) {
+                broken.push(format!("8: {run:?} over stage-2 of {id:?} stands for something else than zeros"));
+            }
+        }
+        for kept in vm.kept().filter(|&kept| among(&vm.overlay.zeros, kept).next().is_some()) {
+            broken.push(format!("8: {id:?} has two reasons not to map what stage-2 shows of {kept:?}"));
+        }
+        let mapped = vm.overlay.mapped(shown, (0..u64::MAX).into());
+        if vm.runs.get().is_some_and(|listed| **listed != mapped) {
+            broken.push(format!("8: the window of {id:?} is said to map {:?}, it is {mapped:?}", vm.runs));
+        }
+        for window in child {
+            if *window.runs != over(shown, window.zeros.iter().copied()) {
+                broken.push(format!("8: windows of children of {id:?} are said to map {:?}", window.runs));
+            }
         }
     }
 
@@ -313,31 +341,6 @@ impl Family {
             let differ = |(a, b): &(_, _)| a != b;
             let first = found.iter().zip(&scanned).find(differ);
             broken.push(format!("7: the reverse map and a scan of all VMs differ, first at {first:?}"));
-        }
-    }
-}
-
-/// 1 and 8: what these runs show is what the chains say.
-fn check_sources(id: VmId, what: Shown, vm: &Vm, chains: &Chains, runs: Vec<Run>, broken: &mut Vec<String>) {
-    let told: u64 = runs.iter().map(|run| run.pages.count().0).sum();
-    let shown: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
-    if told != shown && what != Shown::Spans {
-        broken.push(format!("{what} of {id:?} tells of {told} pages, its map has {shown}"));
-    }
-    for run in runs {
-        let there = chains.overlapping(run.pages.raw()).map(|(_, found)| Some(*found));
-        // What a window maps of a store that has nothing there traps, and is zero then.
-        for found in there.chain(chains.gaps(&run.pages.raw()).map(|_| None)) {
-            let right = match (run.source, found) {
-                (Source::Anonymous, found) => found.is_none_or(|found| found.slot == Slot::Zero),
-                (Source::Store { .. }, None) => what != Shown::Tables,
-                (Source::Store { store, origin }, Some(Found { slot, origin: at, .. })) => {
-                    slot == Slot::Zero || (slot.store() == Some(store) && origin == at)
-                }
-            };
-            if !right {
-                broken.push(format!("{what} of {id:?} says {run:?}, its chain {found:?}"));
-            }
         }
     }
 }

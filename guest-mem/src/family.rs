@@ -10,11 +10,13 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::AddressMap;
 use crate::object::{ObjectId, Objects};
-use crate::pages::PageSet;
+use crate::overlay::{NewWindow, Overlay};
+use crate::pages::joined;
+use crate::runs::Runs;
 use crate::stage2::{MAX_STORES, Shape, Stage2, TableId, View, entries};
 use crate::window::{Run, Source, StoreId};
-use rangemap::RangeMap;
 use serde::{Deserialize, Serialize};
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Names a VM of its family. It may be another's when the VM, and all that waits in its window, is gone, and all other ids have
@@ -27,20 +29,31 @@ pub struct VmId(pub u32);
 pub struct Vm {
     pub(crate) map: AddressMap,
     pub(crate) root: TableId,
-    /// What its window maps, run by run.
-    pub(crate) runs: RangeMap<u64, Source>,
-    /// Frozen pages of which its window has a copy of its own. It maps something older there, and never traps.
-    pub(crate) kept: PageSet,
-    /// Stretches of frozen pages, some of which stayed in its window, all from one store, with nothing but zeros between:
-    /// windows of children map that store throughout.
-    pub(crate) spans: RangeMap<u64, Source>,
+    /// Where its window maps something else than stage-2 shows.
+    pub(crate) overlay: Overlay,
+    /// Bridges that windows of children are to have besides: zeros between frozen pages that stayed in its own.
+    pub(crate) bridges: Vec<Run>,
+    /// What its window maps, listed when somebody asks, until it maps something else.
+    pub(crate) runs: OnceCell<Runs>,
+    /// What the window of a child maps, until a child would see something else.
+    pub(crate) child: Option<NewWindow>,
     /// Mappings that its last child began with, or itself.
     pub(crate) child_runs: usize,
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,
     pub(crate) pace: Pace,
-    /// How far it has shed what stayed since a freeze into this store: up to this page.
-    pub(crate) shed: Option<(StoreId, Gfn)>,
+    pub(crate) shed: Option<Shed>,
+}
+
+/// How far a window has shed what stayed since a freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shed {
+    /// The store of the freeze.
+    pub(crate) store: StoreId,
+    /// All before this page is done.
+    pub(crate) next: Gfn,
+    /// The window has at most so many runs now. To list them anew for each batch would cost more than the batch.
+    pub(crate) runs: usize,
 }
 
 /// Whether a VM is likely to need its memory soon.
@@ -142,8 +155,14 @@ impl Family {
 
     /// What the window of `vm` maps at `pages`, cut to them, in order.
     pub fn window_runs(&self, vm: VmId, pages: GfnRange) -> Vec<Run> {
-        let runs = self.vm(vm).runs.overlapping(pages.raw());
-        runs.map(|(part, &source)| Run { pages: pages.intersect(part.clone().into()), source }).collect()
+        let vm = self.vm(vm);
+        vm.overlay.mapped(&self.stage2.runs(vm.root, pages), pages)
+    }
+
+    /// All that the window of `vm` maps, in order. Costs as much as there are runs, once for each change of the window.
+    pub fn runs(&self, vm: VmId) -> &Runs {
+        let vm = self.vm(vm);
+        vm.runs.get_or_init(|| vm.overlay.mapped(&self.stage2_runs(vm), (0..u64::MAX).into()).into())
     }
 
     /// What the window of `vm` maps at a frame.
@@ -215,8 +234,9 @@ impl Family {
                 _ => None,
             }
         });
-        let windows = self.vms.values().flat_map(|vm| vm.runs.iter().chain(vm.spans.iter()));
-        let sources = leaves.chain(windows.map(|(_, &source)| source));
+        let overlays =
+            self.vms.values().flat_map(|vm| vm.overlay.sources().chain(vm.bridges.iter().map(|run| run.source)));
+        let sources = leaves.chain(overlays);
         let sources = sources.chain(self.left.replaced.iter().map(|run| run.source));
         let stores = sources.filter_map(|source| match source {
             Source::Store { store, .. } => Some(store),
@@ -228,29 +248,42 @@ impl Family {
 }
 
 impl Vm {
+    /// A VM whose window maps what stage-2 shows.
+    pub(crate) fn new(map: AddressMap, root: TableId) -> Self {
+        let (overlay, runs) = (Overlay::default(), OnceCell::new());
+        let (child_runs, pace) = (0, Pace::Running);
+        Self {
+            map,
+            root,
+            overlay,
+            bridges: Vec::new(),
+            runs,
+            child: None,
+            child_runs,
+            freezing: None,
+            pace,
+            shed: None,
+        }
+    }
+
     /// Its address space.
     pub fn map(&self) -> &AddressMap {
         &self.map
     }
 
-    /// What its window maps.
-    pub fn runs(&self) -> impl Iterator<Item = Run> {
-        self.runs.iter().map(|(pages, &source)| Run { pages: pages.clone().into(), source })
-    }
-
     /// Frozen pages of which its window has a copy of its own, over what it maps there.
     pub fn kept(&self) -> impl Iterator<Item = GfnRange> {
-        self.kept.iter()
+        self.kept_within((0..u64::MAX).into())
+    }
+
+    /// Those among `pages`, cut to them.
+    pub(crate) fn kept_within(&self, pages: GfnRange) -> impl Iterator<Item = GfnRange> {
+        joined(self.overlay.kept.within(pages).map(|(pages, _)| pages))
     }
 
     /// Whether it stands still for a freeze whose outcome is not known yet.
     pub fn stands(&self) -> bool {
         matches!(self.freezing, Some(Freezing::Standing(_)))
-    }
-
-    /// How many mappings its window has.
-    pub fn run_count(&self) -> usize {
-        self.runs.len()
     }
 }
 

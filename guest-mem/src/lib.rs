@@ -31,9 +31,12 @@ mod model;
 #[doc(hidden)]
 pub mod object;
 pub mod ops;
+mod overlay;
+mod page_map;
 mod pages;
 mod ranges;
 mod reclaim;
+pub mod runs;
 pub mod stage2;
 pub mod stats;
 mod steps;

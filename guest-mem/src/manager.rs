@@ -15,13 +15,14 @@ use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, FileMapping, VmId};
 use crate::map::Protection;
-use crate::object::Loss;
-use crate::ops::{Compaction, Destination, Trap, ZERO_CLUSTER};
+use crate::object::{Loss, ZERO_CLUSTER};
+use crate::ops::{Compaction, Destination, Trap};
+use crate::runs::Runs;
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
-use crate::window::{Failure, Harvest, Run, StoreId, Window};
+use crate::window::{Failure, Harvest, StoreId, Window};
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
@@ -160,7 +161,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.windows.len()
     }
 
-    /// A VM of `ram`, with files at their places. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs).
+    /// A VM of `ram`, with files at their places. The caller makes the window map [`Family::runs`].
     pub fn launch(&mut self, ram: &[GfnRange], files: &[(GfnRange, Rc<S::File>)], window: W) -> VmId {
         let mappings: Vec<FileMapping> = files
             .iter()
@@ -320,8 +321,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Vm::runs`](crate::family::Vm::runs), and
-    /// protects what the child's [map](crate::family::Vm::map) says.
+    /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Family::runs`], and protects what the
+    /// child's [map](crate::family::Vm::map) says.
     pub fn fork(&mut self, parent: VmId, window: W) -> VmId {
         let child = self.family.fork(parent, self.max_runs);
         self.windows.insert(child, window);
@@ -351,7 +352,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// What the window of a child of `parent` will most likely show: all of it, if the parent has written nothing since its
     /// last freeze.
-    pub fn runs_of_child(&self, parent: VmId) -> Vec<Run> {
+    pub fn runs_of_child(&mut self, parent: VmId) -> Runs {
         self.family.runs_of_child(parent, self.max_runs)
     }
 

@@ -12,11 +12,6 @@ pub(crate) fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Ite
         .map(move |range| range.intersect(bounds))
 }
 
-/// Which of sorted `ranges` do not lie within one of sorted `others`.
-pub(crate) fn outside<'a>(ranges: &'a [GfnRange], others: &[GfnRange]) -> impl Iterator<Item = &'a GfnRange> {
-    ranges.iter().filter(|pages| !within(others, **pages).any(|part| part == **pages))
-}
-
 /// What sorted `ranges` have besides sorted `holes`.
 pub(crate) fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> {
     let (mut rest, mut holes) = (Vec::new(), holes);
@@ -65,12 +60,6 @@ mod tests {
         );
         assert_eq!(without(&all, &[]), all);
         assert_eq!(without(&[], &all), []);
-    }
-
-    #[test]
-    fn what_lies_partly_within_lies_outside() {
-        let all = ranges(&[(10, 20), (20, 30), (40, 50)]);
-        assert_eq!(outside(&all, &ranges(&[(5, 20), (21, 50)])).copied().collect::<Vec<_>>(), ranges(&[(20, 30)]));
         assert_eq!(within(&all, (15..41).into()).collect::<Vec<_>>(), ranges(&[(15, 20), (20, 30), (40, 41)]));
     }
 

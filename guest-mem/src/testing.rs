@@ -15,19 +15,3 @@ pub(crate) fn numbers() -> impl FnMut(u64) -> u64 {
         (seed >> 33) % bound
     }
 }
-
-thread_local! {
-    static STEPS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
-}
-
-/// An object or a table is looked at.
-pub(crate) fn step() {
-    STEPS.set(STEPS.get() + 1);
-}
-
-/// What `action` gives, and at how many objects and tables it looks.
-pub(crate) fn steps<T>(action: impl FnOnce() -> T) -> (T, u64) {
-    let before = STEPS.get();
-    let result = action();
-    (result, STEPS.get() - before)
-}

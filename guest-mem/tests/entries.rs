@@ -77,7 +77,7 @@ fn a_child_protects_parts_of_its_memory() {
     assert_eq!((read(&family, child, 150), write(&family, child, 150, 1)), (0, false));
     let runs = family.inspect(move |manager| {
         let window = manager.window(child.id()).unwrap();
-        (manager.family().vm(child.id()).run_count() as u64, window.runs().count() as u64)
+        (manager.family().runs(child.id()).len() as u64, window.runs().count() as u64)
     });
     let (told, mapped) = runs.unwrap();
     assert_eq!(told, mapped);

@@ -12,7 +12,7 @@ use crate::store::swap::SharedSwap;
 use crate::swap::Swap;
 use crate::sys::{Touch, Userfaultfd};
 use crate::window::host::{Asked, Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
-use crate::window::{Failure, Harvest, Run, Source, StoreId, Window, are_apart};
+use crate::window::{Failure, Harvest, Source, StoreId, Window, are_apart};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -298,9 +298,9 @@ impl FamilyThread {
     }
 
     fn map(&mut self, vm: VmId, huge: HugePages) -> Result<Member, WindowError> {
-        let runs: Vec<Run> = self.manager.family().vm(vm).runs().collect();
+        let runs = self.manager.family().runs(vm).clone();
         let mut files = BTreeMap::new();
-        for run in &runs {
+        for run in runs.iter() {
             if let Source::Store { store, .. } = run.source {
                 let file = self.manager.store(store).expect("a run's store").read_only();
                 files.insert(store, file.try_clone_to_owned().map_err(WindowError::NoScratch)?);

@@ -9,21 +9,24 @@
 mod collapse;
 mod resolve;
 mod slot;
-mod slots;
 mod users;
+mod zeros;
 
 pub(crate) use resolve::shift_down;
 pub use resolve::{Found, Segment};
 pub(crate) use slot::Batch;
 pub use slot::{Loss, Slot, SwapBase};
-use slots::Slots;
 pub(crate) use users::User;
+pub(crate) use zeros::ZERO_CLUSTER;
+use zeros::ZeroRuns;
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Pace, VmId};
+use crate::page_map::PageMap;
 use crate::reclaim::{Ages, clusters};
-use crate::window::StoreId;
+use crate::steps::step;
+use crate::window::{Run, Source, StoreId};
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -60,7 +63,7 @@ pub struct Object {
     pub(crate) mappings: BTreeMap<VmId, u32>,
     /// Entries of VMs that run, and shadows that are busy: somebody may need a page of it soon.
     pub(crate) busy: u32,
-    pub(crate) slots: Slots,
+    pub(crate) slots: PageMap<Slot>,
     /// What the accounts of stores call these slots.
     slots_id: SlotsId,
     /// Slots that are gaps.
@@ -89,8 +92,8 @@ pub(crate) struct StoreAccount {
     pub(crate) gaps: u64,
     /// Slots of them whose page is still in a scratch range, and whose.
     pub(crate) scratch: Option<Scratch>,
-    /// Whether pages that were bound for it have turned out zero.
-    pub(crate) zeros: bool,
+    /// Pages that were bound for it and have turned out zero.
+    zeros: ZeroRuns,
 }
 
 /// Slots that accounts know by a name.
@@ -100,17 +103,6 @@ struct Owner {
     object: ObjectId,
     /// The stores whose accounts know them.
     stores: BTreeSet<StoreId>,
-}
-
-/// How many of the pages that windows take from a store are known to be zero, and not in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Zeros {
-    /// None that it was to get.
-    None,
-    /// Perhaps some.
-    Some,
-    /// All: it has gone.
-    All,
 }
 
 /// Pages that have not settled.
@@ -127,6 +119,9 @@ pub struct Objects {
     /// Whose the slots are that accounts know by a name.
     owners: slab::Slab<Owner>,
     pub(crate) stores: BTreeMap<StoreId, StoreAccount>,
+    /// How often windows that are made have come to need less of some store: a long stretch of its pages has turned out zero, or
+    /// it has gone.
+    pub(crate) hollowed: u64,
     /// Objects with pending slots.
     pub(crate) pending: BTreeSet<ObjectId>,
     /// Those among them whose next page to settle is on its way: being read from swap, or still to be copied by its window.
@@ -151,7 +146,16 @@ pub struct Objects {
 
 impl StoreAccount {
     fn new(kind: Kind, scratch: Option<Scratch>) -> Self {
-        Self { kind, slots: BTreeMap::new(), busy: 0, resident: 0, swapped: 0, gaps: 0, scratch, zeros: false }
+        Self {
+            kind,
+            slots: BTreeMap::new(),
+            busy: 0,
+            resident: 0,
+            swapped: 0,
+            gaps: 0,
+            scratch,
+            zeros: ZeroRuns::default(),
+        }
     }
 }
 
@@ -200,7 +204,7 @@ impl Objects {
         let entry = self.objects.vacant_entry();
         let id = ObjectId(entry.key() as u32);
         let slots_id = SlotsId(self.owners.insert(Owner { object: id, stores: BTreeSet::new() }) as u32);
-        let (slots, shadows, mappings) = (Slots::default(), BTreeSet::new(), BTreeMap::new());
+        let (slots, shadows, mappings) = (PageMap::default(), BTreeSet::new(), BTreeMap::new());
         let object = Object { kind, backing, shadows, mappings, busy: 0, slots, slots_id, gaps: 0, settle_from: 0 };
         entry.insert(object);
         id
@@ -208,8 +212,7 @@ impl Objects {
 
     /// An object.
     pub fn get(&self, id: ObjectId) -> &Object {
-        #[cfg(test)]
-        crate::testing::step();
+        step();
         &self.objects[id.0 as usize]
     }
 
@@ -309,7 +312,8 @@ impl Objects {
         for (part, slot) in old {
             assert!(slot.may_become(to), "a page that is {slot:?} does not become {to:?}");
             if let (Slot::Zero, Some(store)) = (to, slot.store()) {
-                self.stores.get_mut(&store).expect("a slot names a store with an account").zeros = true;
+                let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
+                self.hollowed += u64::from(account.zeros.add(part));
             }
             if let Slot::Gap(_) = slot {
                 self.leave_gap(id, part);
@@ -499,6 +503,7 @@ impl Objects {
         }
         if account.slots.is_empty() {
             self.stores.remove(&store);
+            self.hollowed += 1;
             self.ages.forget(store);
             let gone: Vec<(StoreId, u64)> = self.clean.range((store, 0)..=(store, u64::MAX)).copied().collect();
             for cluster in gone {
@@ -534,12 +539,18 @@ impl Objects {
         self.scratches.contains_key(&holder)
     }
 
-    /// Whether pages that windows take from `store` are known to be zero.
-    pub(crate) fn zeros(&self, store: StoreId) -> Zeros {
-        match self.stores.get(&store) {
-            Some(account) if account.zeros => Zeros::Some,
-            Some(_) => Zeros::None,
-            None => Zeros::All,
+    /// The pages of `store` that have turned out zero; none where it has gone, and all that anybody sees of it are.
+    pub(crate) fn zeros(&self, store: StoreId) -> Option<&ZeroRuns> {
+        self.stores.get(&store).map(|account| &account.zeros)
+    }
+
+    /// Whether all pages that these runs show are zero.
+    pub(crate) fn are_zero(&self, run: &Run) -> bool {
+        match run.source {
+            Source::Anonymous => true,
+            Source::Store { store, origin } => {
+                self.zeros(store).is_none_or(|zeros| zeros.covers(shift_down(run.pages, origin)))
+            }
         }
     }
 }

@@ -99,75 +99,8 @@ impl Objects {
         segments
     }
 
-    /// Those of `all` (sorted, apart from each other) where an object of the chain from `top` down has a slot. Costs a look at
-    /// each slot between the first and the last of them, and none down the chain for each of them.
-    pub(crate) fn touched(&self, top: Option<ObjectId>, origin: Gfn, all: &[GfnRange]) -> Vec<GfnRange> {
-        let Some((first, last)) = all.first().zip(all.last()) else { return Vec::new() };
-        let bounds = GfnRange::between(first.start(), last.end());
-        let mut touched = vec![false; all.len()];
-        let (mut next, mut origin) = (top, origin);
-        while let Some(object) = next.map(|id| self.get(id)) {
-            let own = bounds.intersect(GfnRange::between(origin, Gfn(u64::MAX)));
-            let mut at = 0;
-            for (part, _) in object.slots.parts(shift_down(own, origin)) {
-                let part = GfnRange::between(Gfn(part.start().0 + origin.0), Gfn(part.end().0 + origin.0));
-                at += all[at..].partition_point(|pages| pages.end() <= part.start());
-                let hit = all[at..].partition_point(|pages| pages.start() < part.end());
-                touched[at..at + hit].fill(true);
-            }
-            next = object.backing.map(|backing| backing.object);
-            origin = Gfn(origin.0 + object.backing.map_or(0, |backing| backing.origin));
-        }
-        all.iter().zip(touched).filter_map(|(pages, touched)| touched.then_some(*pages)).collect()
-    }
-
     /// The objects from `top` down.
     pub fn chain(&self, top: Option<ObjectId>) -> impl Iterator<Item = ObjectId> {
         std::iter::successors(top, |&id| self.get(id).backing.map(|backing| backing.object))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::Backing;
-    use super::*;
-
-    /// For many pseudo-random chains of objects that begin at different frames: as a look at every page tells.
-    #[test]
-    fn what_no_object_of_a_chain_has_is_not_touched() {
-        let mut random = crate::testing::numbers();
-        let mut times = [0; 2];
-        for _ in 0..300 {
-            let mut objects = Objects::default();
-            let mut top = None;
-            for _ in 0..random(4) {
-                let origin = random(3) * 100;
-                let object = objects.stack(top.map(|object| Backing { object, origin }));
-                (0..random(6)).for_each(|_| {
-                    let start = random(1200);
-                    objects
-                        .get_mut(object)
-                        .slots
-                        .replace((start..start + 1 + random(40)).into(), Slot::Gap(StoreId(0)));
-                });
-                top = Some(object);
-            }
-            let mut at = random(100);
-            let all: Vec<GfnRange> = (0..random(40))
-                .map(|_| {
-                    let start = at + 1 + random(30);
-                    at = start + 1 + random(30);
-                    (start..at).into()
-                })
-                .collect();
-            let has_slot = |pages: &&GfnRange| {
-                let segments = objects.resolve(top, Gfn(0), **pages);
-                segments.iter().any(|segment| segment.found.is_some())
-            };
-            let want: Vec<GfnRange> = all.iter().filter(has_slot).copied().collect();
-            assert_eq!(objects.touched(top, Gfn(0), &all), want);
-            times[usize::from(want.is_empty())] += 1;
-        }
-        assert!(times.iter().all(|times| *times > 20), "{times:?}");
     }
 }

@@ -9,6 +9,7 @@ use crate::effect::Effects;
 use crate::family::{Family, VmId};
 use crate::map::MapEntry;
 use crate::object::Slot;
+use crate::runs::outside;
 use crate::stage2::Cursor;
 use crate::window::{Run, Source};
 use rangemap::RangeSet;
@@ -36,6 +37,11 @@ impl Family {
                 self.uncover(vm, part, &mut replaced);
             }
         }
+        let given: Vec<GfnRange> = given.into_iter().map(GfnRange::from).collect();
+        let books = self.vm_mut(vm);
+        books.overlay.uncover(&given);
+        books.bridges = outside(&books.bridges, &given);
+        (books.runs, books.child) = Default::default();
         let tops: Vec<_> = self.vm(vm).map.iter().filter_map(|(_, entry)| entry.object).collect();
         for top in tops {
             self.objects.shorten(top, effects);
@@ -74,8 +80,5 @@ impl Family {
                 Cursor::new(&mut self.stage2, &mut books.root).set(run, replaced);
             }
         }
-        books.runs.insert(pages.raw(), Source::Anonymous);
-        books.kept.remove(pages);
-        books.spans.remove(pages.raw());
     }
 }

@@ -18,8 +18,7 @@
 
 use crate::addr::{GfnRange, PageCount};
 use crate::family::{Family, Vm, VmId};
-use crate::object::{Kind, ObjectId, Slot};
-use crate::ops::ZERO_CLUSTER;
+use crate::object::{Kind, ObjectId, Slot, ZERO_CLUSTER};
 use crate::ranges::{push, without};
 use crate::window::StoreId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -86,7 +85,7 @@ impl Family {
         if self.objects.lost > 0 {
             let vm = self.vm(vm);
             for (bounds, entry) in vm.map.iter() {
-                for kept in vm.kept.within(bounds) {
+                for kept in vm.kept_within(bounds) {
                     let segments = self.objects.resolve(entry.object, entry.origin, kept).into_iter();
                     let is_lost = |slot| matches!(slot, Slot::Lost(..));
                     let segments = segments.filter(|segment| segment.found.is_some_and(|found| is_lost(found.slot)));
@@ -133,7 +132,7 @@ impl Family {
         let (mut stretches, mut remapped): (Vec<GfnRange>, Vec<GfnRange>) = (Vec::new(), Vec::new());
         let (mut mapped, mut last_store) = (0, None);
         for &Own { pages, store } in all {
-            let kept: Vec<GfnRange> = vm.kept.within(pages).collect();
+            let kept: Vec<GfnRange> = vm.kept_within(pages).collect();
             stretches.extend(&kept);
             for part in without(&[pages], &kept) {
                 let between = remapped.last().map(|last| GfnRange::between(last.end(), part.start()));
@@ -162,7 +161,7 @@ impl Family {
         let mut entries = vm.map.within(pages);
         let entry = entries.next().filter(|(bounds, _)| *bounds == pages);
         pages.count() < ZERO_CLUSTER
-            && !vm.kept.touches(pages)
+            && vm.kept_within(pages).next().is_none()
             && entry.is_some_and(|(_, entry)| {
                 self.objects.resolve(entry.object, entry.origin, pages).iter().all(|segment| segment.is_zero())
             })

@@ -7,9 +7,10 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, Freezing, VmId};
 use crate::map::MapEntry;
-use crate::object::{Backing, ObjectId, Segment, Slot};
-use crate::ranges::{merged, outside, push, within, without};
-use crate::stage2::Cursor;
+use crate::object::{Backing, ObjectId, Slot};
+use crate::ranges::{push, within, without};
+use crate::runs::{among, outside, over};
+use crate::stage2::{Cursor, push_run};
 use crate::window::{Harvest, Run, Source, StoreId};
 
 /// Stretches of hidden pages tidied up at a time, and pages of them.
@@ -87,19 +88,17 @@ impl Family {
                 self.objects.unmap_untidily(below, vm, pace);
             }
         }
-        let spans = self.spans(vm, &all_private, &harvest.copied, bridge);
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
+        let before = self.stage2.runs_of(books.root, &harvest.copied);
         let mut cursor = Cursor::new(&mut self.stage2, &mut books.root);
         cursor.set_all(&all_taken, source, &mut replaced);
-        for pages in &harvest.moved {
-            books.runs.insert(pages.raw(), source);
-            books.kept.remove(*pages);
-        }
-        books.kept.add_all(harvest.copied.iter().copied());
-        books.shed = None;
-        outside(&harvest_taken, &spans).for_each(|pages| books.spans.remove(pages.raw()));
-        spans.into_iter().for_each(|pages| books.spans.insert(pages.raw(), source));
-        self.left.tops.extend(books.map.iter().filter_map(|(_, entry)| entry.object));
+        books.overlay.keep(&harvest.copied, &before);
+        books.overlay.uncover(&harvest.moved);
+        books.overlay.bridge(&without(&harvest.moved, &all_taken), source);
+        (books.runs, books.child, books.shed) = Default::default();
+        let left = outside(&books.bridges, &harvest_taken);
+        self.vm_mut(vm).bridges = over(&left, self.bridges(vm, source, &harvest.copied, bridge));
+        self.left.tops.extend(self.vms[&vm].map.iter().filter_map(|(_, entry)| entry.object));
         self.left.replaced.append(&mut replaced);
     }
 
@@ -172,26 +171,32 @@ impl Family {
         self.objects.put_all(top, without(taken, private), Slot::Gap(store));
     }
 
-    /// Stretches of `private` pages, two of `copied` at least in each, with fewer than `most` zeros between each two.
-    fn spans(&self, vm: VmId, private: &[GfnRange], copied: &[GfnRange], most: PageCount) -> Vec<GfnRange> {
-        let mut spans = Vec::new();
-        for (bounds, entry) in self.vm(vm).map.iter() {
-            let copied: Vec<GfnRange> = within(copied, bounds).collect();
-            let [first, .., last] = &copied[..] else { continue };
-            let private: Vec<GfnRange> = within(private, GfnRange::between(first.start(), last.end())).collect();
-            let between = private.windows(2).map(|pair| GfnRange::between(pair[0].end(), pair[1].start()));
-            let gaps: Vec<GfnRange> = between.filter(|gap| gap.count() < most).collect();
-            // Mostly nothing in the whole chain is there. To learn that takes no look at each of them.
-            let doubtful = self.objects.touched(entry.object, entry.origin, &gaps);
-            let is_zero =
-                |gap: &GfnRange| self.objects.resolve(entry.object, entry.origin, *gap).iter().all(Segment::is_zero);
-            let doubtful: Vec<GfnRange> = doubtful.into_iter().filter(|gap| !is_zero(gap)).collect();
-            let zeros = without(&gaps, &doubtful);
-            let mut joined = Vec::new();
-            merged(&private, &zeros).into_iter().for_each(|pages| push(&mut joined, pages));
-            spans.extend(joined.into_iter().filter(|span| within(&copied, *span).nth(1).is_some()));
+    /// Where windows of children map `of`, the store of a freeze, though it has nothing there: zeros, fewer than `most` of them
+    /// in a row, between stretches that `vm` sees in it, in so far as two of `copied` at least are joined so.
+    fn bridges(&self, vm: VmId, of: Source, copied: &[GfnRange], most: PageCount) -> Vec<Run> {
+        let [first, .., last] = copied else { return Vec::new() };
+        let shown = self.stage2.runs(self.vm(vm).root, GfnRange::between(first.start(), last.end()));
+        let mut known = Vec::with_capacity(shown.len());
+        for run in shown {
+            let source = if self.objects.are_zero(&run) { Source::Anonymous } else { run.source };
+            push_run(&mut known, Run { source, ..run });
         }
-        spans
+        let is_open = |run: &Run| match run.source {
+            Source::Anonymous => run.pages.count() < most,
+            source => source == of,
+        };
+        let joined = |a: &Run, b: &Run| a.pages.end() == b.pages.start() && is_open(a) && is_open(b);
+        let mut bridges = Vec::new();
+        for runs in known.chunk_by(joined) {
+            let mut stretches = runs.iter().filter(|run| run.source == of).map(|run| run.pages);
+            let Some(first) = stretches.next() else { continue };
+            let span = GfnRange::between(first.start(), stretches.next_back().unwrap_or(first).end());
+            if within(copied, span).nth(1).is_some() {
+                let zeros = among(runs, span).filter(|run| run.source != of);
+                bridges.extend(zeros.map(|run| Run { source: of, ..run }));
+            }
+        }
+        bridges
     }
 }
 
@@ -222,13 +227,13 @@ mod tests {
         store
     }
 
-    fn child_runs(family: &Family, vm: VmId) -> Vec<(u64, u64, Option<StoreId>)> {
+    fn child_runs(family: &mut Family, vm: VmId) -> Vec<(u64, u64, Option<StoreId>)> {
         let store = |source| match source {
             Source::Store { store, .. } => Some(store),
             Source::Anonymous => None,
         };
-        let runs = family.runs_of_child(vm, 1000).into_iter();
-        runs.map(|run| (run.pages.start().0, run.pages.end().0, store(run.source))).collect()
+        let runs = family.runs_of_child(vm, 1000);
+        runs.iter().map(|run| (run.pages.start().0, run.pages.end().0, store(run.source))).collect()
     }
 
     /// A parent that wrote single pages all over its memory: its children's windows had two mappings for each.
@@ -238,7 +243,7 @@ mod tests {
         let store = freeze(&mut family, parent, &[], &[(100, 101), (110, 112), (620, 621), (1200, 1201)]);
         let all =
             [(0, 100, None), (100, 621, Some(store)), (621, 1200, None), (1200, 1201, Some(store)), (1201, SPAN, None)];
-        assert_eq!(child_runs(&family, parent), all);
+        assert_eq!(child_runs(&mut family, parent), all);
         let child = family.fork(parent, 1000);
         family.check_invariants().unwrap();
         // Its parent maps none of it; the child waits once for all zeros around.
@@ -246,8 +251,8 @@ mod tests {
         assert_eq!(family.trap(parent, Gfn(300)), Trap::Zero(vec![]));
         // The same pages once more, with the child there: all is in the new store.
         let again = freeze(&mut family, parent, &[], &[(100, 101), (110, 112), (620, 621)]);
-        assert_eq!(child_runs(&family, parent)[1], (100, 621, Some(again)));
-        assert_eq!(family.vm(child).runs().nth(1).unwrap().source, Source::Store { store, origin: Gfn(0) });
+        assert_eq!(child_runs(&mut family, parent)[1], (100, 621, Some(again)));
+        assert_eq!(family.runs(child)[1].source, Source::Store { store, origin: Gfn(0) });
     }
 
     #[test]
@@ -264,13 +269,13 @@ mod tests {
             (131, 141, Some(first)),
             (141, SPAN, None),
         ];
-        assert_eq!(child_runs(&family, parent), all);
+        assert_eq!(child_runs(&mut family, parent), all);
         let third = freeze(&mut family, parent, &[], &[(100, 101), (110, 111)]);
-        assert_eq!(child_runs(&family, parent)[1..3], [(100, 101, Some(third)), (101, 105, Some(first))]);
+        assert_eq!(child_runs(&mut family, parent)[1..3], [(100, 101, Some(third)), (101, 105, Some(first))]);
         let mut effects = Effects::default();
         family.balloon(parent, &ranges(&[(100, 141)]), &mut effects);
         family.check_invariants().unwrap();
-        assert_eq!(child_runs(&family, parent), [(0, SPAN, None)]);
+        assert_eq!(child_runs(&mut family, parent), [(0, SPAN, None)]);
     }
 
     /// A store goes with its last page. Zeros between those may be mapped from it still.
@@ -283,7 +288,7 @@ mod tests {
         }
         freeze(&mut family, parent, &[(100, 101), (120, 121)], &[]);
         assert!(!family.objects().stores.contains_key(&first));
-        assert!(child_runs(&family, parent).iter().all(|(.., store)| *store != Some(first)));
+        assert!(child_runs(&mut family, parent).iter().all(|(.., store)| *store != Some(first)));
         family.fork(parent, 1000);
         family.check_invariants().unwrap();
     }
@@ -324,7 +329,7 @@ mod tests {
         family.finish_freeze(parent, &harvest, PageCount(512), &mut effects);
         family.tidy(&mut effects);
         family.check_invariants().unwrap();
-        assert!(child_runs(&family, parent).iter().all(|(.., store)| *store != Some(old)));
-        assert_eq!(child_runs(&family, parent)[1], (50, 260, Some(new)));
+        assert!(child_runs(&mut family, parent).iter().all(|(.., store)| *store != Some(old)));
+        assert_eq!(child_runs(&mut family, parent)[1], (50, 301, Some(new)));
     }
 }

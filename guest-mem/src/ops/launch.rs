@@ -1,12 +1,10 @@
 //! Launch: a new VM over files and fresh memory.
 
 use crate::addr::GfnRange;
-use crate::family::{Family, FileMapping, Pace, Vm, VmId};
+use crate::family::{Family, FileMapping, Vm, VmId};
 use crate::map::{AddressMap, MapEntry};
-use crate::pages::PageSet;
 use crate::stage2::Cursor;
 use crate::window::{Run, Source};
-use rangemap::RangeMap;
 
 impl Family {
     /// A VM whose memory is `ram`, with `files` in it.
@@ -25,20 +23,9 @@ impl Family {
             map.set(mapping.pages, entry);
         }
         let root = self.stage2.new_root();
-        let mut vm = Vm {
-            map,
-            root,
-            runs: RangeMap::new(),
-            kept: PageSet::default(),
-            spans: RangeMap::new(),
-            child_runs: 0,
-            freezing: None,
-            pace: Pace::Running,
-            shed: None,
-        };
+        let mut vm = Vm::new(map, root);
         for run in self.chain_runs(&vm.map) {
             Cursor::new(&mut self.stage2, &mut vm.root).set(run, &mut Vec::new());
-            vm.runs.insert(run.pages.raw(), run.source);
         }
         self.insert_vm(vm)
     }

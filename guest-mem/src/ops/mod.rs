@@ -22,7 +22,6 @@ pub use freeze::Destination;
 pub use settle::{CopyFrom, Job, Placed};
 pub use swap_in::SwapIn;
 pub use trap::Trap;
-pub(crate) use trap::ZERO_CLUSTER;
 
 use crate::addr::GfnRange;
 use crate::effect::Effects;

@@ -4,14 +4,10 @@ use super::settle::Job;
 use super::swap_in::SwapIn;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Freezing, VmId};
-use crate::object::{Kind, Loss, Segment, Slot};
+use crate::object::{Kind, Loss, Segment, Slot, ZERO_CLUSTER};
 use crate::ranges::push;
 use crate::swap::CLUSTER;
 use crate::window::{Source, StoreId};
-
-/// Zero pages are supplied together with all others around, of so many pages (2 MiB). Whoever has fewer in a row waits once
-/// for them, which costs less than mappings of their own in every window.
-pub(crate) const ZERO_CLUSTER: PageCount = PageCount(512);
 
 /// What a trap needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +48,7 @@ impl Family {
             // It runs again, and the page may have been moved out: the books are of the time before.
             return Trap::Wait;
         }
-        if self.vm(vm).kept.contains(gfn) {
+        if self.vm(vm).overlay.kept.get(gfn).is_some() {
             // A late one: the page is there.
             return Trap::Wake(GfnRange::new(gfn, PageCount(1)));
         }

@@ -19,6 +19,7 @@ pub use entry::{Entry, TableId, View};
 pub(crate) use rmap::Looks;
 
 use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::steps::step;
 use crate::window::{Run, Source};
 use std::collections::HashMap;
 
@@ -171,8 +172,7 @@ impl Stage2 {
         while at < end {
             rest = &rest[rest.iter().take_while(|pages| pages.end() <= at || pages.is_empty()).count()..];
             let Some(next) = rest.first().filter(|pages| pages.start() < end) else { return };
-            #[cfg(test)]
-            crate::testing::step();
+            step();
             let index = (next.start().max(at).0 - t.first.0) / span;
             let run_end = t.run_end(index as usize) as u64;
             let pages = GfnRange::from(t.first.0 + index * span..t.first.0 + run_end * span);
@@ -213,8 +213,7 @@ impl Stage2 {
     }
 
     pub(crate) fn table(&self, id: TableId) -> &Table {
-        #[cfg(test)]
-        crate::testing::step();
+        step();
         &self.tables[id.0 as usize]
     }
 
@@ -262,8 +261,7 @@ pub(crate) fn entries_in(shape: Shape, table: &Table, range: GfnRange) -> impl I
 
 /// Appends a run, as one with the last where it continues it.
 pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
-    #[cfg(test)]
-    crate::testing::step();
+    step();
     match runs.last_mut() {
         _ if run.pages.is_empty() => {}
         Some(last) if last.pages.end() == run.pages.start() && last.source == run.source => {

@@ -36,7 +36,7 @@ fn a_page_that_others_see_is_theirs_still() {
     let (mut world, vms) = family(2);
     world.balloon(vms[1], pages(4..12));
     assert_eq!(world.ledger.pages(), 32);
-    assert_eq!(world.manager.family().vm(vms[1]).run_count(), 3);
+    assert_eq!(world.manager.family().runs(vms[1]).len(), 3);
     world.write(vms[1], Gfn(5));
     end(world);
 }

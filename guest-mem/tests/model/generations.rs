@@ -55,7 +55,7 @@ impl Story {
         self.written += pages.len() as u64;
         let store = self.world.freeze(self.vm, Gaps::Stay);
         let child = self.world.fork_frozen(self.vm);
-        let runs = self.world.manager.family().vm(child).run_count();
+        let runs = self.world.manager.family().runs(child).len();
         match self.line {
             Line::Parent => self.world.exit(child),
             Line::Child => self.world.exit(std::mem::replace(&mut self.vm, child)),

@@ -133,7 +133,7 @@ fn a_stretch_of_zeros_is_stored_by_nobody() {
     world.settle_all();
     assert!(world.manager.store(store).is_none());
     let child = world.fork_frozen(parent);
-    assert_eq!(world.manager.family().vm(child).run_count(), 3);
+    assert_eq!(world.manager.family().runs(child).len(), 3);
     world.write(parent, Gfn(20));
     world.write(child, Gfn(20));
     world.fork(child, Gaps::All);

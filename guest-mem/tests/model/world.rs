@@ -172,8 +172,8 @@ impl<S: WorldSwap> World<S> {
     }
 
     fn map_runs(&mut self, vm: VmId) {
-        let runs: Vec<_> = self.manager.family().vm(vm).runs().collect();
-        for run in runs {
+        let runs = self.manager.family().runs(vm).clone();
+        for &run in runs.iter() {
             let mapped = match run.source {
                 Source::Anonymous => None,
                 Source::Store { store, .. } => Some(match self.manager.file(store) {
@@ -719,7 +719,7 @@ impl<S: WorldSwap> World<S> {
         check_swap([family], Some(&*self.swap.borrow()), &mut broken);
         assert!(broken.is_empty(), "{}", broken.join("\n"));
         for &vm in self.vms.keys().filter(|vm| !self.is_between(**vm)) {
-            let told: Vec<_> = family.vm(vm).runs().collect();
+            let told = &**family.runs(vm);
             assert_eq!(self.window(vm).runs(), told, "the window of {vm:?} maps what the books say");
         }
         for &vm in self.vms.keys() {

@@ -117,7 +117,7 @@ impl Server {
             return report;
         };
         let manager = &self.families[&family];
-        let runs: Vec<Run> = manager.family().vm(member).runs().collect();
+        let runs = manager.family().runs(member);
         if runs.len() > self.max_runs as usize {
             report.broken.push(format!("8: the window of {:?} has {} runs", vm.name, runs.len()));
         }
@@ -127,7 +127,7 @@ impl Server {
         let Ok(mappings) = procfs::mappings(pid.as_raw(), &bounds) else { return report };
         report.mappings += mappings.len() as u64;
         report.pages += self.live_layer(vm).iter().map(|part| part.end - part.start).sum::<u64>();
-        for run in &runs {
+        for run in runs.iter() {
             let inode = match run.source {
                 Source::Anonymous => Some(0),
                 Source::Store { store, .. } => {
@@ -150,7 +150,7 @@ impl Server {
         for vm in self.vms.iter().filter(|vm| vm.is_alive()) {
             let (Some((family, member)), Some(id)) = (vm.memory, vm.process) else { continue };
             let manager = &self.families[&family];
-            let store = manager.family().vm(member).runs().find_map(|run| match run.source {
+            let store = manager.family().runs(member).iter().find_map(|run| match run.source {
                 Source::Store { store, .. } => manager.store(store),
                 Source::Anonymous => None,
             });

@@ -19,10 +19,12 @@ use super::vm::{FamilyId, Generation};
 use crate::machine::state::PackedState;
 use crate::wire::{Expect, Machine, Shape, ToVm};
 use firmware::abi::EVENT_PAGE;
-use guest_mem::{GfnRange, PAGE_SIZE, Run, Source};
-use rangemap::{RangeMap, RangeSet};
+use guest_mem::runs::{Runs, changed};
+use guest_mem::{GfnRange, PAGE_SIZE, Run};
+use rangemap::RangeSet;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// What a process expects.
 #[derive(Debug, Default)]
@@ -30,7 +32,7 @@ pub struct Expectation {
     /// Whose child it expects to become.
     pub parent: Option<Generation>,
     /// What it has mapped, and of which family the stores are: others have stores of the same names.
-    window: Option<(FamilyId, RangeMap<u64, Source>)>,
+    window: Option<(FamilyId, Runs)>,
     /// Pages of that of which it has copies.
     ahead: RangeSet<u64>,
     /// The state that it has ready.
@@ -38,8 +40,7 @@ pub struct Expectation {
 }
 
 impl Expectation {
-    fn new(parent: Generation, family: FamilyId, runs: &[Run]) -> Self {
-        let runs = runs.iter().map(|run| (run.pages.raw(), run.source)).collect();
+    fn new(parent: Generation, family: FamilyId, runs: Runs) -> Self {
         Self { parent: Some(parent), window: Some((family, runs)), ..Self::default() }
     }
 
@@ -62,24 +63,13 @@ impl Expectation {
     }
 
     /// Those parts of `runs` of a member of `family` that are to be mapped: they are not as expected.
-    pub fn news(&self, family: FamilyId, runs: impl Iterator<Item = Run>) -> Vec<Run> {
-        let Some((_, expected)) = self.window.as_ref().filter(|(of, _)| *of == family) else { return runs.collect() };
-        let mut news = Vec::new();
-        for Run { pages, source } in runs {
-            let mut add = |range: std::ops::Range<u64>| {
-                if !range.is_empty() {
-                    news.push(Run { pages: range.into(), source });
-                }
-            };
-            let pages = pages.raw();
-            let mut at = pages.start;
-            for (there, _) in expected.overlapping(&pages).filter(|(_, there)| **there == source) {
-                add(at..there.start);
-                at = there.end;
-            }
-            add(at..pages.end);
+    pub fn news(&self, family: FamilyId, runs: &Runs) -> Vec<Run> {
+        match self.window.as_ref().filter(|(of, _)| *of == family) {
+            None => runs.to_vec(),
+            // Mostly nothing has changed, and its parent's children still share the one list.
+            Some((_, expected)) if Arc::ptr_eq(runs, expected) => Vec::new(),
+            Some((_, expected)) => changed(runs, expected),
         }
-        news
     }
 }
 
@@ -184,7 +174,7 @@ impl Server {
         let process = self.processes.get_mut(&process).expect("a process of the pool");
         process.expectation = Expectation { parent: Some(parent), ..Expectation::default() };
         let Some((family, member)) = memory else { return false };
-        let manager = &self.families[&family];
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
         let runs = manager.runs_of_child(member);
         // Where descriptors are short, it expects nothing.
         let Ok((stores, descriptors)) = stores_of(manager, &runs) else { return false };
@@ -203,9 +193,9 @@ impl Server {
         process.expectation = Expectation {
             state: state.clone(),
             ahead: ahead.iter().map(|pages| pages.raw()).collect(),
-            ..Expectation::new(parent, family, &runs)
+            ..Expectation::new(parent, family, runs.clone())
         };
-        let expect = Expect { runs, stores, ahead, state: state.as_deref().cloned() };
+        let expect = Expect { runs: runs.to_vec(), stores, ahead, state: state.as_deref().cloned() };
         process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
         true
     }
@@ -220,7 +210,7 @@ fn told_first(machine: Machine) -> Option<GfnRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_mem::{Gfn, StoreId};
+    use guest_mem::{Gfn, Source, StoreId};
 
     const PARENT: Generation = Generation(7);
     const FAMILY: FamilyId = FamilyId(3);
@@ -229,15 +219,15 @@ mod tests {
         Source::Store { store: StoreId(id), origin: Gfn(0) }
     }
 
-    fn runs(raw: &[(u64, u64, Source)]) -> Vec<Run> {
+    fn runs(raw: &[(u64, u64, Source)]) -> Runs {
         raw.iter().map(|&(start, end, source)| Run { pages: (start..end).into(), source }).collect()
     }
 
     #[test]
     fn only_what_has_changed_is_mapped_again() {
         let before = runs(&[(0, 10, Source::Anonymous), (10, 100, store(1)), (200, 300, store(1))]);
-        let expectation = Expectation::new(PARENT, FAMILY, &before);
-        assert_eq!(expectation.news(FAMILY, before.iter().copied()), []);
+        let expectation = Expectation::new(PARENT, FAMILY, before.clone());
+        assert_eq!(expectation.news(FAMILY, &before), []);
         // A freeze has put a store in the middle of another, and zeros were found at the end.
         let after = [
             (0, 10, Source::Anonymous),
@@ -247,17 +237,17 @@ mod tests {
             (200, 290, store(1)),
             (290, 300, Source::Anonymous),
         ];
-        let news = expectation.news(FAMILY, runs(&after).into_iter());
-        assert_eq!(news, runs(&[(40, 50, store(2)), (290, 300, Source::Anonymous)]));
+        let news = expectation.news(FAMILY, &runs(&after));
+        assert_eq!(news[..], runs(&[(40, 50, store(2)), (290, 300, Source::Anonymous)])[..]);
         // The runs of now may be longer than those of then.
         let joined = runs(&[(0, 10, Source::Anonymous), (10, 300, store(1))]);
-        assert_eq!(expectation.news(FAMILY, joined.into_iter()), runs(&[(100, 200, store(1))]));
+        assert_eq!(expectation.news(FAMILY, &joined)[..], runs(&[(100, 200, store(1))])[..]);
     }
 
     #[test]
     fn copies_that_are_mapped_over_are_made_again() {
         let pages = |raw: &[(u64, u64)]| raw.iter().map(|&(start, end)| (start..end).into()).collect::<Vec<GfnRange>>();
-        let before = Expectation::new(PARENT, FAMILY, &runs(&[(0, 100, store(1))]));
+        let before = Expectation::new(PARENT, FAMILY, runs(&[(0, 100, store(1))]));
         let expectation = Expectation { ahead: [10..20, 50..60].into_iter().collect(), ..before };
         let ahead = pages(&[(10, 20), (55, 70)]);
         assert_eq!(expectation.left_ahead(&ahead, &[]), pages(&[(60, 70)]));
@@ -269,15 +259,15 @@ mod tests {
     #[test]
     fn who_expects_nothing_maps_everything() {
         let all = runs(&[(0, 10, Source::Anonymous), (10, 100, store(1))]);
-        assert_eq!(Expectation::default().news(FAMILY, all.iter().copied()), all);
+        assert_eq!(Expectation::default().news(FAMILY, &all)[..], all[..]);
     }
 
     /// Two families had a store of the same name, and a child of one got the pages of the other.
     #[test]
     fn stores_of_another_family_are_others() {
         let all = runs(&[(0, 10, Source::Anonymous), (10, 100, store(1))]);
-        let expectation = Expectation::new(PARENT, FAMILY, &all);
-        assert_eq!(expectation.news(FamilyId(4), all.iter().copied()), all);
+        let expectation = Expectation::new(PARENT, FAMILY, all.clone());
+        assert_eq!(expectation.news(FamilyId(4), &all)[..], all[..]);
     }
 
     #[test]

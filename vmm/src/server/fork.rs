@@ -330,7 +330,7 @@ impl Server {
             let window = self.window_of(process);
             let manager = self.families.get_mut(&family).expect("a VM has a family");
             let child = manager.fork(parent, window);
-            let runs = manager.family().vm(child).run_count() as u64;
+            let runs = manager.family().runs(child).len() as u64;
             let vm = self.vms.get_mut(generation).expect("a child of the fork");
             vm.memory = Some((family, child));
             vm.paused = activity == Activity::Paused;

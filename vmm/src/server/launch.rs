@@ -207,10 +207,10 @@ impl Server {
         let manager = &self.families[&family];
         let expectation = &mut self.processes.get_mut(&process).expect("a VM's process").expectation;
         let Beginning { origin, kernel, activity, ahead } = beginning;
-        let runs = manager.family().vm(member).runs();
+        let runs = manager.family().runs(member);
         let runs = match origin {
             wire::Origin::Fork { .. } => expectation.news(family, runs),
-            wire::Origin::Monitor | wire::Origin::Linux(_) => runs.collect(),
+            wire::Origin::Monitor | wire::Origin::Linux(_) => runs.to_vec(),
         };
         let ahead = expectation.left_ahead(&ahead, &runs);
         expectation.forget_window();

@@ -65,7 +65,7 @@ impl Server {
             ballooned_pages: vm.balloon_pages,
             unsettled_pages: counts.unsettled,
             chain_depth: books.map_or(0, |(family, member)| family.chain_depth(member)),
-            window_runs: books.map_or(0, |(family, member)| family.vm(member).run_count() as u64),
+            window_runs: books.map_or(0, |(family, member)| family.runs(member).len() as u64),
             pss_bytes: pid.and_then(|pid| procfs::usage(pid.as_raw()).ok()).map_or(0, |usage| usage.pss),
             traps: vm.traps,
             messages: process.map_or(0, |process| process.messages),
@@ -189,7 +189,7 @@ impl Server {
             let chain = family.objects().chain(entry.object).map(|object| object.0).collect();
             EntryInfo { start, end, copy_on_write: entry.copy_on_write(), needs_copy: entry.needs_copy, chain }
         });
-        let runs = vm.runs().take(RUNS_SHOWN).map(|run| {
+        let runs = family.runs(member).iter().take(RUNS_SHOWN).map(|run| {
             let (start, end) = bounds(run.pages);
             let source = match run.source {
                 Source::Anonymous => "anonymous".to_owned(),

@@ -1,7 +1,6 @@
-//! Which pages of an object have which slot.
+//! What is said of pages, stretch by stretch.
 
-use super::Slot;
-use crate::addr::GfnRange;
+use crate::addr::{Gfn, GfnRange};
 use crate::steps::step;
 use std::collections::BTreeMap;
 use std::iter;
@@ -10,49 +9,55 @@ use std::ops::Range;
 /// Pages of a chunk.
 const CHUNK: u64 = 512;
 
-/// The slots of an object's pages, stretch by stretch.
+/// Pages that have a value: an object's and their slots, or a window's copies and what lies beneath them.
 ///
 /// Stretches are cut at the borders of chunks, and those of a chunk stand in one list: a guest writes single pages by the
 /// thousand, near each other, and each is a stretch of its own.
-#[derive(Debug, Default)]
-pub(crate) struct Slots {
-    /// Chunks with slots. Their parts are sorted, and neighbours that continue each other are one.
-    chunks: BTreeMap<u64, Vec<Part>>,
+#[derive(Debug)]
+pub(crate) struct PageMap<V> {
+    /// Chunks with pages. Their parts are sorted, and neighbours that continue each other are one.
+    chunks: BTreeMap<u64, Vec<Part<V>>>,
+}
+
+impl<V> Default for PageMap<V> {
+    fn default() -> Self {
+        Self { chunks: BTreeMap::new() }
+    }
 }
 
 /// Pages of a chunk, counted from its first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Part {
+struct Part<V> {
     start: u16,
     end: u16,
-    slot: Slot,
+    value: V,
 }
 
-impl Slots {
-    /// Gives pages this slot, whatever they had.
-    pub fn replace(&mut self, pages: GfnRange, slot: Slot) {
+impl<V: Copy + PartialEq> PageMap<V> {
+    /// Gives pages this value, whatever they had.
+    pub fn replace(&mut self, pages: GfnRange, value: V) {
         for (chunk, start, end) in chunks(pages) {
-            set(self.chunks.entry(chunk).or_default(), start, end, Some(slot));
+            set(self.chunks.entry(chunk).or_default(), start, end, Some(value));
         }
     }
 
-    /// Gives absent pages this slot. Costs least where they are sorted.
+    /// Gives absent pages this value. Costs least where they are sorted.
     ///
     /// # Panics
-    /// If one of them has a slot: its page would be forgotten.
-    pub fn insert(&mut self, all: impl IntoIterator<Item = GfnRange>, slot: Slot) {
+    /// If one of them has a value: what it says of the page would be forgotten.
+    pub fn insert(&mut self, all: impl IntoIterator<Item = GfnRange>, value: V) {
         let mut all = all.into_iter().flat_map(chunks).peekable();
         while let Some(&(chunk, ..)) = all.peek() {
             let parts = self.chunks.entry(chunk).or_default();
             while let Some((_, start, end)) = all.next_if(|&(next, ..)| next == chunk) {
                 if parts.last().is_none_or(|last| last.end < start) {
-                    parts.push(Part { start, end, slot });
+                    parts.push(Part { start, end, value });
                     continue;
                 }
                 let next = parts.partition_point(|part| part.end <= start);
                 let free = parts.get(next).is_none_or(|part| part.start >= end);
                 assert!(free, "a slot that holds a page is not overwritten");
-                set(parts, start, end, Some(slot));
+                set(parts, start, end, Some(value));
             }
         }
     }
@@ -69,37 +74,42 @@ impl Slots {
         }
     }
 
+    /// The value of a page; none of one that is absent.
+    pub fn get(&self, page: Gfn) -> Option<V> {
+        self.parts(GfnRange::between(page, Gfn(page.0 + 1))).next().map(|(_, value)| value)
+    }
+
     /// The stretches among `pages`, cut to them.
-    pub fn within(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
+    pub fn within(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, V)> {
         let mut parts = self.parts(pages).peekable();
         iter::from_fn(move || {
-            let (mut pages, slot) = parts.next()?;
-            while let Some((next, _)) = parts.next_if(|&(next, of)| next.start() == pages.end() && of == slot) {
+            let (mut pages, value) = parts.next()?;
+            while let Some((next, _)) = parts.next_if(|&(next, of)| next.start() == pages.end() && of == value) {
                 pages = GfnRange::between(pages.start(), next.end());
             }
-            Some((pages, slot))
+            Some((pages, value))
         })
     }
 
     /// The same, cut at the borders of chunks besides.
-    pub fn parts(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
+    pub fn parts(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, V)> {
         let chunks = self.chunks.range(chunks_of(pages));
         chunks.flat_map(move |(chunk, parts)| {
-            let range = move |part: &Part| {
+            let range = move |part: &Part<V>| {
                 GfnRange::from(chunk * CHUNK + u64::from(part.start)..chunk * CHUNK + u64::from(part.end))
             };
             let first = parts.partition_point(|part| range(part).end() <= pages.start());
             let parts = parts[first..].iter().take_while(move |part| range(part).start() < pages.end());
-            parts.inspect(|_| step()).map(move |part| (range(part).intersect(pages), part.slot))
+            parts.inspect(|_| step()).map(move |part| (range(part).intersect(pages), part.value))
         })
     }
 
     /// All stretches.
-    pub fn iter(&self) -> impl Iterator<Item = (GfnRange, Slot)> {
+    pub fn iter(&self) -> impl Iterator<Item = (GfnRange, V)> {
         self.within((0..u64::MAX).into())
     }
 
-    /// Whether each of these pages has a slot.
+    /// Whether each of these pages has a value.
     pub fn covers(&self, pages: GfnRange) -> bool {
         self.parts(pages).map(|(part, _)| part.count().0).sum::<u64>() == pages.count().0
     }
@@ -111,7 +121,7 @@ impl Slots {
 
     /// Whether it is more work to go over these than over the others. To find out is as much work as the lesser.
     pub fn outnumber(&self, others: &Self) -> bool {
-        let len = |parts: &Vec<Part>| parts.len() as i64;
+        let len = |parts: &Vec<Part<V>>| parts.len() as i64;
         let (mut ours, mut theirs) = (self.chunks.values().map(len), others.chunks.values().map(len));
         let mut more = 0;
         loop {
@@ -140,18 +150,18 @@ fn chunks(pages: GfnRange) -> impl Iterator<Item = (u64, u16, u16)> {
     })
 }
 
-/// Gives pages of a chunk this slot, or none.
-fn set(parts: &mut Vec<Part>, start: u16, end: u16, slot: Option<Slot>) {
+/// Gives pages of a chunk this value, or none.
+fn set<V: Copy + PartialEq>(parts: &mut Vec<Part<V>>, start: u16, end: u16, value: Option<V>) {
     // Those that overlap or touch.
     let first = parts.partition_point(|part| part.end < start);
     let last = first + parts[first..].partition_point(|part| part.start <= end);
     let touched = &parts[first..last];
     let mut before = touched.first().filter(|part| part.start < start).map(|&part| Part { end: start, ..part });
     let mut after = touched.last().filter(|part| part.end > end).map(|&part| Part { start: end, ..part });
-    let mut middle = slot.map(|slot| Part { start, end, slot });
+    let mut middle = value.map(|value| Part { start, end, value });
     if let Some(middle) = &mut middle {
-        middle.start = before.take_if(|before| before.slot == middle.slot).map_or(start, |before| before.start);
-        middle.end = after.take_if(|after| after.slot == middle.slot).map_or(end, |after| after.end);
+        middle.start = before.take_if(|before| before.value == middle.value).map_or(start, |before| before.start);
+        middle.end = after.take_if(|after| after.value == middle.value).map_or(end, |after| after.end);
     }
     parts.splice(first..last, [before, middle, after].into_iter().flatten());
 }
@@ -159,6 +169,7 @@ fn set(parts: &mut Vec<Part>, start: u16, end: u16, slot: Option<Slot>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::object::Slot;
     use crate::window::StoreId;
 
     const PAGES: u64 = 3 * CHUNK;
@@ -167,7 +178,7 @@ mod tests {
     #[test]
     fn slots_are_what_an_array_of_them_would_be() {
         let mut random = crate::testing::numbers();
-        let (mut slots, mut model) = (Slots::default(), [None; PAGES as usize]);
+        let (mut slots, mut model) = (PageMap::default(), [None; PAGES as usize]);
         for step in 0..4000 {
             let start = random(PAGES);
             let most = if random(4) == 0 { PAGES } else { 4 };
@@ -201,7 +212,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "not overwritten")]
     fn a_slot_is_not_overwritten_by_accident() {
-        let mut slots = Slots::default();
+        let mut slots = PageMap::default();
         slots.insert([(10..20).into(), (20..30).into()], Slot::Zero);
         slots.insert([(0..11).into()], Slot::Zero);
     }
