@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 use vmm::client::Vm;
 use vmm::link::Link;
+use vmm::machine::WINDOW_BASE;
 use vmm::wire::{Activity, FromVm, Frozen, ToVm};
 
 /// A real VM process, and what this test holds of it.
@@ -91,16 +92,19 @@ impl Hostile {
 #[must_use]
 pub fn frozen(store: StoreId, moved: Vec<GfnRange>, scratch_base: u64) -> FromVm {
     let harvest = Harvest { moved_private: moved.clone(), moved, copied: Vec::new() };
-    FromVm::Frozen(Box::new(Frozen {
-        store,
-        harvest,
-        scratch_base,
-        copies: Gfn(1 << 18),
-        copied: None,
-        copy: None,
-        activity: Activity::Running,
-        kicked_ns: 0,
-    }))
+    FromVm::Frozen(Box::new(of_harvest(store, harvest, scratch_base, None)))
+}
+
+/// A freeze of these pages, which another process has, as a process may tell of it.
+#[must_use]
+pub fn frozen_in_copy(store: StoreId, copied: Vec<GfnRange>, copy: i32) -> FromVm {
+    let harvest = Harvest { copied, ..Harvest::default() };
+    FromVm::Frozen(Box::new(of_harvest(store, harvest, WINDOW_BASE, Some(copy))))
+}
+
+fn of_harvest(store: StoreId, harvest: Harvest, scratch_base: u64, copy: Option<i32>) -> Frozen {
+    let (copies, activity) = (Gfn(1 << 18), Activity::Running);
+    Frozen { store, harvest, scratch_base, copies, copied: None, copy, activity, kicked_ns: 0 }
 }
 
 fn take(pidfd: &OwnedFd, pid: i32, name: &str) -> Option<OwnedFd> {

@@ -6,6 +6,7 @@
 //! | `home` | a home of a test's own, its server, and the proof that nothing of it is left |
 //! | `fuse` | a file whose blocks can be made to fail |
 //! | `hostile` | a VM process that has been taken over |
+//! | `puppet` | a process that makes the system calls a test wants |
 //! | `served` | a server with options of its own |
 //! | `turn` | who may run beside whom |
 //! | `binary` | the `offshoot` binary, built if it is not there or not of today |
@@ -27,6 +28,7 @@ mod guest;
 mod home;
 pub mod hostile;
 pub mod process;
+pub mod puppet;
 mod served;
 mod traced;
 mod turn;

@@ -102,6 +102,11 @@ fn anonymous(pid: i32) -> Option<u64> {
     Some((resident - shared) * 4096)
 }
 
+/// The time that a process has run, in hundredths of a second.
+pub fn run_ticks(pid: i32) -> u64 {
+    vmm::procfs::run_ticks(pid).expect("read a process's times")
+}
+
 fn state_and_parent(pid: i32) -> Option<(char, i32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in parentheses, can have anything in it.

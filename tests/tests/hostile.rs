@@ -1,10 +1,16 @@
 //! A VM process that has been taken over hurts its own VM, and nobody else.
 
+use guest_mem::StoreId;
+use guest_mem::sys::Userfaultfd;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use offshoot_tests::hostile::{Hostile, frozen, that_have_seen_memory};
+use offshoot_tests::hostile::{Hostile, frozen, frozen_in_copy, that_have_seen_memory};
+use offshoot_tests::process::{descriptors, is_alive, users};
+use offshoot_tests::puppet::{Called, Puppet};
 use offshoot_tests::{Guest, TEN_SECONDS, TestHome, fork_settled, wait_until};
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::thread;
+use std::time::{Duration, Instant};
 use vmm::client::{ForkOptions, Vm};
 use vmm::machine::WINDOW_BASE;
 use vmm::units::ByteSize;
@@ -198,4 +204,151 @@ fn no_reason_reaches_a_terminal_as_it_is() {
         assert!(all.chars().all(|c| c == '\n' || !(c.is_control() || c == '\u{202e}')), "{all:?}");
         assert!(!all.lines().any(|line| line.starts_with("b  running")), "{all}");
     }
+}
+
+/// The server is asked for a freeze of the attacker's VM, and hears `say` of the store in the process's place. Why the VM is
+/// dead then.
+fn freeze_of_liar(home: &TestHome, attacker: Vm, say: impl FnOnce(StoreId) -> FromVm) -> Option<String> {
+    let name = attacker.name().to_owned();
+    let mut hostile = Hostile::take_over(&attacker)?;
+    hostile.stop();
+    let fork = thread::spawn(move || attacker.fork(ForkOptions::new()).map(drop));
+    let store = hostile.hear_freeze();
+    hostile.say(&[FromVm::Standing, say(store)]);
+    assert!(fork.join().expect("a thread").is_err());
+    Some(reason(home, &name))
+}
+
+/// Between the making of a copy and the message that tells of it, any process could name the copy as its own: the server
+/// read a sibling's memory into the attacker's store. A keeper that was known was passed over without a word.
+#[test]
+fn nobody_names_what_another_process_has_made() {
+    let Some(home) = TestHome::new() else { return };
+    let bystander = Bystander::launch(&home);
+    let victim = home.launch("victim", ByteSize::mib(64));
+    victim.fill(1000..3000, 7);
+    // As the copy of a first fork, but that nobody tells of it.
+    let Some(mut puppet) = Puppet::take(victim.pid()) else { return };
+    let made = puppet.make_process(libc::CLONE_PARENT | libc::SIGCHLD);
+    let Called::Gave(copy) = made else { panic!("{made:?}") };
+    drop(puppet);
+    let pages = || vec![(2000..2008).into()];
+    let attacker = home.launch("a", ByteSize::mib(64));
+    let Some(why) = freeze_of_liar(&home, attacker, |store| frozen_in_copy(store, pages(), copy as i32)) else {
+        return;
+    };
+    assert!(why.contains("has not made"), "{why}");
+    assert!(is_alive(copy as i32), "nor is the sibling's copy ended for it");
+    let keeper = spare(&home, &[&victim])
+        .into_iter()
+        .find(|&pid| users(pid) == users(victim.pid()) && descriptors(pid).is_empty());
+    let keeper = keeper.expect("a VM process has a keeper");
+    let attacker = home.launch("b", ByteSize::mib(64));
+    let why = freeze_of_liar(&home, attacker, |store| frozen_in_copy(store, pages(), keeper));
+    assert!(why.as_ref().is_some_and(|why| why.contains("somebody else's")), "{why:?}");
+    victim.verify(1000..3000, 7);
+    fork_settled(&victim, 1).remove(0).verify(1000..3000, 7);
+    bystander.is_well(&home);
+    victim.remove().expect("remove");
+    wait_until("what it has made has ended with it", TEN_SECONDS, || !is_alive(copy as i32));
+}
+
+/// A process made others, which nobody knew of and nobody ended: children of the server, children of its own that became
+/// those of the host, and some that had its memory, for which `rm` and `shutdown` waited for ever.
+#[test]
+fn what_a_process_leaves_behind_ends_with_it() {
+    let Some(home) = TestHome::new() else { return };
+    let bystander = Bystander::launch(&home);
+    for (name, flags) in [
+        ("sibling", libc::CLONE_PARENT),
+        ("child", 0),
+        ("sibling-with-memory", libc::CLONE_PARENT | libc::CLONE_VM),
+        ("child-with-memory", libc::CLONE_VM),
+    ] {
+        let vm = home.launch(name, ByteSize::mib(32));
+        let Some(mut puppet) = Puppet::take(vm.pid()) else { return };
+        let made = puppet.make_process(flags | libc::SIGCHLD);
+        drop(puppet);
+        let Called::Gave(stray) = made else { panic!("{name}: {made:?}") };
+        let began = Instant::now();
+        vm.remove().expect(name);
+        assert!(began.elapsed() < Duration::from_secs(5), "{name}: removed after {:?}", began.elapsed());
+        wait_until("what was left behind has ended", TEN_SECONDS, || !is_alive(stray as i32));
+    }
+    bystander.is_well(&home);
+}
+
+/// `rm` waited for all processes that were about to end, be they another VM's that somebody kept from it.
+#[test]
+fn a_removal_waits_for_nobody_elses_process() {
+    let Some(home) = TestHome::new() else { return };
+    let lingering = home.launch("a", ByteSize::mib(32));
+    let other = home.launch("b", ByteSize::mib(32));
+    let name = lingering.name().to_owned();
+    // A process that is traced is not reaped before its tracer lets it go.
+    let Some(puppet) = Puppet::take(lingering.pid()) else { return };
+    let removal = {
+        let client = home.client().clone();
+        thread::spawn(move || client.remove([name]))
+    };
+    wait_until("the VM is off the list", TEN_SECONDS, || home.client().list().expect("ls").len() == 1);
+    let began = Instant::now();
+    other.remove().expect("remove");
+    assert!(began.elapsed() < Duration::from_secs(5), "removed after {:?}", began.elapsed());
+    drop(puppet);
+    removal.join().expect("a thread").expect("remove");
+}
+
+/// The server's log was the standard error of every VM process, which could write into it, empty it and fill the disk. And
+/// its pagemap, opened by root, told where in the host's memory pages are.
+#[test]
+fn a_process_has_no_file_of_the_hosts_and_sees_no_frame_numbers() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = home.launch("a", ByteSize::mib(32));
+    vm.fill(1000..1100, 1);
+    let child = fork_settled(&vm, 1).remove(0);
+    for vm in [&vm, &child] {
+        let open = descriptors(vm.pid());
+        let may_be = |name: &str| {
+            ["/dev/null", "/dev/urandom", "socket:", "anon_inode:"].iter().any(|is| name.starts_with(is))
+                || name == format!("/proc/{}/pagemap", vm.pid())
+        };
+        assert!(open.iter().all(|(_, name)| may_be(name)), "{}: {open:?}", vm.name());
+    }
+    let Some(hostile) = Hostile::take_over(&vm) else { return };
+    let pagemap = hostile.take(&format!("/proc/{}/pagemap", vm.pid())).expect("a VM process has its pagemap");
+    let mut entries = [0; 8 * 100];
+    File::from(pagemap).read_exact_at(&mut entries, (WINDOW_BASE / 4096 + 1000) * 8).expect("read a pagemap");
+    let entries = entries.chunks_exact(8).map(|bytes| u64::from_ne_bytes(bytes.try_into().expect("eight")));
+    let (there, frames): (Vec<bool>, Vec<u64>) =
+        entries.map(|entry| (entry >> 63 == 1, entry & ((1 << 55) - 1))).unzip();
+    assert!(there.iter().any(|there| *there), "there is a page to look at");
+    assert!(frames.iter().all(|frame| *frame == 0), "{frames:x?}");
+}
+
+/// Pages of the built-in guest that nobody had touched yet were holes of a file that all families map. A process whose traps
+/// were off made zeros of them, for everybody, by looking.
+#[test]
+fn nobody_changes_by_looking_what_all_map() {
+    let Some(home) = TestHome::new() else { return };
+    let attacker = home.launch("a", ByteSize::mib(64));
+    let Some(hostile) = Hostile::take_over(&attacker) else { return };
+    let Some(traps) = hostile.take("anon_inode:[userfaultfd]") else { return };
+    let traps = Userfaultfd::from_fd(traps);
+    let base = WINDOW_BASE + firmware::abi::IMAGE_BASE;
+    // What is not registered cannot be unregistered: not all of it may be.
+    for page in (0..firmware::IMAGE.len() as u64).step_by(4096) {
+        let _ = traps.unregister(base + page, 4096);
+    }
+    let image_of = |vm: &Vm| {
+        let mut image = vec![0; firmware::IMAGE.len()];
+        let memory = File::open(format!("/proc/{}/mem", vm.pid())).expect("open a process's memory");
+        memory.read_exact_at(&mut image, base).map(|()| image)
+    };
+    assert!(image_of(&attacker).expect("read an image") == firmware::IMAGE, "the attacker sees something else");
+    let other = home.launch("b", ByteSize::mib(64));
+    assert!(image_of(&other).expect("read an image") == firmware::IMAGE, "another family sees something else");
+    other.fill(1000..2000, 1);
+    other.verify(1000..2000, 1);
+    home.check();
 }

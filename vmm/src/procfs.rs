@@ -4,6 +4,7 @@ use guest_mem::PAGE_SHIFT;
 use nix::unistd::Pid;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 /// Memory of a process, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -117,6 +118,24 @@ pub fn user(pid: i32) -> io::Result<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let user = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
     user.ok_or_else(|| io::Error::other("a process without a user"))
+}
+
+/// Descriptors of a process that are looked at: ours have fewer by far.
+const DESCRIPTORS: usize = 1024;
+
+/// Whether a process has a descriptor of this name.
+pub fn holds(pid: i32, name: &str) -> bool {
+    let Ok(all) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let mut all = all.take(DESCRIPTORS).flatten();
+    all.any(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == name))
+}
+
+/// The user namespace that a process is in.
+///
+/// # Errors
+/// It is gone, or not ours to look at.
+pub fn user_namespace(pid: i32) -> io::Result<u64> {
+    Ok(std::fs::metadata(format!("/proc/{pid}/ns/user"))?.ino())
 }
 
 /// The processes whose parent is this thread.

@@ -464,7 +464,8 @@ impl Bounds {
         };
         there
             && harvest.makes_sense(&self.ram)
-            && harvest.moved.len() <= self.max_runs
+            // Each is a mapping of the VM's children.
+            && harvest.moved.len() + harvest.copied.len() <= self.max_runs
             && copied.as_ref().is_none_or(|copied| are_apart(copied, &harvest.copied))
     }
 }
@@ -561,9 +562,16 @@ mod tests {
         assert!(!makes_sense(Frozen { scratch_base: scratch + 4096, ..honest.clone() }));
         assert!(!makes_sense(Frozen { copies: Gfn(0), ..honest.clone() }));
         assert!(!makes_sense(Frozen { copied: Some(vec![(10..20).into()]), ..honest.clone() }));
-        let pieces: Vec<GfnRange> = (0..101).map(|at| (2 * at..2 * at + 1).into()).collect();
-        let harvest = Harvest { moved: pieces, ..Harvest::default() };
-        assert!(!makes_sense(Frozen { harvest, ..honest }), "more mappings than it was allowed");
+        let pieces = |count| (0..count).map(|at| (2 * at..2 * at + 1).into()).collect::<Vec<GfnRange>>();
+        let with = |moved, copied| {
+            let harvest = Harvest { moved: pieces(moved), copied: pieces(copied), ..Harvest::default() };
+            makes_sense(Frozen { harvest, ..honest.clone() })
+        };
+        assert!(with(100, 0) && with(0, 100));
+        assert!(!with(101, 0) && !with(0, 101), "more mappings than it was allowed");
+        let (first, second) = (pieces(101)[..50].to_vec(), pieces(101)[50..].to_vec());
+        let harvest = Harvest { moved: first, copied: second, ..Harvest::default() };
+        assert!(!makes_sense(Frozen { harvest, ..honest }), "also where some are moved and others copied");
         assert!(!FromVm::Ready { keeper: 7, window_base: WINDOW_BASE + 4096 }.makes_sense(&bounds));
     }
 }

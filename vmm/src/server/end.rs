@@ -52,11 +52,15 @@ impl Server {
                     // Who names a VM before its children has them end first all the same.
                     generations.reverse();
                 }
+                let of_these: HashSet<Generation> = generations.iter().copied().collect();
                 generations.into_iter().for_each(|generation| self.forget_vm(generation));
                 self.grant_wants();
                 // With the last VM of a shape its pool goes, and is gone when this is answered.
                 self.end_unused();
-                let ending = self.processes.values().filter(|process| process.role == Role::Ending);
+                // Nor does this client wait for somebody else's processes, which may hold on to what they have.
+                let waits = |vm: Option<Generation>| all || vm.is_none_or(|vm| of_these.contains(&vm));
+                let ending =
+                    self.processes.values().filter(|process| process.role == Role::Ending && waits(process.vm));
                 let processes = ending.map(|process| process.id).collect();
                 self.removals.push(Removal { client, processes, until: Instant::now() + PATIENCE });
             }

@@ -1,13 +1,13 @@
 //! What VM processes say, and what becomes of them.
 
 use super::clients::ClientId;
-use super::process::{ProcessId, Role};
+use super::process::{ProcessId, Role, VmProcess};
 use super::vm::{Generation, Hold, Phase};
 use super::{Origin, Server};
 use crate::api::Answer;
 use crate::machine::isolate;
 use crate::procfs;
-use crate::wire::{Ending, FromVm, Line, Machine, Said};
+use crate::wire::{Ending, FromVm, Isolation, Line, Machine, Said};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::signal::{Signal, kill};
@@ -23,6 +23,15 @@ const ROUND_PACKETS: usize = 8;
 const ROUND_BYTES: u64 = 256 << 10;
 /// When processes are looked for that a VM process has left behind.
 const STRAYS: Duration = Duration::from_millis(200);
+
+/// What a VM process says that it has made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claim {
+    /// It lives, and is that process's.
+    Lives,
+    /// It has ended.
+    Ended,
+}
 
 impl Server {
     /// Sends what is queued, and watches for more room where that is not all.
@@ -112,13 +121,13 @@ impl Server {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "out of turn, or of pages that are not there"));
         }
         if let FromVm::Frozen(frozen) = &message
-            && let Some(copy) = frozen.copy.map(Pid::from_raw).filter(|copy| self.is_new_child(*copy))
+            && let Some(copy) = frozen.copy
         {
-            process.memory.note_copy(copy);
-            self.pids.insert(copy, id);
+            self.note_copy(id, Pid::from_raw(copy))?;
         }
+        let Some(process) = self.processes.get(&id) else { return Ok(()) };
         match (message, process.role) {
-            (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds),
+            (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds)?,
             (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
             (FromVm::Expecting, Role::Preparing) => self.offer(id),
             (FromVm::StartFailed(why), Role::Preparing) => {
@@ -136,16 +145,52 @@ impl Server {
         Ok(())
     }
 
-    /// Whether this is a process of ours that nobody has told of. One that has been reaped before it was told of is never
-    /// reaped again, and whoever is taken over may name any.
-    fn is_new_child(&self, pid: Pid) -> bool {
-        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        let known = self.pids.contains_key(&pid) || self.zygote.is(pid);
-        !known && pid.as_raw() > 0 && waitid(Id::Pid(pid), look).is_ok()
+    /// A process names `copy` as the one that has what it froze.
+    ///
+    /// # Errors
+    /// `InvalidData`: that is somebody else's, or no freeze is under way for which it was to make one.
+    fn note_copy(&mut self, id: ProcessId, copy: Pid) -> io::Result<()> {
+        let memory = Rc::clone(&self.processes[&id].memory);
+        if self.claimed(id, copy, || memory.has_lifeline(copy))? == Claim::Lives {
+            memory.note_copy(copy);
+            self.pids.insert(copy, id);
+        }
+        Ok(())
     }
 
-    fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) {
-        let keeper = Some(Pid::from_raw(keeper)).filter(|keeper| self.is_new_child(*keeper));
+    /// What there is to a process's claim that it has made `pid`, and that we are the parent of it. Whoever is taken over may
+    /// name any process, be it one that a sibling has made and not told of yet: `proven` says whether it is this one's, beside
+    /// its user.
+    ///
+    /// # Errors
+    /// `InvalidData`: it is not, or another process has been told of it.
+    fn claimed(&self, id: ProcessId, pid: Pid, proven: impl Fn() -> bool) -> io::Result<Claim> {
+        let known = self.pids.contains_key(&pid) || self.zygote.is(pid);
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let lives = || matches!(waitid(Id::Pid(pid), look), Ok(WaitStatus::StillAlive));
+        if known || pid.as_raw() <= 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a process that is somebody else's"));
+        }
+        // A child that lives, and which nobody but us reaps, has its number for as long as we look at it.
+        let theirs = || lives() && self.is_user_of(id, pid) && proven();
+        match theirs() {
+            true => Ok(Claim::Lives),
+            // Killed before we heard of it: it is not looked at again, whosever it was.
+            false if !lives() => Ok(Claim::Ended),
+            false => Err(io::Error::new(io::ErrorKind::InvalidData, "a process that it has not made")),
+        }
+    }
+
+    /// Whether a child of ours runs as the user that this VM process was given, where it was given one.
+    fn is_user_of(&self, id: ProcessId, child: Pid) -> bool {
+        let user = || procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
+        self.isolation != Isolation::OwnUser || user() == Some(self.processes[&id].memory.born)
+    }
+
+    fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let keeper = Pid::from_raw(keeper);
+        let lives = self.claimed(id, keeper, || true)? == Claim::Lives;
+        let keeper = lives.then_some(keeper);
         let process = self.processes.get_mut(&id).expect("it has just spoken");
         let memory = Rc::clone(&process.memory);
         memory.keeper.set(keeper);
@@ -157,6 +202,7 @@ impl Server {
             log::error!("memory of {id:?}: {error}");
         }
         let process = self.processes.get_mut(&id).expect("it has just spoken");
+        process.namespace = memory.main.get().and_then(|main| procfs::user_namespace(main.as_raw()).ok());
         if let Some(fd) = fds.into_iter().next() {
             let traps = memory.traps.get_or_init(|| Userfaultfd::from_fd(fd));
             process.trap_token = Some(self.watches.add(traps, EventSet::IN, Origin::Traps(id)));
@@ -166,6 +212,7 @@ impl Server {
             Role::Preparing => self.offer(id),
             Role::Pooled | Role::Ending => self.end_process(id),
         }
+        Ok(())
     }
 
     /// A process is prepared, and has ready what it expects.
@@ -340,12 +387,31 @@ impl Server {
         self.strays_at = None;
         for child in procfs::children().unwrap_or_default() {
             let known = self.pids.contains_key(&child) || self.zygote.is(child);
-            // Each VM process has a user of its own, where it can.
-            let of = procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
-            if !known && of.is_some_and(|main| !self.pids.contains_key(&main)) {
+            if !known && self.is_stray(child) {
                 log::warn!("process {child} is ended: the VM process that has left it behind is gone");
                 let _ = kill(child, Signal::SIGKILL);
             }
+        }
+        // Whoever doubled itself meanwhile is still there.
+        if !self.lingering.is_empty() {
+            self.strays_at = Some(now + STRAYS);
+        }
+    }
+
+    /// Whether the VM process that has made this child of ours is gone: each has a user of its own, or a user namespace.
+    fn is_stray(&self, child: Pid) -> bool {
+        match self.isolation {
+            Isolation::OwnUser => {
+                let of = procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
+                of.is_some_and(|main| !self.pids.contains_key(&main))
+            }
+            Isolation::UserNamespace => {
+                let of = procfs::user_namespace(child.as_raw()).ok();
+                let ours = procfs::user_namespace(std::process::id() as i32).ok();
+                let living = self.processes.values().map(VmProcess::user_namespace);
+                of.is_some() && !living.chain([ours]).any(|namespace| namespace == of)
+            }
+            Isolation::Off => false,
         }
     }
 

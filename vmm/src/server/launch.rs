@@ -166,7 +166,8 @@ impl Server {
     ) -> Generation {
         let generation = Generation(self.fresh_id());
         self.pool.used(shape);
-        self.processes.get_mut(&process).expect("a process just taken").role = Role::Vm(generation);
+        let taken = self.processes.get_mut(&process).expect("a process just taken");
+        (taken.role, taken.vm) = (Role::Vm(generation), Some(generation));
         self.vms.insert(Vm {
             fresh: parent.is_none(),
             name,

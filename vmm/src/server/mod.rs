@@ -65,6 +65,7 @@ use guest_mem::manager::SwapCounts;
 use guest_mem::store::memfd::MemfdStores;
 use guest_mem::store::swap::SharedSwap;
 use guest_mem::sys::Userfaultfd;
+use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
@@ -269,6 +270,8 @@ impl Server {
             true => Some(Arc::new(Userfaultfd::new().map_err(io("make a userfaultfd"))?)),
             false => None,
         };
+        // What a VM process leaves behind is ours to end.
+        set_child_subreaper(true).map_err(|e| io("take in orphans")(e.into()))?;
         let lost = Roll::left_at(&roll_path(&home));
         // After the swap's threads were made: they may wait.
         let niceness = nice::go_ahead();

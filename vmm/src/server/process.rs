@@ -7,6 +7,7 @@ use super::window::{Memory, Want, Wants};
 use super::zygote::Zygote;
 use crate::link::Link;
 use crate::machine::state::PackedState;
+use crate::procfs;
 use crate::wire::{Bounds, Shape, ToVm};
 use guest_mem::StoreId;
 use guest_mem::sys::Trap;
@@ -80,10 +81,14 @@ pub struct VmProcess {
     pub shape: Shape,
     /// What it is for.
     pub role: Role,
+    /// The VM that it is, or was.
+    pub vm: Option<Generation>,
     /// What it can tell of.
     pub bounds: Rc<Bounds>,
     /// Whether it has said that it is prepared.
     pub ready: bool,
+    /// The user namespace that it was in when it was ready. One that is taken over may enter others.
+    pub namespace: Option<u64>,
     /// The socket to it.
     pub link: Link,
     /// The watch on the socket.
@@ -135,7 +140,9 @@ impl VmProcess {
             shape,
             role: Role::Preparing,
             bounds,
+            vm: None,
             ready: false,
+            namespace: None,
             link,
             link_token: None,
             link_ended: None,
@@ -200,6 +207,12 @@ impl VmProcess {
     /// The state that a freeze would find now, with nothing written since the last one, if that is known.
     pub fn still(&self) -> Option<&PackedState> {
         self.still.as_ref()
+    }
+
+    /// The user namespace of the process, as long as it lives.
+    pub fn user_namespace(&self) -> Option<u64> {
+        let main = self.memory.main.get()?;
+        self.namespace.or_else(|| procfs::user_namespace(main.as_raw()).ok())
     }
 
     /// Whether it has made its KVM VM, and is no VM's process.

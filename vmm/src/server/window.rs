@@ -15,6 +15,7 @@ use crate::wire::{ADDRESSES_END, Frozen};
 use guest_mem::sys::Userfaultfd;
 use guest_mem::{Failure, Gfn, GfnRange, PAGE_SIZE, Protection, ScratchRange, StoreId, Window};
 use nix::fcntl::OFlag;
+use nix::sys::stat::fstat;
 use nix::unistd::{Pid, pipe2};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, VecDeque};
@@ -57,6 +58,8 @@ pub struct Memory {
     image: OnceCell<File>,
     /// How often in a row it could not be read.
     refused: Cell<u32>,
+    /// The number that the process was born with.
+    pub born: Pid,
     /// The process; none once it has been reaped.
     pub main: Cell<Option<Pid>>,
     /// It has ended, and all that it said has been heard.
@@ -91,6 +94,9 @@ struct Copy {
     _lifeline: OwnedFd,
 }
 
+/// How often traps that are dismissed are looked for in a round.
+const DISMISSALS: usize = 16;
+
 /// A page that could not be read so often is held back: the manager tries every 50 ms.
 const REFUSED_MOST: u32 = 100;
 
@@ -108,6 +114,7 @@ impl Memory {
             base: Cell::new(0),
             image: OnceCell::new(),
             refused: Cell::new(0),
+            born: main,
             main: Cell::new(Some(main)),
             silent: Cell::new(false),
             keeper: Cell::new(None),
@@ -199,6 +206,14 @@ impl Memory {
         self.scratch.borrow_mut().clear();
     }
 
+    /// Whether a process holds on to the pipe of the freeze under way. Nobody was given that but the VM process, from which
+    /// its copy has it from its first moment on.
+    pub fn has_lifeline(&self, pid: Pid) -> bool {
+        let lifeline = self.lifeline.borrow();
+        let inode = lifeline.as_ref().and_then(|ours| fstat(ours).ok()).map(|found| found.st_ino);
+        inode.is_some_and(|inode| procfs::holds(pid.as_raw(), &format!("pipe:[{inode}]")))
+    }
+
     /// The process has made a copy of itself.
     pub fn note_copy(&self, pid: Pid) {
         self.copies.borrow_mut().push(pid);
@@ -232,7 +247,11 @@ impl Memory {
     pub fn dismiss_traps(&self) {
         let Some(source) = self.traps.get() else { return };
         let mut traps = Vec::new();
-        while source.read(&mut traps, 64).is_ok() && !traps.is_empty() {
+        // Whoever gives its pages back traps as soon as it has been answered.
+        for _ in 0..DISMISSALS {
+            if source.read(&mut traps, 64).is_err() || traps.is_empty() {
+                return;
+            }
             for trap in traps.drain(..) {
                 let answered = source.zero(trap.address, PAGE_SIZE).and(source.wake(trap.address, PAGE_SIZE));
                 answered.unwrap_or_else(|error| log::debug!("a trap of {:?}, which ends: {error}", self.process));
@@ -444,6 +463,24 @@ mod tests {
         assert!(!failed());
         (0..REFUSED_MOST).for_each(|_| drop(remote.read_scratch(store, Gfn(6), &mut page)));
         assert!(failed(), "what is held back for long ends the VM");
+    }
+
+    /// A process named a copy that a sibling had made of itself as its own, and the server read that family's memory.
+    #[test]
+    fn only_who_was_given_the_lifeline_has_it() {
+        let memory = Memory::new(ProcessId(1), Pid::this(), Wants::default());
+        let theirs = memory.spin_lifeline().unwrap();
+        let other = Memory::new(ProcessId(2), Pid::this(), Wants::default());
+        let others = other.spin_lifeline().unwrap();
+        // A child that has one of the two; closed on exec.
+        let mut child = std::process::Command::new("sleep").arg("60").stdin(theirs).spawn().unwrap();
+        let pid = Pid::from_raw(child.id() as i32);
+        assert!(memory.has_lifeline(pid));
+        assert!(!other.has_lifeline(pid));
+        memory.cut_lifeline();
+        assert!(!memory.has_lifeline(pid), "no freeze is under way");
+        drop(others);
+        child.kill().and_then(|()| child.wait()).unwrap();
     }
 
     /// A guest's page was being read from swap when its VM was removed: nobody answered the trap any more, and the worker of
