@@ -315,6 +315,8 @@ fn a_process_has_no_file_of_the_hosts_and_sees_no_frame_numbers() {
         };
         assert!(open.iter().all(|(_, name)| may_be(name)), "{}: {open:?}", vm.name());
     }
+    // Pages of the process's own: those of before have left it.
+    vm.fill(1000..1100, 2);
     let Some(hostile) = Hostile::take_over(&vm) else { return };
     let pagemap = hostile.take(&format!("/proc/{}/pagemap", vm.pid())).expect("a VM process has its pagemap");
     let mut entries = [0; 8 * 100];

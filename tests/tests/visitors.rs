@@ -35,7 +35,9 @@ fn a_server_is_its_users_alone() {
     umask(Mode::empty());
     home.launch("a", ByteSize::mib(32));
     let socket = home.path().join("socket");
-    for (file, most) in [("socket", 0o600), ("vms", 0o600), ("cage", 0o755), ("", 0o700)] {
+    for (file, most) in
+        [("socket", 0o600), ("vms", 0o600), ("cage", 0o700), ("server.log", 0o600), ("lock", 0o600), ("", 0o700)]
+    {
         let mode = fs::metadata(home.path().join(file)).expect(file).mode() & 0o777;
         assert_eq!(mode & !most, 0, "{file:?}: {mode:o}");
     }

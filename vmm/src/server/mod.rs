@@ -68,6 +68,7 @@ use guest_mem::sys::Userfaultfd;
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 use pool::Pool;
 use process::{ProcessId, VmProcess};
@@ -210,6 +211,8 @@ struct Server {
 /// # Errors
 /// The home has a server already, or the host will not let this one start.
 pub fn run(config: Config) -> Result<(), Error> {
+    // Whatever the mask is that we were started with: what is in the home is its user's alone.
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
     heap::keep();
     config.home.create()?;
     let lock = config.home.lock()?;
