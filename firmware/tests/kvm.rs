@@ -23,6 +23,11 @@ use vm_memory::{
 /// The registers under test are those the VMM uses.
 #[path = "../../vmm/src/boot/monitor.rs"]
 mod boot;
+#[path = "../../guest-mem/tests/common/skip.rs"]
+#[allow(dead_code, reason = "each crate's tests lack something else")]
+mod skips;
+
+use skips::{Lack, skip};
 
 const COM1_LSR: u16 = COM1 + 5;
 const MIB: u64 = 1 << 20;
@@ -32,9 +37,9 @@ macro_rules! say {
     ($($arg:tt)*) => { writeln!(std::io::stderr(), $($arg)*).expect("standard error is open") };
 }
 
-/// /dev/kvm, or nothing and a word about it.
+/// /dev/kvm, or nothing where tests may do without.
 fn kvm() -> Option<Kvm> {
-    Kvm::new().inspect_err(|error| say!("SKIPPED: a firmware test needs /dev/kvm: {error}")).ok()
+    Kvm::new().inspect_err(|error| skip(Lack::Kvm, format!("/dev/kvm: {error}"))).ok()
 }
 
 /// Why the VMM has control again.

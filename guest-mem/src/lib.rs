@@ -37,6 +37,10 @@ mod pages;
 mod ranges;
 mod reclaim;
 pub mod runs;
+#[cfg(test)]
+#[path = "../tests/common/skip.rs"]
+#[allow(dead_code, reason = "each crate's tests lack something else")]
+mod skips;
 pub mod stage2;
 pub mod stats;
 mod steps;

@@ -8,6 +8,11 @@ use std::thread;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+#[path = "common/skip.rs"]
+#[allow(dead_code, reason = "each crate's tests lack something else")]
+mod skips;
+use skips::{Lack, skip};
+
 const PAGES: u64 = 1024;
 const LONG: Duration = Duration::from_secs(30);
 
@@ -21,7 +26,7 @@ fn family() -> Option<(Local, LocalVm)> {
             Some((family, vm))
         }
         Err(error) => {
-            eprintln!("SKIPPED: {error}");
+            skip(Lack::Userfaultfd, error);
             None
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::binary::binary;
 use crate::turn::{Company, Turn};
-use crate::{Outcome, TEN_SECONDS, is_root, process, skip};
+use crate::{Lack, Outcome, TEN_SECONDS, is_root, process, skip};
 use nix::unistd::{Gid, Uid, chown, mkdtemp};
 use std::ffi::OsString;
 use std::io::Write;
@@ -43,11 +43,11 @@ impl Setup {
     #[must_use]
     pub fn home(self) -> Option<TestHome> {
         if let Err(e) = vmm::host::open_kvm() {
-            skip(&e.to_string());
+            skip(Lack::Kvm, e);
             return None;
         }
         if self.user != User::Same && !is_root() {
-            skip("only root can become another user");
+            skip(Lack::Root, "only root can become another user");
             return None;
         }
         // Building may take long, and is nothing to wait for a turn with.

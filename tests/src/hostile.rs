@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // pidfds, which have no safe wrapper
 
 use crate::guest::Guest;
-use crate::{TEN_SECONDS, is_root, skip};
+use crate::{Lack, TEN_SECONDS, is_root, skip};
 use guest_mem::{Gfn, GfnRange, Harvest, StoreId};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -30,7 +30,7 @@ impl Hostile {
     #[must_use]
     pub fn take_over(vm: &Vm) -> Option<Self> {
         if !is_root() {
-            skip("only root may take descriptors of other processes");
+            skip(Lack::Root, "only root may take descriptors of other processes");
             return None;
         }
         let pid = vm.pid();

@@ -8,6 +8,7 @@
 //! | `hostile` | a VM process that has been taken over |
 //! | `puppet` | a process that makes the system calls a test wants |
 //! | `served` | a server with options of its own |
+//! | `skips` | what becomes of a test that cannot run here |
 //! | `turn` | who may run beside whom |
 //! | `binary` | the `offshoot` binary, built if it is not there or not of today |
 //! | `command` | how a command line ended |
@@ -18,7 +19,7 @@
 //!
 //! The benchmarks (`bench/`, a program of their own) share none of it.
 //!
-//! A test that cannot run here says so on stderr, in a line that begins with `SKIPPED`, and passes.
+//! A test that cannot run here fails, unless `OFFSHOOT_SKIPS` allows it to be skipped ([`skip`]).
 
 mod binary;
 mod command;
@@ -30,6 +31,8 @@ pub mod hostile;
 pub mod process;
 pub mod puppet;
 mod served;
+#[path = "../../guest-mem/tests/common/skip.rs"]
+mod skips;
 mod traced;
 mod turn;
 
@@ -39,19 +42,26 @@ pub use figures::{Random, TEN_SECONDS, median, wait_until};
 pub use guest::{Guest, PATIENCE, each, fork_settled};
 pub use home::{Setup, TestHome, User};
 pub use served::Served;
+pub use skips::{Lack, skip};
 pub use traced::{Image, Stamp, Traced};
 pub use turn::Company;
-
-use std::io::Write;
-
-/// Says that a test, or a part of it, is not run, and why: past the test runner's capture.
-pub fn skip(reason: &str) {
-    let test = std::thread::current().name().unwrap_or("?").to_owned();
-    // A closed stderr changes nothing about the test.
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {reason}");
-}
 
 /// Whether this process is root.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Lack;
+    use super::skips::allows;
+
+    #[test]
+    fn only_what_is_listed_is_skipped() {
+        assert_eq!(allows("", Lack::Kvm), Ok(false), "nothing passes silently");
+        assert_eq!(allows("root, fuse", Lack::Root), Err("fuse"), "who mistypes a word hears of it");
+        assert_eq!(allows("root, lab", Lack::Root), Ok(true));
+        assert_eq!(allows("root, lab", Lack::Kvm), Ok(false));
+        assert_eq!(allows("all", Lack::Kvm), Ok(true));
+    }
 }

@@ -1,7 +1,7 @@
 //! What makes no sense is refused: exit code 2, one line on stderr, nothing changed, nothing left behind.
 
 use offshoot_tests::process::kill;
-use offshoot_tests::{Guest, Setup, TEN_SECONDS, TestHome, User, skip};
+use offshoot_tests::{Guest, Lack, Setup, TEN_SECONDS, TestHome, User, skip};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -167,7 +167,9 @@ impl Drop for Group {
 #[test]
 fn more_memory_than_the_control_group_allows() {
     let Some(home) = TestHome::new() else { return };
-    let Some(group) = small_group() else { return skip("no control group that bounds memory can be made here") };
+    let Some(group) = small_group() else {
+        return skip(Lack::Cgroups, "no control group that bounds memory can be made here");
+    };
     let launch = |memory: &str| {
         let command = home.command(&["launch", "x", "--mem", memory]);
         let mut inside = Command::new("sh");

@@ -1,6 +1,6 @@
 //! `tests/bench`: what it measures gets into its JSON, and what it cannot do it says.
 
-use offshoot_tests::{offshoot_binary, skip};
+use offshoot_tests::{Lack, offshoot_binary, skip};
 use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
@@ -33,7 +33,7 @@ impl Drop for Directory {
 #[test]
 fn a_quick_measure_gets_into_the_json() {
     if let Err(e) = vmm::host::open_kvm() {
-        return skip(&e.to_string());
+        return skip(Lack::Kvm, e);
     }
     let directory = Directory::new();
     let (json, svg) = (directory.0.join("figures.json"), directory.0.join("curves"));

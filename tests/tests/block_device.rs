@@ -1,7 +1,7 @@
 //! A block device as swap.
 
 use nix::sched::{CloneFlags, unshare};
-use offshoot_tests::{Guest, Served, TEN_SECONDS, TestHome, fork_settled, is_root, skip, wait_until};
+use offshoot_tests::{Guest, Lack, Served, TEN_SECONDS, TestHome, fork_settled, is_root, skip, wait_until};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -24,7 +24,7 @@ impl Loop {
     /// None where there are no loop devices for us; then it is told loudly.
     fn new(file: &Path) -> Option<Self> {
         if !is_root() {
-            skip("only root can make loop devices");
+            skip(Lack::Root, "only root can make loop devices");
             return None;
         }
         let backing = File::create(file).expect("make a file");
@@ -40,7 +40,7 @@ impl Loop {
         match opened {
             Ok((path, open)) => Some(Self { path, backing: file.to_owned(), file: backing, _open: open }),
             Err(error) => {
-                skip(&format!("no loop devices: {error}"));
+                skip(Lack::Disks, format!("no loop devices: {error}"));
                 let _ = fs::remove_file(file);
                 None
             }
@@ -143,7 +143,7 @@ fn devices_that_cannot_be_had_are_refused() {
 
     let made = Command::new("mkfs.ext2").arg("-q").arg(&device.path).status();
     if !made.is_ok_and(|status| status.success()) {
-        return skip("no mkfs.ext2: no file system to mount");
+        return skip(Lack::Disks, "no mkfs.ext2: no file system to mount");
     }
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount table of our own");
     let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
@@ -154,7 +154,7 @@ fn devices_that_cannot_be_had_are_refused() {
     if let Err(error) = nix::mount::mount(Some(&device.path), &point, Some("ext2"), none, None::<&str>)
         .or_else(|_| nix::mount::mount(Some(&device.path), &point, Some("ext4"), none, None::<&str>))
     {
-        return skip(&format!("the file system cannot be mounted: {error}"));
+        return skip(Lack::Disks, format!("the file system cannot be mounted: {error}"));
     }
     refused(device.name(), "mounted, or in use");
     nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).expect("unmount");

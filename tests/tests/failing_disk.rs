@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 use offshoot_tests::fuse::{Faults, FaultyFile};
-use offshoot_tests::{Guest, Served, TEN_SECONDS, TestHome, each, fork_settled, is_root, skip, wait_until};
+use offshoot_tests::{Guest, Lack, Served, TEN_SECONDS, TestHome, each, fork_settled, is_root, skip, wait_until};
 use std::ops::Range;
 use vmm::api::{Totals, VmState};
 use vmm::client::Vm;
@@ -27,13 +27,13 @@ impl Family {
     fn new() -> Option<Self> {
         let home = TestHome::new()?;
         if !is_root() {
-            skip("only root can mount a file system");
+            skip(Lack::Root, "only root can mount a file system");
             return None;
         }
         let disk = match FaultyFile::mount(DISK) {
             Ok(disk) => disk,
             Err(error) => {
-                skip(&format!("no FUSE: {error}"));
+                skip(Lack::Disks, format!("no FUSE: {error}"));
                 return None;
             }
         };

@@ -2,7 +2,7 @@
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use offshoot_tests::process::{descriptors, maps, user_namespace, users};
-use offshoot_tests::{Guest, Setup, TestHome, User, is_root, skip};
+use offshoot_tests::{Guest, Lack, Setup, TestHome, User, is_root, skip};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
@@ -71,7 +71,7 @@ fn stores_are_sealed_and_read_only() {
 fn as_root_each_vm_process_is_a_user_of_its_own() {
     let Some(home) = TestHome::new() else { return };
     if !is_root() {
-        return skip("only root can give each VM process a user of its own");
+        return skip(Lack::Root, "only root can give each VM process a user of its own");
     }
     let vms = family(&home);
     let mut seen = BTreeSet::from([0]);
@@ -97,7 +97,10 @@ fn an_ordinary_user_has_isolation_by_user_namespace() {
         items.clone().find(|item| item["item"] == name).unwrap_or_else(|| panic!("no {name} in {doctor}")).clone()
     };
     if item("isolation")["verdict"] != "ok" {
-        return skip(&format!("no user namespaces for ordinary users here: {}", item("isolation")));
+        return skip(
+            Lack::UserNamespaces,
+            format!("no user namespaces for ordinary users here: {}", item("isolation")),
+        );
     }
     assert_eq!(home.cli(&["launch", "u", "--mem", "32M"]).good(), "u\n");
     assert_eq!(home.cli(&["send", "u", "fill 1000 2000 5"]).good(), "ok filled=2000\n");

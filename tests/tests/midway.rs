@@ -1,6 +1,6 @@
 //! Forks of a guest that is in the middle of something.
 
-use offshoot_tests::{Guest, PATIENCE, TEN_SECONDS, TestHome, skip, wait_until};
+use offshoot_tests::{Guest, Lack, PATIENCE, TEN_SECONDS, TestHome, skip, wait_until};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::ops::Range;
@@ -106,7 +106,7 @@ fn gap_while_forked(vm: &Vm) -> u64 {
 fn the_host_compacts_memory_meanwhile() {
     let Some(home) = TestHome::alone() else { return };
     let Ok(mut compact) = OpenOptions::new().write(true).open("/proc/sys/vm/compact_memory") else {
-        return skip("/proc/sys/vm/compact_memory cannot be written");
+        return skip(Lack::Proc, "/proc/sys/vm/compact_memory cannot be written");
     };
     let vm = home.launch("c", ByteSize::mib(80));
     let (stop, mut compactions, mut forks) = (AtomicBool::new(false), 0, 0);

@@ -3,7 +3,7 @@
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use offshoot_tests::{Guest, Served, TEN_SECONDS, TestHome, fork_settled, is_root, skip, wait_until};
+use offshoot_tests::{Guest, Lack, Served, TEN_SECONDS, TestHome, fork_settled, is_root, skip, wait_until};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,12 @@ const OWN: std::ops::Range<u64> = 1000..17_384;
 
 /// Shows `text` in the place of a file of /proc, to this thread and to what it starts. Where, to change it.
 fn instead_of(proc: &str, home: &TestHome, text: &str) -> Option<PathBuf> {
-    if !is_root() || !Path::new(proc).exists() {
-        skip(&format!("not root, or no {proc}"));
+    if !is_root() {
+        skip(Lack::Root, format!("only root can cover {proc}"));
+        return None;
+    }
+    if !Path::new(proc).exists() {
+        skip(Lack::Proc, format!("no {proc}"));
         return None;
     }
     let mine = home.path().with_file_name(proc.replace('/', "-"));
@@ -28,7 +32,7 @@ fn instead_of(proc: &str, home: &TestHome, text: &str) -> Option<PathBuf> {
     match mount(Some(&mine), proc, None::<&str>, MsFlags::MS_BIND, None::<&str>) {
         Ok(()) => Some(mine),
         Err(error) => {
-            skip(&format!("{proc} cannot be covered: {error}"));
+            skip(Lack::Proc, format!("{proc} cannot be covered: {error}"));
             None
         }
     }
@@ -106,7 +110,7 @@ impl Group {
                 return Some(group);
             }
         }
-        skip("no control group whose memory can be limited");
+        skip(Lack::Cgroups, "no control group whose memory can be limited");
         None
     }
 }

@@ -14,5 +14,9 @@ mod nice;
 pub mod plain;
 pub mod procfs;
 pub mod server;
+#[cfg(test)]
+#[path = "../../guest-mem/tests/common/skip.rs"]
+#[allow(dead_code, reason = "each crate's tests lack something else")]
+mod skips;
 pub mod units;
 pub mod wire;

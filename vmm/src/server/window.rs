@@ -387,6 +387,7 @@ impl Drop for RemoteWindow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::skips::{Lack, skip};
     use guest_mem::sys::Memfd;
     use guest_mem::window::host::{Features, HostWindow, HugePages, Place};
     use guest_mem::{PageCount, Run, Source};
@@ -429,7 +430,7 @@ mod tests {
     #[test]
     fn whoever_reads_memory_never_waits_for_who_has_it() {
         if !crate::host::features().userfaultfd {
-            return eprintln!("SKIPPED: no userfaultfd");
+            return skip(Lack::Userfaultfd, "no userfaultfd");
         }
         let pages = GfnRange::from(0..16);
         let features = Features { userfaultfd: true, pagemap_scan: false };
@@ -488,7 +489,7 @@ mod tests {
     #[test]
     fn who_waits_for_a_forgotten_trap_touches_its_page_again() {
         if !crate::host::features().userfaultfd {
-            return eprintln!("SKIPPED: no userfaultfd");
+            return skip(Lack::Userfaultfd, "no userfaultfd");
         }
         let pages = GfnRange::from(0..16);
         let features = Features { userfaultfd: true, pagemap_scan: false };

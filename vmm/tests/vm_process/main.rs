@@ -6,9 +6,13 @@
 mod cases;
 mod family;
 mod figures;
+#[path = "../../../guest-mem/tests/common/skip.rs"]
+#[allow(dead_code, reason = "each crate's tests lack something else")]
+mod skips;
 mod worker;
 
 use libtest_mimic::{Arguments, Trial};
+use skips::{Lack, skip};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
@@ -50,7 +54,7 @@ fn main() -> ExitCode {
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     let run = |case: fn()| match kvm_ioctls::Kvm::new() {
         Ok(_) => case(),
-        Err(error) => println!("SKIPPED: this host has no usable /dev/kvm ({error})"),
+        Err(error) => skip(Lack::Kvm, format!("/dev/kvm: {error}")),
     };
     let trials = CASES.iter().map(|&(name, case)| {
         Trial::test(name.replace(' ', "_"), move || {

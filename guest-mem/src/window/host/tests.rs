@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::addr::{PageCount, PageIndex};
+use crate::skips::{Lack, skip};
 use crate::sys::{Alias, Memfd, inject};
 use crate::window::Harvest;
 use std::sync::Arc;
@@ -26,12 +27,12 @@ fn frames(range: std::ops::Range<u64>) -> GfnRange {
 }
 
 impl Rig {
-    /// `None`, and a word about it, where traps are not to be had.
+    /// `None` where traps are not to be had and tests may do without.
     fn new(features: Features) -> Option<Self> {
         let uffd = match Userfaultfd::new() {
             Ok(uffd) => Arc::new(uffd),
             Err(error) => {
-                println!("SKIPPED: no userfaultfd ({error})");
+                skip(Lack::Userfaultfd, error);
                 return None;
             }
         };
@@ -403,8 +404,7 @@ fn no_private_page_is_missed_while_the_kernel_moves_pages_about() {
     let Some(mut rig) = Rig::new(ALL) else { return };
     let compact = "/proc/sys/vm/compact_memory";
     if let Err(error) = fs::write(compact, "1") {
-        println!("SKIPPED: {compact}: {error}");
-        return;
+        return skip(Lack::Proc, format!("{compact}: {error}"));
     }
     let stop = Arc::new(AtomicBool::new(false));
     let compactor = {
