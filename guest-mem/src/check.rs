@@ -227,7 +227,7 @@ impl Family {
         let mut counts: BTreeMap<StoreId, [u64; 4]> = BTreeMap::new();
         let mut holders: BTreeMap<StoreId, BTreeMap<ObjectId, u64>> = BTreeMap::new();
         for (id, object) in self.objects.iter() {
-            let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
+            let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(..)));
             let gaps: u64 = gaps.map(|(pages, _)| pages.count().0).sum();
             if gaps != object.gaps {
                 broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.gaps));
@@ -244,7 +244,7 @@ impl Family {
                 *holders.entry(store).or_default().entry(id).or_default() += held;
                 match slot {
                     Slot::Resident(_) | Slot::Clean(..) => count[0] += held,
-                    Slot::Gap(_) => count[1] += held,
+                    Slot::Gap(..) => count[1] += held,
                     Slot::Unsettled(_) => count[2] += held,
                     Slot::Swapped(..) => count[3] += held,
                     Slot::Zero | Slot::Lost(..) => {}
@@ -312,9 +312,20 @@ impl Family {
         }
         let mut awaited: HashMap<ObjectId, RangeSet<u64>> = HashMap::new();
         for (id, object) in self.objects.iter().filter(|(_, object)| object.gaps > 0) {
-            for (gap, _) in object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(_))) {
-                for (found, pages) in self.objects.gap_sources(id, gap) {
+            for (gap, slot) in object.slots.iter() {
+                let Slot::Gap(_, source) = slot else { continue };
+                let sources: Vec<(Found, GfnRange)> = self.objects.gap_sources(source, gap).collect();
+                for (found, pages) in &sources {
                     awaited.entry(found.object).or_default().insert(pages.raw());
+                }
+                let below = self.objects.get(id).backing.map(|below| (Some(below.object), Gfn(below.origin)));
+                let (below, origin) = below.unwrap_or_default();
+                let below = self.objects.resolve(below, origin, gap).into_iter().filter_map(|segment| {
+                    segment.found.filter(|found| found.slot != Slot::Zero).map(|f| (f, f.indexes(segment.pages)))
+                });
+                let below: Vec<(Found, GfnRange)> = below.collect();
+                if below != sources {
+                    broken.push(format!("3: the gap {gap:?} of {id:?} is over {sources:?}, its chain has {below:?}"));
                 }
             }
         }

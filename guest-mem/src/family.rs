@@ -9,7 +9,7 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::AddressMap;
-use crate::object::{ObjectId, Objects};
+use crate::object::{ObjectId, Objects, Slot};
 use crate::overlay::{NewWindow, Overlay};
 use crate::pages::joined;
 use crate::runs::Runs;
@@ -243,7 +243,12 @@ impl Family {
             Source::Anonymous => None,
         });
         let freezing = self.vms.values().filter_map(|vm| vm.freezing.map(Freezing::store));
-        stores.chain(self.objects.stores.keys().copied()).chain(freezing).collect()
+        let gaps = self.objects.iter().filter(|(_, object)| object.gaps > 0).flat_map(|(_, o)| o.slots.iter());
+        let gaps = gaps.filter_map(|(_, slot)| match slot {
+            Slot::Gap(_, Source::Store { store, .. }) => Some(store),
+            _ => None,
+        });
+        stores.chain(gaps).chain(self.objects.stores.keys().copied()).chain(freezing).collect()
     }
 }
 

@@ -1,6 +1,7 @@
 //! One family's memory manager: the books, and the hands that carry out what they say.
 
 mod ahead;
+mod check;
 mod error;
 mod fill;
 mod swap;
@@ -23,7 +24,6 @@ use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
 use crate::window::{Failure, Harvest, StoreId, Window};
-use rangemap::RangeSet;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::rc::Rc;
@@ -76,6 +76,8 @@ pub struct Manager<S: StoreFactory, W> {
     /// Pages of a scratch range that have settled, and whose memory has not been given back.
     left: HashMap<StoreId, GfnRange>,
     swap_counts: SwapCounts,
+    /// Stores whose pages are being listed, and which of them have come or gone meanwhile.
+    watched: HashMap<StoreId, Vec<GfnRange>>,
     staging: Vec<u8>,
     /// A stretch of zero pages takes no storage from this length on.
     zero_run: u64,
@@ -103,6 +105,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             hidden: BTreeMap::new(),
             left: HashMap::new(),
             swap_counts: SwapCounts::default(),
+            watched: HashMap::new(),
             staging: vec![0; SETTLE_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
             max_runs: MAX_RUNS,
@@ -293,12 +296,14 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     fn drop_store(&mut self, store: StoreId) {
         self.hidden.remove(&store);
         self.to_swap.remove(&store);
+        self.watched.remove(&store);
         self.stores.remove(&store);
         self.copied.remove(&store);
         self.files.remove(&store);
     }
 
     fn punch(&mut self, store: StoreId, pages: GfnRange) {
+        self.touches(store, pages);
         if let Some(store) = self.stores.get_mut(&store) {
             store.punch(PageIndex(pages.start().0), pages.count());
         }
@@ -513,24 +518,6 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// What was copied for a freeze so far; asked for once, when it has settled.
     pub fn take_copied(&mut self, store: StoreId) -> Copied {
         self.copied.remove(&store).unwrap_or_default()
-    }
-
-    /// Holds the stores against the books: a page is in its store exactly if its slot says so (invariants 3 and 6).
-    pub fn check_stores(&self, broken: &mut Vec<String>) {
-        let resident = self.family.objects().resident();
-        for (&id, store) in &self.stores {
-            match store.extents() {
-                Err(error) => broken.push(format!("3: {id:?} cannot tell what it has: {error}")),
-                Ok(extents) => {
-                    let mut there: RangeSet<u64> = extents.into_iter().map(GfnRange::raw).collect();
-                    self.hidden.get(&id).into_iter().flatten().for_each(|pages| there.remove(pages.raw()));
-                    let told = resident.get(&id).cloned().unwrap_or_default();
-                    if there != told {
-                        broken.push(format!("3: {id:?} has pages {there:?}, the books say {told:?}"));
-                    }
-                }
-            }
-        }
     }
 
     fn window_do(&mut self, vm: VmId, action: impl FnOnce(&mut W)) {

@@ -1,12 +1,12 @@
 //! Figures: who has what to itself, and what is shared.
 
-use crate::addr::PageCount;
+use crate::addr::{GfnRange, PageCount};
 use crate::family::{Family, VmId};
 use crate::object::{Kind, Slot, shift_down};
 use crate::stage2::{Sharing, push_run};
 use crate::window::{Source, StoreId};
 use rangemap::RangeSet;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 
 /// A VM's pages by kind; they add up to its memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,15 +44,39 @@ pub struct Totals {
     pub unshared_tables: u64,
 }
 
+/// Of two parts of a VM's memory.
+impl AddAssign for PageCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.private += other.private;
+        self.shared += other.shared;
+        self.zero += other.zero;
+        self.unsettled += other.unsettled;
+        self.swapped += other.swapped;
+    }
+}
+
 impl Family {
     /// A VM's pages by kind. `live` is its live layer: the private pages of its window. Costs as much as the VM has leaves: what
     /// a shared table shows is shared, and of what only its own tables show the reverse map knows whether others see it.
     pub fn page_counts(&self, id: VmId, live: &RangeSet<u64>) -> PageCounts {
+        self.page_counts_within(id, (0..u64::MAX).into(), live)
+    }
+
+    /// The same of those frames of its memory that lie in `pages`.
+    pub fn page_counts_within(&self, id: VmId, pages: GfnRange, live: &RangeSet<u64>) -> PageCounts {
         let vm = self.vm(id);
         let count = |pages: &Range<u64>| pages.end - pages.start;
-        let mut counts = PageCounts { private: live.iter().map(count).sum(), ..PageCounts::default() };
+        let inside = pages.raw();
+        let written = live.overlapping(&inside).map(|part| GfnRange::from(part.clone()).intersect(pages).count().0);
+        let mut counts = PageCounts { private: written.sum(), ..PageCounts::default() };
         let (mut own, mut shared) = (Vec::new(), Vec::new());
+        let mut memory = 0;
         for (bounds, _) in vm.map.iter() {
+            let bounds = bounds.intersect(pages);
+            if bounds.is_empty() {
+                continue;
+            }
+            memory += bounds.count().0;
             self.stage2.for_each_leaf(vm.root, &[bounds], Sharing::Own, &mut |run, sharing| match sharing {
                 Sharing::Own => push_run(&mut own, run),
                 Sharing::Shared => push_run(&mut shared, run),
@@ -69,7 +93,7 @@ impl Family {
             for segment in self.objects.stored(store, origin, run.pages) {
                 let Some(found) = segment.found else { continue };
                 match found.slot {
-                    Slot::Unsettled(_) | Slot::Gap(_) => counts.unsettled += segment.pages.count().0,
+                    Slot::Unsettled(_) | Slot::Gap(..) => counts.unsettled += segment.pages.count().0,
                     Slot::Swapped(..) => counts.swapped += segment.pages.count().0,
                     _ => {}
                 }
@@ -81,7 +105,6 @@ impl Family {
                 }
             }
         }
-        let memory: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
         counts.zero = memory.saturating_sub(counts.private + counts.shared);
         counts
     }

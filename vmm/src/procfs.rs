@@ -2,6 +2,7 @@
 
 use guest_mem::PAGE_SHIFT;
 use nix::unistd::Pid;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -15,6 +16,16 @@ pub struct Usage {
     pub pss_shared: u64,
     /// Its page tables.
     pub page_tables: u64,
+    /// Its anonymous memory.
+    pub anonymous: u64,
+}
+
+/// The files that say what a process uses. As long as they are open, they are about no other.
+#[derive(Debug)]
+pub struct UsageFiles {
+    rollup: File,
+    status: File,
+    statm: File,
 }
 
 /// A mapping, as a line of `/proc/PID/maps` tells it.
@@ -32,19 +43,31 @@ pub struct Mapping {
     pub inode: u64,
 }
 
-/// The memory of a process.
-///
-/// # Errors
-/// It is gone, or not ours to look at.
-pub fn usage(pid: i32) -> io::Result<Usage> {
-    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let bytes = |text: &str, key| kib_field(text, key).unwrap_or(0) << 10;
-    Ok(Usage {
-        pss: bytes(&rollup, "Pss:"),
-        pss_shared: bytes(&rollup, "Pss_Shmem:"),
-        page_tables: bytes(&status, "VmPTE:"),
-    })
+impl UsageFiles {
+    /// Those of a process.
+    ///
+    /// # Errors
+    /// It is gone, or not ours to look at.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        let open = |name| File::open(format!("/proc/{pid}/{name}"));
+        Ok(Self { rollup: open("smaps_rollup")?, status: open("status")?, statm: open("statm")? })
+    }
+
+    /// What it uses. The kernel goes over all its page tables for this: some 20 ms for each GiB.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn read(self) -> io::Result<Usage> {
+        let [rollup, status, statm] = [self.rollup, self.status, self.statm].map(io::read_to_string);
+        let (rollup, status) = (rollup?, status?);
+        let bytes = |text: &str, key| kib_field(text, key).unwrap_or(0) << 10;
+        Ok(Usage {
+            pss: bytes(&rollup, "Pss:"),
+            pss_shared: bytes(&rollup, "Pss_Shmem:"),
+            page_tables: bytes(&status, "VmPTE:"),
+            anonymous: parse_anonymous(&statm?),
+        })
+    }
 }
 
 /// The anonymous memory of a process, in bytes.
@@ -53,10 +76,13 @@ pub fn usage(pid: i32) -> io::Result<Usage> {
 /// It is gone.
 pub fn anonymous(pid: i32) -> io::Result<u64> {
     // Read often: much cheaper than `status`, whose RssAnon it is.
-    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    Ok(parse_anonymous(&std::fs::read_to_string(format!("/proc/{pid}/statm"))?))
+}
+
+fn parse_anonymous(statm: &str) -> u64 {
     let mut pages = statm.split_whitespace().skip(1).map(|word| word.parse::<u64>().unwrap_or(0));
     let (resident, shared) = (pages.next().unwrap_or(0), pages.next().unwrap_or(0));
-    Ok(resident.saturating_sub(shared) << PAGE_SHIFT)
+    resident.saturating_sub(shared) << PAGE_SHIFT
 }
 
 /// The time that a process has run, its guest included, in ticks of a hundredth of a second.
@@ -75,12 +101,20 @@ fn parse_ticks(stat: &str) -> Option<u64> {
     Some(next()? + next()?)
 }
 
-/// The mappings of a process that lie within `bounds`, in order.
+/// The file that lists the mappings of a process.
 ///
 /// # Errors
 /// It is gone, or not ours to look at.
-pub fn mappings(pid: i32, bounds: &Range<u64>) -> io::Result<Vec<Mapping>> {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+pub fn maps(pid: i32) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/maps"))
+}
+
+/// The mappings in [such a file](maps) that lie within `bounds`, in order.
+///
+/// # Errors
+/// The process is gone.
+pub fn mappings(maps: File, bounds: &Range<u64>) -> io::Result<Vec<Mapping>> {
+    let maps = io::read_to_string(maps)?;
     if maps.is_empty() {
         // It has ended, and has not been reaped.
         return Err(io::ErrorKind::NotFound.into());
@@ -170,10 +204,11 @@ mod tests {
         while std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().split(' ').nth(2) != Some("Z") {
             std::thread::yield_now();
         }
-        assert!(mappings(pid, &(0..u64::MAX)).is_err());
+        let all = |pid| mappings(maps(pid)?, &(0..u64::MAX));
+        assert!(all(pid).is_err());
         ended.wait().unwrap();
-        assert!(mappings(pid, &(0..u64::MAX)).is_err());
-        assert!(!mappings(std::process::id() as i32, &(0..u64::MAX)).unwrap().is_empty());
+        assert!(all(pid).is_err());
+        assert!(!all(std::process::id() as i32).unwrap().is_empty());
     }
 
     #[test]
@@ -187,7 +222,7 @@ mod tests {
     #[test]
     fn this_process_uses_memory() {
         assert!(anonymous(std::process::id() as i32).unwrap() > 0);
-        let usage = usage(std::process::id() as i32).unwrap();
-        assert!(usage.pss > usage.pss_shared && usage.page_tables > 0);
+        let usage = UsageFiles::open(std::process::id() as i32).unwrap().read().unwrap();
+        assert!(usage.pss > usage.pss_shared && usage.page_tables > 0 && usage.anonymous > 0);
     }
 }

@@ -174,6 +174,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Puts staged pages into their store.
     pub(super) fn fill(&mut self, id: StoreId, pages: GfnRange, staged: Range<usize>) -> Result<(), Error> {
+        self.touches(id, pages);
         let store = self.stores.get_mut(&id).expect("a slot names a store that is there");
         let first = PageIndex(pages.start().0);
         store.fill(first, &self.staging[staged]).map_err(|source| {

@@ -20,7 +20,7 @@ pub(crate) use users::User;
 pub(crate) use zeros::ZERO_CLUSTER;
 use zeros::ZeroRuns;
 
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Pace, VmId};
 use crate::page_map::PageMap;
@@ -315,8 +315,8 @@ impl Objects {
                 let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
                 self.hollowed += u64::from(account.zeros.add(part));
             }
-            if let Slot::Gap(_) = slot {
-                self.leave_gap(id, part);
+            if let Slot::Gap(_, source) = slot {
+                self.leave_gap(source, part);
             }
             self.discharge(id, slot, part.count().0, effects);
         }
@@ -340,8 +340,8 @@ impl Objects {
         for pages in all {
             stored.iter().for_each(|&store| effects.push(Effect::Punch(store, pages)));
             swapped.iter().for_each(|base| effects.push(Effect::FreeSwap(base.slot(pages.start()), pages.count())));
-            if let Slot::Gap(_) = slot {
-                self.leave_gap(id, pages);
+            if let Slot::Gap(_, source) = slot {
+                self.leave_gap(source, pages);
             }
             count += pages.count().0;
         }
@@ -352,28 +352,29 @@ impl Objects {
     }
 
     /// These pages are not gaps any more.
-    fn leave_gap(&mut self, id: ObjectId, pages: GfnRange) {
-        let sources = self.gap_sources(id, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
+    fn leave_gap(&mut self, source: Source, pages: GfnRange) {
+        let sources = self.gap_sources(source, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
         let sources: Vec<_> = sources.collect();
         self.unneeded.extend(sources);
     }
 
-    /// What gaps of `id` are to be copied from, and which pages of that.
-    pub(crate) fn gap_sources(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
-        let (below, origin) = self.get(id).backing.map_or((None, 0), |below| (Some(below.object), below.origin));
-        let segments = self.resolve(below, Gfn(origin), pages).into_iter();
-        segments.filter_map(|segment| segment.found.map(|found| (found, found.indexes(segment.pages))))
+    /// What gaps over `source` are to be copied from, and which pages of that.
+    pub(crate) fn gap_sources(&self, source: Source, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
+        let segments = match source {
+            Source::Store { store, origin } => self.stored(store, origin, pages),
+            Source::Anonymous => Vec::new(),
+        };
+        segments.into_iter().filter_map(|segment| segment.found.map(|found| (found, found.indexes(segment.pages))))
     }
 
     /// The part of an object's pages that a gap above is to be copied from.
     pub(crate) fn waited_for(&self, object: ObjectId, pages: GfnRange) -> RangeSet<u64> {
         let mut waited = RangeSet::new();
         for &above in self.pending.iter().filter(|&&above| self.has_gaps(above)) {
-            let gaps = self.slots_in(above, pages).filter(|(_, slot)| matches!(slot, Slot::Gap(_)));
-            for (_, source) in
-                gaps.flat_map(|(gap, _)| self.gap_sources(above, gap)).filter(|(f, _)| f.object == object)
-            {
-                waited.insert(source.raw());
+            for (gap, slot) in self.slots_in(above, pages) {
+                let Slot::Gap(_, source) = slot else { continue };
+                let sources = self.gap_sources(source, gap).filter(|(found, _)| found.object == object);
+                waited.extend(sources.map(|(_, part)| part.raw()));
             }
         }
         waited
@@ -446,7 +447,7 @@ impl Objects {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
             Slot::Resident(_) | Slot::Clean(..) => account.resident += count,
             Slot::Swapped(..) => account.swapped += count,
-            Slot::Gap(_) => {
+            Slot::Gap(..) => {
                 account.gaps += count;
                 self.get_mut(id).gaps += count;
             }
@@ -479,7 +480,7 @@ impl Objects {
             Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left -= count,
             Slot::Resident(_) | Slot::Clean(..) => account.resident -= count,
             Slot::Swapped(..) => account.swapped -= count,
-            Slot::Gap(_) => {
+            Slot::Gap(..) => {
                 account.gaps -= count;
                 self.get_mut(id).gaps -= count;
             }
@@ -523,15 +524,10 @@ impl Objects {
         !self.put_off.is_empty()
     }
 
-    /// The pages that are in each store.
-    pub(crate) fn resident(&self) -> BTreeMap<StoreId, RangeSet<u64>> {
-        let mut resident: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
-        for (pages, slot) in self.iter().flat_map(|(_, object)| object.slots.iter()) {
-            if let Some(store) = slot.resident() {
-                resident.entry(store).or_default().insert(pages.raw());
-            }
-        }
-        resident
+    /// The pages that are in a store, object by object.
+    pub(crate) fn resident_in(&self, store: StoreId) -> Vec<GfnRange> {
+        let slots = self.owners(store).flat_map(|(object, _)| self.get(object).slots.iter());
+        slots.filter(|(_, slot)| slot.resident() == Some(store)).map(|(pages, _)| pages).collect()
     }
 
     /// Whether pages of a window of `holder` are waited for.

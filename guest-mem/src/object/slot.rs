@@ -2,7 +2,7 @@
 
 use crate::addr::Gfn;
 use crate::swap::SwapSlot;
-use crate::window::StoreId;
+use crate::window::{Source, StoreId};
 
 /// State of one page of an object. A page without a slot is *absent*: look further down the chain.
 ///
@@ -13,8 +13,9 @@ pub enum Slot {
     Zero,
     /// Moved out of a window by the freeze into this store, and still in that window's scratch range.
     Unsettled(StoreId),
-    /// A clean page between moved ones: windows map this store here, which is to get a copy of what is below.
-    Gap(StoreId),
+    /// A clean page between moved ones: windows map this store here, which is to get a copy of what its VM saw there before:
+    /// this, at the same guest frame. What is [named](super::Objects::stored) so stays the same, whatever becomes of the chain.
+    Gap(StoreId, Source),
     /// In the store.
     Resident(StoreId),
     /// In the store, and in swap as well: frozen bytes do not change, so it can be evicted without a write.
@@ -74,7 +75,7 @@ impl Slot {
         match self {
             Self::Zero => None,
             Self::Unsettled(s)
-            | Self::Gap(s)
+            | Self::Gap(s, _)
             | Self::Resident(s)
             | Self::Clean(s, _)
             | Self::Swapped(s, _)
@@ -100,13 +101,13 @@ impl Slot {
 
     /// Whether the page has still to get into its store.
     pub fn is_pending(self) -> bool {
-        matches!(self, Self::Unsettled(_) | Self::Gap(_))
+        matches!(self, Self::Unsettled(_) | Self::Gap(..))
     }
 
     /// Whether a page in this state may get into that one.
     pub(crate) fn may_become(self, to: Self) -> bool {
         match (self, to) {
-            (Self::Unsettled(_) | Self::Gap(_), _) => !to.is_pending(),
+            (Self::Unsettled(_) | Self::Gap(..), _) => !to.is_pending(),
             (Self::Resident(a), Self::Swapped(b, _))
             | (Self::Clean(a, _), Self::Resident(b))
             | (Self::Swapped(a, _), Self::Lost(b, Loss::Swap)) => a == b,

@@ -82,7 +82,11 @@ impl Family {
                 Some(top) if !entry.needs_copy && taken == private => top,
                 _ => self.stack_top(vm, pages, entry),
             };
+            let gaps = self.stage2.runs_of(self.vm(vm).root, &without(&taken, &private));
             self.fill_top(top, &taken, &private, store, effects);
+            for runs in gaps.chunk_by(|a, b| a.source == b.source) {
+                self.objects.put_all(top, runs.iter().map(|run| run.pages), Slot::Gap(store, runs[0].source));
+            }
             if let Some(below) = entry.object.filter(|&below| below != top) {
                 let pace = self.vm(vm).pace;
                 self.objects.unmap_untidily(below, vm, pace);
@@ -168,7 +172,6 @@ impl Family {
             taken.iter().for_each(|&pages| self.objects.vacate(top, pages, effects));
         }
         self.objects.put_all(top, private.iter().copied(), Slot::Unsettled(store));
-        self.objects.put_all(top, without(taken, private), Slot::Gap(store));
     }
 
     /// Where windows of children map `of`, the store of a freeze, though it has nothing there: zeros, fewer than `most` of them

@@ -8,7 +8,7 @@ use crate::ops::{CopyFrom, Job, Placed, Trap};
 use crate::stage2::Shape;
 use crate::steps::steps;
 use crate::swap::SwapSlot;
-use crate::window::{Harvest, StoreId};
+use crate::window::{Harvest, Source, StoreId};
 use rangemap::RangeSet;
 
 /// 1 TiB, in small tables.
@@ -100,6 +100,30 @@ fn a_trap_costs_the_same_at_any_depth_and_size_and_in_any_company() {
         fault(&family, child, 5)
     };
     assert_eq!(among(10), among(5000));
+}
+
+/// What a gap is to be copied from was looked for in all generations below, for each batch that was copied and once more when
+/// it was.
+#[test]
+fn a_copy_up_costs_the_same_at_any_depth() {
+    let at = |depth| {
+        let (mut family, last) = deep(depth, GIB, 8);
+        family.begin_freeze(last);
+        let harvest = Harvest { moved: vec![(0..2).into()], moved_private: vec![(1..2).into()], ..Harvest::default() };
+        family.finish_freeze(last, &harvest, PageCount(0), &mut Effects::default());
+        let mut copied = Vec::new();
+        let ((), steps) = steps(|| {
+            while let Some(job) = family.next_job(PageCount(64)) {
+                copied.push(job.from);
+                family.settled(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+            }
+        });
+        assert_eq!(copied[0], CopyFrom::Store { store: StoreId(0), origin: Gfn(0) });
+        family.tidy(&mut Effects::default());
+        family.check_invariants().unwrap();
+        steps
+    };
+    assert_eq!(at(10), at(1000));
 }
 
 /// Whether others see a page was a look at the table of each VM.
@@ -209,7 +233,8 @@ fn a_look_down_a_chain_is_no_recursion() {
             let object = objects.stack(top.map(|object| Backing { object, origin: 0 }));
             objects.put(object, (page..page + 1).into(), Slot::Unsettled(store));
             // A gap over a gap, and so on: all that is to be copied is at the bottom.
-            let last = if page == 0 { Slot::Unsettled(store) } else { Slot::Gap(store) };
+            let below = |page| Source::Store { store: StoreId(page as u32), origin: Gfn(0) };
+            let last = page.checked_sub(1).map_or(Slot::Unsettled(store), |page| Slot::Gap(store, below(page)));
             objects.put(object, (DEPTH..DEPTH + 1).into(), last);
             top = Some(object);
         }

@@ -3,9 +3,9 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, VmId};
-use crate::object::{Backing, Found, Loss, ObjectId, Objects, Slot, StoreAccount, SwapBase};
+use crate::object::{Found, Loss, ObjectId, Objects, Segment, Slot, StoreAccount, SwapBase};
 use crate::swap::SwapSlot;
-use crate::window::{Run, StoreId};
+use crate::window::{Run, Source, StoreId};
 use std::ops::ControlFlow;
 
 /// Where the bytes of a job are.
@@ -85,11 +85,10 @@ impl Family {
                 let scratch = self.objects.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
                 return Job { object, needed_by, pages, store, from: CopyFrom::Scratch(scratch.holder) };
             }
-            let (below, origin) = match self.objects.get(object).backing {
-                Some(Backing { object, origin }) => (Some(object), Gfn(origin)),
-                None => (None, Gfn(0)),
+            let segment = match slot {
+                Slot::Gap(_, Source::Store { store, origin }) => self.objects.stored(store, origin, pages)[0],
+                _ => Segment { pages, found: None },
             };
-            let segment = self.objects.resolve(below, origin, pages)[0];
             let from = match segment.found {
                 None | Some(Found { slot: Slot::Zero, .. }) => CopyFrom::Zero,
                 Some(Found { slot: Slot::Lost(_, loss), .. }) => CopyFrom::Lost(loss),
@@ -100,7 +99,7 @@ impl Family {
                     assert_eq!(origin, Gfn(0), "anonymous objects of a family share one index space");
                     CopyFrom::Swap { object, first: base.slot(segment.pages.start()) }
                 }
-                Some(found @ Found { slot: Slot::Unsettled(_) | Slot::Gap(_), .. }) => {
+                Some(found @ Found { slot: Slot::Unsettled(_) | Slot::Gap(..), .. }) => {
                     (object, pages, slot) = (found.object, found.indexes(segment.pages), found.slot);
                     continue;
                 }

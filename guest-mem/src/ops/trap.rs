@@ -64,7 +64,7 @@ impl Family {
         match found.slot {
             Slot::Zero => self.zeros(vm, gfn),
             Slot::Lost(_, loss) => Trap::Lost(loss),
-            Slot::Unsettled(_) | Slot::Gap(_) => {
+            Slot::Unsettled(_) | Slot::Gap(..) => {
                 Trap::Settle(self.job(found.object, found.indexes(segment.pages), found.slot))
             }
             Slot::Swapped(_, base) => {

@@ -29,31 +29,38 @@ pub struct MemfdStores {
 /// Closes files of stores. Whoever is the last to have one waits until all its pages are freed: that is a thread of its own,
 /// made with the first.
 #[derive(Debug, Default)]
-struct Closer(OnceLock<Option<Sender<OwnedFd>>>);
+struct Closer(OnceLock<Option<Sender<Files>>>);
 
 impl Closer {
-    fn close(&self, file: OwnedFd) {
+    fn close(&self, files: Files) {
         let start = || {
-            let (closer, files) = mpsc::channel();
+            let (closer, stores) = mpsc::channel();
             let thread = thread::Builder::new().name("closer".into());
-            thread.spawn(move || files.into_iter().for_each(drop)).ok().map(|_| closer)
+            thread.spawn(move || stores.into_iter().for_each(drop)).ok().map(|_| closer)
         };
         if let Some(closer) = self.0.get_or_init(start) {
-            // Where the thread is gone, the file is closed here.
-            drop(closer.send(file));
+            // Where the thread is gone, the files are closed here.
+            drop(closer.send(files));
         }
     }
+}
+
+/// All by which this process holds on to a store's pages.
+#[derive(Debug)]
+struct Files {
+    file: Memfd,
+    read_only: OwnedFd,
+    /// Mapped while pages are filled in.
+    alias: Option<Alias>,
 }
 
 /// A store that is a memfd.
 #[derive(Debug)]
 pub struct MemfdStore {
-    file: Memfd,
-    read_only: OwnedFd,
+    /// There until the store is dropped.
+    files: Option<Files>,
     inode: u64,
     userfaultfd: Option<Arc<Userfaultfd>>,
-    /// Mapped while pages are filled in.
-    alias: Option<Alias>,
     /// What was filled in, and is in our page tables still.
     filled: Vec<GfnRange>,
     closer: Arc<Closer>,
@@ -81,11 +88,9 @@ impl MemfdStores {
         let read_only = file.read_only()?;
         let inode = fstat(&file)?.st_ino;
         Ok(MemfdStore {
-            file,
-            read_only,
+            files: Some(Files { file, read_only, alias: None }),
             inode,
             userfaultfd: self.userfaultfd.clone(),
-            alias: None,
             filled: Vec::new(),
             closer: Arc::clone(&self.closer),
         })
@@ -105,7 +110,7 @@ impl StoreFactory for MemfdStores {
     type Swap = SharedSwap;
 
     fn create(&mut self, pages: PageCount) -> io::Result<MemfdStore> {
-        match self.spare.take_if(|spare| spare.file.pages() == pages) {
+        match self.spare.take_if(|spare| spare.files().file.pages() == pages) {
             Some(spare) => Ok(spare),
             None => self.make(pages),
         }
@@ -124,9 +129,13 @@ impl StoreFactory for MemfdStores {
 }
 
 impl MemfdStore {
+    fn files(&self) -> &Files {
+        self.files.as_ref().expect("a store has files until it is dropped")
+    }
+
     /// The descriptor for windows: it cannot be written through.
     pub fn read_only(&self) -> BorrowedFd<'_> {
-        self.read_only.as_fd()
+        self.files().read_only.as_fd()
     }
 
     /// The file's inode, by which `/proc/PID/maps` names it.
@@ -142,7 +151,7 @@ impl MemfdStore {
         }
         let count: u64 = self.filled.iter().map(|pages| pages.count().0).sum();
         if (self.filled.len() > STRETCHES || count >= FILLED.0)
-            && let Some(alias) = &self.alias
+            && let Some(alias) = self.files.as_ref().and_then(|files| files.alias.as_ref())
         {
             self.filled.drain(..).for_each(|pages| alias.forget(PageIndex(pages.start().0), pages.count()));
         }
@@ -151,22 +160,22 @@ impl MemfdStore {
 
 impl Drop for MemfdStore {
     fn drop(&mut self) {
-        // Ours are not the last then.
-        if let Ok(last) = self.read_only.try_clone() {
-            self.closer.close(last);
+        if let Some(files) = self.files.take() {
+            self.closer.close(files);
         }
     }
 }
 
 impl Store for MemfdStore {
     fn fill(&mut self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        let Files { file, alias, .. } = self.files.as_mut().expect("a store has files until it is dropped");
         let Some(userfaultfd) = &self.userfaultfd else {
-            return write_all(&self.file, first, bytes);
+            return write_all(file, first, bytes);
         };
-        if self.alias.is_none() {
-            self.alias = Some(Alias::new(&self.file, Arc::clone(userfaultfd))?);
-        }
-        let alias = self.alias.as_ref().expect("mapped above");
+        let alias = match alias {
+            Some(alias) => alias,
+            None => alias.insert(Alias::new(file, Arc::clone(userfaultfd))?),
+        };
         let filled = alias.fill(first, bytes).map_err(|error| match error {
             FillError::Planted(_) => io::Error::new(io::ErrorKind::AlreadyExists, error),
             FillError::Call { .. } => io::Error::other(error),
@@ -178,7 +187,7 @@ impl Store for MemfdStore {
     fn read(&self, first: PageIndex, buf: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         while done < buf.len() {
-            match pread(&self.file, &mut buf[done..], first.offset() as i64 + done as i64)? {
+            match pread(&self.files().file, &mut buf[done..], first.offset() as i64 + done as i64)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 n => done += n,
             }
@@ -187,27 +196,38 @@ impl Store for MemfdStore {
     }
 
     fn punch(&mut self, first: PageIndex, count: PageCount) {
-        if let Err(error) = self.file.punch(first, count) {
+        if let Err(error) = self.files().file.punch(first, count) {
             log::error!("pages {first:?}+{} of a store stay allocated: {error}", count.0);
         }
     }
 
     fn extents(&self) -> io::Result<Vec<GfnRange>> {
-        let mut extents = Vec::new();
-        let mut at = 0;
-        loop {
-            let start = match lseek(&self.file, at, Whence::SeekData) {
-                Err(Errno::ENXIO) => return Ok(extents),
-                found => found?,
-            };
-            at = lseek(&self.file, start, Whence::SeekHole)?;
-            extents.push(GfnRange::between(Gfn::of_gpa(start as u64), Gfn::of_gpa(at as u64)));
-        }
+        extents(self.read_only())
     }
 
     fn rest(&mut self) {
-        self.alias = None;
+        if let Some(files) = &mut self.files {
+            files.alias = None;
+        }
         self.filled.clear();
+    }
+}
+
+/// The pages that are there of the store that has this descriptor, in order. To go over them takes the kernel some 10 ms for
+/// each GiB, in one call.
+///
+/// # Errors
+/// Of `lseek`.
+pub fn extents(store: impl AsFd) -> io::Result<Vec<GfnRange>> {
+    let mut extents = Vec::new();
+    let mut at = 0;
+    loop {
+        let start = match lseek(&store, at, Whence::SeekData) {
+            Err(Errno::ENXIO) => return Ok(extents),
+            found => found?,
+        };
+        at = lseek(&store, start, Whence::SeekHole)?;
+        extents.push(GfnRange::between(Gfn::of_gpa(start as u64), Gfn::of_gpa(at as u64)));
     }
 }
 

@@ -18,6 +18,8 @@ use self::decide::{
     interval, shortage,
 };
 use super::Server;
+use super::aside::Holder;
+use super::look::Findings;
 use super::reclaim::{Evicted, NO_TRAPS};
 use super::vm::{FamilyId, Generation, Hold, Phase, Vms};
 use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
@@ -172,8 +174,16 @@ impl Server {
         Ok(self.budget.limit)
     }
 
-    /// Stores, compressed pages, and the anonymous memory of VM processes, prepared ones included, as it is now.
-    pub(super) fn accounted_bytes(&self) -> u64 {
+    /// Stores, compressed pages, and the anonymous memory of VM processes, prepared ones included, as it was seen.
+    pub(super) fn accounted_bytes(&self, seen: &Findings) -> u64 {
+        let vms = self.vms.iter().filter_map(|vm| vm.process);
+        let prepared = self.processes.values().filter(|process| process.is_prepared()).map(|process| process.id);
+        let live = vms.chain(prepared).filter_map(|id| seen.usage.get(&Holder::Process(id)));
+        self.kept_bytes() + self.books_bytes() + live.map(|usage| usage.anonymous).sum::<u64>()
+    }
+
+    /// The same as it is now.
+    fn accounted_now(&self) -> u64 {
         let pids = self.vms.iter().filter_map(|vm| self.memory_holder(vm.generation));
         let live: u64 = pids.filter_map(|pid| procfs::anonymous(pid).ok()).sum();
         self.kept_bytes() + self.books_bytes() + live + self.prepared_bytes()
@@ -334,7 +344,7 @@ impl Server {
         let (Ok(available), Ok(total)) = (crate::host::available_memory(), crate::host::total_memory()) else {
             return false;
         };
-        let fits = |limit| self.accounted_bytes() + 2 * bytes <= Marks::of(limit).target;
+        let fits = |limit| self.accounted_now() + 2 * bytes <= Marks::of(limit).target;
         self.budget.effective().is_none_or(fits) && 2 * bytes + NEAR_BYTES.max(total / NEAR_PART) <= available
     }
 

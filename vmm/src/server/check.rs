@@ -5,6 +5,7 @@
 //! pagemap, and every VM process is asked to try to write to a store.
 
 use super::Server;
+use super::aside::{Finding, LiveLayer, Ticket};
 use super::clients::ClientId;
 use super::vm::{FamilyId, Generation, Vm};
 use crate::api::{Answer, CheckReport};
@@ -12,11 +13,14 @@ use crate::procfs::{self, Mapping};
 use crate::wire::ToVm;
 use guest_mem::check::check_swap;
 use guest_mem::family::Family;
-use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, Run, Source};
+use guest_mem::runs::Runs;
+use guest_mem::store::memfd;
+use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, Run, Source, StoreId};
 use std::collections::{BTreeSet, VecDeque};
+use std::io;
 use std::time::{Duration, Instant};
 
-/// Checks under way.
+/// Checks under way; the first that has something left to look at has its turn.
 #[derive(Debug, Default)]
 pub struct Checks(Vec<Check>);
 
@@ -26,18 +30,32 @@ struct Check {
     report: CheckReport,
     /// What is still to be looked at: a part in a round, since others wait meanwhile.
     left: VecDeque<Part>,
+    /// What the first of these parts has asked aside.
+    asked: Option<Ticket>,
     /// VM processes that have still to tell how their attempts went.
     awaited: BTreeSet<Generation>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum Part {
     Books(FamilyId),
-    Stores(FamilyId),
+    /// What a store has: the kernel lists it.
+    Store(FamilyId, StoreId),
     Swap,
-    /// What a VM's window shows, and its live layer; at this time, and how often again if something is broken.
-    Window(Generation, Instant, u32),
+    Window(Window),
     Isolation,
+}
+
+/// What a VM's window shows, and its live layer.
+#[derive(Clone, Debug)]
+struct Window {
+    vm: Generation,
+    /// Not to be looked at before.
+    at: Instant,
+    /// How often again if something is broken.
+    looks: u32,
+    /// What the books said when the kernel was asked.
+    told: Option<Runs>,
 }
 
 /// A guest gives pages back when it likes: the window shows it a moment before we hear of it. What is broken is still so
@@ -48,50 +66,88 @@ const PAUSE: Duration = Duration::from_millis(1);
 impl Server {
     pub(super) fn check(&mut self, client: ClientId) {
         let report = CheckReport::default();
-        let books = self.families.keys().flat_map(|&family| [Part::Books(family), Part::Stores(family)]);
-        let windows = self.vms.iter().map(|vm| Part::Window(vm.generation, Instant::now(), LOOKS));
-        let left = books.chain([Part::Swap]).chain(windows).chain([Part::Isolation]).collect();
-        self.checks.0.push(Check { client, report, left, awaited: BTreeSet::new() });
+        let mut left = VecDeque::new();
+        for (&family, manager) in &self.families {
+            left.push_back(Part::Books(family));
+            left.extend(manager.stores().map(|store| Part::Store(family, store)));
+        }
+        left.push_back(Part::Swap);
+        let window = |vm: &Vm| Window { vm: vm.generation, at: Instant::now(), looks: LOOKS, told: None };
+        left.extend(self.vms.iter().map(|vm| Part::Window(window(vm))));
+        left.push_back(Part::Isolation);
+        self.checks.0.push(Check { client, report, left, asked: None, awaited: BTreeSet::new() });
     }
 
-    /// Goes on with a part of each check. When there is more to do.
+    /// Goes on with a part of a check. When there is more to do, unless something is to be heard first.
     pub(super) fn tend_checks(&mut self, now: Instant) -> Option<Instant> {
         let mut checks = std::mem::take(&mut self.checks.0);
-        for Check { report, left, awaited, .. } in &mut checks {
-            match left.pop_front() {
-                None => {}
-                Some(Part::Books(family)) => {
-                    let books = self.families.get(&family).map(|manager| manager.family().check_invariants());
-                    report.broken.extend(books.and_then(Result::err).into_iter().flatten());
-                }
-                Some(Part::Stores(family)) => {
-                    if let Some(manager) = self.families.get(&family) {
-                        manager.check_stores(&mut report.broken);
-                    }
-                }
-                Some(Part::Swap) => self.check_swap(report),
-                Some(part @ Part::Window(_, at, _)) if at > now => left.push_front(part),
-                Some(Part::Window(generation, _, looks)) => {
-                    let one = self.check_window(generation);
-                    if !one.broken.is_empty() && looks > 1 {
-                        left.push_front(Part::Window(generation, now + PAUSE, looks - 1));
-                    } else {
-                        report.vms += one.vms;
-                        report.mappings += one.mappings;
-                        report.pages += one.pages;
-                        report.broken.extend(one.broken);
-                    }
-                }
-                Some(Part::Isolation) => *awaited = self.probe_isolation(),
-            }
+        if let Some(check) = checks.iter_mut().find(|check| !check.left.is_empty()) {
+            self.go_on_checking(check, now);
         }
         checks.append(&mut self.checks.0);
         self.checks.0 = checks;
-        let next = self.checks.0.iter().filter_map(|check| match check.left.front()? {
-            Part::Window(_, at, _) => Some(*at),
+        let next = self.checks.0.iter().find(|check| !check.left.is_empty())?;
+        match next.left.front()? {
+            _ if next.asked.is_some() => None,
+            Part::Window(window) => Some(window.at),
             _ => Some(now),
-        });
-        next.min()
+        }
+    }
+
+    fn go_on_checking(&mut self, check: &mut Check, now: Instant) {
+        let Check { report, left, asked, awaited, .. } = check;
+        let Some(part) = left.front_mut().filter(|_| asked.is_none()) else { return };
+        match part {
+            Part::Books(family) => {
+                let books = self.families.get(family).map(|manager| manager.family().check_invariants());
+                report.broken.extend(books.and_then(Result::err).into_iter().flatten());
+            }
+            Part::Store(family, store) => *asked = self.ask_extents(*family, *store),
+            Part::Swap => self.check_swap(report),
+            Part::Window(window) if window.at > now => return,
+            Part::Window(window) => match self.ask_mappings(window.vm) {
+                Some((ticket, told)) => (*asked, window.told) = (Some(ticket), Some(told)),
+                None => report.vms += u64::from(self.steady(window.vm).is_some()),
+            },
+            Part::Isolation => *awaited = self.probe_isolation(),
+        }
+        if asked.is_none() {
+            left.pop_front();
+        }
+    }
+
+    /// Takes out the part that asked this, and its report.
+    fn take_asked(&mut self, ticket: Ticket) -> Option<(Part, &mut Check)> {
+        let check = self.checks.0.iter_mut().find(|check| check.asked == Some(ticket))?;
+        check.asked = None;
+        Some((check.left.pop_front()?, check))
+    }
+
+    /// 3 and 6: has what is in a store listed.
+    fn ask_extents(&mut self, family: FamilyId, store: StoreId) -> Option<Ticket> {
+        let manager = self.families.get_mut(&family)?;
+        let file = manager.store(store)?.read_only().try_clone_to_owned().ok()?;
+        manager.watch_store(store);
+        Some(self.aside.ask(move || Finding::Extents(memfd::extents(file))))
+    }
+
+    /// What is in a store has been listed.
+    pub(super) fn extents_came(&mut self, ticket: Ticket, extents: io::Result<Vec<GfnRange>>) {
+        let Some((Part::Store(family, store), _)) = self.take_asked(ticket) else { return };
+        let mut broken = Vec::new();
+        match (self.families.get_mut(&family), extents) {
+            (None, _) => {}
+            (Some(manager), Ok(extents)) => manager.check_store(store, &extents, &mut broken),
+            (Some(_), Err(error)) => broken.push(format!("3: {store:?} cannot tell what it has: {error}")),
+        }
+        self.report_broken(broken);
+    }
+
+    /// To the report of the check that has its turn.
+    fn report_broken(&mut self, broken: Vec<String>) {
+        if let Some(check) = self.checks.0.iter_mut().find(|check| !check.left.is_empty()) {
+            check.report.broken.extend(broken);
+        }
     }
 
     /// 4: no slot of swap is owned twice, and those in use are those that are owned.
@@ -105,36 +161,79 @@ impl Server {
         }
     }
 
-    /// 8, 9 and 10: what a VM process really maps.
-    fn check_window(&self, generation: Generation) -> CheckReport {
-        let mut report = CheckReport::default();
-        let steady = |vm: &&Vm| vm.is_alive() && vm.forks.is_empty() && vm.reclaiming.is_none();
-        let Some(vm) = self.vms.get(generation).filter(steady) else { return report };
-        report.vms = 1;
-        let Some((family, member)) = vm.memory else { return report };
-        let Some(process) = vm.process.and_then(|id| self.processes.get(&id)) else { return report };
-        let Some(pid) = process.memory.main.get().filter(|_| process.ready && process.waiting.is_empty()) else {
-            return report;
+    /// A VM whose window can be checked now: nothing is under way that changes it.
+    fn steady(&self, vm: Generation) -> Option<&Vm> {
+        self.vms.get(vm).filter(|vm| vm.is_alive() && vm.forks.is_empty() && vm.reclaiming.is_none())
+    }
+
+    /// Has what a VM process maps listed, and tells what it should.
+    fn ask_mappings(&mut self, generation: Generation) -> Option<(Ticket, Runs)> {
+        let vm = self.steady(generation)?;
+        let (family, member) = vm.memory?;
+        let process = self.processes.get(&vm.process?)?;
+        let pid = process.memory.main.get().filter(|_| process.ready && process.waiting.is_empty())?;
+        let told = self.families[&family].family().runs(member).clone();
+        let base = process.memory.base.get();
+        let bounds = base..base + told.last().map_or(0, |run| run.pages.end().gpa());
+        let (maps, layer) = (procfs::maps(pid.as_raw()), self.live_layer(vm));
+        let ticket = self.aside.ask(move || {
+            let live = layer.map(LiveLayer::read).unwrap_or_default();
+            let mappings = maps.and_then(|maps| procfs::mappings(maps, &bounds));
+            Finding::Window(mappings, live.iter().map(|part| part.end - part.start).sum())
+        });
+        Some((ticket, told))
+    }
+
+    /// What a VM process maps has been listed.
+    pub(super) fn window_seen(&mut self, ticket: Ticket, mappings: io::Result<Vec<Mapping>>, live: u64) {
+        let Some((Part::Window(window), _)) = self.take_asked(ticket) else { return };
+        let again = Window { at: Instant::now() + PAUSE, ..window.clone() };
+        let Some(vm) = self.steady(window.vm) else { return };
+        let told = vm.memory.map(|(family, member)| self.families[&family].family().runs(member).clone());
+        // One that was killed a moment ago has none, and will be reaped.
+        let mappings = mappings.unwrap_or_default();
+        let one = match &told {
+            Some(told) if !mappings.is_empty() => self.check_window(vm, told, &mappings, live),
+            _ => CheckReport { vms: 1, ..CheckReport::default() },
         };
+        let again = match (one.broken.is_empty(), told == window.told) {
+            (true, _) => None,
+            // Its window has changed meanwhile.
+            (false, false) => Some(again),
+            (false, true) => (window.looks > 1).then(|| Window { looks: window.looks - 1, ..again }),
+        };
+        let Some(check) = self.checks.0.iter_mut().find(|check| !check.left.is_empty()) else { return };
+        match again {
+            Some(again) => check.left.push_front(Part::Window(again)),
+            None => {
+                check.report.vms += one.vms;
+                check.report.mappings += one.mappings;
+                check.report.pages += one.pages;
+                check.report.broken.extend(one.broken);
+            }
+        }
+    }
+
+    /// 8, 9 and 10: what a VM process really maps is what the books tell.
+    fn check_window(&self, vm: &Vm, told: &Runs, mappings: &[Mapping], live: u64) -> CheckReport {
+        let mut report = CheckReport { vms: 1, ..CheckReport::default() };
+        let Some((family, process)) = vm.memory.map(|(family, _)| family).zip(vm.process) else { return report };
+        let Some(process) = self.processes.get(&process) else { return report };
         let manager = &self.families[&family];
-        let runs = manager.family().runs(member);
-        if runs.len() > self.max_runs as usize {
-            report.broken.push(format!("8: the window of {:?} has {} runs", vm.name, runs.len()));
+        if told.len() > self.max_runs as usize {
+            report.broken.push(format!("8: the window of {:?} has {} runs", vm.name, told.len()));
         }
         let base = process.memory.base.get();
-        let bounds = base..base + runs.last().map_or(0, |run| run.pages.end().gpa());
-        // One that was killed a moment ago has none, and will be reaped.
-        let Ok(mappings) = procfs::mappings(pid.as_raw(), &bounds) else { return report };
         report.mappings += mappings.len() as u64;
-        report.pages += self.live_layer(vm).iter().map(|part| part.end - part.start).sum::<u64>();
-        for run in runs.iter() {
+        report.pages += live;
+        for run in told.iter() {
             let inode = match run.source {
                 Source::Anonymous => Some(0),
                 Source::Store { store, .. } => {
                     manager.store(store).map(|s| s.inode()).or_else(|| manager.file(store).map(|f| f.inode()))
                 }
             };
-            if let Err(what) = check_run(run, inode, &mappings, base) {
+            if let Err(what) = check_run(run, inode, mappings, base) {
                 report.broken.push(format!("8: the window of {:?} at {:?}: {what}", vm.name, run.pages));
             }
         }
@@ -202,7 +301,9 @@ impl Check {
 /// the right offset, private, without holes.
 fn check_run(run: &Run, inode: Option<u64>, mappings: &[Mapping], base: u64) -> Result<(), String> {
     let mut at = run.pages.start();
-    for mapping in mappings {
+    let first = mappings.partition_point(|mapping| frame(mapping.addresses.end, base) <= at);
+    let touched = mappings[first..].iter().take_while(|m| frame(m.addresses.start, base) < run.pages.end());
+    for mapping in touched {
         let pages = GfnRange::between(frame(mapping.addresses.start, base), frame(mapping.addresses.end, base));
         let part = pages.intersect(run.pages);
         if part.is_empty() {

@@ -5,9 +5,10 @@
 
 use super::Server;
 use super::clients::ClientId;
+use super::look::Wanted;
 use super::talk::Deadline;
 use super::vm::{Generation, Vm};
-use crate::api::{Answer, GuestStats};
+use crate::api::GuestStats;
 use crate::wire::ToVm;
 use std::time::Instant;
 
@@ -72,13 +73,8 @@ impl Server {
                 self.set_deadline(Some(PATIENCE_MS), Deadline::Stats(vm, client));
                 self.tell(vm, &ToVm::AskStats);
             }
-            None => self.answer_stats(client, name),
+            None => self.begin_look(client, Wanted::Stats(Some(name.into()))),
         }
-    }
-
-    fn answer_stats(&mut self, client: ClientId, name: &str) {
-        let answer = self.stats(Some(name)).map(Answer::Stats);
-        self.reply(client, answer);
     }
 
     /// A guest has told how it is off for memory.
@@ -95,7 +91,7 @@ impl Server {
         let Some(name) = self.vms.get(generation).map(|vm| vm.name.clone()) else { return };
         for (client, _) in waiting {
             self.drop_deadlines(|deadline| *deadline == Deadline::Stats(generation, client));
-            self.answer_stats(client, &name);
+            self.begin_look(client, Wanted::Stats(Some(name.clone())));
         }
     }
 }

@@ -13,10 +13,12 @@
 //! | `launch`, `fork`, `hint`, `balloon`, `talk`, `end` | the verbs that change something |
 //! | `reclaim`, `budget`, `swap` | what takes memory out, when, and where it goes |
 //! | `idle` | balloons of VMs that do nothing |
-//! | `report`, `guest_stats`, `check` | the verbs that look |
+//! | `look`, `report`, `guest_stats`, `check` | the verbs that look |
+//! | `aside` | the thread that asks the kernel what it takes long to tell |
 //! | `inbox` | what VM processes say |
 //! | `settle`, `pace` | traps, and pages that settle behind the guests' backs |
 
+mod aside;
 mod balloon;
 mod budget;
 mod check;
@@ -30,6 +32,7 @@ mod hint;
 mod idle;
 mod inbox;
 mod launch;
+mod look;
 mod names;
 mod pace;
 mod pool;
@@ -54,6 +57,7 @@ use crate::host::heap;
 use crate::host::latency::WakeLatency;
 use crate::nice;
 use crate::wire::{HostFeatures, Isolation};
+use aside::{Aside, Finding};
 use budget::Budget;
 use check::Checks;
 use clients::{Client, ClientId, Heard};
@@ -65,6 +69,7 @@ use guest_mem::manager::SwapCounts;
 use guest_mem::store::memfd::MemfdStores;
 use guest_mem::store::swap::SharedSwap;
 use guest_mem::sys::Userfaultfd;
+use look::{Looks, Wanted};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -144,6 +149,7 @@ enum Origin {
     Traps(ProcessId),
     Swap,
     Files,
+    Aside,
 }
 
 type FamilyManager = Manager<MemfdStores, RemoteWindow>;
@@ -190,6 +196,8 @@ struct Server {
     balloons: Vec<balloon::BalloonOp>,
     /// Clients that wait for what a guest says of its memory.
     stats_waiters: Vec<(ClientId, Generation)>,
+    aside: Aside,
+    looks: Looks,
     checks: Checks,
     removals: Vec<end::Removal>,
     deadlines: Vec<(Instant, talk::Deadline)>,
@@ -241,6 +249,7 @@ impl MutEventSubscriber for Server {
             Origin::Traps(process) => self.serve_traps(process),
             Origin::Swap => self.swap_moved(),
             Origin::Files => self.file_read(),
+            Origin::Aside => self.told_aside(),
         }
         self.grant_wants();
     }
@@ -249,6 +258,7 @@ impl MutEventSubscriber for Server {
         self.listener_token = Some(self.watches.add(&self.listener, EventSet::IN, Origin::Listener));
         self.watches.add(&self.signals, EventSet::IN, Origin::Signals);
         self.watches.add(self.files.bell(), EventSet::IN, Origin::Files);
+        self.watches.add(self.aside.bell(), EventSet::IN, Origin::Aside);
     }
 }
 
@@ -312,6 +322,8 @@ impl Server {
             forks: BTreeMap::new(),
             balloons: Vec::new(),
             stats_waiters: Vec::new(),
+            aside: Aside::new(niceness).map_err(io("make an eventfd"))?,
+            looks: Looks::default(),
             checks: Checks::default(),
             removals: Vec::new(),
             deadlines: Vec::new(),
@@ -361,6 +373,7 @@ impl Server {
         self.listen_again(now);
         let checking = self.tend_checks(now);
         self.finish_checks();
+        let looking = self.tend_looks();
         let (past, budget) = (&mut self.past, &mut self.budget);
         self.families.retain(|&family, manager| {
             let lives = manager.windows() > 0;
@@ -371,8 +384,12 @@ impl Server {
             lives
         });
         self.pool.retain(|parent| self.vms.get(parent).is_some_and(vm::Vm::is_alive));
-        let busy =
-            reclaiming || bringing || filling || checking.is_some_and(|at| at <= now) || !self.replied.is_empty();
+        let busy = reclaiming
+            || bringing
+            || filling
+            || looking
+            || checking.is_some_and(|at| at <= now)
+            || !self.replied.is_empty();
         if settling || busy {
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
@@ -463,6 +480,18 @@ impl Server {
         }
     }
 
+    /// Something that was asked aside has been found out.
+    fn told_aside(&mut self) {
+        for (ticket, finding) in self.aside.answers() {
+            match finding {
+                Finding::Usage(usage) => self.usage_came(ticket, usage),
+                Finding::Layers(layers) => self.layers_came(ticket, layers),
+                Finding::Window(mappings, live) => self.window_seen(ticket, mappings, live),
+                Finding::Extents(extents) => self.extents_came(ticket, extents),
+            }
+        }
+    }
+
     fn serve_client(&mut self, id: ClientId) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         client.flush();
@@ -532,19 +561,10 @@ impl Server {
                 let answer = Answer::Vms(self.list());
                 self.reply(client, Ok(answer));
             }
-            Request::Tree => {
-                let answer = Answer::Tree(self.tree());
-                self.reply(client, Ok(answer));
-            }
+            Request::Tree => self.begin_look(client, Wanted::Tree),
             Request::Stats { name: Some(name) } => self.stats_of(client, &name),
-            Request::Stats { name: None } => {
-                let answer = self.stats(None).map(Answer::Stats);
-                self.reply(client, answer);
-            }
-            Request::Inspect { name } => {
-                let answer = self.inspect(&name).map(|inspection| Answer::Inspected(Box::new(inspection)));
-                self.reply(client, answer);
-            }
+            Request::Stats { name: None } => self.begin_look(client, Wanted::Stats(None)),
+            Request::Inspect { name } => self.begin_look(client, Wanted::Inspect(name)),
             Request::Pause { name } => self.pause(client, &name, true),
             Request::Resume { name } => self.pause(client, &name, false),
             Request::Stop { name } => {

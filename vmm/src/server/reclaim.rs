@@ -2,6 +2,7 @@
 //!
 //! All of it goes in small pieces between rounds of the loop, so that a trap is never far from being served.
 
+use super::aside::Ticket;
 use super::clients::ClientId;
 use super::vm::{FamilyId, Generation, Phase};
 use super::{FamilyManager, Server};
@@ -9,6 +10,7 @@ use crate::api::{Answer, Failure, Reclaimed};
 use crate::wire::{Frozen, ToVm};
 use guest_mem::window::host::Short;
 use guest_mem::{Destination, PAGE_SIZE, PageCount, StoreId};
+use rangemap::RangeSet;
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::time::{Duration, Instant};
@@ -60,9 +62,28 @@ struct Asked {
     frozen: BTreeSet<Generation>,
     /// The one whose live layer it takes now.
     freezing: Option<Generation>,
+    layers: Layers,
     /// Swap takes no more.
     full: bool,
 }
+
+/// What a request knows of live layers that it may take.
+#[derive(Debug, Default)]
+enum Layers {
+    /// Nothing.
+    #[default]
+    Unknown,
+    /// Some VMs have been asked about, and others are to be.
+    Asked { ticket: Ticket, left: Vec<Generation>, sizes: Vec<Size> },
+    /// All that were not empty; the next one is the last.
+    Known(Vec<Size>),
+}
+
+/// A live layer: whether its VM stands still, its pages, and whose it is. The larger, the sooner it goes.
+type Size = (bool, u64, Generation);
+
+/// VMs whose live layers are asked for at a time.
+const ASKED: usize = 64;
 
 /// What is under way.
 #[derive(Debug, Default)]
@@ -118,6 +139,7 @@ impl Server {
             left: self.families.keys().copied().filter(|family| only.is_none_or(|only| only == *family)).collect(),
             frozen: BTreeSet::new(),
             freezing: None,
+            layers: Layers::Unknown,
             full: false,
         });
     }
@@ -164,8 +186,27 @@ impl Server {
         }
         asked.freezing = None;
         // In a full swap there is no room for what is not in stores yet either.
-        let next = if asked.full { None } else { self.largest_live_layer(asked) };
-        let Some(vm) = next else { return Going::Done };
+        let vm = match std::mem::take(&mut asked.layers) {
+            _ if asked.full => return Going::Done,
+            Layers::Unknown => {
+                let left: Vec<Generation> = self.may_give_layers(asked).collect();
+                if left.is_empty() {
+                    return Going::Done;
+                }
+                asked.layers = self.ask_sizes(left, Vec::new());
+                return Going::Waits;
+            }
+            waits @ Layers::Asked { .. } => {
+                asked.layers = waits;
+                return Going::Waits;
+            }
+            Layers::Known(mut sizes) => {
+                let Some((_, _, vm)) = sizes.pop() else { return Going::Done };
+                // When all have given theirs, others may have something.
+                asked.layers = if sizes.is_empty() { Layers::Unknown } else { Layers::Known(sizes) };
+                vm
+            }
+        };
         asked.frozen.insert(vm);
         if self.freeze_to_swap(vm, true) {
             asked.freezing = Some(vm);
@@ -178,17 +219,40 @@ impl Server {
         self.families.get(&family).is_some_and(|manager| manager.family().unsettled().0 > 0)
     }
 
-    /// The VM with the largest live layer that has not been taken; those that stand still before others.
-    fn largest_live_layer(&self, asked: &Asked) -> Option<Generation> {
+    /// VMs whose live layers could be taken, and have not been.
+    fn may_give_layers(&self, asked: &Asked) -> impl Iterator<Item = Generation> {
         let mine = |vm: &&super::vm::Vm| {
             let mine = vm.memory.is_some_and(|(family, _)| asked.only.is_none_or(|only| only == family));
             mine && self.may_freeze(vm.generation) && !asked.frozen.contains(&vm.generation)
         };
-        let sized = self.vms.iter().filter(mine).map(|vm| {
-            let pages: u64 = self.live_layer(vm).iter().map(|part| part.end - part.start).sum();
-            (vm.paused, pages, vm.generation)
-        });
-        sized.filter(|(_, pages, _)| *pages > 0).max().map(|(_, _, vm)| vm)
+        self.vms.iter().filter(mine).map(|vm| vm.generation)
+    }
+
+    fn ask_sizes(&mut self, mut left: Vec<Generation>, sizes: Vec<Size>) -> Layers {
+        let some = left.split_off(left.len().saturating_sub(ASKED));
+        Layers::Asked { ticket: self.ask_live_layers(&some), left, sizes }
+    }
+
+    /// It has been found out how large some live layers are.
+    pub(super) fn sizes_came(&mut self, ticket: Ticket, layers: Vec<(Generation, RangeSet<u64>)>) {
+        let Some(mut asked) = self.reclaims.asked.pop_front() else { return };
+        asked.layers = match std::mem::take(&mut asked.layers) {
+            Layers::Asked { ticket: awaited, left, mut sizes } if awaited == ticket => {
+                let size = |(vm, live): (Generation, RangeSet<u64>)| {
+                    let pages = live.iter().map(|part| part.end - part.start).sum();
+                    Some((self.vms.get(vm)?.paused, pages, vm))
+                };
+                sizes.extend(layers.into_iter().filter_map(size).filter(|(_, pages, _)| *pages > 0));
+                if left.is_empty() {
+                    sizes.sort_unstable();
+                    Layers::Known(sizes)
+                } else {
+                    self.ask_sizes(left, sizes)
+                }
+            }
+            layers => layers,
+        };
+        self.reclaims.asked.push_front(asked);
     }
 
     /// Evicts frozen pages of a family for a moment.

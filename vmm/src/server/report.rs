@@ -1,13 +1,11 @@
-//! `ls`, `tree`, `stats`, `inspect`: the verbs that look.
+//! `ls`, `tree`, `stats`, `inspect`: what the verbs that look tell.
 
 use super::Server;
+use super::aside::Holder;
+use super::look::Findings;
 use super::vm::{FamilyId, Generation, Vm};
 use crate::api::{EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
-use crate::procfs;
-use guest_mem::stats::PageCounts;
-use guest_mem::sys::{Pagemap, ScanMethod};
-use guest_mem::{GfnRange, PAGE_SHIFT, PAGE_SIZE, Source};
-use rangemap::RangeSet;
+use guest_mem::{GfnRange, PAGE_SIZE, Source};
 use std::collections::BTreeMap;
 
 /// Runs that `inspect` tells of.
@@ -24,7 +22,7 @@ impl Server {
     }
 
     /// All VMs, each behind its parent and its older siblings.
-    pub(super) fn tree(&self) -> Vec<TreeRow> {
+    pub(super) fn tree(&self, seen: &Findings) -> Vec<TreeRow> {
         let mut children: BTreeMap<Option<&str>, Vec<&Vm>> = BTreeMap::new();
         for vm in self.vms.iter() {
             let parent = vm.parent.as_deref().filter(|parent| self.vms.find(parent).is_some());
@@ -35,7 +33,7 @@ impl Server {
             children.remove(&None).unwrap_or_default().into_iter().map(|vm| (0, vm)).collect();
         stack.reverse();
         while let Some((depth, vm)) = stack.pop() {
-            let counts = self.page_counts(vm);
+            let counts = seen.counts.get(&vm.generation).copied().unwrap_or_default();
             let vm_row = self.summary(vm);
             rows.push(TreeRow { vm: vm_row, depth, private_pages: counts.private, shared_pages: counts.shared });
             let below = children.remove(&Some(vm.name.as_str())).unwrap_or_default();
@@ -44,17 +42,18 @@ impl Server {
         rows
     }
 
-    pub(super) fn stats(&self, name: Option<&str>) -> Result<Stats, Failure> {
+    pub(super) fn stats(&self, name: Option<&str>, seen: &Findings) -> Result<Stats, Failure> {
         let only = name.map(|name| self.find(name).map(|vm| vm.generation)).transpose()?;
         let vms = self.vms.iter().filter(|vm| only.is_none_or(|only| only == vm.generation));
-        let vms = vms.map(|vm| self.vm_stats(vm)).collect();
-        Ok(Stats { vms, total: self.totals() })
+        let vms = vms.map(|vm| self.vm_stats(vm, seen)).collect();
+        Ok(Stats { vms, total: self.totals(seen) })
     }
 
-    fn vm_stats(&self, vm: &Vm) -> VmStats {
-        let counts = self.page_counts(vm);
+    fn vm_stats(&self, vm: &Vm, seen: &Findings) -> VmStats {
+        let counts = seen.counts.get(&vm.generation).copied().unwrap_or_default();
         let process = vm.process.and_then(|id| self.processes.get(&id));
-        let pid = process.and_then(|process| process.memory.main.get());
+        let runs = process.filter(|process| process.memory.main.get().is_some());
+        let usage = runs.and_then(|process| seen.usage.get(&Holder::Process(process.id)));
         let books = vm.memory.map(|(family, member)| (self.families[&family].family(), member));
         VmStats {
             vm: self.summary(vm),
@@ -66,43 +65,14 @@ impl Server {
             unsettled_pages: counts.unsettled,
             chain_depth: books.map_or(0, |(family, member)| family.chain_depth(member)),
             window_runs: books.map_or(0, |(family, member)| family.runs(member).len() as u64),
-            pss_bytes: pid.and_then(|pid| procfs::usage(pid.as_raw()).ok()).map_or(0, |usage| usage.pss),
+            pss_bytes: usage.map_or(0, |usage| usage.pss),
             traps: vm.traps,
             messages: process.map_or(0, |process| process.messages),
             guest_stats: vm.guest_memory.map(|said| said.shown()),
         }
     }
 
-    fn page_counts(&self, vm: &Vm) -> PageCounts {
-        let Some((id, member)) = vm.memory else { return PageCounts::default() };
-        self.families[&id].family().page_counts(member, &self.live_layer(vm))
-    }
-
-    /// The private pages of a VM's window, as its pagemap has them now.
-    pub(super) fn live_layer(&self, vm: &Vm) -> RangeSet<u64> {
-        let mut live = RangeSet::new();
-        let Some(process) = vm.process.and_then(|id| self.processes.get(&id)).filter(|process| process.ready) else {
-            return live;
-        };
-        let Some(pid) = process.memory.main.get() else { return live };
-        let method = if self.features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
-        let base = process.memory.base.get();
-        let scanned = Pagemap::open_process(pid.as_raw(), method).and_then(|pagemap| {
-            for ram in crate::layout::ram_ranges(vm.shape.ram) {
-                let bytes = base + ram.start().gpa()..base + ram.end().gpa();
-                pagemap.private(bytes, |found| {
-                    live.insert((found.start - base) >> PAGE_SHIFT..(found.end - base) >> PAGE_SHIFT);
-                })?;
-            }
-            Ok(())
-        });
-        if let Err(error) = scanned {
-            log::debug!("pagemap of {pid}: {error}");
-        }
-        live
-    }
-
-    fn totals(&self) -> Totals {
+    fn totals(&self, seen: &Findings) -> Totals {
         let mut sum = guest_mem::stats::Totals::default();
         for manager in self.families.values() {
             let family = manager.family().totals();
@@ -127,9 +97,9 @@ impl Server {
             stage2_tables: sum.tables,
             stage2_tables_unshared_equivalent: sum.unshared_tables,
             pooled: self.pooled(),
-            host_bytes: self.host_bytes(sum.resident),
+            host_bytes: self.host_bytes(sum.resident, seen),
             budget_bytes: self.budget.limit(),
-            accounted_bytes: self.accounted_bytes(),
+            accounted_bytes: self.accounted_bytes(seen),
             compressed_bytes: swap.compressed_bytes,
             disk_bytes: swap.disk_bytes,
             swap_slots: swap.slots_used,
@@ -148,16 +118,12 @@ impl Server {
     }
 
     /// What everything uses: processes without their shares of stores, and the stores.
-    fn host_bytes(&self, resident: u64) -> u64 {
-        let holders =
-            self.processes.values().filter_map(|process| process.memory.main.get().or(process.memory.keeper.get()));
-        let pids = holders.map(|pid| pid.as_raw()).chain([std::process::id() as i32]);
-        let used =
-            pids.filter_map(|pid| procfs::usage(pid).ok()).map(|u| u.pss - u.pss_shared.min(u.pss) + u.page_tables);
+    fn host_bytes(&self, resident: u64, seen: &Findings) -> u64 {
+        let used = seen.usage.values().map(|usage| usage.pss - usage.pss_shared.min(usage.pss) + usage.page_tables);
         used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes()
     }
 
-    pub(super) fn inspect(&self, name: &str) -> Result<Inspection, Failure> {
+    pub(super) fn inspect(&self, name: &str, seen: &Findings) -> Result<Inspection, Failure> {
         let vm = self.find(name)?;
         let process = vm.process.and_then(|id| self.processes.get(&id));
         let (entries, runs) = match vm.memory {
@@ -165,7 +131,7 @@ impl Server {
             None => Default::default(),
         };
         Ok(Inspection {
-            stats: self.vm_stats(vm),
+            stats: self.vm_stats(vm, seen),
             generation: vm.generation.0,
             keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
             isolation: self.isolation.to_string(),

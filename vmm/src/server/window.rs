@@ -363,7 +363,7 @@ impl Window for RemoteWindow {
 
 /// Whether a process that lives has all these addresses mapped.
 fn is_mapped(pid: Pid, bytes: Range<u64>) -> bool {
-    let there = procfs::mappings(pid.as_raw(), &bytes).unwrap_or_default();
+    let there = procfs::maps(pid.as_raw()).and_then(|maps| procfs::mappings(maps, &bytes)).unwrap_or_default();
     let mapped = there.iter().map(|m| m.addresses.end.min(bytes.end) - m.addresses.start.max(bytes.start));
     mapped.sum::<u64>() == bytes.end - bytes.start
 }
