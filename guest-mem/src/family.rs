@@ -10,6 +10,7 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::AddressMap;
 use crate::object::{ObjectId, Objects, Slot};
+use crate::ops::Taking;
 use crate::overlay::{NewWindow, Overlay};
 use crate::pages::joined;
 use crate::runs::Runs;
@@ -41,6 +42,8 @@ pub struct Vm {
     pub(crate) child_runs: usize,
     /// The freeze under way.
     pub(crate) freezing: Option<Freezing>,
+    /// What it takes along.
+    pub(crate) taking: Taking,
     pub(crate) pace: Pace,
     pub(crate) shed: Option<Shed>,
 }
@@ -266,6 +269,7 @@ impl Vm {
             child: None,
             child_runs,
             freezing: None,
+            taking: Taking::default(),
             pace,
             shed: None,
         }

@@ -63,4 +63,4 @@ pub use manager::Manager;
 pub use map::Protection;
 pub use ops::Destination;
 pub use sys::Touch;
-pub use window::{Failure, Harvest, Run, ScratchRange, Source, StoreId, Window};
+pub use window::{Along, Failure, Harvest, Run, ScratchRange, Source, StoreId, Window};

@@ -23,7 +23,7 @@ use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
-use crate::window::{Failure, Harvest, StoreId, Window};
+use crate::window::{Along, Failure, Harvest, StoreId, Window};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::rc::Rc;
@@ -200,14 +200,15 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         Ok(id)
     }
 
-    /// Pages that the freeze of `vm` which is about to begin is to take along, written or not: those of small old stores, and
-    /// those that are [lost](Self::mends) but for the copy that its window keeps. Sorted, apart.
-    pub fn takes_along(&mut self, vm: VmId) -> Vec<GfnRange> {
-        let lost = self.mends(vm);
-        if !lost.is_empty() || self.zero_run == u64::MAX {
-            return lost;
-        }
-        self.family.to_compact(vm, self.compaction)
+    /// What the window of `vm` is to take along in the freeze that has begun, written or not: of small old stores, and
+    /// what is [lost](Self::mends) but for the copy that the window keeps.
+    pub fn takes_along(&mut self, vm: VmId) -> Along {
+        let copies = self.mends(vm);
+        let moves = match copies.is_empty() && self.zero_run < u64::MAX {
+            true => self.family.compact(vm, self.compaction),
+            false => Vec::new(),
+        };
+        Along { copies, moves }
     }
 
     /// Pages of `vm` that are lost to its children, and that its window has a copy of. What a copy of its process had is lost

@@ -15,7 +15,7 @@ use crate::window::{Run, Source};
 /// * A **zero run**: stage-2 shows a store, all pages there have turned out zero, and the window is anonymous.
 ///
 /// The fork that makes a window puts bridges and zero runs in, the same for all children of a freeze; they are one list
-/// that all of them hold until one has another. A freeze that takes old pages along, over zeros between, puts in bridges, too.
+/// that all of them hold until one has another.
 /// Whatever has a window map what stage-2 shows takes them out: a freeze, a balloon, a shed. A page is in one of the three at
 /// most: where a copy is kept, it is its entry that knows what lies beneath.
 #[derive(Debug, Default)]
@@ -58,13 +58,6 @@ impl Overlay {
     pub fn uncover(&mut self, pages: &[GfnRange]) {
         pages.iter().for_each(|&pages| self.kept.remove(pages));
         self.take_out(pages);
-    }
-
-    /// The window maps `source` over zeros at `pages`.
-    pub fn bridge(&mut self, pages: &[GfnRange], source: Source) {
-        if !pages.is_empty() {
-            self.zeros = over(&self.zeros, pages.iter().map(|&pages| Run { pages, source })).into();
-        }
     }
 
     fn take_out(&mut self, pages: &[GfnRange]) {

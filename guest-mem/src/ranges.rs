@@ -38,6 +38,20 @@ pub(crate) fn merged(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
     all
 }
 
+/// What lies in one of two sorted lists at least, sorted; ranges that overlap are one.
+pub(crate) fn union(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
+    let mut all: Vec<GfnRange> = Vec::with_capacity(one.len() + other.len());
+    for pages in merged(one, other) {
+        match all.last_mut() {
+            Some(last) if pages.start() < last.end() => {
+                *last = GfnRange::between(last.start(), last.end().max(pages.end()));
+            }
+            _ => all.push(pages),
+        }
+    }
+    all
+}
+
 /// Appends `pages` to sorted ranges, joining it to the last where it continues that.
 pub(crate) fn push(ranges: &mut Vec<GfnRange>, pages: GfnRange) {
     match ranges.last_mut() {
@@ -61,6 +75,13 @@ mod tests {
         assert_eq!(without(&all, &[]), all);
         assert_eq!(without(&[], &all), []);
         assert_eq!(within(&all, (15..41).into()).collect::<Vec<_>>(), ranges(&[(15, 20), (20, 30), (40, 41)]));
+    }
+
+    #[test]
+    fn what_overlaps_is_one_and_neighbours_stay_apart() {
+        let (one, other) = (ranges(&[(0, 10), (20, 30), (40, 50)]), ranges(&[(5, 25), (30, 35), (60, 61)]));
+        assert_eq!(union(&one, &other), ranges(&[(0, 30), (30, 35), (40, 50), (60, 61)]));
+        assert_eq!(union(&one, &[]), one);
     }
 
     #[test]

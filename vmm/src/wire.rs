@@ -9,7 +9,7 @@ use crate::machine::WINDOW_BASE;
 use crate::machine::state::PackedState;
 use crate::plain;
 use guest_mem::window::host::{ScratchRow, Short};
-use guest_mem::window::{Harvest, Run, are_apart};
+use guest_mem::window::{Along, Harvest, Run, are_apart};
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, Protection, StoreId};
 use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -188,8 +188,8 @@ pub enum ToVm {
         max_runs: u32,
         /// What becomes of short stretches.
         short: Short,
-        /// Pages that are taken along, though the guest has not written them; sorted, apart.
-        along: Vec<GfnRange>,
+        /// Pages that are taken along, though the guest has not written them.
+        along: Along,
         /// Frames that somebody is about to wait for, sorted: where pages are copied, theirs come first.
         first: Vec<Gfn>,
     },

@@ -297,6 +297,14 @@ impl Objects {
         self.charge(id, slot, count);
     }
 
+    /// Says of absent pages that they are zero, which windows map `store` at.
+    pub(crate) fn put_zeros(&mut self, id: ObjectId, pages: &[GfnRange], store: StoreId) {
+        let account = self.stores.get_mut(&store).expect("a freeze opens its store's account");
+        let long = pages.iter().filter(|&&pages| account.zeros.add(pages)).count();
+        self.hollowed += long as u64;
+        self.put_all(id, pages.iter().copied(), Slot::Zero);
+    }
+
     /// Moves pages from one state to the next. Their storage goes with them where it stays the same store.
     pub(crate) fn advance(&mut self, id: ObjectId, pages: GfnRange, to: Slot, effects: &mut Effects) {
         let old: Vec<(GfnRange, Slot)> = self.slots_in(id, pages).collect();

@@ -7,8 +7,9 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, Freezing, VmId};
 use crate::map::MapEntry;
-use crate::object::{Backing, ObjectId, Slot};
-use crate::ranges::{push, within, without};
+use crate::object::{Backing, ObjectId, Segment, Slot};
+use crate::ops::Taking;
+use crate::ranges::{merged, push, within, without};
 use crate::runs::{among, outside, over};
 use crate::stage2::{Cursor, push_run};
 use crate::window::{Harvest, Run, Source, StoreId};
@@ -25,6 +26,16 @@ pub enum Destination {
     Store,
     /// Into swap, but for those that somebody waits for. Into the store where swap does not take them.
     Swap,
+}
+
+/// What an object on top gets; sorted, apart.
+struct Filling<'a> {
+    /// All of it.
+    taken: &'a [GfnRange],
+    /// What was written.
+    private: &'a [GfnRange],
+    /// What is known to be zero.
+    zeros: &'a [GfnRange],
 }
 
 impl Family {
@@ -52,6 +63,7 @@ impl Family {
     /// The window changed nothing: forget the freeze.
     pub fn abort_freeze(&mut self, vm: VmId, effects: &mut Effects) {
         let store = self.end_freeze(vm);
+        self.vm_mut(vm).taking = Taking::default();
         effects.push(Effect::DropStore(store));
     }
 
@@ -61,6 +73,7 @@ impl Family {
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, bridge: PageCount, effects: &mut Effects) {
         let store = self.end_freeze(vm);
         if harvest.is_empty() {
+            self.vm_mut(vm).taking = Taking::default();
             effects.push(Effect::DropStore(store));
             return;
         }
@@ -68,22 +81,23 @@ impl Family {
         let source = Source::Store { store, origin: Gfn(0) };
         let before = self.vm(vm).map.clone();
         let mut replaced = Vec::new();
-        let harvest_taken = harvest.taken();
-        let (mut all_taken, all_private) = (Vec::new(), harvest.private());
+        let (harvest_taken, all_private) = (harvest.taken(), harvest.private());
+        let Taking { moves, kept } = self.still_taken(vm, &harvest.moved, &harvest_taken);
+        let all = merged(&harvest_taken, &kept);
         for (pages, entry) in before.iter() {
-            let taken: Vec<GfnRange> = within(&harvest_taken, pages).collect();
-            let taken = if bridge.0 == 0 { taken } else { self.without_clean_zeros(entry, taken, &all_private) };
+            let taken: Vec<GfnRange> = within(&all, pages).collect();
             if taken.is_empty() {
                 continue;
             }
-            all_taken.extend(&taken);
             let private: Vec<GfnRange> = within(&all_private, pages).collect();
+            let zeros = self.clean_zeros(entry, &within(&moves, pages).collect::<Vec<_>>(), &private);
             let top = match entry.object {
                 Some(top) if !entry.needs_copy && taken == private => top,
                 _ => self.stack_top(vm, pages, entry),
             };
-            let gaps = self.stage2.runs_of(self.vm(vm).root, &without(&taken, &private));
-            self.fill_top(top, &taken, &private, store, effects);
+            let gaps = without(&without(&taken, &private), &zeros);
+            let gaps = self.stage2.runs_of(self.vm(vm).root, &gaps);
+            self.fill_top(top, &Filling { taken: &taken, private: &private, zeros: &zeros }, store, effects);
             for runs in gaps.chunk_by(|a, b| a.source == b.source) {
                 self.objects.put_all(top, runs.iter().map(|run| run.pages), Slot::Gap(store, runs[0].source));
             }
@@ -95,30 +109,34 @@ impl Family {
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
         let before = self.stage2.runs_of(books.root, &harvest.copied);
         let mut cursor = Cursor::new(&mut self.stage2, &mut books.root);
-        cursor.set_all(&all_taken, source, &mut replaced);
+        cursor.set_all(&all, source, &mut replaced);
         books.overlay.keep(&harvest.copied, &before);
         books.overlay.uncover(&harvest.moved);
-        books.overlay.bridge(&without(&harvest.moved, &all_taken), source);
         (books.runs, books.child, books.shed) = Default::default();
-        let left = outside(&books.bridges, &harvest_taken);
+        let left = outside(&books.bridges, &all);
         self.vm_mut(vm).bridges = over(&left, self.bridges(vm, source, &harvest.copied, bridge));
         self.left.tops.extend(self.vms[&vm].map.iter().filter_map(|(_, entry)| entry.object));
         self.left.replaced.append(&mut replaced);
     }
 
-    /// Stretches in which nothing was private were [taken along](Self::to_compact), over zeros between: those take no slots and
-    /// no storage. Windows trap there.
-    fn without_clean_zeros(&self, entry: MapEntry, taken: Vec<GfnRange>, private: &[GfnRange]) -> Vec<GfnRange> {
-        let mut left = Vec::with_capacity(taken.len());
-        for pages in taken {
-            if within(private, pages).next().is_some() {
-                left.push(pages);
-                continue;
-            }
+    /// What was to be [taken along](Self::compact), and is: what the window has `moved`, and what it still keeps apart from all
+    /// that was `taken`.
+    fn still_taken(&mut self, vm: VmId, moved: &[GfnRange], taken: &[GfnRange]) -> Taking {
+        let asked = std::mem::take(&mut self.vm_mut(vm).taking);
+        let vm = self.vm(vm);
+        let moves = asked.moves.iter().flat_map(|&pages| within(moved, pages)).collect();
+        let kept: Vec<GfnRange> = asked.kept.iter().flat_map(|&pages| vm.kept_within(pages)).collect();
+        Taking { moves, kept: without(&kept, taken) }
+    }
+
+    /// The zeros in what was taken along: they take no storage, and windows trap there.
+    fn clean_zeros(&self, entry: MapEntry, moves: &[GfnRange], private: &[GfnRange]) -> Vec<GfnRange> {
+        let mut zeros = Vec::new();
+        for &pages in moves {
             let segments = self.objects.resolve(entry.object, entry.origin, pages).into_iter();
-            segments.filter(|segment| !segment.is_zero()).for_each(|segment| push(&mut left, segment.pages));
+            segments.filter(Segment::is_zero).for_each(|segment| push(&mut zeros, segment.pages));
         }
-        left
+        without(&zeros, private)
     }
 
     /// Frees some of what freezes and exits have hidden from everybody.
@@ -159,19 +177,14 @@ impl Family {
         top
     }
 
-    fn fill_top(
-        &mut self,
-        top: ObjectId,
-        taken: &[GfnRange],
-        private: &[GfnRange],
-        store: StoreId,
-        effects: &mut Effects,
-    ) {
+    fn fill_top(&mut self, top: ObjectId, filling: &Filling<'_>, store: StoreId, effects: &mut Effects) {
+        let &Filling { taken, private, zeros } = filling;
         // Only an object that is this VM's alone has slots here: what they held is hidden from everybody now.
         if !self.objects.get(top).slots.is_empty() {
             taken.iter().for_each(|&pages| self.objects.vacate(top, pages, effects));
         }
         self.objects.put_all(top, private.iter().copied(), Slot::Unsettled(store));
+        self.objects.put_zeros(top, zeros, store);
     }
 
     /// Where windows of children map `of`, the store of a freeze, though it has nothing there: zeros, fewer than `most` of them

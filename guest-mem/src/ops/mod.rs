@@ -17,6 +17,7 @@ mod trap;
 mod viewers;
 
 pub use compact::Compaction;
+pub(crate) use compact::Taking;
 pub use evict::Victim;
 pub use freeze::Destination;
 pub use settle::{CopyFrom, Job, Placed};

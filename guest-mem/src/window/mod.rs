@@ -51,11 +51,27 @@ pub struct Run {
     pub source: Source,
 }
 
+/// Clean pages that a freeze takes along, if it takes anything; all of them sorted, apart, within RAM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Along {
+    /// What the window keeps of these is copied once more: nobody else has it.
+    pub copies: Vec<GfnRange>,
+    /// At these the freeze's store is mapped, which is to get what is there; the window keeps nothing.
+    pub moves: Vec<GfnRange>,
+}
+
+impl Along {
+    /// Whether there is nothing to take.
+    pub fn is_empty(&self) -> bool {
+        self.copies.is_empty() && self.moves.is_empty()
+    }
+}
+
 /// What a freeze took out of a window.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Harvest {
     /// Runs that now map the freeze's store, sorted, apart. They hold private pages and gaps of clean ones between, or clean
-    /// pages alone, which were [taken along](host::Asked::along).
+    /// pages alone, which were [taken along](Along::moves).
     pub moved: Vec<GfnRange>,
     /// Pages that were copied, sorted, not adjacent, none of them moved: the window keeps them as private pages over
     /// whatever it maps there, and they never trap.

@@ -8,7 +8,7 @@ use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use guest_mem::store::swap::SharedSwap;
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::Swap;
-use guest_mem::{Failure, Harvest, Protection, Run, Source, StoreId, Window};
+use guest_mem::{Along, Failure, Harvest, Protection, Run, Source, StoreId, Window};
 use rangemap::{RangeMap, RangeSet};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -503,33 +503,24 @@ impl FakeWindow {
         !std::mem::take(&mut self.copying).is_empty()
     }
 
-    /// Those that stayed count as written. The others.
-    fn take_kept_along(&mut self, along: &[GfnRange]) -> RangeSet<u64> {
-        let mut others: RangeSet<u64> = along.iter().map(|pages| pages.raw()).collect();
-        for gfn in along.iter().flat_map(|pages| pages.iter()) {
+    /// Moves dirty pages out and maps `file` in their place, or copies them. If anything is taken so are the pages `along`.
+    pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps, along: &Along) -> Harvest {
+        for gfn in along.copies.iter().flat_map(|pages| pages.iter()) {
             if let Some(Private::Kept(stamp)) = self.present.get(&gfn.0).copied() {
                 self.present.insert(gfn.0, Private::Dirty(stamp));
-                others.remove(gfn.0..gfn.0 + 1);
             }
         }
-        others
-    }
-
-    /// Moves dirty pages out and maps `file` in their place, or copies them. If anything is taken so are the pages `along`.
-    pub fn freeze(&mut self, store: StoreId, file: Mapped, gaps: Gaps, along: &[GfnRange]) -> Harvest {
-        let mut others = self.take_kept_along(along);
         self.present.retain(|_, page| !matches!(page, Private::Clean(_)));
         let private = self.live();
-        let (mut moved, copied) = self.plan(&private, gaps);
+        let (mut moved, mut copied) = self.plan(&private, gaps);
         let sorted = |set: &RangeSet<u64>| -> Vec<GfnRange> { set.iter().map(|range| range.clone().into()).collect() };
-        let mut moved_private = private.clone();
-        copied.iter().for_each(|range| moved_private.remove(range.clone()));
-        let harvest = Harvest { moved: sorted(&moved), copied: sorted(&copied), moved_private: sorted(&moved_private) };
-        assert_eq!(broken_rule(&harvest, &sorted(&private), &self.ram), None, "{harvest:?} of {private:?}");
+        let planned = self.harvest(&private, &moved, &copied);
+        assert_eq!(broken_rule(&planned, &sorted(&private), &self.ram), None, "{planned:?} of {private:?}");
         if !private.is_empty() {
-            private.iter().for_each(|range| others.remove(range.clone()));
-            moved.extend(others);
+            moved.extend(along.moves.iter().map(|pages| pages.raw()));
+            along.moves.iter().for_each(|pages| copied.remove(pages.raw()));
         }
+        let harvest = self.harvest(&private, &moved, &copied);
         let mut scratch = BTreeMap::new();
         for range in moved.iter() {
             for page in range.clone() {
@@ -551,7 +542,15 @@ impl FakeWindow {
             self.scratch.insert(store, scratch);
             self.mapped.insert(store, file);
         }
-        Harvest { moved: sorted(&moved), ..harvest }
+        harvest
+    }
+
+    /// What is taken of `private` pages.
+    fn harvest(&self, private: &RangeSet<u64>, moved: &RangeSet<u64>, copied: &RangeSet<u64>) -> Harvest {
+        let sorted = |set: &RangeSet<u64>| -> Vec<GfnRange> { set.iter().map(|range| range.clone().into()).collect() };
+        let mut moved_private = private.clone();
+        copied.iter().for_each(|range| moved_private.remove(range.clone()));
+        Harvest { moved: sorted(moved), copied: sorted(copied), moved_private: sorted(&moved_private) }
     }
 
     /// Maps `file` where frozen pages stayed, and stay still. What was written since stays. Which pages it did so for.

@@ -9,7 +9,7 @@ use guest_mem::object::{Found, ObjectId, Slot};
 use guest_mem::ops::Compaction;
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
-use guest_mem::{Destination, Harvest, Manager, Protection, Source, StoreId, Touch, VmId};
+use guest_mem::{Along, Destination, Harvest, Manager, Protection, Source, StoreId, Touch, VmId};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -33,7 +33,7 @@ impl Layout {
             ram: vec![(0, pages)],
             files: Vec::new(),
             max_runs: MAX_RUNS,
-            compaction: Compaction { stores: 2, runs: 3, pages: PageCount(12), remapped: 4 },
+            compaction: Compaction { stores: 2, runs: 3, kept: 4, pages: PageCount(12), remapped: 4 },
         }
     }
 
@@ -92,7 +92,7 @@ pub struct World<S = FakeSwap> {
     /// Freezes between their halves.
     pub halves: BTreeMap<VmId, Half>,
     /// What freezes under way are to take along.
-    along: BTreeMap<VmId, Vec<GfnRange>>,
+    along: BTreeMap<VmId, Along>,
     pub sheddings: BTreeMap<VmId, Shedding>,
     /// VMs that are gone; their windows may be needed.
     gone: BTreeSet<VmId>,
@@ -444,7 +444,7 @@ impl<S: WorldSwap> World<S> {
         let store = self.manager.begin_freeze(vm, to)?;
         let along = match to {
             Destination::Store => self.manager.takes_along(vm),
-            Destination::Swap => Vec::new(),
+            Destination::Swap => Along::default(),
         };
         self.along.insert(vm, along);
         self.halves.insert(vm, Half::Begun(store, to));

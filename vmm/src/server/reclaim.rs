@@ -9,7 +9,7 @@ use super::{FamilyManager, Server};
 use crate::api::{Answer, Failure, Reclaimed};
 use crate::wire::{Frozen, ToVm};
 use guest_mem::window::host::Short;
-use guest_mem::{Destination, PAGE_SIZE, PageCount, StoreId};
+use guest_mem::{Along, Destination, PAGE_SIZE, PageCount, StoreId};
 use rangemap::RangeSet;
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -294,7 +294,7 @@ impl Server {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
                 let (max_runs, short) = (self.max_runs, Short::Moved);
-                let message = ToVm::Freeze { store, max_runs, short, along: Vec::new(), first: Vec::new() };
+                let message = ToVm::Freeze { store, max_runs, short, along: Along::default(), first: Vec::new() };
                 self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
                 vm.reclaiming = Some(store);
                 let moved = PageCount(0);

@@ -3,7 +3,7 @@
 
 use guest_mem::sys::Userfaultfd;
 use guest_mem::window::host::Short;
-use guest_mem::{GfnRange, PageCount, StoreId};
+use guest_mem::{Along, GfnRange, PageCount, StoreId};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -197,7 +197,7 @@ impl Worker {
 
     pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>) -> Taken {
         self.tell(
-            &ToVm::Freeze { store, max_runs: 10_000, short: Short::Moved, along: Vec::new(), first: Vec::new() },
+            &ToVm::Freeze { store, max_runs: 10_000, short: Short::Moved, along: Along::default(), first: Vec::new() },
             &[file],
         );
         self.taken()

@@ -5,9 +5,9 @@ use super::dirty::{Candidate, Cleanness, Density};
 use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
-use crate::ranges::{merged, push, without};
+use crate::ranges::{merged, push, union, without};
 use crate::sys::{Access, Advice, Area};
-use crate::window::{Harvest, Source, StoreId};
+use crate::window::{Along, Harvest, Source, StoreId};
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -43,9 +43,8 @@ pub struct Asked<'a> {
     pub max_runs: u32,
     /// What becomes of short stretches.
     pub short: Short,
-    /// Pages that are taken along though they are clean, if anything is taken: those that the window keeps are copied once
-    /// more, and at the others the store is mapped, which is to get what is there. Sorted, apart, within RAM.
-    pub along: &'a [GfnRange],
+    /// Pages that are taken along though they are clean.
+    pub along: &'a Along,
 }
 
 /// What a window has in its dirty ranges.
@@ -138,8 +137,8 @@ impl HostWindow {
         if short == Short::Moved {
             self.mark_kept();
         }
-        let (kept, others) = self.split_kept(along);
-        kept.into_iter().for_each(|pages| self.pending.mark(pages));
+        let kept = along.copies.iter().flat_map(|&pages| self.kept.within(pages));
+        kept.for_each(|pages| self.pending.mark(pages));
         let trust = self.mark(dirty);
         let mut found = self.find_private(trust)?;
         // A run in the middle of a mapping makes three of one: here, or in the windows of children.
@@ -158,9 +157,9 @@ impl HostWindow {
         }
 
         let mut plan = plan(&found.dirty, &self.ram, limit, short);
-        let others = without(&without(&others, &found.dirty), &plan.moves);
-        if plan.moves.len() + others.len() <= limit {
-            plan.moves = merged(&plan.moves, &others);
+        if plan.moves.len() + along.moves.len() <= limit {
+            plan.moves = union(&plan.moves, &along.moves);
+            plan.copies = without(&plan.copies, &along.moves);
         }
         let copies = PageCount(plan.copies.iter().map(|pages| pages.count().0).sum());
         let scratch = self.scratches.make_for(copies).map_err(WindowError::NoScratch)?;
@@ -174,13 +173,6 @@ impl HostWindow {
         self.forget_dirty();
         self.scratches.keep(store, scratch, &plan.copies);
         Ok(Some(MovedOut { store, plan, found: found.dirty, told: found.told }))
-    }
-
-    /// Those of `pages` that are kept, and the others.
-    fn split_kept(&self, pages: &[GfnRange]) -> (Vec<GfnRange>, Vec<GfnRange>) {
-        let kept: Vec<GfnRange> = pages.iter().flat_map(|&pages| self.kept.within(pages)).collect();
-        let others = without(pages, &kept);
-        (kept, others)
     }
 
     /// In how many stretches pages stay if these do as well.

@@ -4,7 +4,7 @@ use super::*;
 use crate::addr::{PageCount, PageIndex};
 use crate::skips::{Lack, skip};
 use crate::sys::{Alias, Memfd, inject};
-use crate::window::Harvest;
+use crate::window::{Along, Harvest};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -79,7 +79,8 @@ impl Rig {
 }
 
 fn asked(max_runs: u32, short: Short) -> Asked<'static> {
-    Asked { max_runs, short, along: &[] }
+    static NO_PAGES: Along = Along { copies: Vec::new(), moves: Vec::new() };
+    Asked { max_runs, short, along: &NO_PAGES }
 }
 
 /// What KVM's log would say if the guest had written these frames.
