@@ -40,8 +40,8 @@ pub fn check_swap<'a>(
 type Chains = RangeMap<u64, Found>;
 
 impl Family {
-    /// Checks everything the books can tell: invariants 1, 2, 3, 5, 6, 7, 11, 4 but for leaks, and 8 as far as the books say what windows
-    /// map.
+    /// Checks everything the books can tell: invariants 1, 2, 3, 5, 6, 7, 11, 12, 4 but for leaks, and 8 as far as the books say
+    /// what windows map.
     ///
     /// # Errors
     /// Every one that does not hold, and where.
@@ -57,6 +57,7 @@ impl Family {
         self.check_links(&mut broken);
         self.check_uses(&mut broken);
         self.check_accounts(&mut broken);
+        self.check_shared(&mut broken);
         check_swap([self], None, &mut broken);
         self.check_viewers(&chains, &mut broken);
         if broken.is_empty() { Ok(()) } else { Err(broken) }
@@ -117,8 +118,11 @@ impl Family {
                     (Source::Anonymous, found) => found.is_none_or(|found| found.slot == Slot::Zero),
                     (Source::Store { .. }, Some(Found { slot: Slot::Zero, .. })) => self.objects.are_zero(&part),
                     (Source::Store { .. }, None) => false,
-                    (Source::Store { store, origin }, Some(Found { slot, origin: at, .. })) => {
-                        slot.store() == Some(store) && origin == at
+                    (Source::Shared { .. }, None) => false,
+                    (Source::Store { store, origin } | Source::Shared { store, origin }, Some(found)) => {
+                        let shared = self.objects.get(found.object).kind == Kind::Shared;
+                        let says_so = matches!(run.source, Source::Shared { .. });
+                        found.slot.store() == Some(store) && origin == found.origin && shared == says_so
                     }
                 };
                 if !right {
@@ -196,6 +200,35 @@ impl Family {
                 && object.shadows.iter().all(|&shadow| !self.objects.has_gaps(shadow));
             if self.is_tidy() && object.mappings.is_empty() && (object.shadows.is_empty() || absorbable) {
                 broken.push(format!("2: {id:?} should have been collapsed"));
+            }
+        }
+    }
+
+    /// 12: shared memory is one store of its own, of which every page is there; nothing is stacked on it or beneath it, shared
+    /// entries show nothing else, and no others show it. No freeze has it copied, no window keeps or bridges anything there.
+    fn check_shared(&self, broken: &mut Vec<String>) {
+        for (id, object) in self.objects.iter().filter(|(_, object)| object.kind == Kind::Shared) {
+            let stores: BTreeSet<StoreId> = self.objects.stores_of(id).collect();
+            let owners = stores.iter().flat_map(|&store| self.objects.owners(store)).count();
+            let is_there = object.slots.iter().all(|(_, slot)| matches!(slot, Slot::Resident(_)));
+            let alone = object.backing.is_none() && object.shadows.is_empty();
+            if stores.len() != 1 || owners != 1 || !is_there || !alone {
+                broken.push(format!("12: shared memory {id:?} is in {stores:?}, of {owners} owners: {object:?}"));
+            }
+        }
+        for (&id, vm) in &self.vms {
+            for (pages, entry) in vm.map.iter() {
+                let kind = entry.object.map(|object| self.objects.get(object).kind);
+                if entry.is_shared() != (kind == Some(Kind::Shared)) || (entry.is_shared() && entry.needs_copy) {
+                    broken.push(format!("12: {id:?} has {entry:?} at {pages:?}, which shows {kind:?}"));
+                }
+            }
+            for pages in vm.map.shared() {
+                let over = among(&vm.overlay.zeros, pages).chain(among(&vm.bridges, pages)).next();
+                if over.is_some() || vm.kept_within(pages).next().is_some() {
+                    broken
+                        .push(format!("12: the window of {id:?} shows something else than shared memory at {pages:?}"));
+                }
             }
         }
     }

@@ -111,11 +111,11 @@ pub(crate) struct LeftOver {
 
 /// Something at launch that is not fresh memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileMapping {
+pub struct ObjectMapping {
     /// Where it stands.
     pub pages: GfnRange,
-    /// The file object, whose page 0 stands at the first of `pages`.
-    pub file: ObjectId,
+    /// The file, or the shared memory, whose page 0 stands at the first of `pages`.
+    pub object: ObjectId,
 }
 
 impl Family {
@@ -183,6 +183,13 @@ impl Family {
         (self.objects.add_file(store, pages), store)
     }
 
+    /// Shared memory, before the first entry that shows it; its store is written by those who map it. It goes with the last of
+    /// them.
+    pub fn add_shared(&mut self, pages: PageCount) -> (ObjectId, StoreId) {
+        let store = self.reserve_store();
+        (self.objects.add_shared(store, pages), store)
+    }
+
     /// Says whether a VM needs its memory soon.
     pub fn set_pace(&mut self, id: VmId, pace: Pace) {
         let before = std::mem::replace(&mut self.vm_mut(id).pace, pace);
@@ -241,10 +248,7 @@ impl Family {
             self.vms.values().flat_map(|vm| vm.overlay.sources().chain(vm.bridges.iter().map(|run| run.source)));
         let sources = leaves.chain(overlays);
         let sources = sources.chain(self.left.replaced.iter().map(|run| run.source));
-        let stores = sources.filter_map(|source| match source {
-            Source::Store { store, .. } => Some(store),
-            Source::Anonymous => None,
-        });
+        let stores = sources.filter_map(|source| source.store().map(|(store, _)| store));
         let freezing = self.vms.values().filter_map(|vm| vm.freezing.map(Freezing::store));
         let gaps = self.objects.iter().filter(|(_, object)| object.gaps > 0).flat_map(|(_, o)| o.slots.iter());
         let gaps = gaps.filter_map(|(_, slot)| match slot {

@@ -60,7 +60,7 @@ pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
 pub use family::{Pace, VmId};
 pub use local::{Local, LocalVm};
 pub use manager::Manager;
-pub use map::Protection;
+pub use map::{Protection, Sharing};
 pub use ops::Destination;
 pub use sys::Touch;
 pub use window::{Along, Failure, Harvest, Run, ScratchRange, Source, StoreId, Window};

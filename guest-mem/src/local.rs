@@ -34,7 +34,8 @@ pub enum Error {
     /// The family cannot begin: the host has no userfaultfd for us, no thread, or no descriptors.
     #[error("begin a family: {0}")]
     Begin(#[source] io::Error),
-    /// Memory must be some ranges of frames, sorted, apart, none of them empty, below 64 TiB.
+    /// Memory must be some ranges of frames, sorted, apart, none of them empty, below 64 TiB; and shared memory such ranges
+    /// within it.
     #[error("{0:?} cannot be a VM's memory")]
     BadMemory(Vec<GfnRange>),
     /// The VM is of another family, or gone.
@@ -130,6 +131,7 @@ pub type LocalSwap = Arc<Mutex<dyn Swap + Send>>;
 pub struct Options {
     swap: Option<LocalSwap>,
     observer: Option<Observer>,
+    shared: Vec<GfnRange>,
 }
 
 impl Options {
@@ -137,6 +139,14 @@ impl Options {
     #[must_use]
     pub fn swap(self, swap: LocalSwap) -> Self {
         Self { swap: Some(swap), ..self }
+    }
+
+    /// These parts of memory (sorted, apart, within it) are [shared](crate::Sharing::Shared): a VM that is launched has new
+    /// memory of zeros there, and all that descend from it have the same. It is there until the last of them exits; whatever
+    /// else there is of it is never evicted, frozen, or given back.
+    #[must_use]
+    pub fn shared(self, shared: Vec<GfnRange>) -> Self {
+        Self { shared, ..self }
     }
 
     /// Who hears of VMs that have failed. It runs on the family's thread: nobody's trap is answered meanwhile, so it
@@ -240,7 +250,7 @@ impl Local {
     /// A VM whose memory is zero.
     ///
     /// # Errors
-    /// [`Error::Window`]: its window could not be made.
+    /// [`Error::Window`]: its window could not be made. [`Error::Memory`]: there was none for what is shared.
     pub fn launch(&self) -> Result<LocalVm, Error> {
         self.ask(FamilyThread::launch)?
     }

@@ -14,7 +14,7 @@ use waiters::{Reason, Waiters};
 
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, FileMapping, VmId};
+use crate::family::{Family, ObjectMapping, VmId};
 use crate::map::Protection;
 use crate::object::{Loss, ZERO_CLUSTER};
 use crate::ops::{Compaction, Destination, Trap};
@@ -59,6 +59,8 @@ pub struct Manager<S: StoreFactory, W> {
     factory: S,
     span: PageCount,
     stores: HashMap<StoreId, S::Store>,
+    /// Those among them that are shared memory.
+    shared: HashSet<StoreId>,
     files: HashMap<StoreId, Rc<S::File>>,
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
@@ -94,6 +96,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             factory,
             span,
             stores: HashMap::new(),
+            shared: HashSet::new(),
             files: HashMap::new(),
             windows: HashMap::new(),
             copied: HashMap::new(),
@@ -164,19 +167,44 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.windows.len()
     }
 
-    /// A VM of `ram`, with files at their places. The caller makes the window map [`Family::runs`].
-    pub fn launch(&mut self, ram: &[GfnRange], files: &[(GfnRange, Rc<S::File>)], window: W) -> VmId {
-        let mappings: Vec<FileMapping> = files
-            .iter()
-            .map(|(pages, file)| {
-                let (object, store) = self.family.add_file(pages.count());
-                self.files.insert(store, Rc::clone(file));
-                FileMapping { pages: *pages, file: object }
-            })
-            .collect();
+    /// A VM of `ram`, with files at their places, and at those of `shared` memory that all VMs which descend from this one have
+    /// in common. The caller makes the window map [`Family::runs`].
+    ///
+    /// # Errors
+    /// [`Error::CreateStore`]; nothing has changed.
+    pub fn launch(
+        &mut self,
+        ram: &[GfnRange],
+        files: &[(GfnRange, Rc<S::File>)],
+        shared: &[GfnRange],
+        window: W,
+    ) -> Result<VmId, Error> {
+        let stores = shared.iter().map(|pages| self.create_shared(pages.count())).collect::<Result<Vec<_>, _>>()?;
+        let mut mappings = Vec::new();
+        for (pages, file) in files {
+            let (object, store) = self.family.add_file(pages.count());
+            self.files.insert(store, Rc::clone(file));
+            mappings.push(ObjectMapping { pages: *pages, object });
+        }
+        for (&pages, store) in shared.iter().zip(stores) {
+            let (object, id) = self.family.add_shared(pages.count());
+            self.stores.insert(id, store);
+            self.shared.insert(id);
+            mappings.push(ObjectMapping { pages, object });
+        }
         let vm = self.family.launch(ram, &mappings);
         self.windows.insert(vm, window);
-        vm
+        Ok(vm)
+    }
+
+    fn create_shared(&mut self, pages: PageCount) -> Result<S::Store, Error> {
+        self.factory.create_shared(pages).map_err(|source| Error::CreateStore { pages, source })
+    }
+
+    /// Pages of shared memory that are there, each once however many VMs have them.
+    pub fn shared_resident(&self) -> PageCount {
+        let resident = self.shared.iter().filter_map(|id| self.stores[id].resident().ok());
+        PageCount(resident.map(|pages| pages.0).sum())
     }
 
     /// First half of a freeze: a store for the window to put in the place of what it moves out. The moved pages settle
@@ -299,6 +327,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.to_swap.remove(&store);
         self.watched.remove(&store);
         self.stores.remove(&store);
+        self.shared.remove(&store);
         self.copied.remove(&store);
         self.files.remove(&store);
     }

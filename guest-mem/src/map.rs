@@ -21,6 +21,17 @@ pub enum Protection {
     ReadWrite,
 }
 
+/// What becomes of what a VM writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Sharing {
+    /// It is the VM's own, and no relative sees it.
+    #[default]
+    CopyOnWrite,
+    /// All who have the entry see it, the VM's children among them: `MAP_SHARED | MAP_ANONYMOUS` (Tweedie and LaHaise,
+    /// linux-mm 2000).
+    Shared,
+}
+
 /// What stretch of guest frames shows what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapEntry {
@@ -33,17 +44,30 @@ pub struct MapEntry {
     pub needs_copy: bool,
     /// What the VM may do there. A child begins with its parent's.
     pub protection: Protection,
+    /// Who sees what the VM writes there. The object of a shared entry is [shared memory](crate::object::Kind::Shared): no
+    /// freeze takes anything of it, and nothing is ever stacked on it.
+    pub sharing: Sharing,
 }
 
 impl MapEntry {
     /// Fresh memory.
-    pub const ANONYMOUS: Self =
-        Self { object: None, origin: Gfn(0), needs_copy: false, protection: Protection::ReadWrite };
+    pub const ANONYMOUS: Self = Self {
+        object: None,
+        origin: Gfn(0),
+        needs_copy: false,
+        protection: Protection::ReadWrite,
+        sharing: Sharing::CopyOnWrite,
+    };
 
-    /// Whether a write makes a private copy of something: stores are never written through a window, so this holds for
-    /// all but memory that shows no object yet.
+    /// Whether a write makes a private copy of something. No other stores than those of shared memory are written through a
+    /// window, so this holds for all but that, and memory that shows no object yet.
     pub fn copy_on_write(&self) -> bool {
-        self.object.is_some()
+        self.object.is_some() && !self.is_shared()
+    }
+
+    /// Whether it shows shared memory.
+    pub fn is_shared(&self) -> bool {
+        self.sharing == Sharing::Shared
     }
 }
 
@@ -94,12 +118,17 @@ impl AddressMap {
         self.iter().filter(move |(_, entry)| entry.protection == protection).map(|(pages, _)| pages)
     }
 
+    /// The stretches of shared memory.
+    pub fn shared(&self) -> impl Iterator<Item = GfnRange> {
+        self.iter().filter(|(_, entry)| entry.is_shared()).map(|(pages, _)| pages)
+    }
+
     /// The object of each entry that shows one.
     pub(crate) fn objects(&self) -> impl Iterator<Item = ObjectId> {
         self.0.iter().filter_map(|(_, entry)| entry.object)
     }
 
-    /// Marks every entry that shows an object: what it shows is shared from now on.
+    /// Marks every entry that shows an object, but for shared memory: children see what it shows from now on.
     pub(crate) fn share(&mut self) {
         self.change((0..u64::MAX).into(), |entry| entry.needs_copy = entry.copy_on_write());
     }

@@ -4,7 +4,7 @@ use crate::addr::{GfnRange, PageCount};
 use crate::family::{Family, VmId};
 use crate::object::{Kind, Slot, shift_down};
 use crate::stage2::{Sharing, push_run};
-use crate::window::{Source, StoreId};
+use crate::window::StoreId;
 use rangemap::RangeSet;
 use std::ops::{AddAssign, Range};
 
@@ -12,9 +12,9 @@ use std::ops::{AddAssign, Range};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PageCounts {
-    /// Its live layer, and frozen pages that only it sees.
+    /// Its live layer, and frozen pages and shared memory that only it sees.
     pub private: u64,
-    /// Frozen pages that others see too.
+    /// Frozen pages, and pages of shared memory, that others see too.
     pub shared: u64,
     /// Pages without storage.
     pub zero: u64,
@@ -32,8 +32,10 @@ pub struct Totals {
     pub objects: u64,
     /// Stores, files' included.
     pub stores: u64,
-    /// Pages in stores, files' left out.
+    /// Pages in stores, those of files and of shared memory left out.
     pub resident: u64,
+    /// Pages of shared memory, written or not, each once.
+    pub shared: u64,
     /// Pages in swap only.
     pub swapped: u64,
     /// Pages that have not settled.
@@ -84,7 +86,7 @@ impl Family {
         }
         let own = own.into_iter().map(|run| (run, Sharing::Own));
         for (run, sharing) in own.chain(shared.into_iter().map(|run| (run, Sharing::Shared))) {
-            let Source::Store { store, origin } = run.source else { continue };
+            let Some((store, origin)) = run.source.store() else { continue };
             let indexes = shift_down(run.pages, origin);
             let by_others = match sharing {
                 Sharing::Own => self.seen(store, indexes, Some(id)),
@@ -139,6 +141,7 @@ impl Family {
             objects: self.objects.len() as u64,
             stores: accounts.len() as u64,
             resident: self.resident().0,
+            shared: accounts.values().filter(|a| a.kind == Kind::Shared).map(|account| account.resident).sum(),
             swapped: anonymous.map(|account| account.swapped).sum(),
             unsettled: self.unsettled().0,
             tables: self.stage2.tables() as u64,

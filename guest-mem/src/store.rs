@@ -34,6 +34,12 @@ pub trait Store {
     /// The store cannot tell.
     fn extents(&self) -> io::Result<Vec<GfnRange>>;
 
+    /// How many pages are there.
+    ///
+    /// # Errors
+    /// The store cannot tell.
+    fn resident(&self) -> io::Result<PageCount>;
+
     /// No page is expected to be filled in for a while: lets go of what only filling needs.
     fn rest(&mut self) {}
 }
@@ -52,6 +58,13 @@ pub trait StoreFactory {
     /// # Errors
     /// The host has no memory or no descriptors left.
     fn create(&mut self, pages: PageCount) -> io::Result<Self::Store>;
+
+    /// Shared memory of `pages` pages, all of them holes, which whoever maps it writes: a touch of a hole makes it a page of
+    /// zeros.
+    ///
+    /// # Errors
+    /// As above.
+    fn create_shared(&mut self, pages: PageCount) -> io::Result<Self::Store>;
 
     /// Nothing else is to be done: gets ready for the next store of `pages` pages.
     fn stock_up(&mut self, _pages: PageCount) {}

@@ -1,6 +1,7 @@
 //! Map entries on real windows: what is protected, shared and moved, as threads of this process see it.
 
-use guest_mem::{GfnRange, Local, LocalVm, Protection};
+use guest_mem::local::{Error, Options};
+use guest_mem::{GfnRange, Local, LocalVm, PageCount, Protection};
 use std::fs::File;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -82,4 +83,66 @@ fn a_child_protects_parts_of_its_memory() {
     let (told, mapped) = runs.unwrap();
     assert_eq!(told, mapped);
     sound(&family);
+}
+
+/// `MAP_SHARED | MAP_ANONYMOUS`: a launch makes it, children have it, and all of them see what one of them writes, before a
+/// fork and after it. What they write beside it is their own.
+#[test]
+fn relatives_see_each_others_writes_in_shared_memory() {
+    let options = Options::default().shared(vec![GfnRange::from(50..70), GfnRange::from(200..201)]);
+    let family = Local::with_options(vec![GfnRange::from(0..PAGES)], options).expect("this test needs userfaultfd");
+    let parent = family.launch().unwrap();
+    (0..PAGES).for_each(|page| assert!(write(&family, parent, page, page + 1)));
+    let child = family.fork(parent).unwrap();
+    let grandchild = family.fork(child).unwrap();
+    family.settle().unwrap();
+    let all = [parent, child, grandchild];
+    assert!(all.iter().all(|&vm| (0..PAGES).all(|page| read(&family, vm, page) == page + 1)));
+    for (writer, page) in all.into_iter().zip([50, 69, 200]) {
+        assert!(write(&family, writer, page, 1000 + page) && write(&family, writer, 49, page));
+        assert_eq!(all.map(|vm| read(&family, vm, page)), [1000 + page; 3]);
+    }
+    assert_eq!(all.map(|vm| read(&family, vm, 49)), [50, 69, 200]);
+    // Of all pages, those that are shared are there once, whoever has them, and nothing of them is frozen or evicted.
+    let shared = |family: &Local| family.inspect(|manager| manager.shared_resident()).unwrap();
+    assert_eq!(shared(&family), PageCount(21));
+    let totals = family.stats().unwrap().totals;
+    assert_eq!((totals.resident, totals.shared), (PAGES - 21, 21));
+    sound(&family);
+    // They are nobody's own to give back.
+    let given = family.balloon(child, &[GfnRange::from(40..80)]).unwrap();
+    assert_eq!(given, [GfnRange::from(40..50), GfnRange::from(70..80)]);
+    assert_eq!([40, 50, 70].map(|page| read(&family, child, page)), [0, 1050, 0]);
+    // Another launch has memory of its own there.
+    let other = family.launch().unwrap();
+    assert_eq!(read(&family, other, 50), 0);
+    assert!(write(&family, other, 50, 7));
+    assert_eq!((read(&family, parent, 50), shared(&family)), (1050, PageCount(22)));
+    // It lasts as long as one of those who have it.
+    let memory = family.memory(parent).unwrap();
+    family.exit(parent).unwrap();
+    family.exit(child).unwrap();
+    assert_eq!(memory.read_obj::<u64>(at(50)).unwrap(), 0, "what is left of a VM shares nothing");
+    memory.write_obj(3u64, at(50)).unwrap();
+    assert_eq!((read(&family, grandchild, 50), shared(&family)), (1050, PageCount(22)));
+    let last = family.fork(grandchild).unwrap();
+    family.protect(last, GfnRange::from(45..55), Protection::ReadOnly).unwrap();
+    assert!(!write(&family, last, 50, 0) && write(&family, grandchild, 50, 12));
+    assert_eq!(read(&family, last, 50), 12);
+    sound(&family);
+    [other, grandchild, last].into_iter().for_each(|vm| family.exit(vm).unwrap());
+    assert_eq!(shared(&family), PageCount(0));
+    assert_eq!(family.stats().unwrap().totals.shared, 0);
+}
+
+#[test]
+fn shared_memory_is_a_part_of_memory() {
+    let shared = |pages: &[(u64, u64)]| {
+        let shared = pages.iter().map(|&(start, end)| GfnRange::from(start..end)).collect();
+        Local::with_options(vec![GfnRange::from(0..PAGES)], Options::default().shared(shared)).map(drop)
+    };
+    assert!(shared(&[(0, PAGES)]).is_ok());
+    for pages in [&[(PAGES - 1, PAGES + 1)][..], &[(10, 10)], &[(10, 20), (15, 25)]] {
+        assert!(matches!(shared(pages), Err(Error::BadMemory(_))), "{pages:?}");
+    }
 }

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Smallest guest memory, in bytes.
@@ -152,6 +153,10 @@ pub struct Launch {
     pub remove_when_off: bool,
     /// The Linux guest to start; null for the built-in guest.
     pub linux: Option<Linux>,
+    /// Memory that all VMs which descend from this one share: what one of them writes there, all see. Sorted, apart, whole
+    /// pages.
+    #[serde(default)]
+    pub shared: Vec<Range<u64>>,
 }
 
 /// A Linux guest. Paths are absolute.

@@ -113,7 +113,7 @@ pub struct Start {
     /// Who it is.
     pub identity: Identity,
     /// Its window, but for what it has of a [`ToVm::Expect`] as it is; a descriptor for each store in `stores` travels
-    /// along.
+    /// along. Those of shared memory can be written through.
     pub runs: Vec<Run>,
     /// The stores that `runs` name, in the order of the descriptors.
     pub stores: Vec<StoreId>,
@@ -131,8 +131,8 @@ pub struct Start {
 /// What a prepared VM process can have ready of a start that will most likely follow.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Expect {
-    /// Its window, but for what the process has of an earlier [`ToVm::Expect`]; a descriptor for each store in `stores`
-    /// travels along.
+    /// Its window, but for what the process has of an earlier [`ToVm::Expect`], and without shared memory; a descriptor for each
+    /// store in `stores` travels along.
     pub runs: Vec<Run>,
     /// The stores that `runs` name, in the order of the descriptors.
     pub stores: Vec<StoreId>,

@@ -12,7 +12,7 @@ use crate::store::swap::SharedSwap;
 use crate::swap::Swap;
 use crate::sys::{Touch, Userfaultfd};
 use crate::window::host::{Asked, Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
-use crate::window::{Failure, Harvest, Source, StoreId, Window, are_apart};
+use crate::window::{Failure, Harvest, StoreId, Window, are_apart};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -62,6 +62,8 @@ pub(super) struct FamilyThread {
     family: u64,
     manager: Manager<MemfdStores, HostWindow>,
     ram: Vec<GfnRange>,
+    /// What launched VMs share with those that descend from them.
+    shared: Vec<GfnRange>,
     members: BTreeMap<VmId, Member>,
     swap: Option<LocalSwap>,
     observer: Option<Observer>,
@@ -82,18 +84,22 @@ impl FamilyThread {
     ) -> Result<Self, Error> {
         let bounds = [GfnRange::from(0..MOST)];
         let Some(last) = ram.last().filter(|_| are_apart(&ram, &bounds)) else { return Err(Error::BadMemory(ram)) };
+        if !are_apart(&options.shared, &ram) {
+            return Err(Error::BadMemory(options.shared));
+        }
         let span = PageCount(last.end().0);
         let mut stores = MemfdStores::new(Some(Arc::new(Userfaultfd::new().map_err(Error::Begin)?)));
         if let Some(swap) = &options.swap {
             stores = stores.with_swap(SharedSwap::new(Rc::new(RefCell::new(Arc::clone(swap)))));
         }
         let epoll = Epoll::new().map_err(Error::Begin)?;
-        let Options { swap, observer } = options;
+        let Options { swap, observer, shared } = options;
         let completions = swap.as_ref().and_then(|swap| swap.completions());
         let owner = Self {
             family,
             manager: Manager::new(Shape::X86_64, span, stores),
             ram,
+            shared,
             members: BTreeMap::new(),
             swap,
             observer,
@@ -243,7 +249,8 @@ impl FamilyThread {
 
     pub fn launch(&mut self) -> Result<LocalVm, Error> {
         let window = self.reserve("launch")?;
-        let vm = self.manager.launch(&self.ram, &[], window);
+        let vm = self.manager.launch(&self.ram, &[], &self.shared, window);
+        let vm = vm.map_err(|cause| Error::Memory { operation: "launch", cause })?;
         self.open("launch", vm, HugePages::Advised)
     }
 
@@ -301,8 +308,8 @@ impl FamilyThread {
         let runs = self.manager.family().runs(vm).clone();
         let mut files = BTreeMap::new();
         for run in runs.iter() {
-            if let Source::Store { store, .. } = run.source {
-                let file = self.manager.store(store).expect("a run's store").read_only();
+            if let Some((store, _)) = run.source.store() {
+                let file = self.manager.store(store).expect("a run's store").for_windows();
                 files.insert(store, file.try_clone_to_owned().map_err(WindowError::NoScratch)?);
             }
         }

@@ -7,9 +7,10 @@ use crate::store::{Store, StoreFactory};
 use crate::window::{StoreId, Window};
 
 impl<S: StoreFactory, W: Window> Manager<S, W> {
-    /// Holds the stores against the books: a page is in its store exactly if its slot says so (invariants 3 and 6).
+    /// Holds the stores against the books: a page is in its store exactly if its slot says so (invariants 3 and 6). Which
+    /// pages of shared memory are there is up to those who write it.
     pub fn check_stores(&self, broken: &mut Vec<String>) {
-        for (&id, store) in &self.stores {
+        for (&id, store) in self.stores.iter().filter(|(id, _)| !self.shared.contains(id)) {
             match store.extents() {
                 Err(error) => broken.push(format!("3: {id:?} cannot tell what it has: {error}")),
                 Ok(extents) => self.hold_against_books(id, &extents, &[], broken),
@@ -17,9 +18,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// The stores there are.
+    /// The stores whose pages the books know: all but shared memory.
     pub fn stores(&self) -> impl Iterator<Item = StoreId> {
-        self.stores.keys().copied()
+        self.stores.keys().copied().filter(|id| !self.shared.contains(id))
     }
 
     /// Somebody begins to list what is in a store, which may take a while: what comes and goes meanwhile is noted for

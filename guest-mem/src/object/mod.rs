@@ -1,7 +1,8 @@
 //! Objects: logical memory, stacked copy-on-write (Dillon 2000).
 //!
 //! An object is a range of pages, each in a [`Slot`] or absent; what is absent is looked for in its *backing* object.
-//! Every object is frozen: its bytes never change. What a VM has written since its last freeze is not in an object yet.
+//! Every object is frozen: its bytes never change. What a VM has written since its last freeze is not in an object yet. The
+//! one exception is [shared memory](Kind::Shared), which is never frozen.
 //!
 //! Objects know nothing of stage-2 tables and of windows. They own the accounts of the stores: a store ends with the
 //! last slot that names it, and a scratch range with the last page that waits in it.
@@ -50,6 +51,9 @@ pub enum Kind {
     Anonymous,
     /// A file: frozen from birth, all its pages in one store that belongs to no family.
     File,
+    /// Shared memory: all its pages in one store, which those who map it write. It is never frozen, so nothing of it is taken
+    /// by a freeze, written to swap, or stacked on.
+    Shared,
 }
 
 /// A range of pages in its place in the forest.
@@ -175,8 +179,18 @@ impl StoreAccount {
 impl Objects {
     /// A file of `pages` pages, in the store `store`.
     pub(crate) fn add_file(&mut self, store: StoreId, pages: PageCount) -> ObjectId {
-        self.stores.insert(store, StoreAccount::new(Kind::File, None));
-        let id = self.insert(Kind::File, None);
+        self.add_whole(Kind::File, store, pages)
+    }
+
+    /// Shared memory of `pages` pages, in the store `store`. The books count all its pages as if they were there: which are is
+    /// up to those who write them.
+    pub(crate) fn add_shared(&mut self, store: StoreId, pages: PageCount) -> ObjectId {
+        self.add_whole(Kind::Shared, store, pages)
+    }
+
+    fn add_whole(&mut self, kind: Kind, store: StoreId, pages: PageCount) -> ObjectId {
+        self.stores.insert(store, StoreAccount::new(kind, None));
+        let id = self.insert(kind, None);
         if pages.0 > 0 {
             self.put(id, (0..pages.0).into(), Slot::Resident(store));
         }
@@ -555,6 +569,7 @@ impl Objects {
             Source::Store { store, origin } => {
                 self.zeros(store).is_none_or(|zeros| zeros.covers(shift_down(run.pages, origin)))
             }
+            Source::Shared { .. } => false,
         }
     }
 }

@@ -16,7 +16,8 @@ use rangemap::RangeSet;
 
 impl Family {
     /// `vm` has given `pages` back. Its window holds no private page there and shows anonymous memory already: the window
-    /// decides which pages it has a mapping to spare for. Frames outside of the VM's memory do not count.
+    /// decides which pages it has a mapping to spare for. Frames outside of the VM's memory do not count, nor those of shared
+    /// memory, which is not its own to give.
     ///
     /// # Panics
     /// If the VM stands for a freeze: its pages may be on their way out. Whoever holds the window does one after the other.
@@ -26,7 +27,7 @@ impl Family {
             pages.iter().filter(|pages| pages.start() < pages.end()).map(|pages| pages.raw()).collect();
         let map = self.vm(vm).map.clone();
         let mut replaced = Vec::new();
-        for (bounds, entry) in map.iter() {
+        for (bounds, entry) in map.iter().filter(|(_, entry)| !entry.is_shared()) {
             let parts: Vec<GfnRange> =
                 given.overlapping(bounds.raw()).map(|part| GfnRange::from(part.clone()).intersect(bounds)).collect();
             if parts.is_empty() {

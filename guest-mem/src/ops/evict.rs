@@ -35,7 +35,7 @@ impl Family {
     /// What can be evicted of an object's pages. They are of one cluster.
     pub fn victims(&self, object: ObjectId, pages: GfnRange) -> Vec<Victim> {
         debug_assert_eq!(cluster_of(pages.start()).intersect(pages), pages, "one cluster at a time");
-        if self.objects.get(object).kind == Kind::File {
+        if self.objects.get(object).kind != Kind::Anonymous {
             return Vec::new();
         }
         let slots = self.objects.slots_in(object, pages);

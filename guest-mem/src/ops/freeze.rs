@@ -69,9 +69,11 @@ impl Family {
 
     /// The window has taken `harvest`: makes it the top of the VM's chains. Where nothing was private, no object is
     /// made. Children get one mapping of its pages where some stayed and fewer than `bridge` zeros lie between them. What
-    /// nobody sees any more is freed when it is [tidied up](Self::tidy).
+    /// nobody sees any more is freed when it is [tidied up](Self::tidy). Of shared memory nothing is taken, whatever is said.
     pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest, bridge: PageCount, effects: &mut Effects) {
         let store = self.end_freeze(vm);
+        let shared: Vec<GfnRange> = self.vm(vm).map.shared().collect();
+        let harvest = if shared.is_empty() { harvest } else { &harvest.besides(&shared) };
         if harvest.is_empty() {
             self.vm_mut(vm).taking = Taking::default();
             effects.push(Effect::DropStore(store));
@@ -244,10 +246,7 @@ mod tests {
     }
 
     fn child_runs(family: &mut Family, vm: VmId) -> Vec<(u64, u64, Option<StoreId>)> {
-        let store = |source| match source {
-            Source::Store { store, .. } => Some(store),
-            Source::Anonymous => None,
-        };
+        let store = |source: Source| source.store().map(|(store, _)| store);
         let runs = family.runs_of_child(vm, 1000);
         runs.iter().map(|run| (run.pages.start().0, run.pages.end().0, store(run.source))).collect()
     }

@@ -1,26 +1,27 @@
-//! Launch: a new VM over files and fresh memory.
+//! Launch: a new VM over files, shared memory and fresh memory.
 
 use crate::addr::GfnRange;
-use crate::family::{Family, FileMapping, Vm, VmId};
-use crate::map::{AddressMap, MapEntry};
+use crate::family::{Family, ObjectMapping, Vm, VmId};
+use crate::map::{AddressMap, MapEntry, Sharing};
+use crate::object::{Found, Kind};
 use crate::stage2::Cursor;
 use crate::window::{Run, Source};
 
 impl Family {
-    /// A VM whose memory is `ram`, with `files` in it.
-    pub fn launch(&mut self, ram: &[GfnRange], files: &[FileMapping]) -> VmId {
+    /// A VM whose memory is `ram`, with `objects` in it.
+    pub fn launch(&mut self, ram: &[GfnRange], objects: &[ObjectMapping]) -> VmId {
         let mut map = AddressMap::default();
         for &pages in ram {
             map.set(pages, MapEntry::ANONYMOUS);
         }
-        for mapping in files {
-            let entry = MapEntry {
-                object: Some(mapping.file),
-                origin: mapping.pages.start(),
-                needs_copy: true,
-                ..MapEntry::ANONYMOUS
+        for &ObjectMapping { pages, object } in objects {
+            let sharing = match self.objects.get(object).kind {
+                Kind::Shared => Sharing::Shared,
+                Kind::Anonymous | Kind::File => Sharing::CopyOnWrite,
             };
-            map.set(mapping.pages, entry);
+            let needs_copy = sharing == Sharing::CopyOnWrite;
+            let (object, origin) = (Some(object), pages.start());
+            map.set(pages, MapEntry { object, origin, needs_copy, sharing, ..MapEntry::ANONYMOUS });
         }
         let root = self.stage2.new_root();
         let mut vm = Vm::new(map, root);
@@ -35,13 +36,19 @@ impl Family {
         let mut runs = Vec::new();
         for (pages, entry) in map.iter() {
             for segment in self.objects.resolve(entry.object, entry.origin, pages) {
-                let source = segment
-                    .found
-                    .and_then(|found| found.slot.store().map(|store| Source::Store { store, origin: found.origin }));
-                let run = Run { pages: segment.pages, source: source.unwrap_or(Source::Anonymous) };
-                crate::stage2::push_run(&mut runs, run);
+                let source = segment.found.and_then(|found| self.source_of(found)).unwrap_or(Source::Anonymous);
+                crate::stage2::push_run(&mut runs, Run { pages: segment.pages, source });
             }
         }
         runs
+    }
+
+    /// How a window shows what an object has.
+    fn source_of(&self, Found { object, origin, slot }: Found) -> Option<Source> {
+        let store = slot.store()?;
+        Some(match self.objects.get(object).kind {
+            Kind::Shared => Source::Shared { store, origin },
+            Kind::Anonymous | Kind::File => Source::Store { store, origin },
+        })
     }
 }

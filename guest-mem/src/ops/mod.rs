@@ -39,7 +39,8 @@ impl Family {
         let mut suspects = self.objects.take_unneeded();
         suspects.extend(merge_runs(replaced).into_iter().filter_map(|run| match run.source {
             Source::Store { store, .. } => Some((store, run.pages)),
-            Source::Anonymous => None,
+            // Shared memory goes with the last who maps it.
+            Source::Anonymous | Source::Shared { .. } => None,
         }));
         self.free_suspects(suspects, effects);
     }
@@ -60,7 +61,7 @@ impl Family {
 
     /// Frees pages of a store, unless somebody sees them or a gap is still to be copied from them. `lighter` gets the objects that lost pages.
     fn free_pages(&mut self, store: StoreId, pages: GfnRange, lighter: &mut BTreeSet<ObjectId>, effects: &mut Effects) {
-        if self.objects.stores.get(&store).is_none_or(|account| account.kind == Kind::File) {
+        if self.objects.stores.get(&store).is_none_or(|account| account.kind != Kind::Anonymous) {
             return;
         }
         let owners: Vec<ObjectId> = self.objects.owners(store).map(|(object, _)| object).collect();

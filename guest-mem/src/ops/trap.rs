@@ -72,7 +72,8 @@ impl Family {
                 Trap::SwapIn(self.swap_in(found.object, page, base))
             }
             Slot::Resident(store) | Slot::Clean(store, _) => match self.objects.get(found.object).kind {
-                Kind::Anonymous => Trap::Wake(segment.pages),
+                // Shared memory is there, or becomes so by the touch.
+                Kind::Anonymous | Kind::Shared => Trap::Wake(segment.pages),
                 Kind::File => Trap::File { store, pages: found.indexes(segment.pages), wake: segment.pages },
             },
         }
@@ -100,7 +101,7 @@ impl Family {
     /// run each, since no call supplies zeros to two mappings.
     pub fn trapping_zeros(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
         let mut zeros = Vec::new();
-        for run in self.window_runs(vm, pages).into_iter().filter(|run| run.source != Source::Anonymous) {
+        for run in self.window_runs(vm, pages).into_iter().filter(|run| matches!(run.source, Source::Store { .. })) {
             let mut of_run = Vec::new();
             let shown = self.shown(vm, run.pages).into_iter();
             shown.filter(Segment::is_zero).for_each(|segment| push(&mut of_run, segment.pages));
@@ -119,9 +120,9 @@ impl Family {
     /// one keeps a copy, stage-2 says what lies beneath it, and where it bridges zeros, that they are zero.
     pub(crate) fn shown(&self, vm: VmId, pages: GfnRange) -> Vec<Segment> {
         let runs = self.stage2.runs(self.vm(vm).root, pages).into_iter();
-        let segments = runs.flat_map(|run| match run.source {
-            Source::Anonymous => vec![Segment { pages: run.pages, found: None }],
-            Source::Store { store, origin } => self.objects.stored(store, origin, run.pages),
+        let segments = runs.flat_map(|run| match run.source.store() {
+            None => vec![Segment { pages: run.pages, found: None }],
+            Some((store, origin)) => self.objects.stored(store, origin, run.pages),
         });
         segments.collect()
     }

@@ -18,34 +18,32 @@ pub enum View {
     Table(TableId),
 }
 
-/// A [`View`] in 8 bytes: 2 bits of kind, then 28 bits of store and 34 of the index of the store's page at the entry's
+/// A [`View`] in 8 bytes: 3 bits of kind, then 27 bits of store and 34 of the index of the store's page at the entry's
 /// first frame, or 32 bits of table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Entry(u64);
 
-const KIND_BITS: u32 = 2;
-const STORE_BITS: u32 = 28;
+const KIND_BITS: u32 = 3;
+const STORE_BITS: u32 = 27;
 /// So many stores can be named.
 pub(crate) const MAX_STORES: u32 = 1 << STORE_BITS;
 const EMPTY: u64 = 0;
 const ANONYMOUS: u64 = 1;
 const STORE: u64 = 2;
 const TABLE: u64 = 3;
+const SHARED: u64 = 4;
 
 impl Entry {
     /// An entry whose first frame is `first`.
     ///
     /// # Panics
-    /// If a store's number or page index does not fit: 268 million stores, 64 TiB.
+    /// If a store's number or page index does not fit: 134 million stores, 64 TiB.
     pub fn new(view: View, first: Gfn) -> Self {
         Self(match view {
             View::Empty => EMPTY,
             View::Leaf(Source::Anonymous) => ANONYMOUS,
-            View::Leaf(Source::Store { store, origin }) => {
-                let index = first.0 - origin.0;
-                assert!(store.0 < MAX_STORES && index < 1 << (64 - KIND_BITS - STORE_BITS), "stage-2 leaf overflow");
-                STORE | u64::from(store.0) << KIND_BITS | index << (KIND_BITS + STORE_BITS)
-            }
+            View::Leaf(Source::Store { store, origin }) => STORE | page(store, origin, first),
+            View::Leaf(Source::Shared { store, origin }) => SHARED | page(store, origin, first),
             View::Table(table) => TABLE | u64::from(table.0) << KIND_BITS,
         })
     }
@@ -54,7 +52,7 @@ impl Entry {
     pub(super) fn continues(self, before: Self, span: PageCount) -> bool {
         let step = match self.0 & ((1 << KIND_BITS) - 1) {
             TABLE => return false,
-            STORE => span.0 << (KIND_BITS + STORE_BITS),
+            STORE | SHARED => span.0 << (KIND_BITS + STORE_BITS),
             _ => 0,
         };
         self.0 == before.0.wrapping_add(step)
@@ -66,13 +64,24 @@ impl Entry {
         match self.0 & ((1 << KIND_BITS) - 1) {
             EMPTY => View::Empty,
             ANONYMOUS => View::Leaf(Source::Anonymous),
-            STORE => View::Leaf(Source::Store {
-                store: StoreId((payload & ((1 << STORE_BITS) - 1)) as u32),
-                origin: Gfn(first.0 - (payload >> STORE_BITS)),
-            }),
+            kind @ (STORE | SHARED) => {
+                let store = StoreId((payload & ((1 << STORE_BITS) - 1)) as u32);
+                let origin = Gfn(first.0 - (payload >> STORE_BITS));
+                View::Leaf(match kind {
+                    STORE => Source::Store { store, origin },
+                    _ => Source::Shared { store, origin },
+                })
+            }
             _ => View::Table(TableId(payload as u32)),
         }
     }
+}
+
+/// A store and its page at the first frame, behind the bits of the kind.
+fn page(store: StoreId, origin: Gfn, first: Gfn) -> u64 {
+    let index = first.0 - origin.0;
+    assert!(store.0 < MAX_STORES && index < 1 << (64 - KIND_BITS - STORE_BITS), "stage-2 leaf overflow");
+    u64::from(store.0) << KIND_BITS | index << (KIND_BITS + STORE_BITS)
 }
 
 #[cfg(test)]
@@ -85,9 +94,10 @@ mod tests {
         for view in [
             View::Empty,
             View::Leaf(Source::Anonymous),
-            View::Leaf(Source::Store { store: StoreId((1 << 28) - 1), origin: Gfn(0) }),
+            View::Leaf(Source::Store { store: StoreId(MAX_STORES - 1), origin: Gfn(0) }),
             View::Leaf(Source::Store { store: StoreId(7), origin: first }),
             View::Leaf(Source::Store { store: StoreId(0), origin: Gfn(first.0 - 5) }),
+            View::Leaf(Source::Shared { store: StoreId(MAX_STORES - 1), origin: Gfn(first.0 - 5) }),
             View::Table(TableId(u32::MAX)),
         ] {
             assert_eq!(Entry::new(view, first).view(first), view);

@@ -284,7 +284,7 @@ pub(crate) fn merge_runs(mut runs: Vec<Run>) -> Vec<Run> {
 impl Source {
     /// Whether a page of this source is `store`'s page at the same place.
     pub(crate) fn is_store(self, store: crate::window::StoreId) -> bool {
-        matches!(self, Self::Store { store: s, .. } if s == store)
+        self.store().is_some_and(|(id, _)| id == store)
     }
 }
 

@@ -45,6 +45,19 @@ impl Closer {
     }
 }
 
+/// Names of the files, as `/proc/PID/maps` has them.
+const STORE: &str = "offshoot-store";
+const SHARED: &str = "offshoot-shared";
+
+/// What a store is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    /// Frozen pages: nobody but we can write them.
+    Frozen,
+    /// Memory that several VMs write.
+    Shared,
+}
+
 /// All by which this process holds on to a store's pages.
 #[derive(Debug)]
 struct Files {
@@ -57,6 +70,7 @@ struct Files {
 /// A store that is a memfd.
 #[derive(Debug)]
 pub struct MemfdStore {
+    of: Content,
     /// There until the store is dropped.
     files: Option<Files>,
     inode: u64,
@@ -83,11 +97,12 @@ impl MemfdStores {
         Self { swap, ..self }
     }
 
-    fn make(&self, pages: PageCount) -> io::Result<MemfdStore> {
-        let file = Memfd::new("offshoot-store", pages)?;
+    fn make(&self, name: &str, of: Content, pages: PageCount) -> io::Result<MemfdStore> {
+        let file = Memfd::new(name, pages)?;
         let read_only = file.read_only()?;
         let inode = fstat(&file)?.st_ino;
         Ok(MemfdStore {
+            of,
             files: Some(Files { file, read_only, alias: None }),
             inode,
             userfaultfd: self.userfaultfd.clone(),
@@ -112,14 +127,18 @@ impl StoreFactory for MemfdStores {
     fn create(&mut self, pages: PageCount) -> io::Result<MemfdStore> {
         match self.spare.take_if(|spare| spare.files().file.pages() == pages) {
             Some(spare) => Ok(spare),
-            None => self.make(pages),
+            None => self.make(STORE, Content::Frozen, pages),
         }
+    }
+
+    fn create_shared(&mut self, pages: PageCount) -> io::Result<MemfdStore> {
+        self.make(SHARED, Content::Shared, pages)
     }
 
     fn stock_up(&mut self, pages: PageCount) {
         if self.spare.is_none() {
             // Where there is no room for it, the next store is made when it is needed.
-            self.spare = self.make(pages).ok();
+            self.spare = self.make(STORE, Content::Frozen, pages).ok();
         }
     }
 
@@ -133,7 +152,16 @@ impl MemfdStore {
         self.files.as_ref().expect("a store has files until it is dropped")
     }
 
-    /// The descriptor for windows: it cannot be written through.
+    /// The descriptor for windows. It cannot be written through, unless the store is shared memory: that goes to nobody but
+    /// the VMs that have it.
+    pub fn for_windows(&self) -> BorrowedFd<'_> {
+        match self.of {
+            Content::Frozen => self.files().read_only.as_fd(),
+            Content::Shared => self.files().file.as_fd(),
+        }
+    }
+
+    /// A descriptor that cannot be written through.
     pub fn read_only(&self) -> BorrowedFd<'_> {
         self.files().read_only.as_fd()
     }
@@ -203,6 +231,11 @@ impl Store for MemfdStore {
 
     fn extents(&self) -> io::Result<Vec<GfnRange>> {
         extents(self.read_only())
+    }
+
+    fn resident(&self) -> io::Result<PageCount> {
+        // It counts in blocks of 512 bytes, whatever the file system's are.
+        Ok(PageCount::covering(fstat(&self.files().file)?.st_blocks as u64 * 512))
     }
 
     fn rest(&mut self) {

@@ -43,7 +43,7 @@ impl Alias {
     pub fn new(store: &Memfd, uffd: Arc<Userfaultfd>) -> io::Result<Self> {
         let pages = store.range();
         let area = Area::reserve(Place::Anywhere, pages.count())?;
-        area.map_shared(pages, store.as_fd())?;
+        area.map_shared(pages, store.as_fd(), PageIndex(0))?;
         let (start, len) = area.host(pages)?;
         uffd.register(start, len)?;
         Ok(Self { area, uffd })

@@ -178,12 +178,12 @@ impl Area {
         self.map(range, access, libc::MAP_PRIVATE, Some((file, first)))
     }
 
-    /// Maps `file` shared, page by page.
+    /// Maps `file`, which can be written, shared, its page `first` at the start of the range.
     ///
     /// # Errors
     /// Of `mmap`; nothing has changed.
-    pub(super) fn map_shared(&self, range: GfnRange, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.map(range, Access::ReadWrite, libc::MAP_SHARED, Some((file, PageIndex(range.start().0))))
+    pub(crate) fn map_shared(&self, range: GfnRange, file: BorrowedFd<'_>, first: PageIndex) -> io::Result<()> {
+        self.map(range, Access::ReadWrite, libc::MAP_SHARED, Some((file, first)))
     }
 
     fn map(

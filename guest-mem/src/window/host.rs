@@ -33,9 +33,11 @@ use super::{Failure, Run, Source, StoreId, Window};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::map::Protection;
 use crate::pages::PageSet;
+use crate::ranges::without;
 use crate::sys::Written;
 use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
+use rangemap::RangeSet;
 use runs::RunMap;
 use scratch::Scratches;
 use std::fmt;
@@ -126,6 +128,8 @@ pub struct HostWindow {
     kept: PageSet,
     /// What the VM may not write, mapped or not.
     read_only: PageSet,
+    /// Where shared memory is mapped: nothing of it is private, and whatever freezes, gives back or moves leaves it alone.
+    shared: RangeSet<u64>,
     /// Pages dirty since the last successful freeze, as far as we were told and have not used it.
     pending: DirtyMap,
     /// Pages given back since the last successful freeze: what a log says of them may be of the time before.
@@ -158,6 +162,7 @@ impl HostWindow {
             pending: DirtyMap::clean(ram),
             kept: PageSet::default(),
             read_only: PageSet::default(),
+            shared: RangeSet::new(),
             given_back: PageSet::default(),
             ram: ram.to_vec(),
             runs: RunMap::default(),
@@ -221,9 +226,20 @@ impl HostWindow {
         }
         self.kept.clear();
         self.read_only.clear();
+        self.shared = RangeSet::new();
         self.retired = true;
         self.wake(GfnRange::between(Gfn(0), self.ram.last().map_or(Gfn(0), |ram| ram.end())));
         Ok(())
+    }
+
+    /// Where shared memory is mapped: what is written there is nothing of the VM's own.
+    pub fn shared(&self) -> impl Iterator<Item = GfnRange> {
+        self.shared.iter().map(|pages| pages.clone().into())
+    }
+
+    /// RAM without shared memory.
+    fn own_ram(&self) -> Vec<GfnRange> {
+        without(&self.ram, &self.shared().collect::<Vec<_>>())
     }
 
     /// What is mapped, sorted; neighbours that continue each other are one.

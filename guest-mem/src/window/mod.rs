@@ -4,13 +4,14 @@
 //! A window is made of *runs*: stretches of guest frames that one [`Source`] supplies. A run of a store is a private
 //! (`MAP_PRIVATE`) mapping of the store's file, registered for traps; an anonymous run is plain private memory that
 //! never traps. What the guest writes becomes private pages of the process that holds the window, the VM's *live layer*,
-//! which only [a freeze](host::HostWindow::freeze) takes out.
+//! which only [a freeze](host::HostWindow::freeze) takes out. A run of shared memory is a `MAP_SHARED` mapping of its store,
+//! which never traps either: what the guest writes there is in the store, and no freeze looks at it.
 
 pub mod host;
 
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::map::Protection;
-use crate::ranges::merged;
+use crate::ranges::{merged, without};
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -30,14 +31,26 @@ pub enum Source {
         /// Guest frame of the store's page 0.
         origin: Gfn,
     },
+    /// Shared memory: its store, which the guest writes.
+    Shared {
+        /// The store.
+        store: StoreId,
+        /// Guest frame of the store's page 0.
+        origin: Gfn,
+    },
 }
 
 impl Source {
     /// The store's page that stands at `gfn`, if a store supplies it.
     pub fn page(self, gfn: Gfn) -> Option<(StoreId, PageIndex)> {
+        self.store().map(|(store, origin)| (store, PageIndex(gfn.0 - origin.0)))
+    }
+
+    /// The store that supplies it, if one does, and the guest frame of its page 0.
+    pub fn store(self) -> Option<(StoreId, Gfn)> {
         match self {
             Self::Anonymous => None,
-            Self::Store { store, origin } => Some((store, PageIndex(gfn.0 - origin.0))),
+            Self::Store { store, origin } | Self::Shared { store, origin } => Some((store, origin)),
         }
     }
 }
@@ -86,6 +99,13 @@ impl Harvest {
         let Self { moved, copied, moved_private } = self;
         [moved, copied, &merged(moved, copied)].iter().all(|pages| are_apart(pages, ram))
             && are_apart(moved_private, moved)
+    }
+
+    /// The same without `pages` (sorted), of which nothing can have been taken.
+    pub(crate) fn besides(&self, pages: &[GfnRange]) -> Self {
+        let [moved, copied, moved_private] =
+            [&self.moved, &self.copied, &self.moved_private].map(|taken| without(taken, pages));
+        Self { moved, copied, moved_private }
     }
 
     /// Whether nothing was private.

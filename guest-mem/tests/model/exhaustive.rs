@@ -228,6 +228,21 @@ fn every_sequence_of_four_operations_over_a_file() {
     }
 }
 
+/// Both pages, one page beside one that is not, and whatever becomes of a page that never is private.
+#[test]
+fn every_sequence_of_operations_beside_shared_memory() {
+    for gaps in GAPS {
+        let scope = Scope::new(gaps, Ops::Plain);
+        let layout = Layout::flat(2).with_shared(&[(1, 2)]);
+        let ends = explore(&Scope { layout: layout.clone(), ..scope.clone() }, &mut Vec::new(), 4);
+        assert!(ends > 1_000, "{ends}");
+        explore(&Scope { layout, ..Scope::new(gaps, Ops::Entries) }, &mut Vec::new(), 3);
+        let layout = Layout::flat(3).with_shared(&[(0, 1), (2, 3)]);
+        explore(&Scope { layout: layout.clone(), ..Scope::new(gaps, Ops::Pressure) }, &mut Vec::new(), 3);
+        explore(&Scope { layout, ..Scope::new(gaps, Ops::Halves) }, &mut Vec::new(), 3);
+    }
+}
+
 #[test]
 fn every_sequence_of_four_operations_on_entries() {
     for gaps in GAPS {

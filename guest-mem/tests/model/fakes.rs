@@ -178,6 +178,10 @@ impl StoreFactory for VecStores {
         Ok(VecStore { pages: Rc::new(inode), size: pages, torn: None, stuck: BTreeSet::new(), ledger })
     }
 
+    fn create_shared(&mut self, pages: PageCount) -> io::Result<VecStore> {
+        self.create(pages)
+    }
+
     fn swap(&mut self) -> &mut SharedSwap {
         &mut self.swap
     }
@@ -233,6 +237,10 @@ impl Store for VecStore {
                 self.ledger.stuck.set(self.ledger.stuck.get() + 1);
             }
         }
+    }
+
+    fn resident(&self) -> io::Result<PageCount> {
+        Ok(PageCount(self.pages.borrow().len() as u64))
     }
 
     fn extents(&self) -> io::Result<Vec<GfnRange>> {
@@ -378,7 +386,7 @@ impl FakeWindow {
     pub fn map(&mut self, run: Run, mapped: Option<Mapped>) {
         assert!(!self.runs.overlaps(&run.pages.raw()), "runs do not overlap");
         self.runs.insert(run.pages.raw(), run.source);
-        if let (Source::Store { store, .. }, Some(mapped)) = (run.source, mapped) {
+        if let (Some((store, _)), Some(mapped)) = (run.source.store(), mapped) {
             self.mapped.insert(store, mapped);
         }
     }
@@ -419,7 +427,34 @@ impl FakeWindow {
         *self.runs.get(&gfn.0).expect("guests touch what is mapped")
     }
 
+    /// The page of shared memory that is mapped there.
+    fn shared(&self, gfn: Gfn) -> Option<(&Pages, u64)> {
+        let source = self.source(gfn);
+        let (store, index) = source.page(gfn).filter(|_| matches!(source, Source::Shared { .. }))?;
+        match &self.mapped[&store] {
+            Mapped::Store(pages) => Some((pages, index.0)),
+            Mapped::File(_) => panic!("{gfn} shows a file, and as shared memory"),
+        }
+    }
+
+    /// RAM without shared memory.
+    fn own_ram(&self) -> Vec<GfnRange> {
+        let mut own: RangeSet<u64> = RangeSet::new();
+        let mut all = Vec::new();
+        for ram in &self.ram {
+            own.insert(ram.raw());
+            let shared = self.runs.overlapping(ram.raw()).filter(|(_, source)| matches!(source, Source::Shared { .. }));
+            shared.for_each(|(pages, _)| own.remove(pages.clone()));
+            // Ranges of RAM that lie side by side are two.
+            all.extend(own.overlapping(ram.raw()).map(|pages| GfnRange::from(pages.clone()).intersect(*ram)));
+        }
+        all
+    }
+
     fn beneath(&self, gfn: Gfn) -> Result<Stamp, Trapped> {
+        if let Some((pages, index)) = self.shared(gfn) {
+            return Ok(pages.borrow().get(&index).copied().unwrap_or(0));
+        }
         match self.source(gfn).page(gfn) {
             None => Ok(0),
             Some((store, index)) => self.mapped[&store].get(index.0).ok_or(Trapped),
@@ -441,6 +476,11 @@ impl FakeWindow {
             return Ok(Write::Refused);
         }
         self.read(gfn)?;
+        if let Some((pages, index)) = self.shared(gfn) {
+            let is_new = pages.borrow_mut().insert(index, stamp).is_none();
+            self.ledger.pages.set(self.ledger.pages.get() + u64::from(is_new));
+            return Ok(Write::Done);
+        }
         self.present.insert(gfn.0, Private::Dirty(stamp));
         Ok(Write::Done)
     }
@@ -448,7 +488,7 @@ impl FakeWindow {
     /// KVM makes a page writable that is only read.
     pub fn copy_clean(&mut self, gfn: Gfn) -> Result<(), Trapped> {
         let stamp = self.read(gfn)?;
-        if !self.read_only.contains(&gfn.0) {
+        if !self.read_only.contains(&gfn.0) && self.shared(gfn).is_none() {
             self.present.entry(gfn.0).or_insert(Private::Clean(stamp));
         }
         Ok(())
@@ -469,11 +509,12 @@ impl FakeWindow {
         &self.waiting
     }
 
-    /// Drops what is there, and maps anonymous memory in its place.
+    /// Drops what is there, and maps anonymous memory in its place, but not where shared memory is.
     pub fn balloon(&mut self, pages: GfnRange) {
         self.present.retain(|page, _| !pages.contains(Gfn(*page)));
         self.stayed.remove(pages.raw());
-        let mapped: Vec<_> = self.runs.overlapping(pages.raw()).map(|(run, _)| run.clone()).collect();
+        let own = self.runs.overlapping(pages.raw()).filter(|(_, source)| !matches!(source, Source::Shared { .. }));
+        let mapped: Vec<_> = own.map(|(run, _)| run.clone()).collect();
         for run in mapped {
             self.runs.insert(pages.intersect(run.into()).raw(), Source::Anonymous);
         }
@@ -515,7 +556,7 @@ impl FakeWindow {
         let (mut moved, mut copied) = self.plan(&private, gaps);
         let sorted = |set: &RangeSet<u64>| -> Vec<GfnRange> { set.iter().map(|range| range.clone().into()).collect() };
         let planned = self.harvest(&private, &moved, &copied);
-        assert_eq!(broken_rule(&planned, &sorted(&private), &self.ram), None, "{planned:?} of {private:?}");
+        assert_eq!(broken_rule(&planned, &sorted(&private), &self.own_ram()), None, "{planned:?} of {private:?}");
         if !private.is_empty() {
             moved.extend(along.moves.iter().map(|pages| pages.raw()));
             along.moves.iter().for_each(|pages| copied.remove(pages.raw()));
@@ -577,11 +618,12 @@ impl FakeWindow {
     /// The stretches to move and those to copy.
     fn plan(&self, private: &RangeSet<u64>, gaps: Gaps) -> (RangeSet<u64>, RangeSet<u64>) {
         let (mut moved, mut copied) = (private.clone(), RangeSet::new());
+        let own = self.own_ram();
         match gaps {
             Gaps::None => {}
             Gaps::Stay => std::mem::swap(&mut moved, &mut copied),
             Gaps::All => {
-                let touched = self.ram.iter().filter(|ram| private.overlaps(&ram.raw()));
+                let touched = own.iter().filter(|ram| private.overlaps(&ram.raw()));
                 moved = touched.map(|ram| ram.raw()).collect();
             }
             Gaps::Some(bits) => {
@@ -597,7 +639,7 @@ impl FakeWindow {
                 let between: Vec<_> = moved.iter().zip(moved.iter().skip(1)).map(|(a, b)| a.end..b.start).collect();
                 for gap in between {
                     let joined = GfnRange::from(gap.start - 1..gap.end + 1);
-                    let in_ram = self.ram.iter().any(|ram| ram.intersect(joined) == joined);
+                    let in_ram = own.iter().any(|ram| ram.intersect(joined) == joined);
                     if in_ram && !copied.overlaps(&gap) && rng.below(2) == 0 {
                         moved.insert(gap);
                     }
@@ -637,6 +679,11 @@ impl Window for FakeWindow {
 
     fn zero(&mut self, pages: GfnRange) {
         for gfn in pages.iter() {
+            assert_eq!(
+                self.shared(gfn).map(|(_, index)| index),
+                None,
+                "nobody supplies shared memory, and {gfn} is some"
+            );
             if self.present.contains_key(&gfn.0) || self.source(gfn) == Source::Anonymous {
                 continue;
             }
@@ -648,7 +695,7 @@ impl Window for FakeWindow {
 
     /// As the kernel: it looks at the page table alone, and at what traps.
     fn supply(&mut self, gfn: Gfn, page: &[u8]) -> io::Result<()> {
-        if self.source(gfn) == Source::Anonymous {
+        if !matches!(self.source(gfn), Source::Store { .. }) {
             return Err(io::ErrorKind::NotFound.into());
         }
         if self.present.contains_key(&gfn.0) {

@@ -91,6 +91,10 @@ impl Stage {
             let start = rng.below(end - 4);
             layout = layout.with_files(&[(start, start + 1 + rng.below(end - start - 1))]);
         }
+        if rng.below(4) == 0 && end >= 8 && layout.files.is_empty() {
+            let start = rng.below(end - 4);
+            layout = layout.with_shared(&[(start, start + 1 + rng.below(end - start - 1))]);
+        }
         layout.max_runs = rng.pick(&[4, 12, 40, 16_000]);
         let stretch = if rng.below(2) == 0 { 12 } else { 60 };
         let pressure = rng.pick(&[0, 10, 30]);

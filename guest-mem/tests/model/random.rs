@@ -32,6 +32,8 @@ impl Player {
             Layout::flat(64),
             Layout::flat(64).with_files(&[(20, 31)]),
             Layout::flat(64).with_hole(24, 40).with_files(&[(3, 9), (40, 45)]),
+            Layout::flat(64).with_files(&[(3, 9)]).with_shared(&[(20, 31), (31, 32)]),
+            Layout::flat(64).with_hole(24, 40).with_shared(&[(20, 24), (50, 64)]),
             Layout::flat(128),
             Layout::flat(120).with_hole(60, 70).with_files(&[(33, 50)]),
         ];

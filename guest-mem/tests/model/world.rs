@@ -20,6 +20,8 @@ pub struct Layout {
     pub shape: Shape,
     pub ram: Vec<(u64, u64)>,
     pub files: Vec<(u64, u64)>,
+    /// Memory that all VMs share.
+    pub shared: Vec<(u64, u64)>,
     pub max_runs: usize,
     pub compaction: Compaction,
 }
@@ -32,6 +34,7 @@ impl Layout {
             shape: Shape { bits: 2, levels, leaf_levels: levels - 1 },
             ram: vec![(0, pages)],
             files: Vec::new(),
+            shared: Vec::new(),
             max_runs: MAX_RUNS,
             compaction: Compaction { stores: 2, runs: 3, kept: 4, pages: PageCount(12), remapped: 4 },
         }
@@ -40,6 +43,11 @@ impl Layout {
     /// The same with files at these places.
     pub fn with_files(self, files: &[(u64, u64)]) -> Self {
         Self { files: files.to_vec(), ..self }
+    }
+
+    /// The same with shared memory at these places.
+    pub fn with_shared(self, shared: &[(u64, u64)]) -> Self {
+        Self { shared: shared.to_vec(), ..self }
     }
 
     /// Two ranges of RAM.
@@ -51,6 +59,9 @@ impl Layout {
 
 /// What one VM must see: its pages that are not zero.
 pub type Memory = BTreeMap<u64, Stamp>;
+
+/// Where a VM has shared memory: which frame shows which page of which region.
+type Shares = BTreeMap<u64, (u64, u64)>;
 
 /// What a guest writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +96,9 @@ pub struct World<S = FakeSwap> {
     pub swap: Rc<RefCell<S>>,
     ram: Vec<GfnRange>,
     pub vms: BTreeMap<VmId, Memory>,
+    /// Regions of shared memory, and who has which where.
+    regions: BTreeMap<u64, Memory>,
+    shares: BTreeMap<VmId, Shares>,
     /// What VMs may not write.
     read_only: BTreeMap<VmId, BTreeSet<u64>>,
     /// What a child would see: the memory of each VM as of its last freeze.
@@ -125,7 +139,10 @@ impl<S: WorldSwap> World<S> {
         let mut manager =
             Manager::new(layout.shape, span, stores).with_max_runs(layout.max_runs).with_compaction(layout.compaction);
         let files: Vec<_> = layout.files.iter().map(|&at| (range(at), file(range(at).count(), &ledger))).collect();
-        let vm = manager.launch(&ram, &files, FakeWindow::new(&ram, &ledger));
+        let shared: Vec<GfnRange> = layout.shared.iter().copied().map(range).collect();
+        let window = FakeWindow::new(&ram, &ledger);
+        let vm = manager.launch(&ram, &files, &shared, window).expect("nothing is to fail");
+        let shares: Shares = (0..).zip(&shared).flat_map(|(region, pages)| shares(region, *pages)).collect();
         let mut memory = Memory::new();
         for (pages, _) in &files {
             for gfn in pages.iter() {
@@ -138,6 +155,8 @@ impl<S: WorldSwap> World<S> {
             ledger,
             swap,
             ram,
+            regions: (0..).zip(&shared).map(|(region, _)| (region, Memory::new())).collect(),
+            shares: BTreeMap::from([(vm, shares)]),
             read_only: BTreeMap::new(),
             frozen: vms.clone(),
             vms,
@@ -176,7 +195,7 @@ impl<S: WorldSwap> World<S> {
         for &run in runs.iter() {
             let mapped = match run.source {
                 Source::Anonymous => None,
-                Source::Store { store, .. } => Some(match self.manager.file(store) {
+                Source::Store { store, .. } | Source::Shared { store, .. } => Some(match self.manager.file(store) {
                     Some(file) => Mapped::File(Rc::clone(file)),
                     None => Mapped::store(self.manager.store(store).expect("a new window maps stores that exist")),
                 }),
@@ -258,7 +277,7 @@ impl<S: WorldSwap> World<S> {
         };
         let write = self.attempt(vm, gfn, Touch::Write, |window| window.write(gfn, stamp))?;
         if self.was_written(vm, gfn, write) {
-            set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp);
+            self.note(vm, gfn, stamp);
         }
         Ok(())
     }
@@ -271,8 +290,20 @@ impl<S: WorldSwap> World<S> {
     }
 
     fn assert_seen(&self, vm: VmId, gfn: Gfn, seen: Stamp) {
-        let want = self.vms[&vm].get(&gfn.0).copied().unwrap_or(0);
+        let (memory, page) = match self.shares[&vm].get(&gfn.0) {
+            Some((region, page)) => (&self.regions[region], page),
+            None => (&self.vms[&vm], &gfn.0),
+        };
+        let want = memory.get(page).copied().unwrap_or(0);
         assert_eq!(seen, want, "{vm:?} at page {}: saw {seen:#x}, not {want:#x}", gfn.0);
+    }
+
+    /// A page has been written.
+    fn note(&mut self, vm: VmId, gfn: Gfn, stamp: Stamp) {
+        match self.shares[&vm].get(&gfn.0) {
+            Some((region, page)) => set(self.regions.get_mut(region).expect("a region"), Gfn(*page), stamp),
+            None => set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp),
+        }
     }
 
     /// Whoever waits is served, as far as that works.
@@ -404,7 +435,7 @@ impl<S: WorldSwap> World<S> {
     fn try_write_stamp(&mut self, vm: VmId, gfn: Gfn, stamp: Stamp) -> Result<(), Error> {
         let write = self.touch(vm, gfn, Touch::Write, |window| window.write(gfn, stamp))?;
         if self.was_written(vm, gfn, write) {
-            set(self.vms.get_mut(&vm).expect("a VM of the model"), gfn, stamp);
+            self.note(vm, gfn, stamp);
         }
         Ok(())
     }
@@ -627,6 +658,7 @@ impl<S: WorldSwap> World<S> {
         let seen = self.frozen[&parent].clone();
         self.vms.insert(child, seen.clone());
         self.frozen.insert(child, seen);
+        self.shares.insert(child, self.shares[&parent].clone());
         if let Some(read_only) = self.read_only.get(&parent).cloned() {
             self.read_only.insert(child, read_only);
         }
@@ -638,6 +670,7 @@ impl<S: WorldSwap> World<S> {
     pub fn exit(&mut self, vm: VmId) {
         self.vms.remove(&vm);
         self.frozen.remove(&vm);
+        self.shares.remove(&vm);
         self.halves.remove(&vm);
         self.sheddings.remove(&vm);
         self.manager.exit(vm);
@@ -736,7 +769,7 @@ impl<S: WorldSwap> World<S> {
         for vm in holders {
             assert!(self.window(vm).has_scratch(), "the window of {vm:?}, which is gone, is kept for nothing");
         }
-        let stored = family.totals().resident + self.manager.hidden().0;
+        let stored = family.totals().resident + self.manager.hidden().0 + self.manager.shared_resident().0;
         assert_eq!(self.ledger.pages(), stored, "stores hold the pages the books say");
         self.check_waiting();
     }
@@ -811,10 +844,16 @@ impl<S: WorldSwap> World<S> {
         let family = self.manager.family();
         let totals = family.totals();
         assert_eq!((totals.objects, totals.stores, totals.tables, totals.resident), (0, 0, 0, 0));
+        assert_eq!(totals.shared, 0, "shared memory goes with the last who has it");
         assert_eq!((totals.swapped, self.swap.borrow().pages()), (0, 0), "no slot is left over");
         assert_eq!((self.ledger.pages(), self.ledger.stores(), self.manager.windows()), (0, 0, 0));
         assert_eq!(self.ledger.stuck(), 0, "what could not be freed went with its store");
     }
+}
+
+/// Shows a region at `pages`, from its first page on.
+fn shares(region: u64, pages: GfnRange) -> impl Iterator<Item = (u64, (u64, u64))> {
+    pages.iter().zip(0..).map(move |(gfn, page)| (gfn.0, (region, page)))
 }
 
 fn file(pages: PageCount, ledger: &Rc<Ledger>) -> Rc<FakeFile> {

@@ -6,6 +6,7 @@ use crate::boot::linux::{self, DEFAULT_CMDLINE, Plan};
 use crate::host;
 use crate::units::ByteSize;
 use guest_mem::PageCount;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,7 +16,14 @@ pub struct LaunchOptions(pub(super) Launch);
 
 impl Default for LaunchOptions {
     fn default() -> Self {
-        Self(Launch { name: None, mem_bytes: DEFAULT_MEMORY, vcpus: 1, remove_when_off: false, linux: None })
+        Self(Launch {
+            name: None,
+            mem_bytes: DEFAULT_MEMORY,
+            vcpus: 1,
+            remove_when_off: false,
+            linux: None,
+            shared: Vec::new(),
+        })
     }
 }
 
@@ -73,6 +81,13 @@ impl LaunchOptions {
     /// Its virtual CPUs. The built-in guest has one, a Linux guest from 1 to 8.
     pub fn vcpus(mut self, count: u8) -> Self {
         self.0.vcpus = count;
+        self
+    }
+
+    /// Guest-physical memory (whole pages of its RAM, in ascending order) that all VMs which descend from this one share: what
+    /// one of them writes there, all see. For the built-in guest.
+    pub fn share(mut self, bytes: Range<u64>) -> Self {
+        self.0.shared.push(bytes);
         self
     }
 

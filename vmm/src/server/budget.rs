@@ -195,9 +195,14 @@ impl Server {
         prepared.filter_map(|process| procfs::anonymous(process.memory.main.get()?.as_raw()).ok()).sum()
     }
 
-    /// Stores and compressed pages.
+    /// Stores, shared memory and compressed pages.
     fn kept_bytes(&self) -> u64 {
-        self.stores_bytes() + self.swap.borrow().stats().compressed_bytes
+        self.stores_bytes() + self.shared_bytes() + self.swap.borrow().stats().compressed_bytes
+    }
+
+    /// Shared memory that is there: each page once, whoever has it. None of it can be evicted.
+    pub(super) fn shared_bytes(&self) -> u64 {
+        self.families.values().map(|manager| manager.shared_resident().bytes()).sum()
     }
 
     /// What we need beyond compressed pages, and what a server needs anyway.

@@ -229,7 +229,7 @@ impl Server {
         for run in told.iter() {
             let inode = match run.source {
                 Source::Anonymous => Some(0),
-                Source::Store { store, .. } => {
+                Source::Store { store, .. } | Source::Shared { store, .. } => {
                     manager.store(store).map(|s| s.inode()).or_else(|| manager.file(store).map(|f| f.inode()))
                 }
             };
@@ -237,7 +237,13 @@ impl Server {
                 report.broken.push(format!("8: the window of {:?} at {:?}: {what}", vm.name, run.pages));
             }
         }
-        if let Some(shared) = mappings.iter().find(|mapping| !mapping.private) {
+        // Runs of shared memory have been compared with what is mapped there.
+        let may_share = |mapping: &Mapping| {
+            let at = GfnRange::between(frame(mapping.addresses.start, base), frame(mapping.addresses.end, base));
+            let shared = runs.iter().filter(|run| matches!(run.source, Source::Shared { .. }));
+            shared.map(|run| run.pages.intersect(at)).any(|part| part == at)
+        };
+        if let Some(shared) = mappings.iter().find(|mapping| !mapping.private && !may_share(mapping)) {
             report.broken.push(format!("10: {:?} has a shared mapping at {:#x}", vm.name, shared.addresses.start));
         }
         report
@@ -251,7 +257,7 @@ impl Server {
             let manager = &self.families[&family];
             let store = manager.family().runs(member).iter().find_map(|run| match run.source {
                 Source::Store { store, .. } => manager.store(store),
-                Source::Anonymous => None,
+                Source::Anonymous | Source::Shared { .. } => None,
             });
             let Some(process) = self.processes.get_mut(&id).filter(|p| p.ready && p.waiting.is_empty()) else {
                 continue;
@@ -298,7 +304,7 @@ impl Check {
 }
 
 /// Whether mappings show a run: the file that it should be (any, where the store is gone because all of it is zero), at
-/// the right offset, private, without holes.
+/// the right offset, private unless it is shared memory, without holes.
 fn check_run(run: &Run, inode: Option<u64>, mappings: &[Mapping], base: u64) -> Result<(), String> {
     let mut at = run.pages.start();
     let first = mappings.partition_point(|mapping| frame(mapping.addresses.end, base) <= at);
@@ -312,13 +318,15 @@ fn check_run(run: &Run, inode: Option<u64>, mappings: &[Mapping], base: u64) -> 
         if part.start() > at {
             return Err(format!("nothing is mapped at {at}"));
         }
-        if !mapping.private || !mapping.writable {
-            return Err(format!("the mapping at {} is not private and writable", part.start()));
+        let private = !matches!(run.source, Source::Shared { .. });
+        if mapping.private != private || !mapping.writable {
+            let kind = if private { "private" } else { "shared" };
+            return Err(format!("the mapping at {} is not {kind} and writable", part.start()));
         }
         if inode.is_some_and(|inode| inode != mapping.inode) {
             return Err(format!("inode {} is mapped, {inode:?} should be", mapping.inode));
         }
-        if let Source::Store { origin, .. } = run.source {
+        if let Some((_, origin)) = run.source.store() {
             let index = (mapping.offset >> PAGE_SHIFT) + (part.start().0 - pages.start().0);
             if index != part.start().0 - origin.0 {
                 return Err(format!("page {index:#x} of the store is mapped at {}", part.start()));

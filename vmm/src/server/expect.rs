@@ -20,7 +20,7 @@ use crate::machine::state::PackedState;
 use crate::wire::{Expect, Machine, Shape, ToVm};
 use firmware::abi::EVENT_PAGE;
 use guest_mem::runs::{Runs, changed};
-use guest_mem::{GfnRange, PAGE_SIZE, Run};
+use guest_mem::{GfnRange, PAGE_SIZE, Run, Source};
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -175,7 +175,7 @@ impl Server {
         process.expectation = Expectation { parent: Some(parent), ..Expectation::default() };
         let Some((family, member)) = memory else { return false };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        let runs = manager.runs_of_child(member);
+        let runs = without_shared(manager.runs_of_child(member));
         // Where descriptors are short, it expects nothing.
         let Ok((stores, descriptors)) = stores_of(manager, &runs) else { return false };
         let state = self.pool.state_to_expect(shape, parent);
@@ -201,6 +201,12 @@ impl Server {
     }
 }
 
+/// All runs but those of shared memory: who is no VM yet is not given what it could write.
+fn without_shared(runs: Runs) -> Runs {
+    let is_own = |run: &Run| !matches!(run.source, Source::Shared { .. });
+    if runs.iter().all(is_own) { runs } else { runs.iter().copied().filter(is_own).collect() }
+}
+
 /// The page that every child is written to before it runs.
 fn told_first(machine: Machine) -> Option<GfnRange> {
     let page = EVENT_PAGE / PAGE_SIZE as u64;
@@ -210,7 +216,7 @@ fn told_first(machine: Machine) -> Option<GfnRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_mem::{Gfn, Source, StoreId};
+    use guest_mem::{Gfn, StoreId};
 
     const PARENT: Generation = Generation(7);
     const FAMILY: FamilyId = FamilyId(3);

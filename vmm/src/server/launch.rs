@@ -9,14 +9,16 @@ use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
 use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
-use crate::wire::{self, Activity, Identity, Machine, Shape, Start, ToVm};
+use crate::wire::{self, Activity, FEW, Identity, Machine, Shape, Start, ToVm};
 use firmware::abi;
 use guest_mem::stage2;
 use guest_mem::store::file::MemfdFile;
-use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Protection, Run, Source, StoreId, VmId};
+use guest_mem::window::are_apart;
+use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Protection, Run, StoreId, VmId};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -114,7 +116,10 @@ impl Server {
         if !self.features.userfaultfd {
             manager = manager.without_holes();
         }
-        let vm = manager.launch(&ram, &files, self.window_of(process));
+        let shared: Vec<GfnRange> = launch.shared.iter().map(pages_of).collect();
+        let window = self.window_of(process);
+        let vm = manager.launch(&ram, &files, &shared, window);
+        let vm = vm.map_err(|e| failed("memory that is shared")(io::Error::other(e)))?;
         let family = FamilyId(self.fresh_id());
         self.families.insert(family, manager);
 
@@ -146,6 +151,7 @@ impl Server {
         if launch.mem_bytes < MIN_MEMORY || !launch.mem_bytes.is_multiple_of(PAGE_SIZE as u64) {
             return bad(format!("memory of {} bytes: at least 16M, and a multiple of 4K", launch.mem_bytes));
         }
+        check_shared(&launch.shared, PageCount::covering(launch.mem_bytes), machine).map_err(Failure::bad_input)?;
         crate::host::open_kvm().map_err(|e| Failure::bad_input(e.to_string()))?;
         let available = crate::host::available_memory().map_err(|e| Failure::failed(format!("host memory: {e}")))?;
         if launch.mem_bytes > available {
@@ -238,21 +244,43 @@ impl Server {
     }
 }
 
+/// The pages of a stretch of bytes.
+fn pages_of(bytes: &Range<u64>) -> GfnRange {
+    GfnRange::between(Gfn::of_gpa(bytes.start), Gfn::of_gpa(bytes.end))
+}
+
+/// Whether guests can share this: what the built-in guest needs for itself, each of them has for itself. A Linux guest would
+/// have to be told to keep out.
+fn check_shared(shared: &[Range<u64>], ram: PageCount, machine: Machine) -> Result<(), String> {
+    let Some(first) = shared.first() else { return Ok(()) };
+    if machine != Machine::Monitor {
+        return Err("only the built-in guest knows of memory that is shared".into());
+    }
+    let own = abi::FIRST_FREE_PAGE * PAGE_SIZE as u64;
+    if first.start < own {
+        return Err(format!("memory that is shared from {:#x} on: the guest needs all up to {own:#x}", first.start));
+    }
+    let whole = |bytes: &Range<u64>| [bytes.start, bytes.end].iter().all(|at| at.is_multiple_of(PAGE_SIZE as u64));
+    let pages: Vec<GfnRange> = shared.iter().map(pages_of).collect();
+    if shared.len() > FEW || !shared.iter().all(whole) || !are_apart(&pages, &ram_ranges(ram)) {
+        return Err(format!(
+            "memory that is shared: at most {FEW} stretches of whole pages of RAM, in ascending order"
+        ));
+    }
+    Ok(())
+}
+
 /// The stores that supply `runs`, and a descriptor of each.
 pub(super) fn stores_of(manager: &FamilyManager, runs: &[Run]) -> io::Result<(Vec<StoreId>, Vec<OwnedFd>)> {
-    let store = |run: &Run| match run.source {
-        Source::Store { store, .. } => Some(store),
-        Source::Anonymous => None,
-    };
-    let stores: BTreeSet<StoreId> = runs.iter().filter_map(store).collect();
+    let stores: BTreeSet<StoreId> = runs.iter().filter_map(|run| run.source.store()).map(|(store, _)| store).collect();
     let descriptors = stores.iter().map(|&id| descriptor(manager, id)).collect::<io::Result<_>>()?;
     Ok((stores.into_iter().collect(), descriptors))
 }
 
-/// A duplicate: a store may be gone by the time a process is prepared, and its descriptor with it.
+/// A duplicate, which can be written through where the store is shared memory: a store may be gone by the time a process is prepared, and its descriptor with it.
 fn descriptor(manager: &FamilyManager, id: StoreId) -> io::Result<OwnedFd> {
     if let Some(store) = manager.store(id) {
-        return store.read_only().try_clone_to_owned();
+        return store.for_windows().try_clone_to_owned();
     }
     match manager.file(id) {
         Some(file) => file.read_only().try_clone_to_owned(),

@@ -120,7 +120,7 @@ impl Server {
     /// What everything uses: processes without their shares of stores, and the stores.
     fn host_bytes(&self, resident: u64, seen: &Findings) -> u64 {
         let used = seen.usage.values().map(|usage| usage.pss - usage.pss_shared.min(usage.pss) + usage.page_tables);
-        used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes()
+        used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes() + self.shared_bytes()
     }
 
     pub(super) fn inspect(&self, name: &str, seen: &Findings) -> Result<Inspection, Failure> {
@@ -160,6 +160,7 @@ impl Server {
             let source = match run.source {
                 Source::Anonymous => "anonymous".to_owned(),
                 Source::Store { store, .. } => format!("store {}", store.0),
+                Source::Shared { store, .. } => format!("shared memory, store {}", store.0),
             };
             RunInfo { start, end, source }
         });

@@ -21,6 +21,8 @@ pub struct Family {
     ram: PageCount,
     uffd: Arc<Userfaultfd>,
     stores: BTreeMap<StoreId, Store>,
+    /// Memory that all have.
+    shared: Vec<Run>,
     generation: u64,
     pub isolation: Isolation,
     pub features: HostFeatures,
@@ -42,8 +44,15 @@ impl Family {
     pub fn with_image(mem_bytes: u64, image: &[u8]) -> Self {
         let ram = PageCount::covering(mem_bytes);
         let uffd = Arc::new(Userfaultfd::new().unwrap());
-        let mut family =
-            Self { ram, uffd, stores: BTreeMap::new(), generation: 100, isolation: Isolation::OwnUser, features: ALL };
+        let mut family = Self {
+            ram,
+            uffd,
+            stores: BTreeMap::new(),
+            shared: Vec::new(),
+            generation: 100,
+            isolation: Isolation::OwnUser,
+            features: ALL,
+        };
         family.add_store(PageCount::covering(image.len() as u64));
         family.stores[&IMAGE].alias.fill(PageIndex(0), image).unwrap();
         family
@@ -64,8 +73,17 @@ impl Family {
         self.add_store(PageCount(end.0))
     }
 
+    /// What is launched from now on has shared memory at these pages.
+    pub fn share(&mut self, pages: GfnRange) {
+        let store = self.add_store(pages.count());
+        self.shared.push(Run { pages, source: Source::Shared { store, origin: pages.start() } });
+    }
+
+    /// The descriptor of a store for a window. Only shared memory can be written through it.
     pub fn file(&self, store: StoreId) -> BorrowedFd<'_> {
-        self.stores[&store].read_only.as_fd()
+        let Store { file, read_only, .. } = &self.stores[&store];
+        let is_shared = self.shared.iter().any(|run| run.source.store().is_some_and(|(shared, _)| shared == store));
+        if is_shared { file.as_fd() } else { read_only.as_fd() }
     }
 
     pub fn prepare(&self) -> Worker {
@@ -105,6 +123,7 @@ impl Family {
         let first = Gfn::of_gpa(firmware::abi::IMAGE_BASE);
         let image = Source::Store { store: IMAGE, origin: first };
         overlay(&mut runs, GfnRange::new(first, self.stores[&IMAGE].file.pages()), image);
+        self.shared.iter().for_each(|shared| overlay(&mut runs, shared.pages, shared.source));
         runs
     }
 

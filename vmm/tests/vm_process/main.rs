@@ -39,6 +39,7 @@ const CASES: &[Case] = &[
     ("a keeper outlives its VM process", cases::a_keeper_outlives_its_vm_process),
     ("without traps the parent waits for its pages", cases::without_traps_the_parent_waits_for_its_pages),
     ("a write to what is protected ends its VM", cases::a_write_to_what_is_protected_ends_its_vm),
+    ("relatives see each others writes in shared memory", cases::relatives_see_each_others_writes_in_shared_memory),
     ("nonsense ends the process", cases::nonsense_ends_the_process),
     ("figures", figures::figures),
 ];

@@ -10,7 +10,7 @@ use std::cmp::Reverse;
 impl HostWindow {
     /// Drops what the guest has in `pages` and shows anonymous memory there, which never traps: whatever touches it later
     /// reads zeros. Guest and devices may run. Returns the pages of which this is true now, sorted; frames outside of RAM
-    /// are none of them.
+    /// and those of shared memory are none of them.
     ///
     /// A store beneath shows again where private pages are dropped, so each stretch over a store takes a mapping of its
     /// own. Where the window would get more than `max_runs` by that, the shortest stretches stay as they are.
@@ -24,7 +24,7 @@ impl HostWindow {
                 .map(move |part| GfnRange::from(part.clone()).intersect(ram))
                 .collect::<Vec<_>>()
         };
-        let mut stretches: Vec<GfnRange> = self.ram.iter().flat_map(within).collect();
+        let mut stretches: Vec<GfnRange> = self.own_ram().iter().flat_map(within).collect();
         stretches.sort_unstable_by_key(|stretch| Reverse(stretch.count()));
         let mut done = RangeSet::new();
         for stretch in stretches {

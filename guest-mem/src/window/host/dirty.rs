@@ -104,6 +104,24 @@ impl DirtyMap {
         }
     }
 
+    /// Pages, which lie in one RAM range, are not dirty.
+    pub fn unmark(&mut self, pages: GfnRange) {
+        let slot = self.slots.iter_mut().find(|slot| slot.range.contains(pages.start()));
+        let Some(Slot { range, words, index }) = slot else { return };
+        let mut at = pages.start().0 - range.start().0;
+        // To the end of the last word: what lies behind the range may be marked, and is no page.
+        let end = if pages.end() < range.end() { pages.end().0 - range.start().0 } else { words.len() as u64 * WORD };
+        while at < end {
+            let (word, bit) = ((at / WORD) as usize, at % WORD);
+            let count = (WORD - bit).min(end - at);
+            words[word] &= !((u64::MAX >> (WORD - count)) << bit);
+            if words[word] == 0 {
+                index[word / WORD as usize] &= !(1 << (word % WORD as usize));
+            }
+            at += count;
+        }
+    }
+
     /// Every page of RAM is dirty.
     pub fn mark_every(&mut self) {
         self.slots.iter_mut().for_each(Slot::mark_every);
@@ -254,6 +272,23 @@ mod tests {
         assert_eq!(map.candidates(), [all(0..200), all(1000..1100)]);
         map.clear();
         assert_eq!(map.candidates(), []);
+    }
+
+    #[test]
+    fn what_is_unmarked_is_no_candidate() {
+        let some = |pages: std::ops::Range<u64>| Candidate { pages: pages.into(), density: Density::Some };
+        let mut map = map_of(&[3, 70, 130, 199, 1001]);
+        map.unmark((60..190).into());
+        map.unmark((1001..1100).into());
+        assert_eq!(map.candidates(), [some(0..64), some(192..200)]);
+        map.mark_every();
+        map.unmark((70..72).into());
+        map.unmark((192..200).into());
+        let all = |pages: std::ops::Range<u64>| Candidate { pages: pages.into(), density: Density::All };
+        assert_eq!(map.candidates(), [all(0..64), some(64..128), all(128..192), all(1000..1100)]);
+        let mut dirty = Vec::new();
+        map.split((64..128).into(), |pages, cleanness| dirty.push((pages, cleanness)));
+        assert_eq!(dirty[1], ((70..72).into(), Cleanness::Clean));
     }
 
     #[test]

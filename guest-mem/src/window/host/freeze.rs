@@ -156,7 +156,7 @@ impl HostWindow {
             return Ok(None);
         }
 
-        let mut plan = plan(&found.dirty, &self.ram, limit, short);
+        let mut plan = plan(&found.dirty, &self.own_ram(), limit, short);
         if plan.moves.len() + along.moves.len() <= limit {
             plan.moves = union(&plan.moves, &along.moves);
             plan.copies = without(&plan.copies, &along.moves);
@@ -186,7 +186,7 @@ impl HostWindow {
         count
     }
 
-    /// Marks what is dirty, by what the caller knows and by what the VMM wrote.
+    /// Marks what is dirty, by what the caller knows and by what the VMM wrote. Shared memory never is.
     pub(super) fn mark(&mut self, dirty: Dirty<'_>) -> Trust {
         let trust = match dirty {
             Dirty::Every => {
@@ -199,6 +199,8 @@ impl HostWindow {
             }
         };
         self.pending.take_writes(&self.memory);
+        // Logs tell of shared memory, too.
+        self.shared.iter().for_each(|pages| self.pending.unmark(pages.clone().into()));
         trust
     }
 

@@ -1,7 +1,7 @@
 //! Maps runs.
 
 use super::{HostWindow, HugePages, WindowError, during};
-use crate::addr::{GfnRange, PageIndex};
+use crate::addr::{Gfn, GfnRange, PageIndex};
 use crate::sys::{Access, Advice};
 use crate::window::{Run, Source, StoreId};
 use std::io;
@@ -11,8 +11,8 @@ use std::os::fd::BorrowedFd;
 const HUGE: u64 = 512;
 
 impl HostWindow {
-    /// Maps `runs`, and traps touches of what their stores do not hold. Whoever could touch the window stands still,
-    /// and none of the pages is private.
+    /// Maps `runs`, and traps touches of what their stores do not hold, but for shared memory, whose files can be written.
+    /// Whoever could touch the window stands still, and none of the pages is private.
     ///
     /// # Errors
     /// A run is out of place, or a system call failed: the window may show anything where the runs are.
@@ -37,7 +37,7 @@ impl HostWindow {
                 let pages = GfnRange::between(first.pages.start(), last.pages.end());
                 self.register(pages).map_err(during("UFFDIO_REGISTER", pages))?;
             }
-            for run in adjacent.iter().filter(|run| run.source == Source::Anonymous) {
+            for run in adjacent.iter().filter(|run| !stores_run(run)) {
                 self.map_run(run, stores, huge)?;
             }
         }
@@ -49,7 +49,11 @@ impl HostWindow {
     }
 
     fn map_run(&mut self, run: &Run, stores: &[(StoreId, BorrowedFd<'_>)], huge: HugePages) -> Result<(), WindowError> {
-        let bad = || WindowError::BadRun(*run);
+        let place = |store, origin: Gfn| {
+            let file = stores.iter().find(|(id, _)| *id == store).map(|(_, file)| *file);
+            let first = run.pages.start().0.checked_sub(origin.0).map(PageIndex);
+            file.zip(first).ok_or(WindowError::BadRun(*run))
+        };
         match run.source {
             Source::Anonymous => {
                 self.area.map_anonymous(run.pages).map_err(during("mmap", run.pages))?;
@@ -61,10 +65,13 @@ impl HostWindow {
                 }
             }
             Source::Store { store, origin } => {
-                let (_, file) = stores.iter().find(|(id, _)| *id == store).ok_or_else(bad)?;
-                let first = run.pages.start().0.checked_sub(origin.0).ok_or_else(bad)?;
-                let map = self.area.map_private(run.pages, *file, PageIndex(first), Access::ReadWrite);
+                let (file, first) = place(store, origin)?;
+                let map = self.area.map_private(run.pages, file, first, Access::ReadWrite);
                 map.map_err(during("mmap", run.pages))?;
+            }
+            Source::Shared { store, origin } => {
+                let (file, first) = place(store, origin)?;
+                self.area.map_shared(run.pages, file, first).map_err(during("mmap", run.pages))?;
             }
         }
         self.shut(run.pages).map_err(during("mprotect", run.pages))?;

@@ -33,6 +33,10 @@ impl HostWindow {
     /// One call has mapped `pages`, and what is read-only of them was [shut](Self::shut): the kernel has a mapping for each
     /// stretch between.
     pub(super) fn mapped(&mut self, pages: GfnRange, source: Source) {
+        match source {
+            Source::Shared { .. } => self.shared.insert(pages.raw()),
+            Source::Anonymous | Source::Store { .. } => self.shared.remove(pages.raw()),
+        }
         self.runs.mapped(pages, source);
         self.read_only.within(pages).for_each(|part| self.runs.mapped(part, source));
     }

@@ -1,5 +1,7 @@
 //! The window on a real kernel.
 
+mod shared;
+
 use super::*;
 use crate::addr::{PageCount, PageIndex};
 use crate::skips::{Lack, skip};

@@ -15,6 +15,7 @@ use crate::wire::{Activity, FromVm, Frozen, SOME};
 use guest_mem::window::host::{Asked, Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
 use guest_mem::{Gfn, GfnRange, Harvest, Protection, StoreId, Window};
 use nix::unistd::Pid;
+use rangemap::RangeSet;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, MutexGuard};
@@ -292,7 +293,8 @@ impl Vm {
     /// ahead it is told when the guest's first moments are over: it is their `last`.
     pub fn wrote(&mut self, last: bool) -> Result<Vec<GfnRange>, VmError> {
         self.kvm.read_log()?;
-        let mut pages = self.kvm.logs().iter().flat_map(SlotLog::pages).map(GfnRange::raw).collect();
+        let mut pages: RangeSet<u64> = self.kvm.logs().iter().flat_map(SlotLog::pages).map(GfnRange::raw).collect();
+        self.window.shared().for_each(|shared| pages.remove(shared.raw()));
         // Most clones are never frozen.
         self.kvm.forget_log();
         if last {
