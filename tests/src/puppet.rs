@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // ptrace, which has no safe wrapper here
 
 use crate::process::is_alive;
-use crate::{TEN_SECONDS, is_root, skip, wait_until};
+use crate::{Lack, TEN_SECONDS, is_root, skip, wait_until};
 use libc::user_regs_struct;
 use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -42,11 +42,11 @@ impl Puppet {
     #[must_use]
     pub fn take(pid: i32) -> Option<Self> {
         if !is_root() {
-            skip("only root may trace other users' processes");
+            skip(Lack::Root, "only root may trace other users' processes");
             return None;
         }
         if let Err(error) = ptrace(libc::PTRACE_ATTACH, pid, 0) {
-            skip(&format!("ptrace: {error}"));
+            skip(Lack::Root, format!("ptrace: {error}"));
             return None;
         }
         let stopped = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)).expect("wait for a traced process");

@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
 use offshoot_tests::process::{descriptors, run_ticks};
-use offshoot_tests::{Guest, TEN_SECONDS, TestHome, is_root, skip, wait_until};
+use offshoot_tests::{Guest, Lack, TEN_SECONDS, TestHome, is_root, skip, wait_until};
 use std::fs::{self, Permissions};
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -42,7 +42,7 @@ fn a_server_is_its_users_alone() {
         assert_eq!(mode & !most, 0, "{file:?}: {mode:o}");
     }
     if !is_root() {
-        return skip("only root can become another user");
+        return skip(Lack::Root, "only root can become another user");
     }
     // Be it that somebody opens all doors.
     let parent = home.path().parent().expect("a home is in a directory").to_owned();
@@ -74,7 +74,7 @@ fn a_server_without_descriptors_rests() {
     };
     let before = descriptors(server).len();
     if !limit(before + 3) {
-        return skip("no prlimit");
+        return skip(Lack::Proc, "no prlimit");
     }
     let socket = home.path().join("socket");
     let clients: Vec<UnixStream> = (0..10).map(|_| UnixStream::connect(&socket).expect("connect")).collect();

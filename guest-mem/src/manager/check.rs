@@ -110,7 +110,7 @@ mod tests {
     fn what_comes_and_goes_while_a_store_is_listed_is_not_held_against_it() {
         let ram = GfnRange::from(0..1024);
         let mut manager = Manager::new(Shape::X86_64, PageCount(1024), MemfdStores::new(None));
-        let vm = manager.launch(&[ram], &[], Ones);
+        let vm = manager.launch(&[ram], &[], &[], Ones).unwrap();
         let store = manager.begin_freeze(vm, Destination::Store).unwrap();
         let harvest = Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() };
         manager.finish_freeze(vm, &harvest);

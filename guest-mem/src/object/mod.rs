@@ -384,7 +384,8 @@ impl Objects {
     pub(crate) fn gap_sources(&self, source: Source, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
         let segments = match source {
             Source::Store { store, origin } => self.stored(store, origin, pages),
-            Source::Anonymous => Vec::new(),
+            // No freeze takes shared memory, so nothing is copied up from it.
+            Source::Anonymous | Source::Shared { .. } => Vec::new(),
         };
         segments.into_iter().filter_map(|segment| segment.found.map(|found| (found, found.indexes(segment.pages))))
     }

@@ -30,7 +30,7 @@ pub fn run_seconds(pid: i32) -> f64 {
 /// tables. A process that only lends its address space to another's name (it has no descriptors) takes nothing more.
 pub fn taken(pid: i32) -> (u64, u64) {
     let has_descriptors = fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut entries| entries.next().is_some());
-    match vmm::procfs::usage(pid) {
+    match vmm::procfs::UsageFiles::open(pid).and_then(|reading| reading.read()) {
         Ok(usage) if has_descriptors => (usage.pss, usage.page_tables),
         _ => (0, 0),
     }

@@ -240,7 +240,7 @@ impl Server {
         // Runs of shared memory have been compared with what is mapped there.
         let may_share = |mapping: &Mapping| {
             let at = GfnRange::between(frame(mapping.addresses.start, base), frame(mapping.addresses.end, base));
-            let shared = runs.iter().filter(|run| matches!(run.source, Source::Shared { .. }));
+            let shared = told.iter().filter(|run| matches!(run.source, Source::Shared { .. }));
             shared.map(|run| run.pages.intersect(at)).any(|part| part == at)
         };
         if let Some(shared) = mappings.iter().find(|mapping| !mapping.private && !may_share(mapping)) {

@@ -43,7 +43,7 @@ type Family = Manager<Counters, Nothing>;
 fn family(vms: u64, pace: Pace) -> Result<Family> {
     let ram = [GfnRange::new(Gfn(0), RAM)];
     let mut family: Family = Manager::new(stage2::Shape::X86_64, RAM, Counters::default());
-    let root = family.launch(&ram, &[], Nothing);
+    let root = family.launch(&ram, &[], &[], Nothing)?;
     let mut all = vec![root];
     for nth in 0..vms {
         let vm = if nth == 0 { root } else { family.fork(root, Nothing) };
@@ -85,6 +85,10 @@ impl StoreFactory for Counters {
         Ok(Nothing)
     }
 
+    fn create_shared(&mut self, _: PageCount) -> io::Result<Nothing> {
+        Ok(Nothing)
+    }
+
     fn swap(&mut self) -> &mut Slots {
         &mut self.0
     }
@@ -117,6 +121,10 @@ impl Store for Nothing {
 
     fn extents(&self) -> io::Result<Vec<GfnRange>> {
         Ok(Vec::new())
+    }
+
+    fn resident(&self) -> io::Result<PageCount> {
+        Ok(PageCount(0))
     }
 }
 
