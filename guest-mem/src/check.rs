@@ -1,14 +1,17 @@
 //! The invariants, numbered as in the design. Run after every step of every model test, and on live servers.
 
+use crate::addr::cluster::clusters;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, Pace, Vm, VmId};
-use crate::map::AddressMap;
-use crate::object::{Found, Kind, ObjectId, Slot, shift_down};
-use crate::reclaim::clusters;
-use crate::runs::{among, over};
+use crate::family::{Family, Vm};
+use crate::ids::ObjectId;
+use crate::ids::SwapSlot;
+use crate::ids::{Pace, VmId};
+use crate::ids::{Run, Source, StoreId};
+use crate::object::{Found, Kind, Slot, shift_down};
+use crate::space::map::AddressMap;
+use crate::space::runs::{among, over};
 use crate::stage2::{TableId, View, entries};
-use crate::swap::{Swap, SwapSlot};
-use crate::window::{Run, Source, StoreId};
+use crate::swap::Swap;
 use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::ControlFlow;

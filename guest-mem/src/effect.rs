@@ -5,9 +5,9 @@
 //! them can fail in a way that would have to be undone: what can fail is reserved before the data changes.
 
 use crate::addr::{GfnRange, PageCount};
-use crate::family::VmId;
-use crate::swap::SwapSlot;
-use crate::window::StoreId;
+use crate::ids::StoreId;
+use crate::ids::SwapSlot;
+use crate::ids::VmId;
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]

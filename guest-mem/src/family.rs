@@ -7,23 +7,19 @@
 //! Objects and stage-2 tables do not know each other; they meet in the operations of [`ops`](crate::ops), each of which
 //! changes the books and collects effects. Nothing here touches memory, waits, or can fail half way.
 
+use crate::addr::page_set::joined;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::map::AddressMap;
-use crate::object::{ObjectId, Objects, Slot};
+use crate::ids::ObjectId;
+use crate::ids::{Pace, VmId};
+use crate::ids::{Run, Source, StoreId};
+use crate::object::{Objects, Slot};
 use crate::ops::Taking;
-use crate::overlay::{NewWindow, Overlay};
-use crate::pages::joined;
-use crate::runs::Runs;
+use crate::space::map::AddressMap;
+use crate::space::overlay::{NewWindow, Overlay};
+use crate::space::runs::Runs;
 use crate::stage2::{MAX_STORES, Shape, Stage2, TableId, View, entries};
-use crate::window::{Run, Source, StoreId};
-use serde::{Deserialize, Serialize};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Names a VM of its family. It may be another's when the VM, and all that waits in its window, is gone, and all other ids have
-/// been used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct VmId(pub u32);
 
 /// One VM's side of the books.
 #[derive(Debug)]
@@ -57,16 +53,6 @@ pub(crate) struct Shed {
     pub(crate) next: Gfn,
     /// The window has at most so many runs now. To list them anew for each batch would cost more than the batch.
     pub(crate) runs: usize,
-}
-
-/// Whether a VM is likely to need its memory soon.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Pace {
-    /// It runs.
-    #[default]
-    Running,
-    /// It is paused, or has nothing to do: what only such VMs see is evicted first.
-    Idle,
 }
 
 /// How far a freeze has got, and its store.

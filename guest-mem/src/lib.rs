@@ -21,9 +21,9 @@ pub mod addr;
 pub mod check;
 mod effect;
 pub mod family;
+pub mod ids;
 pub mod local;
 pub mod manager;
-mod map;
 #[cfg(test)]
 #[path = "../tests/model/rig.rs"]
 #[allow(dead_code, reason = "the model test uses all of it")]
@@ -31,21 +31,16 @@ mod model;
 #[doc(hidden)]
 pub mod object;
 pub mod ops;
-mod overlay;
-mod page_map;
-mod pages;
-mod ranges;
-mod reclaim;
-pub mod runs;
+pub mod reclaim;
 #[cfg(test)]
 #[path = "../tests/common/skip.rs"]
 #[allow(dead_code, reason = "each crate's tests lack something else")]
 mod skips;
+pub mod space;
 pub mod stage2;
 pub mod stats;
 mod steps;
 pub mod store;
-mod stream;
 pub mod swap;
 pub mod sys;
 #[cfg(test)]
@@ -57,10 +52,10 @@ pub mod window;
 extern crate self as guest_mem;
 
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
-pub use family::{Pace, VmId};
+pub use ids::{Pace, Run, Source, StoreId, VmId};
 pub use local::{Local, LocalVm};
 pub use manager::Manager;
-pub use map::{Protection, Sharing};
 pub use ops::Destination;
+pub use space::map::{Protection, Sharing};
 pub use sys::Touch;
-pub use window::{Along, Failure, Harvest, Run, ScratchRange, Source, StoreId, Window};
+pub use window::{Along, Failure, Harvest, ScratchRange, Window};

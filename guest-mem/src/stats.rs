@@ -1,10 +1,12 @@
 //! Figures: who has what to itself, and what is shared.
 
 use crate::addr::{GfnRange, PageCount};
-use crate::family::{Family, VmId};
+use crate::family::Family;
+use crate::ids::StoreId;
+use crate::ids::VmId;
 use crate::object::{Kind, Slot, shift_down};
-use crate::stage2::{Sharing, push_run};
-use crate::window::StoreId;
+use crate::space::runs::push_run;
+use crate::stage2::Sharing;
 use rangemap::RangeSet;
 use std::ops::{AddAssign, Range};
 

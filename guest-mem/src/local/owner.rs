@@ -2,17 +2,18 @@
 
 use super::{Error, Event, LocalSwap, LocalVm, Observer, Options};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::VmId;
+use crate::ids::StoreId;
+use crate::ids::VmId;
 use crate::manager::{Evicted, MAX_RUNS, Manager, SETTLE_BATCH};
-use crate::map::Protection;
 use crate::ops::Destination;
+use crate::space::map::Protection;
 use crate::stage2::Shape;
 use crate::store::memfd::MemfdStores;
-use crate::store::swap::SharedSwap;
 use crate::swap::Swap;
+use crate::swap::handle::SharedSwap;
 use crate::sys::{Touch, Userfaultfd};
 use crate::window::host::{Asked, Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
-use crate::window::{Failure, Harvest, StoreId, Window, are_apart};
+use crate::window::{Failure, Harvest, Window, are_apart};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -1,6 +1,7 @@
 use super::*;
 use crate::addr::Gfn;
-use crate::swap::{Fetch, SwapSlot};
+use crate::ids::SwapSlot;
+use crate::swap::Fetch;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};

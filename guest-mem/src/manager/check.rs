@@ -2,9 +2,10 @@
 
 use super::Manager;
 use crate::addr::GfnRange;
-use crate::ranges::{push, without};
+use crate::addr::extents::{push, without};
+use crate::ids::StoreId;
 use crate::store::{Store, StoreFactory};
-use crate::window::{StoreId, Window};
+use crate::window::Window;
 
 impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Holds the stores against the books: a page is in its store exactly if its slot says so (invariants 3 and 6). Which
@@ -74,8 +75,8 @@ fn sorted(mut ranges: Vec<GfnRange>) -> Vec<GfnRange> {
 mod tests {
     use super::*;
     use crate::addr::{Gfn, PageCount};
-    use crate::map::Protection;
     use crate::ops::Destination;
+    use crate::space::map::Protection;
     use crate::stage2::Shape;
     use crate::store::memfd::MemfdStores;
     use crate::testing::ranges;

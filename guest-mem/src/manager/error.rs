@@ -1,8 +1,8 @@
 //! What can go wrong with a family's memory.
 
 use crate::addr::{GfnRange, PageCount};
-use crate::family::VmId;
-use crate::window::StoreId;
+use crate::ids::StoreId;
+use crate::ids::VmId;
 use std::io;
 
 /// What went wrong.
@@ -84,8 +84,8 @@ mod tests {
     use super::*;
     use crate::Manager;
     use crate::addr::Gfn;
-    use crate::map::Protection;
     use crate::ops::Destination;
+    use crate::space::map::Protection;
     use crate::stage2::Shape;
     use crate::store::memfd::MemfdStores;
     use crate::sys::Touch;

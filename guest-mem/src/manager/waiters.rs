@@ -1,7 +1,7 @@
 //! Guests whose traps cannot be answered yet.
 
 use crate::addr::{Gfn, GfnRange};
-use crate::family::VmId;
+use crate::ids::VmId;
 use crate::sys::Touch;
 use std::collections::BTreeMap;
 

@@ -6,11 +6,12 @@
 //!
 //! Neither is done over a shadow with gaps: those pages are still to be copied from below.
 
-use super::{Backing, Kind, ObjectId, Objects, Slot};
+use super::{Backing, Kind, Objects, Slot};
 use crate::addr::GfnRange;
+use crate::addr::extents::without;
 use crate::effect::Effects;
-use crate::family::{Pace, VmId};
-use crate::ranges::without;
+use crate::ids::ObjectId;
+use crate::ids::{Pace, VmId};
 
 impl Objects {
     /// One map entry less, of this VM of this pace, shows `id`.
@@ -196,9 +197,9 @@ impl Objects {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::family::VmId;
+    use crate::ids::StoreId;
+    use crate::ids::VmId;
     use crate::steps::steps;
-    use crate::window::StoreId;
 
     /// Steps to absorb an object of two stores, page by page, into one that has as many stretches between.
     fn absorb(stretches: u64) -> u64 {

@@ -7,33 +7,30 @@
 //! Objects know nothing of stage-2 tables and of windows. They own the accounts of the stores: a store ends with the
 //! last slot that names it, and a scratch range with the last page that waits in it.
 
+mod chain;
 mod collapse;
-mod resolve;
 mod slot;
 mod users;
 mod zeros;
 
-pub(crate) use resolve::shift_down;
-pub use resolve::{Found, Segment};
-pub(crate) use slot::Batch;
+pub(crate) use chain::shift_down;
+pub use chain::{Found, Segment};
 pub use slot::{Loss, Slot, SwapBase};
 pub(crate) use users::User;
 pub(crate) use zeros::ZERO_CLUSTER;
 use zeros::ZeroRuns;
 
+use crate::addr::cluster::clusters;
+use crate::addr::page_map::PageMap;
 use crate::addr::{GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Pace, VmId};
-use crate::page_map::PageMap;
-use crate::reclaim::{Ages, clusters};
+use crate::ids::ObjectId;
+use crate::ids::{Pace, VmId};
+use crate::ids::{Run, Source, StoreId};
+use crate::reclaim::queue::Ages;
 use crate::steps::step;
-use crate::window::{Run, Source, StoreId};
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Names an object of its family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectId(pub u32);
 
 /// What lies beneath an object: its page `i` over page `i - origin` of the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,9 @@
 //! Where a page of an object is: a closed set of states, and the only place that knows.
 
 use crate::addr::Gfn;
-use crate::swap::SwapSlot;
-use crate::window::{Source, StoreId};
+use crate::ids::Batch;
+use crate::ids::SwapSlot;
+use crate::ids::{Source, StoreId};
 
 /// State of one page of an object. A page without a slot is *absent*: look further down the chain.
 ///
@@ -42,11 +43,6 @@ pub struct SwapBase {
     base: u64,
     batch: Batch,
 }
-
-/// Names what was evicted together: pages that say the same are of one put. Later evictions have higher numbers,
-/// wrapping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Batch(pub(crate) u32);
 
 impl SwapBase {
     /// Page `first` of an object is in `slot`, and its neighbours in the slots around.

@@ -1,7 +1,8 @@
 //! Who uses an object.
 
-use super::{ObjectId, Objects};
+use super::Objects;
 use crate::addr::{Gfn, GfnRange};
+use crate::ids::ObjectId;
 use std::collections::btree_set;
 
 /// An object that was looked at for who sees pages of another one.

@@ -6,12 +6,13 @@
 
 use crate::addr::GfnRange;
 use crate::effect::Effects;
-use crate::family::{Family, VmId};
-use crate::map::MapEntry;
+use crate::family::Family;
+use crate::ids::VmId;
+use crate::ids::{Run, Source};
 use crate::object::Slot;
-use crate::runs::outside;
+use crate::space::map::MapEntry;
+use crate::space::runs::outside;
 use crate::stage2::Cursor;
-use crate::window::{Run, Source};
 use rangemap::RangeSet;
 
 impl Family {

@@ -20,12 +20,14 @@
 //!
 //! The same way [lost](crate::object::Slot::Lost) pages are mended of which the window has a copy: that one is copied.
 
+use crate::addr::extents::{push, without};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, Vm, VmId};
-use crate::object::{Kind, ObjectId, Segment, Slot, ZERO_CLUSTER};
-use crate::ranges::{push, without};
-use crate::runs::Runs;
-use crate::window::{Run, Source, StoreId};
+use crate::family::{Family, Vm};
+use crate::ids::ObjectId;
+use crate::ids::VmId;
+use crate::ids::{Run, Source, StoreId};
+use crate::object::{Kind, Segment, Slot, ZERO_CLUSTER};
+use crate::space::runs::Runs;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// When there is something to compact, and how much of it one freeze does.

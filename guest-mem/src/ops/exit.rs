@@ -2,8 +2,9 @@
 
 use crate::addr::Gfn;
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, VmId};
-use crate::window::{Run, Source};
+use crate::family::Family;
+use crate::ids::VmId;
+use crate::ids::{Run, Source};
 
 impl Family {
     /// Takes `vm` out of the books. Its window stays for as long as pages that others see wait in its scratch ranges. What

@@ -1,9 +1,10 @@
 //! Fork: one more VM that sees what its parent saw at its last freeze.
 
-use crate::family::{Family, Vm, VmId};
-use crate::overlay::{NewWindow, Overlay};
-use crate::runs::{Runs, changed, over};
-use crate::window::{Run, Source};
+use crate::family::{Family, Vm};
+use crate::ids::VmId;
+use crate::ids::{Run, Source};
+use crate::space::overlay::{NewWindow, Overlay};
+use crate::space::runs::{Runs, changed, over};
 
 impl Family {
     /// A child of `parent`. It shares the parent's stage-2 tables, root and all, and its objects: parent and child are

@@ -3,16 +3,20 @@
 //! In two halves around the window's part, which takes time and can fail: [`begin`](Family::begin_freeze) reserves,
 //! [`finish`](Family::finish_freeze) cannot fail, [`abort`](Family::abort_freeze) leaves no trace.
 
+use crate::addr::extents::{merged, push, within, without};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, Freezing, VmId};
-use crate::map::MapEntry;
-use crate::object::{Backing, ObjectId, Segment, Slot};
+use crate::family::{Family, Freezing};
+use crate::ids::ObjectId;
+use crate::ids::VmId;
+use crate::ids::{Run, Source, StoreId};
+use crate::object::{Backing, Segment, Slot};
 use crate::ops::Taking;
-use crate::ranges::{merged, push, within, without};
-use crate::runs::{among, outside, over};
-use crate::stage2::{Cursor, push_run};
-use crate::window::{Harvest, Run, Source, StoreId};
+use crate::space::map::MapEntry;
+use crate::space::runs::push_run;
+use crate::space::runs::{among, outside, over};
+use crate::stage2::Cursor;
+use crate::window::Harvest;
 
 /// Stretches of hidden pages tidied up at a time, and pages of them.
 const TIDIED_BATCH: usize = 512;

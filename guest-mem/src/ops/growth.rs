@@ -2,13 +2,15 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, VmId};
+use crate::family::Family;
+use crate::ids::SwapSlot;
+use crate::ids::VmId;
+use crate::ids::{Source, StoreId};
 use crate::object::{Backing, Slot};
 use crate::ops::{CopyFrom, Job, Placed, Trap};
 use crate::stage2::Shape;
 use crate::steps::steps;
-use crate::swap::SwapSlot;
-use crate::window::{Harvest, Source, StoreId};
+use crate::window::Harvest;
 use rangemap::RangeSet;
 
 /// 1 TiB, in small tables.

@@ -1,11 +1,12 @@
 //! Launch: a new VM over files, shared memory and fresh memory.
 
 use crate::addr::GfnRange;
-use crate::family::{Family, ObjectMapping, Vm, VmId};
-use crate::map::{AddressMap, MapEntry, Sharing};
+use crate::family::{Family, ObjectMapping, Vm};
+use crate::ids::VmId;
+use crate::ids::{Run, Source};
 use crate::object::{Found, Kind};
+use crate::space::map::{AddressMap, MapEntry, Sharing};
 use crate::stage2::Cursor;
-use crate::window::{Run, Source};
 
 impl Family {
     /// A VM whose memory is `ram`, with `objects` in it.
@@ -37,7 +38,7 @@ impl Family {
         for (pages, entry) in map.iter() {
             for segment in self.objects.resolve(entry.object, entry.origin, pages) {
                 let source = segment.found.and_then(|found| self.source_of(found)).unwrap_or(Source::Anonymous);
-                crate::stage2::push_run(&mut runs, Run { pages: segment.pages, source });
+                crate::space::runs::push_run(&mut runs, Run { pages: segment.pages, source });
             }
         }
         runs

@@ -2,40 +2,37 @@
 
 mod balloon;
 mod compact;
-pub(crate) mod evict;
+mod dedup;
 mod exit;
+mod fault;
 mod fork;
 mod freeze;
 #[cfg(test)]
 mod growth;
 mod launch;
 mod protect;
-mod settle;
-mod shed;
-mod swap_in;
-mod trap;
-mod viewers;
+mod rmap_walk;
+mod writeback;
 
 pub use compact::Compaction;
 pub(crate) use compact::Taking;
-pub use evict::Victim;
+pub use fault::Trap;
 pub use freeze::Destination;
-pub use settle::{CopyFrom, Job, Placed};
-pub use swap_in::SwapIn;
-pub use trap::Trap;
+pub use writeback::{CopyFrom, Job, Placed};
 
 use crate::addr::GfnRange;
 use crate::effect::Effects;
 use crate::family::Family;
-use crate::object::{Kind, ObjectId};
-use crate::stage2::merge_runs;
-use crate::window::{Run, Source, StoreId};
+use crate::ids::ObjectId;
+use crate::ids::{Run, Source, StoreId};
+use crate::object::Kind;
+use crate::space::runs::merge_runs;
 use std::collections::BTreeSet;
 
 impl Family {
     /// Frees stored pages that nobody sees any more: those of `replaced`, which a VM saw until now, and those that only
     /// a gap kept. The last thing an operation does, once the tables say who sees what.
-    fn free_unseen(&mut self, replaced: Vec<Run>, effects: &mut Effects) {
+    pub(crate) fn free_unseen(&mut self, replaced: Vec<Run>, effects: &mut Effects) {
         let mut suspects = self.objects.take_unneeded();
         suspects.extend(merge_runs(replaced).into_iter().filter_map(|run| match run.source {
             Source::Store { store, .. } => Some((store, run.pages)),
@@ -46,7 +43,7 @@ impl Family {
     }
 
     /// Frees those of these pages that nobody sees, and what only gaps in their place had kept.
-    fn free_suspects(&mut self, mut suspects: Vec<(StoreId, GfnRange)>, effects: &mut Effects) {
+    pub(crate) fn free_suspects(&mut self, mut suspects: Vec<(StoreId, GfnRange)>, effects: &mut Effects) {
         while !suspects.is_empty() {
             let mut lighter = BTreeSet::new();
             for (store, pages) in suspects {
@@ -60,7 +57,13 @@ impl Family {
     }
 
     /// Frees pages of a store, unless somebody sees them or a gap is still to be copied from them. `lighter` gets the objects that lost pages.
-    fn free_pages(&mut self, store: StoreId, pages: GfnRange, lighter: &mut BTreeSet<ObjectId>, effects: &mut Effects) {
+    pub(crate) fn free_pages(
+        &mut self,
+        store: StoreId,
+        pages: GfnRange,
+        lighter: &mut BTreeSet<ObjectId>,
+        effects: &mut Effects,
+    ) {
         if self.objects.stores.get(&store).is_none_or(|account| account.kind != Kind::Anonymous) {
             return;
         }

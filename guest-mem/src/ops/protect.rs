@@ -6,8 +6,9 @@
 
 use crate::addr::GfnRange;
 use crate::effect::Effects;
-use crate::family::{Family, VmId};
-use crate::map::{AddressMap, Protection};
+use crate::family::Family;
+use crate::ids::VmId;
+use crate::space::map::{AddressMap, Protection};
 
 impl Family {
     /// From now on `vm` has this protection at `pages`: its window shows it already. Frames outside of its memory do not

@@ -1,8 +1,9 @@
 //! The only writer of stage-2 tables.
 
-use super::{Entry, Stage2, TableId, View, push_run};
+use super::{Entry, Stage2, TableId, View};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::window::{Run, Source};
+use crate::ids::{Run, Source};
+use crate::space::runs::push_run;
 
 /// Changes one VM's tree: every table it changes is that VM's alone, copied first if it was shared.
 pub struct Cursor<'a> {
@@ -122,7 +123,7 @@ impl<'a> Cursor<'a> {
 mod tests {
     use super::super::Shape;
     use super::*;
-    use crate::window::StoreId;
+    use crate::ids::StoreId;
 
     const TINY: Shape = Shape { bits: 2, levels: 3, leaf_levels: 2 };
 

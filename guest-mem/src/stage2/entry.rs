@@ -1,7 +1,7 @@
 //! An entry of a stage-2 table: 8 bytes that say what supplies a stretch of guest frames, or which table knows.
 
 use crate::addr::{Gfn, PageCount};
-use crate::window::{Source, StoreId};
+use crate::ids::{Source, StoreId};
 
 /// Names a table of its [`Stage2`](super::Stage2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

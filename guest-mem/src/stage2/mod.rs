@@ -19,8 +19,9 @@ pub use entry::{Entry, TableId, View};
 pub(crate) use rmap::Looks;
 
 use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::ids::Run;
+use crate::space::runs::push_run;
 use crate::steps::step;
-use crate::window::{Run, Source};
 use std::collections::HashMap;
 
 /// The tree's dimensions.
@@ -257,35 +258,6 @@ pub(crate) fn entries_in(shape: Shape, table: &Table, range: GfnRange) -> impl I
     };
     let first = table.first.0;
     (from..to).map(move |i| (GfnRange::new(Gfn(first + i * span), PageCount(span)), table.entries[i as usize]))
-}
-
-/// Appends a run, as one with the last where it continues it.
-pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
-    step();
-    match runs.last_mut() {
-        _ if run.pages.is_empty() => {}
-        Some(last) if last.pages.end() == run.pages.start() && last.source == run.source => {
-            last.pages = GfnRange::between(last.pages.start(), run.pages.end());
-        }
-        _ => runs.push(run),
-    }
-}
-
-/// Makes runs of one source and neighbouring frames one, whatever order they came in.
-pub(crate) fn merge_runs(mut runs: Vec<Run>) -> Vec<Run> {
-    runs.sort_unstable_by_key(|run| run.pages.start());
-    let mut merged = Vec::with_capacity(runs.len());
-    for run in runs {
-        push_run(&mut merged, run);
-    }
-    merged
-}
-
-impl Source {
-    /// Whether a page of this source is `store`'s page at the same place.
-    pub(crate) fn is_store(self, store: crate::window::StoreId) -> bool {
-        self.store().is_some_and(|(id, _)| id == store)
-    }
 }
 
 impl Run {

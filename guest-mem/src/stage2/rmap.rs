@@ -5,9 +5,10 @@
 //! *group* lists the address spaces, and each is looked at there (Torvalds 2004). Address spaces share tables (Phillips
 //! 2002), so a table that a thousand of them lead to is looked at once.
 
-use super::{Stage2, TableId, View, entries_in, push_run};
+use super::{Stage2, TableId, View, entries_in};
 use crate::addr::GfnRange;
-use crate::window::{Run, StoreId};
+use crate::ids::{Run, StoreId};
+use crate::space::runs::push_run;
 use std::collections::HashMap;
 use std::rc::Rc;
 

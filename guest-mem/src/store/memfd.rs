@@ -1,9 +1,9 @@
 //! Stores that are memfds: what windows of other processes map.
 
 use super::file::MemfdFile;
-use super::swap::SharedSwap;
 use super::{Store, StoreFactory};
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::swap::handle::SharedSwap;
 use crate::sys::{Alias, FillError, Memfd, Userfaultfd};
 use nix::errno::Errno;
 use nix::sys::stat::fstat;

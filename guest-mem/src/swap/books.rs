@@ -3,8 +3,9 @@
 use super::cluster::{Class, Cluster, State, bits};
 use super::extents::{Extents, Place};
 use super::packed::Packed;
-use super::{CLUSTER, SwapSlot};
 use crate::addr::PageCount;
+use crate::addr::cluster::CLUSTER;
+use crate::ids::SwapSlot;
 use slab::Slab;
 use std::collections::BTreeMap;
 use std::ops::Index;

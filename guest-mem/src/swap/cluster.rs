@@ -1,9 +1,9 @@
 //! What is known of a cluster.
 
-use super::SwapSlot;
 use super::extents::Place;
 use super::packed::Packed;
 use crate::addr::PageCount;
+use crate::ids::SwapSlot;
 use std::io;
 use std::sync::Arc;
 

@@ -12,7 +12,8 @@
 
 use super::extents::BLOCK;
 use super::packed::{Lengths, Packed};
-use super::{CLUSTER, SwapSlot};
+use crate::addr::cluster::CLUSTER;
+use crate::ids::SwapSlot;
 use std::io;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"swp1");

@@ -66,6 +66,7 @@ mod cluster;
 mod device;
 mod extents;
 mod frame;
+pub mod handle;
 mod packed;
 mod pool;
 mod read;
@@ -77,23 +78,11 @@ mod write;
 pub use store::{SwapCapacity, SwapOptions, SwapStats, SwapStore};
 
 use crate::addr::PageCount;
+pub use crate::addr::cluster::CLUSTER;
+pub use crate::ids::SwapSlot;
 use std::io;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
-
-/// Pages kept together: 64 KiB.
-pub const CLUSTER: PageCount = PageCount(16);
-
-/// A page's place in swap. The pages of one `put` have consecutive ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SwapSlot(pub u64);
-
-impl SwapSlot {
-    /// The slot of the page that is `pages` further on in the same [`put`](Swap::put).
-    pub fn nth(self, pages: u64) -> Self {
-        Self(self.0 + pages)
-    }
-}
 
 /// Whether bytes that are asked for are here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

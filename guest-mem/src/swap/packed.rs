@@ -1,7 +1,7 @@
 //! Clusters in compressed form.
 
-use super::CLUSTER;
 use crate::addr::PAGE_SIZE;
+use crate::addr::cluster::CLUSTER;
 use std::io;
 use std::ops::Range;
 

@@ -1,12 +1,12 @@
 //! The way back in: reads, read-ahead and the cache of what was read.
 
-use super::CLUSTER;
 use super::cluster::{Class, Keep, Loss, State};
 use super::extents::Place;
 use super::packed::Packed;
 use super::pool::{Job, Work};
 use super::store::SwapStore;
 use crate::addr::PageCount;
+use crate::addr::cluster::CLUSTER;
 use std::io;
 use std::sync::Arc;
 

@@ -9,60 +9,12 @@
 
 pub mod host;
 
-use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
-use crate::map::Protection;
-use crate::ranges::{merged, without};
+use crate::addr::extents::{merged, without};
+use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::ids::StoreId;
+use crate::space::map::Protection;
 use serde::{Deserialize, Serialize};
 use std::io;
-
-/// Names a store of its family. It may be another's when nothing names it any more, and all other ids have been used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct StoreId(pub u32);
-
-/// What supplies the pages of a run that the guest has not written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Source {
-    /// Nothing lies beneath: private zero-filled memory.
-    Anonymous,
-    /// A store, whose page 0 would stand at guest frame `origin`.
-    Store {
-        /// The store.
-        store: StoreId,
-        /// Guest frame of the store's page 0.
-        origin: Gfn,
-    },
-    /// Shared memory: its store, which the guest writes.
-    Shared {
-        /// The store.
-        store: StoreId,
-        /// Guest frame of the store's page 0.
-        origin: Gfn,
-    },
-}
-
-impl Source {
-    /// The store's page that stands at `gfn`, if a store supplies it.
-    pub fn page(self, gfn: Gfn) -> Option<(StoreId, PageIndex)> {
-        self.store().map(|(store, origin)| (store, PageIndex(gfn.0 - origin.0)))
-    }
-
-    /// The store that supplies it, if one does, and the guest frame of its page 0.
-    pub fn store(self) -> Option<(StoreId, Gfn)> {
-        match self {
-            Self::Anonymous => None,
-            Self::Store { store, origin } | Self::Shared { store, origin } => Some((store, origin)),
-        }
-    }
-}
-
-/// Guest frames that one source supplies: one mapping of the window.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Run {
-    /// Which frames.
-    pub pages: GfnRange,
-    /// What lies beneath them.
-    pub source: Source,
-}
 
 /// Clean pages that a freeze takes along, if it takes anything; all of them sorted, apart, within RAM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

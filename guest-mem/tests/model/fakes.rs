@@ -5,9 +5,9 @@
 use super::plan::broken_rule;
 use super::rng::Rng;
 use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
-use guest_mem::store::swap::SharedSwap;
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::Swap;
+use guest_mem::swap::handle::SharedSwap;
 use guest_mem::{Along, Failure, Harvest, Protection, Run, Source, StoreId, Window};
 use rangemap::{RangeMap, RangeSet};
 use std::cell::{Cell, RefCell};

@@ -2,7 +2,8 @@
 
 use super::fakes::{Call, Ledger, Stamp, decode, encode};
 use guest_mem::addr::{PAGE_SIZE, PageCount};
-use guest_mem::swap::{Fetch, Swap, SwapSlot};
+use guest_mem::ids::SwapSlot;
+use guest_mem::swap::{Fetch, Swap};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;

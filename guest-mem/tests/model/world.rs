@@ -4,8 +4,9 @@ use super::fakes::{FakeFile, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, V
 use super::swap::{FakeSwap, WorldSwap};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::check::check_swap;
+use guest_mem::ids::ObjectId;
 use guest_mem::manager::{Copied, Error, Evicted, MAX_RUNS, SETTLE_BATCH};
-use guest_mem::object::{Found, ObjectId, Slot};
+use guest_mem::object::{Found, Slot};
 use guest_mem::ops::Compaction;
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;

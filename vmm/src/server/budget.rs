@@ -25,7 +25,7 @@ use super::vm::{FamilyId, Generation, Hold, Phase, Vms};
 use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
 use crate::procfs;
 use crate::wire::ToVm;
-use guest_mem::family::Pace;
+use guest_mem::ids::Pace;
 use guest_mem::{PAGE_SIZE, PageCount};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};

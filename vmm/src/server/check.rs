@@ -13,7 +13,7 @@ use crate::procfs::{self, Mapping};
 use crate::wire::ToVm;
 use guest_mem::check::check_swap;
 use guest_mem::family::Family;
-use guest_mem::runs::Runs;
+use guest_mem::space::runs::Runs;
 use guest_mem::store::memfd;
 use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, Run, Source, StoreId};
 use std::collections::{BTreeSet, VecDeque};

@@ -19,7 +19,7 @@ use super::vm::{FamilyId, Generation};
 use crate::machine::state::PackedState;
 use crate::wire::{Expect, Machine, Shape, ToVm};
 use firmware::abi::EVENT_PAGE;
-use guest_mem::runs::{Runs, changed};
+use guest_mem::space::runs::{Runs, changed};
 use guest_mem::{GfnRange, PAGE_SIZE, Run, Source};
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, VecDeque};

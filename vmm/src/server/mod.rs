@@ -67,7 +67,7 @@ use fork::{ForkId, ForkOp};
 use guest_mem::Manager;
 use guest_mem::manager::SwapCounts;
 use guest_mem::store::memfd::MemfdStores;
-use guest_mem::store::swap::SharedSwap;
+use guest_mem::swap::handle::SharedSwap;
 use guest_mem::sys::Userfaultfd;
 use look::{Looks, Wanted};
 use nix::sys::prctl::set_child_subreaper;

@@ -2,8 +2,8 @@
 
 use super::{HostWindow, WindowError, during};
 use crate::addr::GfnRange;
+use crate::ids::Source;
 use crate::sys::Advice;
-use crate::window::Source;
 use rangemap::RangeSet;
 use std::cmp::Reverse;
 

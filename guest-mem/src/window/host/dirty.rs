@@ -1,7 +1,7 @@
 //! Which pages may have been written since the last freeze.
 
+use crate::addr::page_set::{PageSet, joined, runs};
 use crate::addr::{Gfn, GfnRange};
-use crate::pages::{PageSet, joined, runs};
 use crate::sys::Written;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 

@@ -4,10 +4,11 @@
 use super::dirty::{Candidate, Cleanness, Density};
 use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
+use crate::addr::extents::{merged, push, union, without};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
-use crate::ranges::{merged, push, union, without};
+use crate::ids::{Source, StoreId};
 use crate::sys::{Access, Advice, Area};
-use crate::window::{Along, Harvest, Source, StoreId};
+use crate::window::{Along, Harvest};
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;

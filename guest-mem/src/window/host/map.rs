@@ -2,8 +2,8 @@
 
 use super::{HostWindow, HugePages, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PageIndex};
+use crate::ids::{Run, Source, StoreId};
 use crate::sys::{Access, Advice};
-use crate::window::{Run, Source, StoreId};
 use std::io;
 use std::os::fd::BorrowedFd;
 

@@ -2,9 +2,9 @@
 
 use super::HostWindow;
 use crate::addr::GfnRange;
-use crate::map::Protection;
+use crate::ids::Source;
+use crate::space::map::Protection;
 use crate::sys::Access;
-use crate::window::Source;
 use std::io;
 
 impl HostWindow {

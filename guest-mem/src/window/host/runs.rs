@@ -1,7 +1,7 @@
 //! What a window has mapped.
 
-use super::super::{Run, Source};
 use crate::addr::GfnRange;
+use crate::ids::{Run, Source};
 use rangemap::RangeMap;
 
 /// The mappings of a window, at least as finely divided as the kernel's own.
@@ -68,7 +68,7 @@ impl RunMap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::window::StoreId;
+    use crate::ids::StoreId;
     use crate::{Gfn, PageCount};
 
     fn range(start: u64, count: u64) -> GfnRange {

@@ -1,8 +1,9 @@
 //! Where moved pages stay until they have settled.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::ids::StoreId;
 use crate::sys::{Advice, Area, Place};
-use crate::window::{ScratchRange, StoreId};
+use crate::window::ScratchRange;
 use std::collections::BTreeMap;
 use std::io;
 

@@ -9,8 +9,9 @@ use super::freeze::Found;
 use super::moves::SHORT;
 use super::{Dirty, HostWindow, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::ids::{Source, StoreId};
 use crate::sys::Area;
-use crate::window::{Harvest, Source, StoreId};
+use crate::window::Harvest;
 use std::io;
 use std::os::fd::BorrowedFd;
 

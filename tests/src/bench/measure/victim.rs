@@ -6,8 +6,9 @@ use crate::bench::Bench;
 use crate::entry::Figure;
 use crate::stats::{Samples, timed};
 use crate::{Result, fail};
+use guest_mem::ids::SwapSlot;
 use guest_mem::store::{FileStore, Store, StoreFactory};
-use guest_mem::swap::{Fetch, Swap, SwapSlot};
+use guest_mem::swap::{Fetch, Swap};
 use guest_mem::{
     Destination, Failure, Gfn, GfnRange, Harvest, Manager, Pace, PageCount, PageIndex, Protection, StoreId, VmId,
     Window, stage2,

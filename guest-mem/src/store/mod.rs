@@ -5,7 +5,6 @@
 
 pub mod file;
 pub mod memfd;
-pub mod swap;
 
 use crate::addr::{GfnRange, PageCount, PageIndex};
 use crate::swap::Swap;

@@ -1,14 +1,17 @@
 //! Pages that are brought before anybody touches them, since those before them were touched in order.
 
 use super::{Manager, SETTLE_BATCH};
+use crate::addr::cluster::CLUSTER;
+use crate::addr::cluster::{clusters, frames};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::VmId;
-use crate::ops::SwapIn;
-use crate::reclaim::{Return, clusters, frames};
+use crate::ids::StoreId;
+use crate::ids::VmId;
+use crate::reclaim::Return;
+use crate::reclaim::SwapIn;
+use crate::reclaim::readahead::Streams;
 use crate::store::StoreFactory;
-use crate::stream::Streams;
-use crate::swap::{CLUSTER, Fetch, Swap};
-use crate::window::{StoreId, Window};
+use crate::swap::{Fetch, Swap};
+use crate::window::Window;
 use std::collections::VecDeque;
 use std::ops::Range;
 

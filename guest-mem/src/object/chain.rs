@@ -1,9 +1,10 @@
 //! Looking down the chain.
 
-use super::{ObjectId, Objects, Slot};
+use super::{Objects, Slot};
+use crate::addr::extents::without;
 use crate::addr::{Gfn, GfnRange};
-use crate::ranges::without;
-use crate::window::StoreId;
+use crate::ids::ObjectId;
+use crate::ids::StoreId;
 
 /// What the chain says of a stretch of guest frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,12 +10,13 @@
 //! and the answer; VMs that cannot see the page cost nothing, however many there are, and whoever needs to know of one or
 //! two viewers stops there.
 
+use crate::addr::extents::without;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, VmId};
+use crate::family::Family;
+use crate::ids::VmId;
+use crate::ids::{Run, StoreId};
 use crate::object::User;
-use crate::ranges::without;
 use crate::stage2::Looks;
-use crate::window::{Run, StoreId};
 use rangemap::RangeSet;
 use std::ops::ControlFlow;
 

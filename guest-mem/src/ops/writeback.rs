@@ -2,10 +2,12 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, VmId};
-use crate::object::{Found, Loss, ObjectId, Objects, Segment, Slot, StoreAccount, SwapBase};
-use crate::swap::SwapSlot;
-use crate::window::{Run, Source, StoreId};
+use crate::family::Family;
+use crate::ids::ObjectId;
+use crate::ids::SwapSlot;
+use crate::ids::VmId;
+use crate::ids::{Run, Source, StoreId};
+use crate::object::{Found, Loss, Objects, Segment, Slot, StoreAccount, SwapBase};
 use std::ops::ControlFlow;
 
 /// Where the bytes of a job are.

@@ -169,8 +169,8 @@ fn set<V: Copy + PartialEq>(parts: &mut Vec<Part<V>>, start: u16, end: u16, valu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::StoreId;
     use crate::object::Slot;
-    use crate::window::StoreId;
 
     const PAGES: u64 = 3 * CHUNK;
 

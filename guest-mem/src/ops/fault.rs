@@ -1,13 +1,14 @@
 //! Trap: a guest waits for a page that is not there.
 
-use super::settle::Job;
-use super::swap_in::SwapIn;
+use crate::addr::cluster::CLUSTER;
+use crate::addr::extents::push;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, Freezing, VmId};
+use crate::family::{Family, Freezing};
+use crate::ids::VmId;
+use crate::ids::{Source, StoreId};
 use crate::object::{Kind, Loss, Segment, Slot, ZERO_CLUSTER};
-use crate::ranges::push;
-use crate::swap::CLUSTER;
-use crate::window::{Source, StoreId};
+use crate::ops::writeback::Job;
+use crate::reclaim::swap_in::SwapIn;
 
 /// What a trap needs.
 #[derive(Clone, Debug, PartialEq, Eq)]

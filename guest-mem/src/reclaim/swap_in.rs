@@ -5,15 +5,17 @@
 //!                               └──the read fails──► Lost
 //! ```
 
-use super::evict::cluster_of;
-use super::trap::Trap;
+use crate::addr::cluster::cluster_of;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, VmId};
-use crate::object::{Batch, Loss, ObjectId, Slot, SwapBase};
+use crate::family::Family;
+use crate::ids::StoreId;
+use crate::ids::SwapSlot;
+use crate::ids::VmId;
+use crate::ids::{Batch, ObjectId};
+use crate::object::{Loss, Slot, SwapBase};
+use crate::ops::Trap;
 use crate::reclaim::Return;
-use crate::swap::SwapSlot;
-use crate::window::StoreId;
 
 /// Pages of one cluster and one put, in consecutive slots, to be read together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,7 +14,7 @@
 //! clusters.
 
 use crate::addr::PageCount;
-use crate::family::VmId;
+use crate::ids::VmId;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 

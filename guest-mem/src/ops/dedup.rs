@@ -5,10 +5,11 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, Shed, Vm, VmId};
+use crate::family::{Family, Shed, Vm};
+use crate::ids::StoreId;
+use crate::ids::VmId;
 use crate::object::{Segment, Slot};
 use crate::steps::step;
-use crate::window::StoreId;
 
 /// Pages that are looked at together.
 const PIECE: u64 = 512;

@@ -1,19 +1,23 @@
 //! The manager's dealings with swap: what is evicted, and how it comes back.
 
-use super::ahead::{Order, Part};
 use super::waiters::Reason;
 use super::{Error, Manager};
+use crate::addr::cluster::by_clusters;
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::Effects;
-use crate::family::{Pace, VmId};
-use crate::object::ObjectId;
-use crate::ops::evict::{by_clusters, count};
-use crate::ops::{Placed, SwapIn, Victim};
+use crate::ids::ObjectId;
+use crate::ids::StoreId;
+use crate::ids::SwapSlot;
+use crate::ids::{Pace, VmId};
+use crate::manager::readahead::{Order, Part};
+use crate::ops::Placed;
 use crate::reclaim::Return;
+use crate::reclaim::evict::count;
+use crate::reclaim::{SwapIn, Victim};
 use crate::store::{Store, StoreFactory};
-use crate::swap::{Fetch, Swap, SwapSlot};
+use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
-use crate::window::{StoreId, Window};
+use crate::window::Window;
 use std::collections::HashMap;
 use std::io;
 use std::ops::{Add, Range};

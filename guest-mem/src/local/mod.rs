@@ -9,9 +9,9 @@ mod owner;
 mod tests;
 
 use crate::addr::{GfnRange, PageCount};
-use crate::family::VmId;
+use crate::ids::VmId;
 use crate::manager::{self, Evicted, Manager, SwapCounts};
-use crate::map::Protection;
+use crate::space::map::Protection;
 use crate::stats::Totals;
 use crate::store::memfd::MemfdStores;
 use crate::swap::Swap;

@@ -1,15 +1,16 @@
 //! Brings pages that have not settled where they belong: into their store or into swap, read from wherever they are.
 
 use super::{Error, LEFT_BATCH, Manager, SETTLE_BATCH};
+use crate::addr::cluster::by_clusters;
 use crate::addr::{GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use crate::effect::Effects;
-use crate::family::VmId;
+use crate::ids::StoreId;
+use crate::ids::VmId;
 use crate::object::Loss;
-use crate::ops::evict::by_clusters;
 use crate::ops::{CopyFrom, Destination, Job, Placed};
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
-use crate::window::{StoreId, Window};
+use crate::window::Window;
 use std::io;
 use std::ops::Range;
 

@@ -4,6 +4,11 @@
 //! space; a [`PageIndex`] names a page of an object or a store. In a family the two are the same for anonymous memory:
 //! a page has one address in all its address spaces.
 
+pub(crate) mod cluster;
+pub(crate) mod extents;
+pub(crate) mod page_map;
+pub(crate) mod page_set;
+
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;

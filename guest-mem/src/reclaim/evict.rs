@@ -4,13 +4,15 @@
 //! that has been to swap before is there still, and is not written again. Frozen bytes never change, so there is no
 //! write to race with. What nobody sees any more, as the reverse map tells, is freed instead.
 
+use crate::addr::cluster::{cluster_of, frames};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
-use crate::object::{Batch, Kind, ObjectId, Slot, SwapBase};
-use crate::reclaim::{Turn, frames};
-use crate::swap::{CLUSTER, SwapSlot};
-use crate::window::StoreId;
+use crate::ids::StoreId;
+use crate::ids::SwapSlot;
+use crate::ids::{Batch, ObjectId};
+use crate::object::{Kind, Slot, SwapBase};
+use crate::reclaim::queue::Turn;
 
 /// Neighbouring pages of an object to evict, all in one state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,17 +129,6 @@ impl Family {
     }
 }
 
-/// The cluster that a page of an object is in.
-pub(crate) fn cluster_of(page: Gfn) -> GfnRange {
-    GfnRange::new(Gfn(page.0 / CLUSTER.0 * CLUSTER.0), CLUSTER)
-}
-
-/// Cuts pages at the borders of clusters.
-pub(crate) fn by_clusters(pages: GfnRange) -> impl Iterator<Item = GfnRange> {
-    let first = cluster_of(pages.start()).start().0;
-    (first..pages.end().0).step_by(CLUSTER.0 as usize).map(move |at| GfnRange::new(Gfn(at), CLUSTER).intersect(pages))
-}
-
 /// How many pages.
 pub(crate) fn count(victims: &[Victim]) -> PageCount {
     PageCount(victims.iter().map(|victim| victim.pages.count().0).sum())
@@ -146,7 +137,7 @@ pub(crate) fn count(victims: &[Victim]) -> PageCount {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::family::Pace;
+    use crate::ids::Pace;
     use crate::ops::Placed;
     use crate::stage2::Shape;
     use crate::window::Harvest;

@@ -7,7 +7,7 @@
 //! family, which is what makes the reverse map one look (Torvalds 2004); a file or shared memory may stand anywhere.
 
 use crate::addr::{Gfn, GfnRange};
-use crate::object::ObjectId;
+use crate::ids::ObjectId;
 use rangemap::RangeMap;
 use serde::{Deserialize, Serialize};
 

@@ -1,9 +1,9 @@
 //! Sorted lists of runs, apart from each other: all of these go once over what they are given.
 
+use crate::addr::extents::without;
 use crate::addr::{Gfn, GfnRange};
-use crate::ranges::without;
-use crate::stage2::push_run;
-use crate::window::Run;
+use crate::ids::Run;
+use crate::steps::step;
 use std::sync::Arc;
 
 /// A list of runs that many hold and nobody changes: who needs another makes another.
@@ -63,10 +63,32 @@ pub fn changed(runs: &[Run], before: &[Run]) -> Vec<Run> {
     news
 }
 
+/// Appends a run, as one with the last where it continues it.
+pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
+    step();
+    match runs.last_mut() {
+        _ if run.pages.is_empty() => {}
+        Some(last) if last.pages.end() == run.pages.start() && last.source == run.source => {
+            last.pages = GfnRange::between(last.pages.start(), run.pages.end());
+        }
+        _ => runs.push(run),
+    }
+}
+
+/// Makes runs of one source and neighbouring frames one, whatever order they came in.
+pub(crate) fn merge_runs(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_unstable_by_key(|run| run.pages.start());
+    let mut merged = Vec::with_capacity(runs.len());
+    for run in runs {
+        push_run(&mut merged, run);
+    }
+    merged
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::window::{Source, StoreId};
+    use crate::ids::{Source, StoreId};
 
     const PAGES: u64 = 120;
 

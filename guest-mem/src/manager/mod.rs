@@ -1,29 +1,31 @@
 //! One family's memory manager: the books, and the hands that carry out what they say.
 
-mod ahead;
 mod check;
 mod error;
-mod fill;
-mod swap;
+mod readahead;
+mod reclaim;
 mod waiters;
+mod writeback;
 
-use ahead::Ahead;
 pub use error::Error;
-pub use swap::{Evicted, SwapCounts};
+use readahead::Ahead;
+pub use reclaim::{Evicted, SwapCounts};
 use waiters::{Reason, Waiters};
 
 use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, ObjectMapping, VmId};
-use crate::map::Protection;
+use crate::family::{Family, ObjectMapping};
+use crate::ids::StoreId;
+use crate::ids::VmId;
 use crate::object::{Loss, ZERO_CLUSTER};
 use crate::ops::{Compaction, Destination, Trap};
-use crate::runs::Runs;
+use crate::space::map::Protection;
+use crate::space::runs::Runs;
 use crate::stage2::Shape;
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::sys::Touch;
-use crate::window::{Along, Failure, Harvest, StoreId, Window};
+use crate::window::{Along, Failure, Harvest, Window};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::rc::Rc;

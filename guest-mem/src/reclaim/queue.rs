@@ -10,10 +10,10 @@
 //! A cluster is named by its store, which stays the same when objects are collapsed. An entry of the queue may be out of
 //! date: it is skipped when its turn comes.
 
-use crate::addr::{Gfn, GfnRange};
-use crate::object::Batch;
-use crate::swap::CLUSTER;
-use crate::window::StoreId;
+use crate::addr::GfnRange;
+use crate::addr::cluster::{clusters, frames};
+use crate::ids::Batch;
+use crate::ids::StoreId;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// Evictions at least this recent are too recent, however little is left in memory.
@@ -222,20 +222,11 @@ impl Ages {
     }
 }
 
-/// The clusters that have a page among these.
-pub(crate) fn clusters(pages: GfnRange) -> std::ops::Range<u64> {
-    pages.start().0 / CLUSTER.0..pages.end().0.div_ceil(CLUSTER.0)
-}
-
-/// Its pages.
-pub(crate) fn frames(cluster: u64) -> GfnRange {
-    GfnRange::new(Gfn(cluster * CLUSTER.0), CLUSTER)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::PageCount;
+    use crate::addr::cluster::CLUSTER;
+    use crate::addr::{Gfn, PageCount};
 
     const STORE: StoreId = StoreId(1);
 

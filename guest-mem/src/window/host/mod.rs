@@ -29,11 +29,12 @@ pub use moves::Short;
 pub use scratch::ScratchRow;
 pub use snapshot::Shed;
 
-use super::{Failure, Run, Source, StoreId, Window};
+use super::{Failure, Window};
+use crate::addr::extents::without;
+use crate::addr::page_set::PageSet;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::map::Protection;
-use crate::pages::PageSet;
-use crate::ranges::without;
+use crate::ids::{Run, Source, StoreId};
+use crate::space::map::Protection;
 use crate::sys::Written;
 use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;

@@ -1,9 +1,9 @@
 //! What a window maps otherwise than its stage-2 tables say.
 
 use crate::addr::GfnRange;
-use crate::page_map::PageMap;
-use crate::runs::{Runs, among, outside, over};
-use crate::window::{Run, Source};
+use crate::addr::page_map::PageMap;
+use crate::ids::{Run, Source};
+use crate::space::runs::{Runs, among, outside, over};
 
 /// Where a window does not map what stage-2 shows, and what it maps there instead. Stage-2 alone says what a VM *sees*, so
 /// nothing is in here that a guest could tell from it. What is in here is one of three:

@@ -1,7 +1,8 @@
 //! The swap that the families of a host have in common.
 
 use crate::addr::PageCount;
-use crate::swap::{Fetch, Swap, SwapSlot};
+use crate::ids::SwapSlot;
+use crate::swap::{Fetch, Swap};
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
