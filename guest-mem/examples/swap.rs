@@ -74,7 +74,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     (0..PAGES).try_for_each(|number| memory.write_slice(&page(number), GuestAddress(number << 12)))?;
     let workers = [family.fork(base)?, family.fork(base)?, family.fork(base)?];
     // What has been written back to its store can be evicted.
-    family.settle()?;
+    family.write_back()?;
     shrink(&family)?;
     let out = family.stats()?;
     println!("{} pages are in memory, {} in swap only", out.totals.resident, out.totals.swapped);

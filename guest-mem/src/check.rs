@@ -5,9 +5,9 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Vm};
 use crate::ids::ObjectId;
 use crate::ids::SwapSlot;
-use crate::ids::{Pace, VmId};
+use crate::ids::{Activity, VmId};
 use crate::ids::{Run, Source, StoreId};
-use crate::object::{Found, Kind, Slot, shift_down};
+use crate::object::{Found, ObjectKind, Slot, shift_down};
 use crate::space::map::AddressMap;
 use crate::space::runs::{among, over};
 use crate::stage2::{TableId, View, entries};
@@ -123,7 +123,7 @@ impl Family {
                     (Source::Store { .. }, None) => false,
                     (Source::Shared { .. }, None) => false,
                     (Source::Store { store, origin } | Source::Shared { store, origin }, Some(found)) => {
-                        let shared = self.objects.get(found.object).kind == Kind::Shared;
+                        let shared = self.objects.get(found.object).kind == ObjectKind::Shared;
                         let says_so = matches!(run.source, Source::Shared { .. });
                         found.slot.store() == Some(store) && origin == found.origin && shared == says_so
                     }
@@ -173,7 +173,7 @@ impl Family {
         for (&id, vm) in &self.vms {
             for object in vm.map.iter().filter_map(|(_, entry)| entry.object) {
                 *mappings.entry(object).or_default().entry(id).or_default() += 1;
-                *running.entry(object).or_default() += u32::from(vm.pace == Pace::Running);
+                *running.entry(object).or_default() += u32::from(vm.activity == Activity::Running);
             }
         }
         for (id, object) in self.objects.iter() {
@@ -193,14 +193,14 @@ impl Family {
             if mapped != object.mappings {
                 broken.push(format!("2: {id:?} lists the entries {:?}, {mapped:?} show it", object.mappings));
             }
-            let busy = object.shadows.iter().filter(|&&shadow| self.objects.get(shadow).busy > 0).count() as u32
+            let active = object.shadows.iter().filter(|&&shadow| self.objects.get(shadow).active > 0).count() as u32
                 + running.get(&id).copied().unwrap_or(0);
-            if busy != object.busy {
-                broken.push(format!("2: {id:?} counts {} busy ones that show it, there are {busy}", object.busy));
+            if active != object.active {
+                broken.push(format!("2: {id:?} counts {} active ones that show it, there are {active}", object.active));
             }
             let absorbable = object.shadows.len() == 1
-                && object.kind == Kind::Anonymous
-                && object.shadows.iter().all(|&shadow| !self.objects.has_gaps(shadow));
+                && object.kind == ObjectKind::Anonymous
+                && object.shadows.iter().all(|&shadow| !self.objects.has_copy_ups(shadow));
             if self.is_tidy() && object.mappings.is_empty() && (object.shadows.is_empty() || absorbable) {
                 broken.push(format!("2: {id:?} should have been collapsed"));
             }
@@ -210,7 +210,7 @@ impl Family {
     /// 12: shared memory is one store of its own, of which every page is there; nothing is stacked on it or beneath it, shared
     /// entries show nothing else, and no others show it. No freeze has it copied, no window keeps or bridges anything there.
     fn check_shared(&self, broken: &mut Vec<String>) {
-        for (id, object) in self.objects.iter().filter(|(_, object)| object.kind == Kind::Shared) {
+        for (id, object) in self.objects.iter().filter(|(_, object)| object.kind == ObjectKind::Shared) {
             let stores: BTreeSet<StoreId> = self.objects.stores_of(id).collect();
             let owners = stores.iter().flat_map(|&store| self.objects.owners(store)).count();
             let is_there = object.slots.iter().all(|(_, slot)| matches!(slot, Slot::Resident(_)));
@@ -222,7 +222,7 @@ impl Family {
         for (&id, vm) in &self.vms {
             for (pages, entry) in vm.map.iter() {
                 let kind = entry.object.map(|object| self.objects.get(object).kind);
-                if entry.is_shared() != (kind == Some(Kind::Shared)) || (entry.is_shared() && entry.needs_copy) {
+                if entry.is_shared() != (kind == Some(ObjectKind::Shared)) || (entry.is_shared() && entry.needs_copy) {
                     broken.push(format!("12: {id:?} has {entry:?} at {pages:?}, which shows {kind:?}"));
                 }
             }
@@ -263,10 +263,10 @@ impl Family {
         let mut counts: BTreeMap<StoreId, [u64; 4]> = BTreeMap::new();
         let mut holders: BTreeMap<StoreId, BTreeMap<ObjectId, u64>> = BTreeMap::new();
         for (id, object) in self.objects.iter() {
-            let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Gap(..)));
+            let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::CopyUp(..)));
             let gaps: u64 = gaps.map(|(pages, _)| pages.count().0).sum();
-            if gaps != object.gaps {
-                broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.gaps));
+            if gaps != object.copy_ups {
+                broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.copy_ups));
             }
             for (pages, slot) in object.slots.iter() {
                 let Some(store) = slot.store() else { continue };
@@ -280,12 +280,15 @@ impl Family {
                 *holders.entry(store).or_default().entry(id).or_default() += held;
                 match slot {
                     Slot::Resident(_) | Slot::Clean(..) => count[0] += held,
-                    Slot::Gap(..) => count[1] += held,
-                    Slot::Unsettled(_) => count[2] += held,
+                    Slot::CopyUp(..) => count[1] += held,
+                    Slot::InFlight(_) => count[2] += held,
                     Slot::Swapped(..) => count[3] += held,
                     Slot::Zero | Slot::Lost(..) => {}
                 }
-                if object.kind == Kind::Anonymous && slot.resident().is_some() && !self.objects.ages.has(store, pages) {
+                if object.kind == ObjectKind::Anonymous
+                    && slot.resident().is_some()
+                    && !self.objects.queue.has(store, pages)
+                {
                     broken
                         .push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
                 }
@@ -302,23 +305,25 @@ impl Family {
         for id in self.objects.put_off.difference(&self.objects.pending) {
             broken.push(format!("3: {id:?} waits for swap, and has nothing pending"));
         }
-        let anonymous = self.objects.stores.iter().filter(|(_, account)| account.kind == Kind::Anonymous);
+        let anonymous = self.objects.stores.iter().filter(|(_, account)| account.kind == ObjectKind::Anonymous);
         let resident: u64 = anonymous.clone().map(|(_, account)| account.resident).sum();
         if resident != self.objects.resident_pages {
             broken.push(format!("3: {resident} pages are in stores, not {}", self.objects.resident_pages));
         }
-        let is_idle = |store: &StoreId| !self.objects.owners(*store).any(|(id, _)| self.objects.get(id).busy > 0);
+        let is_idle = |store: &StoreId| !self.objects.owners(*store).any(|(id, _)| self.objects.get(id).active > 0);
         let idle: BTreeSet<StoreId> = anonymous.map(|(&store, _)| store).filter(is_idle).collect();
-        if !self.objects.ages.idle_is_sound(&idle) {
+        if !self.objects.queue.idle_is_sound(&idle) {
             broken.push(format!("3: {idle:?} are the stores that only idle VMs see"));
         }
         for (store, account) in &self.objects.stores {
-            let busy = self.objects.owners(*store).filter(|(id, _)| self.objects.get(*id).busy > 0).count();
-            if busy as u32 != account.busy {
-                broken.push(format!("3: {store:?} counts {} busy objects, {busy} have pages of it", account.busy));
+            let active = self.objects.owners(*store).filter(|(id, _)| self.objects.get(*id).active > 0).count();
+            if active as u32 != account.active {
+                broken
+                    .push(format!("3: {store:?} counts {} active objects, {active} have pages of it", account.active));
             }
             let left = account.scratch.map_or(0, |scratch| scratch.left);
-            let told = ([account.resident, account.gaps, left, account.swapped], self.objects.owners(*store).collect());
+            let told =
+                ([account.resident, account.copy_ups, left, account.swapped], self.objects.owners(*store).collect());
             let counted = (counts.remove(store).unwrap_or_default(), holders.remove(store).unwrap_or_default());
             if told != counted {
                 broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
@@ -332,7 +337,7 @@ impl Family {
         }
     }
 
-    /// 6 and 7: every page in a store or in swap is seen by some VM (or waited for by a gap), and the reverse map finds who
+    /// 6 and 7: every page in a store or in swap is seen by some VM (or waited for by a copy-up), and the reverse map finds who
     /// sees it, neither more nor fewer than a scan of all VMs does.
     fn check_viewers(&self, chains: &BTreeMap<VmId, Chains>, broken: &mut Vec<String>) {
         type Viewers = BTreeMap<(StoreId, VmId), RangeSet<u64>>;
@@ -347,10 +352,10 @@ impl Family {
             }
         }
         let mut awaited: HashMap<ObjectId, RangeSet<u64>> = HashMap::new();
-        for (id, object) in self.objects.iter().filter(|(_, object)| object.gaps > 0) {
+        for (id, object) in self.objects.iter().filter(|(_, object)| object.copy_ups > 0) {
             for (gap, slot) in object.slots.iter() {
-                let Slot::Gap(_, source) = slot else { continue };
-                let sources: Vec<(Found, GfnRange)> = self.objects.gap_sources(source, gap).collect();
+                let Slot::CopyUp(_, source) = slot else { continue };
+                let sources: Vec<(Found, GfnRange)> = self.objects.copy_up_sources(source, gap).collect();
                 for (found, pages) in &sources {
                     awaited.entry(found.object).or_default().insert(pages.raw());
                 }
@@ -373,7 +378,7 @@ impl Family {
                     found.entry((store, vm)).or_default().insert(pages);
                     ControlFlow::Continue(())
                 });
-                if object.kind == Kind::File || !self.is_tidy() {
+                if object.kind == ObjectKind::File || !self.is_tidy() {
                     continue;
                 }
                 let awaited = awaited.entry(id).or_default();

@@ -10,7 +10,7 @@
 use crate::addr::page_set::joined;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::ids::ObjectId;
-use crate::ids::{Pace, VmId};
+use crate::ids::{Activity, VmId};
 use crate::ids::{Run, Source, StoreId};
 use crate::object::{Objects, Slot};
 use crate::ops::Taking;
@@ -40,13 +40,13 @@ pub struct Vm {
     pub(crate) freezing: Option<Freezing>,
     /// What it takes along.
     pub(crate) taking: Taking,
-    pub(crate) pace: Pace,
-    pub(crate) shed: Option<Shed>,
+    pub(crate) activity: Activity,
+    pub(crate) dedup: Option<DedupProgress>,
 }
 
-/// How far a window has shed what stayed since a freeze.
+/// How far a window has deduplicated what stayed since a freeze.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Shed {
+pub(crate) struct DedupProgress {
     /// The store of the freeze.
     pub(crate) store: StoreId,
     /// All before this page is done.
@@ -177,16 +177,16 @@ impl Family {
     }
 
     /// Says whether a VM needs its memory soon.
-    pub fn set_pace(&mut self, id: VmId, pace: Pace) {
-        let before = std::mem::replace(&mut self.vm_mut(id).pace, pace);
-        if before == pace {
+    pub fn set_activity(&mut self, id: VmId, activity: Activity) {
+        let before = std::mem::replace(&mut self.vm_mut(id).activity, activity);
+        if before == activity {
             return;
         }
         let shown: Vec<ObjectId> = self.vm(id).map.iter().filter_map(|(_, entry)| entry.object).collect();
         for object in shown {
-            match pace {
-                Pace::Running => self.objects.rouse(object),
-                Pace::Idle => self.objects.calm(object),
+            match activity {
+                Activity::Running => self.objects.inc_active(object),
+                Activity::Idle => self.objects.dec_active(object),
             }
         }
     }
@@ -199,7 +199,7 @@ impl Family {
         }
         self.next_vm = id.0.wrapping_add(1);
         for object in vm.map.iter().filter_map(|(_, entry)| entry.object) {
-            self.objects.map(object, id, vm.pace);
+            self.objects.map(object, id, vm.activity);
         }
         self.vms.insert(id, vm);
         id
@@ -236,9 +236,9 @@ impl Family {
         let sources = sources.chain(self.left.replaced.iter().map(|run| run.source));
         let stores = sources.filter_map(|source| source.store().map(|(store, _)| store));
         let freezing = self.vms.values().filter_map(|vm| vm.freezing.map(Freezing::store));
-        let gaps = self.objects.iter().filter(|(_, object)| object.gaps > 0).flat_map(|(_, o)| o.slots.iter());
+        let gaps = self.objects.iter().filter(|(_, object)| object.copy_ups > 0).flat_map(|(_, o)| o.slots.iter());
         let gaps = gaps.filter_map(|(_, slot)| match slot {
-            Slot::Gap(_, Source::Store { store, .. }) => Some(store),
+            Slot::CopyUp(_, Source::Store { store, .. }) => Some(store),
             _ => None,
         });
         stores.chain(gaps).chain(self.objects.stores.keys().copied()).chain(freezing).collect()
@@ -249,7 +249,7 @@ impl Vm {
     /// A VM whose window maps what stage-2 shows.
     pub(crate) fn new(map: AddressMap, root: TableId) -> Self {
         let (overlay, runs) = (Overlay::default(), OnceCell::new());
-        let (child_runs, pace) = (0, Pace::Running);
+        let (child_runs, activity) = (0, Activity::Running);
         Self {
             map,
             root,
@@ -260,8 +260,8 @@ impl Vm {
             child_runs,
             freezing: None,
             taking: Taking::default(),
-            pace,
-            shed: None,
+            activity,
+            dedup: None,
         }
     }
 
@@ -317,7 +317,7 @@ mod tests {
         family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
         while let Some(job) = family.next_job(PageCount(64)) {
             let placed = if job.store == moved { Placed::Zero } else { Placed::Stored };
-            family.settled(&job, &[(job.pages, placed)], &mut Effects::default());
+            family.written_back(&job, &[(job.pages, placed)], &mut Effects::default());
         }
         family.next_store = MAX_STORES - 2;
         for at in [MAX_STORES - 2, MAX_STORES - 1, 4] {

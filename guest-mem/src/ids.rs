@@ -35,7 +35,7 @@ pub(crate) struct Batch(pub(crate) u32);
 
 /// Whether a VM is likely to need its memory soon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Pace {
+pub enum Activity {
     /// It runs.
     #[default]
     Running,

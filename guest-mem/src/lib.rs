@@ -52,7 +52,7 @@ pub mod window;
 extern crate self as guest_mem;
 
 pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
-pub use ids::{Pace, Run, Source, StoreId, VmId};
+pub use ids::{Activity, Run, Source, StoreId, VmId};
 pub use local::{Local, LocalVm};
 pub use manager::Manager;
 pub use ops::Destination;

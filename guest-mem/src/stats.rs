@@ -4,7 +4,7 @@ use crate::addr::{GfnRange, PageCount};
 use crate::family::Family;
 use crate::ids::StoreId;
 use crate::ids::VmId;
-use crate::object::{Kind, Slot, shift_down};
+use crate::object::{ObjectKind, Slot, shift_down};
 use crate::space::runs::push_run;
 use crate::stage2::Sharing;
 use rangemap::RangeSet;
@@ -20,8 +20,8 @@ pub struct PageCounts {
     pub shared: u64,
     /// Pages without storage.
     pub zero: u64,
-    /// Frozen pages that have not settled; counted above as well.
-    pub unsettled: u64,
+    /// Frozen pages that have not been written back; counted above as well.
+    pub in_flight: u64,
     /// Frozen pages that are in swap only; counted above as well.
     pub swapped: u64,
 }
@@ -40,8 +40,8 @@ pub struct Totals {
     pub shared: u64,
     /// Pages in swap only.
     pub swapped: u64,
-    /// Pages that have not settled.
-    pub unsettled: u64,
+    /// Pages that have not been written back.
+    pub in_flight: u64,
     /// Stage-2 tables.
     pub tables: u64,
     /// Stage-2 tables there would be if VMs shared none.
@@ -54,7 +54,7 @@ impl AddAssign for PageCounts {
         self.private += other.private;
         self.shared += other.shared;
         self.zero += other.zero;
-        self.unsettled += other.unsettled;
+        self.in_flight += other.in_flight;
         self.swapped += other.swapped;
     }
 }
@@ -97,7 +97,7 @@ impl Family {
             for segment in self.objects.stored(store, origin, run.pages) {
                 let Some(found) = segment.found else { continue };
                 match found.slot {
-                    Slot::Unsettled(_) | Slot::Gap(..) => counts.unsettled += segment.pages.count().0,
+                    Slot::InFlight(_) | Slot::CopyUp(..) => counts.in_flight += segment.pages.count().0,
                     Slot::Swapped(..) => counts.swapped += segment.pages.count().0,
                     _ => {}
                 }
@@ -129,23 +129,23 @@ impl Family {
         PageCount(self.objects.stores.get(&store).map_or(0, |account| account.resident))
     }
 
-    /// Pages that have not settled.
-    pub fn unsettled(&self) -> PageCount {
+    /// Pages that have not been written back.
+    pub fn in_flight(&self) -> PageCount {
         let accounts = self.objects.stores.values();
-        PageCount(accounts.map(|a| a.gaps + a.scratch.map_or(0, |scratch| scratch.left)).sum())
+        PageCount(accounts.map(|a| a.copy_ups + a.scratch.map_or(0, |scratch| scratch.left)).sum())
     }
 
     /// Figures of the family.
     pub fn totals(&self) -> Totals {
         let accounts = &self.objects.stores;
-        let anonymous = accounts.values().filter(|account| account.kind == Kind::Anonymous);
+        let anonymous = accounts.values().filter(|account| account.kind == ObjectKind::Anonymous);
         Totals {
             objects: self.objects.len() as u64,
             stores: accounts.len() as u64,
             resident: self.resident().0,
-            shared: accounts.values().filter(|a| a.kind == Kind::Shared).map(|account| account.resident).sum(),
+            shared: accounts.values().filter(|a| a.kind == ObjectKind::Shared).map(|account| account.resident).sum(),
             swapped: anonymous.map(|account| account.swapped).sum(),
-            unsettled: self.unsettled().0,
+            in_flight: self.in_flight().0,
             tables: self.stage2.tables() as u64,
             unshared_tables: self.stage2.unshared(self.vms.values().map(|vm| vm.root)),
         }

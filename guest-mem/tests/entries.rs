@@ -47,7 +47,7 @@ fn a_child_protects_parts_of_its_memory() {
     let parent = family.launch().unwrap();
     (0..PAGES).for_each(|page| family.memory(parent).unwrap().write_obj(page + 1, at(page)).unwrap());
     let child = family.fork(parent).unwrap();
-    family.settle().unwrap();
+    family.write_back().unwrap();
     let stored = resident(&family);
     family.protect(child, GfnRange::from(10..20), Protection::ReadOnly).unwrap();
     family.protect(child, GfnRange::from(100..180), Protection::ReadOnly).unwrap();
@@ -60,7 +60,7 @@ fn a_child_protects_parts_of_its_memory() {
     // Freezes take what was written around and within: the mappings that they lay are protected as those before.
     assert_eq!((90..200).filter(|page| write(&family, child, *page, 3000 + page)).count(), 30);
     let grandchild = family.fork(child).unwrap();
-    family.settle().unwrap();
+    family.write_back().unwrap();
     for vm in [child, grandchild] {
         assert!(!write(&family, vm, 15, 0) && !write(&family, vm, 150, 0));
         assert_eq!([15, 150, 95].map(|page| read(&family, vm, page)), [16, 151, 3095]);
@@ -69,7 +69,7 @@ fn a_child_protects_parts_of_its_memory() {
     assert!(write(&family, grandchild, 150, 7) && !write(&family, child, 150, 0));
     (90..200).for_each(|page| assert!(write(&family, grandchild, page, 4000 + page)));
     let last = family.fork(grandchild).unwrap();
-    family.settle().unwrap();
+    family.write_back().unwrap();
     assert_eq!([90, 150, 199].map(|page| read(&family, last, page)), [4090, 4150, 4199]);
     assert_eq!([90, 150, 199].map(|page| read(&family, child, page)), [3090, 151, 3199]);
     sound(&family);
@@ -95,7 +95,7 @@ fn relatives_see_each_others_writes_in_shared_memory() {
     (0..PAGES).for_each(|page| assert!(write(&family, parent, page, page + 1)));
     let child = family.fork(parent).unwrap();
     let grandchild = family.fork(child).unwrap();
-    family.settle().unwrap();
+    family.write_back().unwrap();
     let all = [parent, child, grandchild];
     assert!(all.iter().all(|&vm| (0..PAGES).all(|page| read(&family, vm, page) == page + 1)));
     for (writer, page) in all.into_iter().zip([50, 69, 200]) {

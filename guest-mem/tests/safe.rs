@@ -105,7 +105,7 @@ fn who_waits_for_a_page_when_its_vm_exits_goes_on() {
             }
         });
     }
-    family.settle().unwrap();
+    family.write_back().unwrap();
     assert_eq!(family.memory(parent).unwrap().read_obj::<u64>(at(1000)).unwrap(), 7, "no zeros were planted");
 }
 

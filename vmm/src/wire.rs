@@ -9,7 +9,7 @@ use crate::machine::WINDOW_BASE;
 use crate::machine::state::PackedState;
 use crate::plain;
 use guest_mem::ids::Run;
-use guest_mem::window::host::{ScratchRow, Short};
+use guest_mem::window::host::{ScratchRow, SmallExtents};
 use guest_mem::window::{Along, Harvest, are_apart};
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, Protection, StoreId};
 use serde::de::{Error, SeqAccess, Visitor};
@@ -188,7 +188,7 @@ pub enum ToVm {
         /// The window may have this many mappings afterwards.
         max_runs: u32,
         /// What becomes of short stretches.
-        short: Short,
+        short: SmallExtents,
         /// Pages that are taken along, though the guest has not written them.
         along: Along,
         /// Frames that somebody is about to wait for, sorted: where pages are copied, theirs come first.
@@ -464,7 +464,7 @@ impl Bounds {
             None => self.scratch.has(*scratch_base, *copies),
         };
         there
-            && harvest.makes_sense(&self.ram)
+            && harvest.is_valid(&self.ram)
             // Each is a mapping of the VM's children.
             && harvest.moved.len() + harvest.copied.len() <= self.max_runs
             && copied.as_ref().is_none_or(|copied| are_apart(copied, &harvest.copied))
@@ -496,7 +496,7 @@ impl FromVm {
 
     /// Whether addresses in it are where ours has such things, and pages, where their order matters, as ours tells of them:
     /// sorted, apart, and within RAM. A process that is taken over may say anything.
-    pub fn makes_sense(&self, bounds: &Bounds) -> bool {
+    pub fn is_valid(&self, bounds: &Bounds) -> bool {
         match self {
             Self::Ready { window_base, .. } => *window_base == WINDOW_BASE,
             Self::Frozen(frozen) => bounds.allow(frozen),
@@ -555,24 +555,24 @@ mod tests {
             activity: Activity::Running,
             kicked_ns: 0,
         };
-        let makes_sense = |frozen: Frozen| FromVm::Frozen(Box::new(frozen)).makes_sense(&bounds);
-        assert!(makes_sense(honest.clone()));
-        assert!(makes_sense(Frozen { scratch_base: WINDOW_BASE, copy: Some(7), ..honest.clone() }));
-        assert!(!makes_sense(Frozen { scratch_base: WINDOW_BASE, ..honest.clone() }));
-        assert!(!makes_sense(Frozen { copy: Some(7), ..honest.clone() }));
-        assert!(!makes_sense(Frozen { scratch_base: scratch + 4096, ..honest.clone() }));
-        assert!(!makes_sense(Frozen { copies: Gfn(0), ..honest.clone() }));
-        assert!(!makes_sense(Frozen { copied: Some(vec![(10..20).into()]), ..honest.clone() }));
+        let is_valid = |frozen: Frozen| FromVm::Frozen(Box::new(frozen)).is_valid(&bounds);
+        assert!(is_valid(honest.clone()));
+        assert!(is_valid(Frozen { scratch_base: WINDOW_BASE, copy: Some(7), ..honest.clone() }));
+        assert!(!is_valid(Frozen { scratch_base: WINDOW_BASE, ..honest.clone() }));
+        assert!(!is_valid(Frozen { copy: Some(7), ..honest.clone() }));
+        assert!(!is_valid(Frozen { scratch_base: scratch + 4096, ..honest.clone() }));
+        assert!(!is_valid(Frozen { copies: Gfn(0), ..honest.clone() }));
+        assert!(!is_valid(Frozen { copied: Some(vec![(10..20).into()]), ..honest.clone() }));
         let pieces = |count| (0..count).map(|at| (2 * at..2 * at + 1).into()).collect::<Vec<GfnRange>>();
         let with = |moved, copied| {
             let harvest = Harvest { moved: pieces(moved), copied: pieces(copied), ..Harvest::default() };
-            makes_sense(Frozen { harvest, ..honest.clone() })
+            is_valid(Frozen { harvest, ..honest.clone() })
         };
         assert!(with(100, 0) && with(0, 100));
         assert!(!with(101, 0) && !with(0, 101), "more mappings than it was allowed");
         let (first, second) = (pieces(101)[..50].to_vec(), pieces(101)[50..].to_vec());
         let harvest = Harvest { moved: first, copied: second, ..Harvest::default() };
-        assert!(!makes_sense(Frozen { harvest, ..honest }), "also where some are moved and others copied");
-        assert!(!FromVm::Ready { keeper: 7, window_base: WINDOW_BASE + 4096 }.makes_sense(&bounds));
+        assert!(!is_valid(Frozen { harvest, ..honest }), "also where some are moved and others copied");
+        assert!(!FromVm::Ready { keeper: 7, window_base: WINDOW_BASE + 4096 }.is_valid(&bounds));
     }
 }

@@ -183,7 +183,7 @@ mod tests {
             let start = random(PAGES);
             let most = if random(4) == 0 { PAGES } else { 4 };
             let pages = GfnRange::from(start..(start + random(most)).min(PAGES));
-            let slot = [None, Some(Slot::Zero), Some(Slot::Resident(StoreId(1))), Some(Slot::Unsettled(StoreId(2)))];
+            let slot = [None, Some(Slot::Zero), Some(Slot::Resident(StoreId(1))), Some(Slot::InFlight(StoreId(2)))];
             let slot = slot[random(4) as usize];
             match slot {
                 Some(slot) if slots.parts(pages).next().is_none() => slots.insert([pages], slot),

@@ -291,10 +291,10 @@ impl Local {
     ///
     /// # Errors
     /// [`Error::Memory`]: the host has no memory for some of them; it is tried again, without anybody who waits for it.
-    pub fn settle(&self) -> Result<(), Error> {
-        let (settled, settles) = mpsc::channel();
-        self.ask(move |owner| owner.tell_settled(settled))?;
-        settles.recv().map_err(|_| Error::Panicked)?
+    pub fn write_back(&self) -> Result<(), Error> {
+        let (written_back, done) = mpsc::channel();
+        self.ask(move |owner| owner.tell_written_back(written_back))?;
+        done.recv().map_err(|_| Error::Panicked)?
     }
 
     /// Evicts about `limit` frozen pages that have been written back, the oldest first.

@@ -4,7 +4,7 @@ use super::{Error, Event, LocalSwap, LocalVm, Observer, Options};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::ids::StoreId;
 use crate::ids::VmId;
-use crate::manager::{Evicted, MAX_RUNS, Manager, SETTLE_BATCH};
+use crate::manager::{Evicted, MAX_RUNS, Manager, WRITEBACK_BATCH};
 use crate::ops::Destination;
 use crate::space::map::Protection;
 use crate::stage2::Shape;
@@ -12,7 +12,7 @@ use crate::store::memfd::MemfdStores;
 use crate::swap::Swap;
 use crate::swap::handle::SharedSwap;
 use crate::sys::{Touch, Userfaultfd};
-use crate::window::host::{Asked, Dirty, Features, HostWindow, HugePages, Place, Short, WindowError};
+use crate::window::host::{Asked, Dirty, Features, HostWindow, HugePages, Place, SmallExtents, WindowError};
 use crate::window::{Failure, Harvest, Window, are_apart};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -72,7 +72,7 @@ pub(super) struct FamilyThread {
     requests: Receiver<Request>,
     bell: Arc<EventFd>,
     /// Who waits until all pages have been written back.
-    settled: Vec<Sender<Result<(), Error>>>,
+    written_back: Vec<Sender<Result<(), Error>>>,
 }
 
 impl FamilyThread {
@@ -107,7 +107,7 @@ impl FamilyThread {
             epoll,
             requests,
             bell,
-            settled: Vec::new(),
+            written_back: Vec::new(),
         };
         owner.watch(owner.bell.as_raw_fd(), BELL).map_err(Error::Begin)?;
         if let Some(completions) = completions {
@@ -160,19 +160,19 @@ impl FamilyThread {
 
     /// Whether something is to be tried again, or is read from swap.
     fn awaits_something(&self) -> bool {
-        self.manager.waiting_for_pages().next().is_some() || self.manager.family().unsettled() > PageCount(0)
+        self.manager.waiting_for_pages().next().is_some() || self.manager.family().in_flight() > PageCount(0)
     }
 
     /// Writes a batch of frozen pages back.
     fn write_back(&mut self) -> Round {
-        match self.manager.settle(SETTLE_BATCH) {
+        match self.manager.write_back(WRITEBACK_BATCH) {
             Ok(true) => return Round::More,
-            Ok(false) if self.manager.family().unsettled() == PageCount(0) => {
-                self.settled.drain(..).for_each(|settled| drop(settled.send(Ok(()))));
+            Ok(false) if self.manager.family().in_flight() == PageCount(0) => {
+                self.written_back.drain(..).for_each(|written_back| drop(written_back.send(Ok(()))));
             }
             Ok(false) => {}
-            Err(cause) => match self.settled.pop() {
-                Some(settled) => drop(settled.send(Err(Error::Memory { operation: "write back", cause }))),
+            Err(cause) => match self.written_back.pop() {
+                Some(written_back) => drop(written_back.send(Err(Error::Memory { operation: "write back", cause }))),
                 None => log::warn!("write back: {cause}"),
             },
         }
@@ -191,7 +191,7 @@ impl FamilyThread {
 
     /// Answers a trap, now or later.
     fn answer(&mut self, vm: VmId, gfn: Gfn, touch: Touch) {
-        if let Err(error) = self.manager.trap(vm, gfn, touch) {
+        if let Err(error) = self.manager.fault(vm, gfn, touch) {
             log::warn!("the page at {gfn} for {vm:?}: {error}");
             self.tell(vm, Event::Delayed(&error));
         }
@@ -287,7 +287,7 @@ impl FamilyThread {
         let file = self.manager.store(store).expect("just made").read_only();
         let file = file.try_clone_to_owned().map_err(WindowError::NoScratch)?;
         let window = self.manager.window_mut(vm).expect("a VM has a window");
-        let asked = Asked { max_runs: MAX_RUNS as u32, short: Short::Copied, along: &along };
+        let asked = Asked { max_runs: MAX_RUNS as u32, short: SmallExtents::CopyInPlace, along: &along };
         Ok(window.freeze(Dirty::Every, store, file.as_fd(), asked)?.harvest)
     }
 
@@ -336,8 +336,8 @@ impl FamilyThread {
     }
 
     /// Tells when all pages have been written back, or why some have not.
-    pub fn tell_settled(&mut self, settled: Sender<Result<(), Error>>) {
-        self.settled.push(settled);
+    pub fn tell_written_back(&mut self, written_back: Sender<Result<(), Error>>) {
+        self.written_back.push(written_back);
     }
 
     pub fn evict_some(&mut self, limit: PageCount) -> Evicted {

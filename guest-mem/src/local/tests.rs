@@ -54,7 +54,7 @@ fn pages_that_are_given_back_are_freed() {
     (0..512).for_each(|page| write(&family, parent, page, page + 1));
     let mut vms = vec![parent];
     vms.extend((0..3).map(|_| family.fork(parent).unwrap()));
-    family.settle().unwrap();
+    family.write_back().unwrap();
     let pages = GfnRange::new(Gfn(100), PageCount(200));
     for &vm in &vms {
         assert_eq!(family.stats().unwrap().totals.resident, 512);
@@ -116,7 +116,7 @@ fn evicted_pages_come_back_through_real_windows() {
     let parent = family.launch().unwrap();
     (0..512).for_each(|page| write(&family, parent, page, page + 1));
     let child = family.fork(parent).unwrap();
-    family.settle().unwrap();
+    family.write_back().unwrap();
     (0..512).step_by(16).for_each(|page| write(&family, child, page, 0));
     for round in 0..2 {
         let evicted = family.evict_some(PageCount(512)).unwrap();
@@ -148,10 +148,10 @@ fn generations() {
         write(&family, vm, generation * 3, generation + 1);
         vms.push(family.fork(vm).unwrap());
         if generation % 3 == 0 {
-            family.settle().unwrap();
+            family.write_back().unwrap();
         }
     }
-    family.settle().unwrap();
+    family.write_back().unwrap();
     for (age, &vm) in vms.iter().enumerate() {
         for generation in 0..16u64 {
             let want = if age as u64 >= generation { generation + 1 } else { 0 };
@@ -163,7 +163,7 @@ fn generations() {
         family.exit(vm).unwrap();
         check(&family);
     }
-    family.settle().unwrap();
+    family.write_back().unwrap();
     let totals = family.stats().unwrap().totals;
     assert_eq!((totals.objects, totals.stores, totals.tables), (0, 0, 0));
     assert_eq!(family.inspect(Manager::windows).unwrap(), 0);
@@ -194,7 +194,7 @@ fn who_waits_for_a_lost_page_is_told_and_goes_on() {
     let parent = family.launch().unwrap();
     (0..64).for_each(|page| write(&family, parent, page, page + 1));
     let child = family.fork(parent).unwrap();
-    family.settle().unwrap();
+    family.write_back().unwrap();
     family.evict_some(PageCount(64)).unwrap();
     swap.lock().unwrap().fails = true;
     let memory = family.memory(child).unwrap();
@@ -303,7 +303,7 @@ fn an_observer_that_asks_its_own_family_is_told_so() {
     let parent = local.launch().unwrap();
     write(&local, parent, 0, 1);
     let child = local.fork(parent).unwrap();
-    local.settle().unwrap();
+    local.write_back().unwrap();
     local.evict_some(PageCount(16)).unwrap();
     swap.lock().unwrap().fails = true;
     assert_eq!((read(&local, child, 0), tells.recv()), (0, Ok(true)));

@@ -106,7 +106,7 @@ mod tests {
         }
     }
 
-    /// Pages of a store settle, and others are freed, while a thread lists what it has.
+    /// Pages of a store are written back, and others are freed, while a thread lists what it has.
     #[test]
     fn what_comes_and_goes_while_a_store_is_listed_is_not_held_against_it() {
         let ram = GfnRange::from(0..1024);
@@ -121,13 +121,13 @@ mod tests {
             manager.check_store(store, extents, &mut broken);
             broken
         };
-        manager.settle(PageCount(64)).unwrap();
+        manager.write_back(PageCount(64)).unwrap();
         manager.watch_store(store);
         let extents = listed(&manager);
-        manager.settle(PageCount(64)).unwrap();
+        manager.write_back(PageCount(64)).unwrap();
         manager.balloon(vm, &[(10..20).into()]);
         assert!(manager.hidden() > PageCount(0));
-        while manager.settle(PageCount(64)).unwrap() {}
+        while manager.write_back(PageCount(64)).unwrap() {}
         assert_eq!(manager.hidden(), PageCount(0));
         assert_eq!(judged(&mut manager, &extents), Vec::<String>::new());
         // Nothing comes or goes any more.

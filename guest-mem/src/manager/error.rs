@@ -98,8 +98,8 @@ mod tests {
         let gone = VmId(7);
         let errors = [
             manager.begin_freeze(gone, Destination::Store).map(drop),
-            manager.trap(gone, Gfn(0), Touch::Read).map(drop),
-            manager.settle_ahead(gone, Gfn(0)),
+            manager.fault(gone, Gfn(0), Touch::Read).map(drop),
+            manager.write_ahead(gone, Gfn(0)),
             manager.protect(gone, GfnRange::from(0..1), Protection::ReadOnly),
         ];
         assert!(errors.iter().all(|error| matches!(error, Err(Error::NoSuchVm(vm)) if *vm == gone)), "{errors:?}");

@@ -8,7 +8,7 @@ mod waiters;
 mod writeback;
 
 pub use error::Error;
-use readahead::Ahead;
+use readahead::Readahead;
 pub use reclaim::{Evicted, SwapCounts};
 use waiters::{Reason, Waiters};
 
@@ -18,7 +18,7 @@ use crate::family::{Family, ObjectMapping};
 use crate::ids::StoreId;
 use crate::ids::VmId;
 use crate::object::{Loss, ZERO_CLUSTER};
-use crate::ops::{Compaction, Destination, Trap};
+use crate::ops::{Compaction, Destination, Fault};
 use crate::space::map::Protection;
 use crate::space::runs::Runs;
 use crate::stage2::Shape;
@@ -30,8 +30,8 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::rc::Rc;
 
-/// Most pages settled at a time: few enough that whoever owns the manager soon gets to a waiting trap.
-pub const SETTLE_BATCH: PageCount = PageCount(64);
+/// Most pages written back at a time: few enough that whoever owns the manager soon gets to a waiting trap.
+pub const WRITEBACK_BATCH: PageCount = PageCount(64);
 /// Pages of stores freed at a time, where nobody waits for it.
 const FREED_BATCH: PageCount = PageCount(512);
 /// Pages whose memory a scratch range gives back at a time.
@@ -42,20 +42,20 @@ const ZERO_RUN: u64 = 16;
 /// Mappings a window may have: a quarter of `vm.max_map_count`, as the kernel has it by default.
 pub const MAX_RUNS: usize = 65530 / 4;
 
-/// What was copied for a freeze, by the time all of it has settled.
+/// What was copied for a freeze, by the time all of it has been written back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Copied {
-    /// Pages put into the store, gaps included.
+    /// Pages put into the store, copy-ups included.
     pub pages: u64,
     /// Clean pages among them.
-    pub gaps: u64,
+    pub copy_ups: u64,
 }
 
 /// One family's memory. Single owner, no locks, and no method waits.
 ///
-/// It owns the family's stores and the windows of its VMs; file stores are shared. When a VM exits, its window lives on
-/// until the last of its moved-out pages that others see has settled. A call that cannot fail panics where it is asked about
-/// a VM that is gone: see [`Local`](crate::Local) for VMs that may be.
+/// It owns the family's stores and the windows of its VMs; file stores are shared. When a VM exits, its window lives on until
+/// the last of its moved-out pages that others see has been written back. A call that cannot fail panics where it is asked
+/// about a VM that is gone: see [`Local`](crate::Local) for VMs that may be.
 pub struct Manager<S: StoreFactory, W> {
     family: Family,
     factory: S,
@@ -67,7 +67,7 @@ pub struct Manager<S: StoreFactory, W> {
     windows: HashMap<VmId, W>,
     copied: HashMap<StoreId, Copied>,
     waiters: Waiters,
-    ahead: Ahead,
+    ahead: Readahead,
     /// Who waited last goes on in order.
     in_order: bool,
     /// Stores that pages came back to lately, the last one last.
@@ -77,7 +77,7 @@ pub struct Manager<S: StoreFactory, W> {
     /// Pages that nobody sees any more and that are still in their stores: to free them takes time, and guests that wait come
     /// first.
     hidden: BTreeMap<StoreId, Vec<GfnRange>>,
-    /// Pages of a scratch range that have settled, and whose memory has not been given back.
+    /// Pages of a scratch range that have been written back, and whose memory has not been given back.
     left: HashMap<StoreId, GfnRange>,
     swap_counts: SwapCounts,
     /// Stores whose pages are being listed, and which of them have come or gone meanwhile.
@@ -103,7 +103,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             windows: HashMap::new(),
             copied: HashMap::new(),
             waiters: Waiters::default(),
-            ahead: Ahead::default(),
+            ahead: Readahead::default(),
             in_order: false,
             awake: VecDeque::new(),
             to_swap: HashSet::new(),
@@ -111,7 +111,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             left: HashMap::new(),
             swap_counts: SwapCounts::default(),
             watched: HashMap::new(),
-            staging: vec![0; SETTLE_BATCH.bytes() as usize],
+            staging: vec![0; WRITEBACK_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
             max_runs: MAX_RUNS,
             compaction: Compaction::default(),
@@ -209,7 +209,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         PageCount(resident.map(|pages| pages.0).sum())
     }
 
-    /// First half of a freeze: a store for the window to put in the place of what it moves out. The moved pages settle
+    /// First half of a freeze: a store for the window to put in the place of what it moves out. The moved pages are written back
     /// into it, or, with [`Destination::Swap`], into swap.
     ///
     /// # Errors
@@ -244,7 +244,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Pages of `vm` that are lost to its children, and that its window has a copy of. What a copy of its process had is lost
     /// with it, whether anybody has asked for it or not.
     pub fn mends(&mut self, vm: VmId) -> Vec<GfnRange> {
-        self.settle_lost(vm);
+        self.find_lost(vm);
         self.family.to_mend(vm)
     }
 
@@ -410,17 +410,17 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Pages that the window of `vm` keeps from a freeze into `store`, and could [shed](Self::shed): see
-    /// [`Family::to_shed`].
-    pub fn to_shed(&self, vm: VmId, store: StoreId, least: PageCount, limit: PageCount) -> Vec<GfnRange> {
-        self.family.to_shed(vm, store, least, limit, self.max_runs)
+    /// Pages that the window of `vm` keeps from a freeze into `store`, and could [give up](Self::dedup): see
+    /// [`Family::to_dedup`].
+    pub fn to_dedup(&self, vm: VmId, store: StoreId, least: PageCount, limit: PageCount) -> Vec<GfnRange> {
+        self.family.to_dedup(vm, store, least, limit, self.max_runs)
     }
 
     /// The window of `vm` keeps these pages no longer, and maps `store` there; this is told before anything that its
     /// window did later.
-    pub fn shed(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange]) {
+    pub fn dedup(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange]) {
         let mut effects = Effects::default();
-        self.family.shed(vm, store, pages, &mut effects);
+        self.family.dedup(vm, store, pages, &mut effects);
         self.carry_out(effects);
     }
 
@@ -434,12 +434,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// A guest waits for the page at `gfn`: gets it there and wakes the guest, now or when its page has been read from
-    /// swap. Whether it goes on in order, so that it most likely needs the pages next that settle next.
+    /// swap. Whether it goes on in order, so that it most likely needs the pages that are written back next.
     ///
     /// # Errors
     /// [`Error::NoSuchVm`]. Otherwise the page could not be filled in: the guest waits on, and is served by the next
     /// [`retry`](Self::retry).
-    pub fn trap(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<bool, Error> {
+    pub fn fault(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<bool, Error> {
         self.find(vm)?;
         self.in_order = false;
         let served = self.serve(vm, gfn, touch);
@@ -453,15 +453,15 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Answers a trap, if that can be done now; otherwise what its guest waits for.
     fn serve(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<Option<Reason>, Error> {
-        match self.supply_only_viewer(vm, gfn, touch)? {
+        match self.exclusive_swap_in(vm, gfn, touch)? {
             None => {}
             Some(Fetch::Here) => return Ok(None),
             Some(Fetch::Coming) => return Ok(Some(Reason::Page)),
         }
-        let answer = match self.settle_at(vm, gfn, Family::trap)? {
-            Trap::File { store, pages, wake } => {
+        let answer = match self.write_back_at(vm, gfn, Family::fault)? {
+            Fault::File { store, pages, wake } => {
                 self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
-                Trap::Wake(wake)
+                Fault::Wake(wake)
             }
             answer => answer,
         };
@@ -471,7 +471,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             window.wake(pages);
         };
         match answer {
-            Trap::Zero(zeros) => {
+            Fault::Zero(zeros) => {
                 let page = GfnRange::new(gfn, PageCount(1));
                 if zeros.iter().any(|pages| pages.contains(gfn)) {
                     // Whatever becomes of the others.
@@ -480,39 +480,44 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 zeros.iter().for_each(|&pages| window.zero(pages));
                 zeros.iter().chain([&page]).for_each(|&pages| wake(window, pages));
             }
-            Trap::Lost(loss) => window.fail(lost(gfn, loss)),
-            Trap::Outside => window.fail(Failure::Outside(gfn)),
-            Trap::Wake(pages) | Trap::File { wake: pages, .. } => wake(window, pages),
-            Trap::Wait => return Ok(Some(Reason::Freeze)),
-            Trap::Settle(_) | Trap::SwapIn(_) => return Ok(Some(Reason::Page)),
+            Fault::Lost(loss) => window.fail(lost(gfn, loss)),
+            Fault::Outside => window.fail(Failure::Outside(gfn)),
+            Fault::Wake(pages) | Fault::File { wake: pages, .. } => wake(window, pages),
+            Fault::Wait => return Ok(Some(Reason::Freeze)),
+            Fault::WriteBack(_) | Fault::SwapIn(_) => return Ok(Some(Reason::Page)),
         }
         Ok(None)
     }
 
-    /// Settles what `vm` sees around `gfn`, if it has not settled, and has it read if it is in swap: its children are about to
-    /// need it.
+    /// Writes back what `vm` sees around `gfn`, if it has not been written back, and has it read if it is in swap: its
+    /// children are about to need it.
     ///
     /// # Errors
     /// [`Error::NoSuchVm`]. Otherwise a page could not be filled in.
-    pub fn settle_ahead(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+    pub fn write_ahead(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
         self.find(vm)?;
-        self.settle_at(vm, gfn, Family::beneath).map(drop)
+        self.write_back_at(vm, gfn, Family::beneath).map(drop)
     }
 
-    /// Does what `look` says until nothing is left but for who waits there; [`Trap::Settle`] and [`Trap::SwapIn`] where a read
-    /// is under way.
-    fn settle_at(&mut self, vm: VmId, gfn: Gfn, look: impl Fn(&Family, VmId, Gfn) -> Trap) -> Result<Trap, Error> {
+    /// Does what `look` says until nothing is left but for who waits there; [`Fault::WriteBack`] and [`Fault::SwapIn`] where a
+    /// read is under way.
+    fn write_back_at(
+        &mut self,
+        vm: VmId,
+        gfn: Gfn,
+        look: impl Fn(&Family, VmId, Gfn) -> Fault,
+    ) -> Result<Fault, Error> {
         loop {
             match look(&self.family, vm, gfn) {
-                Trap::Settle(job) => match self.run_job(&job, Destination::Store)? {
-                    Fetch::Here => self.in_order = self.family.waited_for(&job),
-                    Fetch::Coming => return Ok(Trap::Settle(job)),
+                Fault::WriteBack(job) => match self.run_job(&job, Destination::Store)? {
+                    Fetch::Here => self.in_order = self.family.continue_after(&job),
+                    Fetch::Coming => return Ok(Fault::WriteBack(job)),
                 },
-                Trap::SwapIn(read) => {
+                Fault::SwapIn(read) => {
                     let order = self.look_ahead(vm, gfn);
                     match self.swap_in(&read, order)? {
                         Fetch::Here => {}
-                        Fetch::Coming => return Ok(Trap::SwapIn(read)),
+                        Fetch::Coming => return Ok(Fault::SwapIn(read)),
                     }
                 }
                 answer => return Ok(answer),
@@ -520,12 +525,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
     }
 
-    /// Settles one batch of pages, at most `limit` and [`SETTLE_BATCH`]. Whether more are left, those apart that are on their
-    /// way: they are done after [`retry`](Self::retry).
+    /// Writes back one batch of pages, at most `limit` and [`WRITEBACK_BATCH`]. Whether more are left, those apart that are on
+    /// their way: they are done after [`retry`](Self::retry).
     ///
     /// # Errors
     /// [`Error::Fill`]: the batch waits on.
-    pub fn settle(&mut self, limit: PageCount) -> Result<bool, Error> {
+    pub fn write_back(&mut self, limit: PageCount) -> Result<bool, Error> {
         let more = self.free_hidden();
         while let Some(job) = self.family.next_job(limit) {
             let to = if self.to_swap.contains(&job.store) { Destination::Swap } else { Destination::Store };
@@ -537,17 +542,17 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         Ok(more)
     }
 
-    /// Whether there is something that [`settle`](Self::settle) sees to.
-    pub fn is_settling(&self) -> bool {
+    /// Whether there is something that [`write_back`](Self::write_back) sees to.
+    pub fn has_writeback(&self) -> bool {
         !self.hidden.is_empty() || !self.family.is_tidy() || !self.family.objects().pending.is_empty()
     }
 
     /// Whether all pages of a freeze are where they belong.
-    pub fn has_settled(&self, store: StoreId) -> bool {
-        self.family.objects().has_settled(store)
+    pub fn is_written_back(&self, store: StoreId) -> bool {
+        self.family.objects().is_written_back(store)
     }
 
-    /// What was copied for a freeze so far; asked for once, when it has settled.
+    /// What was copied for a freeze so far; asked for once, when it has been written back.
     pub fn take_copied(&mut self, store: StoreId) -> Copied {
         self.copied.remove(&store).unwrap_or_default()
     }

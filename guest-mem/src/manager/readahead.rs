@@ -1,6 +1,6 @@
 //! Pages that are brought before anybody touches them, since those before them were touched in order.
 
-use super::{Manager, SETTLE_BATCH};
+use super::{Manager, WRITEBACK_BATCH};
 use crate::addr::cluster::CLUSTER;
 use crate::addr::cluster::{clusters, frames};
 use crate::addr::{Gfn, GfnRange, PageCount};
@@ -20,7 +20,7 @@ const READS: usize = 8;
 
 /// What is to be brought ahead of touches.
 #[derive(Debug)]
-pub(super) struct Ahead {
+pub(super) struct Readahead {
     pub(super) streams: Streams,
     /// Clusters to be brought into stores, as far as they have been read.
     bring: VecDeque<(VmId, u64)>,
@@ -30,7 +30,7 @@ pub(super) struct Ahead {
     room: u64,
 }
 
-impl Default for Ahead {
+impl Default for Readahead {
     fn default() -> Self {
         Self { streams: Streams::default(), bring: VecDeque::new(), read: VecDeque::new(), room: u64::MAX }
     }
@@ -38,7 +38,7 @@ impl Default for Ahead {
 
 /// In which order pages of a cluster get into their stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
+pub(super) enum SwapInOrder {
     /// This VM waits for this page, may need no other, and is woken when it is there.
     First(VmId, Gfn),
     /// The same, and the page is this VM's alone, who is about to write it: it goes into its live layer.
@@ -49,13 +49,13 @@ pub(super) enum Order {
 
 /// Pages of one store that were read from swap, and where they are in the staging buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct StagedPart {
     pub pages: GfnRange,
     pub store: StoreId,
     pub staged: Range<usize>,
 }
 
-impl Order {
+impl SwapInOrder {
     /// Who waits for which page, if it goes first.
     pub fn first(self) -> Option<(VmId, Gfn)> {
         match self {
@@ -65,7 +65,7 @@ impl Order {
     }
 
     /// The parts of what was read in the order of `stretches`.
-    pub fn parts(self, stretches: &[(GfnRange, StoreId)]) -> Vec<Part> {
+    pub fn parts(self, stretches: &[(GfnRange, StoreId)]) -> Vec<StagedPart> {
         let mut parts = Vec::new();
         let mut from = 0;
         for &(stretch, store) in stretches {
@@ -83,7 +83,7 @@ impl Order {
             };
             for pages in cuts.into_iter().filter(|pages| !pages.is_empty()) {
                 let at = from + GfnRange::between(stretch.start(), pages.start()).len_bytes();
-                parts.push(Part { pages, store, staged: at..at + pages.len_bytes() });
+                parts.push(StagedPart { pages, store, staged: at..at + pages.len_bytes() });
             }
             from += stretch.len_bytes();
         }
@@ -109,7 +109,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// `vm` needs a page that is in swap only: notes what it will need if it goes on in order.
-    pub(super) fn look_ahead(&mut self, vm: VmId, gfn: Gfn) -> Order {
+    pub(super) fn look_ahead(&mut self, vm: VmId, gfn: Gfn) -> SwapInOrder {
         let family = &self.family;
         let is_there = |cluster| family.swapped(vm, frames(cluster)).is_empty();
         let cluster = clusters(GfnRange::new(gfn, PageCount(1))).start;
@@ -120,7 +120,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         late.clone().for_each(|cluster| self.expect(vm, cluster));
         self.ahead.bring.extend(next.bring.map(|cluster| (vm, cluster)));
         self.ahead.read.extend((late.end.max(next.read.start)..next.read.end).map(|cluster| (vm, cluster)));
-        if next.in_order { Order::All } else { Order::First(vm, gfn) }
+        if next.in_order { SwapInOrder::All } else { SwapInOrder::First(vm, gfn) }
     }
 
     fn expect(&mut self, vm: VmId, cluster: u64) {
@@ -134,7 +134,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// at once.
     pub fn bring_ahead(&mut self) -> bool {
         let mut waits = false;
-        for _ in 0..SETTLE_BATCH.0 / CLUSTER.0 {
+        for _ in 0..WRITEBACK_BATCH.0 / CLUSTER.0 {
             let Some(&(vm, cluster)) = self.ahead.bring.front() else { break };
             let reads = self.family.swapped(vm, frames(cluster));
             waits = reads.iter().any(|read| self.bring(read) == Fetch::Coming);
@@ -160,7 +160,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         match self.factory.swap().get_expected(read.first, buf) {
             Ok(Fetch::Coming) => return Fetch::Coming,
             Ok(Fetch::Here) => {
-                if let Err(error) = self.place_read(read, Order::All, Return::Late) {
+                if let Err(error) = self.place_read(read, SwapInOrder::All, Return::Late) {
                     log::debug!("pages that nobody has asked for: {error}");
                     self.ahead.bring.clear();
                 }
@@ -178,14 +178,14 @@ mod tests {
     #[test]
     fn the_page_that_is_waited_for_goes_first() {
         let pages = |start, count| GfnRange::new(Gfn(start), PageCount(count));
-        let part = |store, start: u64, count: u64, at: usize| Part {
+        let part = |store, start: u64, count: u64, at: usize| StagedPart {
             pages: pages(start, count),
             store: StoreId(store),
             staged: at << 12..(at + count as usize) << 12,
         };
         let stretches = [(pages(16, 4), StoreId(1)), (pages(24, 4), StoreId(2))];
-        assert_eq!(Order::All.parts(&stretches), [part(1, 16, 4, 0), part(2, 24, 4, 4)]);
+        assert_eq!(SwapInOrder::All.parts(&stretches), [part(1, 16, 4, 0), part(2, 24, 4, 4)]);
         let first = [part(2, 25, 1, 5), part(1, 16, 4, 0), part(2, 24, 1, 4), part(2, 26, 2, 6)];
-        assert_eq!(Order::First(VmId(1), Gfn(25)).parts(&stretches), first);
+        assert_eq!(SwapInOrder::First(VmId(1), Gfn(25)).parts(&stretches), first);
     }
 }

@@ -8,8 +8,8 @@ use crate::effect::Effects;
 use crate::ids::ObjectId;
 use crate::ids::StoreId;
 use crate::ids::SwapSlot;
-use crate::ids::{Pace, VmId};
-use crate::manager::readahead::{Order, Part};
+use crate::ids::{Activity, VmId};
+use crate::manager::readahead::{StagedPart, SwapInOrder};
 use crate::ops::Placed;
 use crate::reclaim::Return;
 use crate::reclaim::evict::count;
@@ -82,8 +82,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Says whether a VM needs its memory soon.
-    pub fn set_pace(&mut self, vm: VmId, pace: Pace) {
-        self.family.set_pace(vm, pace);
+    pub fn set_activity(&mut self, vm: VmId, activity: Activity) {
+        self.family.set_activity(vm, activity);
     }
 
     /// Evicts about `limit` pages: those that only idle VMs see, then the oldest. A call looks at no page twice.
@@ -115,9 +115,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Gives up slots in swap of pages that are in memory as well, about so many: swap is full. How many. When these
     /// pages are evicted again, they have to be written again.
-    pub fn give_up_copies(&mut self, limit: PageCount) -> PageCount {
+    pub fn reclaim_swap_cache(&mut self, limit: PageCount) -> PageCount {
         let mut effects = Effects::default();
-        let given = self.family.give_up_copies(limit, &mut effects);
+        let given = self.family.reclaim_swap_cache(limit, &mut effects);
         self.carry_out(effects);
         given
     }
@@ -146,7 +146,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             let victims = self.family.victims(object, pages);
             match self.put_victims(pages, &victims) {
                 // Some of the victims may have been among these copies.
-                Err(error) if error.is_full() && self.give_up_copies(COPIES).0 > 0 => {}
+                Err(error) if error.is_full() && self.reclaim_swap_cache(COPIES).0 > 0 => {}
                 put => break (victims, put?),
             }
         };
@@ -182,7 +182,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Reads pages from swap into their stores, and wakes who is known to wait for them. Nothing is there yet where they
     /// are coming; what cannot be read is lost in the books afterwards.
-    pub(super) fn swap_in(&mut self, read: &SwapIn, order: Order) -> Result<Fetch, Error> {
+    pub(super) fn swap_in(&mut self, read: &SwapIn, order: SwapInOrder) -> Result<Fetch, Error> {
         let buf = &mut self.staging[..read.count.bytes() as usize];
         match self.factory.swap().get(read.first, buf) {
             Ok(Fetch::Coming) => return Ok(Fetch::Coming),
@@ -203,12 +203,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Puts pages that were read from swap into their stores: they are staged in the order of their slots.
-    pub(super) fn place_read(&mut self, read: &SwapIn, order: Order, how: Return) -> Result<(), Error> {
+    pub(super) fn place_read(&mut self, read: &SwapIn, order: SwapInOrder, how: Return) -> Result<(), Error> {
         self.swap_counts.swap_in_pages += read.count.0;
-        for Part { pages, store, staged } in order.parts(&self.family.swapping_in(read)) {
+        for StagedPart { pages, store, staged } in order.parts(&self.family.swapping_in(read)) {
             let waits = order.first().filter(|(_, page)| pages.contains(*page));
             let supplied = match (order, waits) {
-                (Order::Live(..), Some((vm, page))) => self.supply(vm, page, staged.clone()),
+                (SwapInOrder::Live(..), Some((vm, page))) => self.supply(vm, page, staged.clone()),
                 _ => false,
             };
             if !supplied {
@@ -232,17 +232,17 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     ///
     /// # Errors
     /// One of the others could not be filled in.
-    pub(super) fn supply_only_viewer(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<Option<Fetch>, Error> {
+    pub(super) fn exclusive_swap_in(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<Option<Fetch>, Error> {
         let read = match touch {
             Touch::Read => None,
-            Touch::Write => self.family.only_viewer(vm, gfn),
+            Touch::Write => self.family.exclusive_swap_in(vm, gfn),
         };
         let Some(read) = read else { return Ok(None) };
         self.look_ahead(vm, gfn);
-        match self.swap_in(&read, Order::Live(vm, gfn))? {
+        match self.swap_in(&read, SwapInOrder::Live(vm, gfn))? {
             Fetch::Coming => Ok(Some(Fetch::Coming)),
             // In the books it is where it was, unless it was lost, or its window did not take it.
-            Fetch::Here => Ok(self.family.only_viewer(vm, gfn).map(|_| Fetch::Here)),
+            Fetch::Here => Ok(self.family.exclusive_swap_in(vm, gfn).map(|_| Fetch::Here)),
         }
     }
 
@@ -262,7 +262,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         true
     }
 
-    /// A settled store was filled, and may soon be again: what that needs is kept for the last few.
+    /// A store that has been written back was filled, and may soon be again: what that needs is kept for the last few.
     fn doze(&mut self, store: StoreId) {
         if self.awake.back() == Some(&store) {
             return;
@@ -285,7 +285,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Pages have come that were on their way, from swap or into a scratch range, or what failed is to be tried again: serves
-    /// the guests that wait for them, and [`settle`](Self::settle) goes on with what they held up.
+    /// the guests that wait for them, and [`write_back`](Self::write_back) goes on with what they held up.
     ///
     /// # Errors
     /// The first page that could not be filled in. Its guest waits on, and is served when this is called again.
@@ -293,7 +293,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.family.retry_put_off();
         let mut first = Ok(());
         for (vm, gfn, touch) in self.waiters.take_all(|_, _, reason| reason != Reason::Freeze) {
-            first = first.and(self.trap(vm, gfn, touch).map(drop));
+            first = first.and(self.fault(vm, gfn, touch).map(drop));
         }
         first
     }
@@ -315,11 +315,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.wake_all(|_, _, reason| reason == Reason::Page);
     }
 
-    /// Puts staged pages of one cluster that have not settled into swap, if swap takes them.
+    /// Puts staged pages of one cluster that have not been written back into swap, if swap takes them.
     pub(super) fn put_staged(&mut self, pages: GfnRange, staged: Range<usize>) -> Option<Placed> {
         let put = loop {
             match self.factory.swap().put(&self.staging[staged.clone()]) {
-                Err(error) if error.kind() == io::ErrorKind::StorageFull && self.give_up_copies(COPIES).0 > 0 => {}
+                Err(error) if error.kind() == io::ErrorKind::StorageFull && self.reclaim_swap_cache(COPIES).0 > 0 => {}
                 put => break put,
             }
         };
@@ -329,7 +329,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 Some(Placed::Swapped(self.family.new_base(slot, pages.start())))
             }
             Err(error) => {
-                log::debug!("pages {pages:?} settle into memory: {error}");
+                log::debug!("pages {pages:?} go into memory: {error}");
                 None
             }
         }

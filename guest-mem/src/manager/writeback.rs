@@ -1,13 +1,13 @@
-//! Brings pages that have not settled where they belong: into their store or into swap, read from wherever they are.
+//! Brings pages that have not been written back where they belong: into their store or into swap, read from wherever they are.
 
-use super::{Error, LEFT_BATCH, Manager, SETTLE_BATCH};
+use super::{Error, LEFT_BATCH, Manager, WRITEBACK_BATCH};
 use crate::addr::cluster::by_clusters;
 use crate::addr::{GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use crate::effect::Effects;
 use crate::ids::StoreId;
 use crate::ids::VmId;
 use crate::object::Loss;
-use crate::ops::{CopyFrom, Destination, Job, Placed};
+use crate::ops::{CopyFrom, Destination, Placed, WritebackJob};
 use crate::store::{FileStore, Store, StoreFactory};
 use crate::swap::{Fetch, Swap};
 use crate::window::Window;
@@ -27,16 +27,16 @@ enum Read {
 impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Brings a job's pages where they belong: `to` is where those go that are not zero. Nothing is done where they are
     /// coming.
-    pub(super) fn run_job(&mut self, job: &Job, to: Destination) -> Result<Fetch, Error> {
-        let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(SETTLE_BATCH.0)));
-        let job = Job { pages, ..*job };
+    pub(super) fn run_job(&mut self, job: &WritebackJob, to: Destination) -> Result<Fetch, Error> {
+        let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(WRITEBACK_BATCH.0)));
+        let job = WritebackJob { pages, ..*job };
         let (placed, done) = match self.read(&job)? {
             Read::Here => self.place(&job, to),
             Read::Coming => return Ok(Fetch::Coming),
             Read::Lost(loss) => (vec![(pages, Placed::Lost(loss))], Ok(())),
         };
         let mut effects = Effects::default();
-        self.family.settled(&job, &placed, &mut effects);
+        self.family.written_back(&job, &placed, &mut effects);
         self.carry_out(effects);
         if let (CopyFrom::Scratch(holder), Ok(())) = (job.from, &done) {
             self.leave_scratch(holder, job.store, job.pages);
@@ -45,12 +45,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         done.map(|()| Fetch::Here)
     }
 
-    /// Settles all pages that `vm` is to have in its scratch ranges, where those have gone.
-    pub(super) fn settle_lost(&mut self, vm: VmId) {
+    /// Writes back all pages that `vm` is to have in its scratch ranges, where those have gone.
+    pub(super) fn find_lost(&mut self, vm: VmId) {
         let Some(window) = self.windows.get(&vm) else { return };
         let jobs = self.family.jobs_of(vm).into_iter();
-        let first = |job: &Job| GfnRange::new(job.pages.start(), PageCount(1));
-        let gone: Vec<Job> = jobs
+        let first = |job: &WritebackJob| GfnRange::new(job.pages.start(), PageCount(1));
+        let gone: Vec<WritebackJob> = jobs
             .filter(|job| {
                 let page = &mut self.staging[..PAGE_SIZE];
                 let read = window.read_scratch(job.store, first(job).start(), page);
@@ -59,12 +59,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             .collect();
         for store in gone.into_iter().map(|job| job.store) {
             let mut effects = Effects::default();
-            self.family.lose_unsettled(store, &mut effects);
+            self.family.lose_in_flight(store, &mut effects);
             self.carry_out(effects);
         }
     }
 
-    /// Pages have settled: what they had in a scratch range is given back as it becomes much.
+    /// Pages have been written back: what they had in a scratch range is given back as it becomes much.
     fn leave_scratch(&mut self, holder: VmId, store: StoreId, pages: GfnRange) {
         if self.family.objects().stores.get(&store).is_none_or(|account| account.scratch.is_none()) {
             return;
@@ -84,7 +84,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Lets go of what only filling needs, unless the store is filled on.
     pub(super) fn rest(&mut self, id: StoreId) {
-        if self.has_settled(id)
+        if self.is_written_back(id)
             && let Some(store) = self.stores.get_mut(&id)
         {
             store.rest();
@@ -92,7 +92,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Reads a job's bytes into the staging buffer.
-    fn read(&mut self, job: &Job) -> Result<Read, Error> {
+    fn read(&mut self, job: &WritebackJob) -> Result<Read, Error> {
         let pages = job.pages;
         let buf = &mut self.staging[..pages.len_bytes()];
         match job.from {
@@ -137,7 +137,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Puts the staged pages of a job where they go, but for long stretches of zeros. What was placed, from the start,
     /// and why not all of it.
-    fn place(&mut self, job: &Job, to: Destination) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
+    fn place(&mut self, job: &WritebackJob, to: Destination) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
         let bytes = |part: GfnRange| {
             let from = (part.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
             from..from + part.len_bytes()
@@ -166,7 +166,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 let copied = self.copied.entry(job.store).or_default();
                 copied.pages += part.count().0;
                 if !matches!(job.from, CopyFrom::Scratch(_)) {
-                    copied.gaps += part.count().0;
+                    copied.copy_ups += part.count().0;
                 }
             }
         }

@@ -4,36 +4,36 @@
 //!   stores stay as they are: nothing is copied, and no window is touched.
 //! * **bypass**: a shadow that hides everything its backing object has is stacked on what lies beneath that.
 //!
-//! Neither is done over a shadow with gaps: those pages are still to be copied from below.
+//! Neither is done over a shadow with copy-ups: those pages are still to be copied from below.
 
-use super::{Backing, Kind, Objects, Slot};
+use super::{Backing, ObjectKind, Objects, Slot};
 use crate::addr::GfnRange;
 use crate::addr::extents::without;
 use crate::effect::Effects;
 use crate::ids::ObjectId;
-use crate::ids::{Pace, VmId};
+use crate::ids::{Activity, VmId};
 
 impl Objects {
     /// One map entry less, of this VM of this pace, shows `id`.
-    pub(crate) fn unmap(&mut self, id: ObjectId, vm: VmId, pace: Pace, effects: &mut Effects) {
-        self.unmap_untidily(id, vm, pace);
+    pub(crate) fn unmap(&mut self, id: ObjectId, vm: VmId, activity: Activity, effects: &mut Effects) {
+        self.unmap_untidily(id, vm, activity);
         self.tidy(id, effects);
     }
 
     /// The same; what can be made of `id` now is made later.
-    pub(crate) fn unmap_untidily(&mut self, id: ObjectId, vm: VmId, pace: Pace) {
+    pub(crate) fn unmap_untidily(&mut self, id: ObjectId, vm: VmId, activity: Activity) {
         let mappings = &mut self.get_mut(id).mappings;
         let entries = mappings.get_mut(&vm).expect("an object lists who shows it");
         *entries -= 1;
         if *entries == 0 {
             mappings.remove(&vm);
         }
-        if pace == Pace::Running {
-            self.calm(id);
+        if activity == Activity::Running {
+            self.dec_active(id);
         }
     }
 
-    /// Removes `id` if nothing needs it, has it absorbed if one shadow does, and goes on below.
+    /// Removes `id` if nothing needs it, merges it into its shadow if one does, and goes on below.
     pub(crate) fn tidy(&mut self, id: ObjectId, effects: &mut Effects) {
         let mut next = Some(id);
         while let Some(id) = next.filter(|&id| self.contains(id) && self.get(id).mappings.is_empty()) {
@@ -41,8 +41,8 @@ impl Objects {
             let mut shadows = object.shadows.iter();
             next = match (shadows.next(), shadows.next()) {
                 (None, _) => self.remove(id, effects),
-                (Some(&shadow), None) if object.kind == Kind::Anonymous && !self.has_gaps(shadow) => {
-                    self.absorb(id, shadow, effects)
+                (Some(&shadow), None) if object.kind == ObjectKind::Anonymous && !self.has_copy_ups(shadow) => {
+                    self.merge(id, shadow, effects)
                 }
                 _ => None,
             };
@@ -59,7 +59,7 @@ impl Objects {
             self.get_mut(below).shadows.remove(&id);
         }
         let gone = self.objects.remove(id.0 as usize);
-        assert_eq!(gone.busy, 0, "nobody who is busy needs {id:?}");
+        assert_eq!(gone.active, 0, "nobody who is active needs {id:?}");
         self.owners.remove(gone.slots_id.0 as usize);
         self.pending.remove(&id);
         self.put_off.remove(&id);
@@ -67,8 +67,8 @@ impl Objects {
     }
 
     /// Gives `shadow` what it does not hide of `id`, and its place in the chain. Returns what lies beneath. Costs as much
-    /// as the smaller of the two: a small change often absorbs all memory of a machine.
-    fn absorb(&mut self, id: ObjectId, shadow: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
+    /// as the smaller of the two: a small change often merges all memory of a machine.
+    fn merge(&mut self, id: ObjectId, shadow: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
         let origin = self.get(shadow).backing.expect("a shadow has a backing object").origin;
         assert_eq!(origin, 0, "anonymous objects of a family share one index space");
         let backing = self.get(id).backing;
@@ -97,7 +97,7 @@ impl Objects {
             self.free(id, hidden, slot, effects);
         }
         // Not before: slots count as their object does, and these change hands.
-        if self.get(shadow).busy > 0 {
+        if self.get(shadow).active > 0 {
             self.take_over(id, backing);
         }
         self.remove(id, effects)
@@ -113,9 +113,9 @@ impl Objects {
     /// What was busy for the sake of `below` is so for what it has beneath it now.
     fn take_over(&mut self, below: ObjectId, beneath: Option<Backing>) {
         if let Some(Backing { object, .. }) = beneath {
-            self.rouse(object);
+            self.inc_active(object);
         }
-        self.calm(below);
+        self.dec_active(below);
     }
 
     /// Makes the slots of `id` those of `shadow`, and the other way round; accounts need not know.
@@ -123,8 +123,8 @@ impl Objects {
         let (a, b) = self.objects.get2_mut(id.0 as usize, shadow.0 as usize).expect("two objects");
         std::mem::swap(&mut a.slots, &mut b.slots);
         std::mem::swap(&mut a.slots_id, &mut b.slots_id);
-        std::mem::swap(&mut a.gaps, &mut b.gaps);
-        std::mem::swap(&mut a.settle_from, &mut b.settle_from);
+        std::mem::swap(&mut a.copy_ups, &mut b.copy_ups);
+        std::mem::swap(&mut a.writeback_from, &mut b.writeback_from);
         self.owners[a.slots_id.0 as usize].object = id;
         self.owners[b.slots_id.0 as usize].object = shadow;
         // What is still pending of the shadow's own slots lists it again when it gets them back.
@@ -137,8 +137,8 @@ impl Objects {
     }
 
     /// Unlinks `id` from backing objects of which it hides everything.
-    pub(crate) fn bypass(&mut self, id: ObjectId, effects: &mut Effects) {
-        while self.contains(id) && !self.has_gaps(id) {
+    pub(crate) fn cut(&mut self, id: ObjectId, effects: &mut Effects) {
+        while self.contains(id) && !self.has_copy_ups(id) {
             let Some(Backing { object: below, origin }) = self.get(id).backing else { return };
             let top = &self.get(id).slots;
             let hidden = self
@@ -155,7 +155,7 @@ impl Objects {
             if let Some(Backing { object, .. }) = beneath {
                 self.get_mut(object).shadows.insert(id);
             }
-            if self.get(id).busy > 0 {
+            if self.get(id).active > 0 {
                 self.take_over(below, beneath);
             }
             self.tidy(below, effects);
@@ -164,7 +164,7 @@ impl Objects {
 
     /// Takes out of the chain below `id` what `id` hides, or is alone to need.
     pub(crate) fn shorten(&mut self, id: ObjectId, effects: &mut Effects) {
-        self.bypass(id, effects);
+        self.cut(id, effects);
         if let Some(below) = self.objects.get(id.0 as usize).and_then(|object| object.backing) {
             self.tidy(below.object, effects);
         }
@@ -176,7 +176,7 @@ impl Objects {
             return;
         }
         for shadow in self.get(id).shadows.clone() {
-            self.bypass(shadow, effects);
+            self.cut(shadow, effects);
         }
         if self.contains(id) {
             self.shorten(id, effects);
@@ -189,8 +189,8 @@ impl Objects {
     }
 
     /// Whether pages of `id` are still to be copied from below.
-    pub(crate) fn has_gaps(&self, id: ObjectId) -> bool {
-        self.get(id).gaps > 0
+    pub(crate) fn has_copy_ups(&self, id: ObjectId) -> bool {
+        self.get(id).copy_ups > 0
     }
 }
 
@@ -202,13 +202,13 @@ mod tests {
     use crate::steps::steps;
 
     /// Steps to absorb an object of two stores, page by page, into one that has as many stretches between.
-    fn absorb(stretches: u64) -> u64 {
+    fn merge(stretches: u64) -> u64 {
         let mut objects = Objects::default();
         let stores = [StoreId(1), StoreId(2)];
         stores.iter().for_each(|&store| objects.open_store(store, VmId(1)));
         let below = objects.stack(None);
         let top = objects.stack(Some(Backing { object: below, origin: 0 }));
-        objects.map(top, VmId(1), Pace::Running);
+        objects.map(top, VmId(1), Activity::Running);
         for at in (0..stretches).map(|stretch| stretch * 8) {
             for (page, store) in (at..).zip(stores) {
                 objects.put(below, (page..page + 1).into(), Slot::Resident(store));
@@ -225,7 +225,7 @@ mod tests {
     /// For each group of pages in one state, all that the shadow had was gone over.
     #[test]
     fn to_absorb_costs_as_much_as_there_are_stretches() {
-        let (few, many) = (absorb(500), absorb(2000));
+        let (few, many) = (merge(500), merge(2000));
         assert!(many <= 5 * few, "{few} steps, and {many} for four times as many");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! An object is a range of pages, each in a [`Slot`] or absent; what is absent is looked for in its *backing* object.
 //! Every object is frozen: its bytes never change. What a VM has written since its last freeze is not in an object yet. The
-//! one exception is [shared memory](Kind::Shared), which is never frozen.
+//! one exception is [shared memory](ObjectKind::Shared), which is never frozen.
 //!
 //! Objects know nothing of stage-2 tables and of windows. They own the accounts of the stores: a store ends with the
 //! last slot that names it, and a scratch range with the last page that waits in it.
@@ -25,9 +25,9 @@ use crate::addr::page_map::PageMap;
 use crate::addr::{GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::ids::ObjectId;
-use crate::ids::{Pace, VmId};
+use crate::ids::{Activity, VmId};
 use crate::ids::{Run, Source, StoreId};
-use crate::reclaim::queue::Ages;
+use crate::reclaim::queue::ReclaimQueue;
 use crate::steps::step;
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,7 +43,7 @@ pub struct Backing {
 
 /// Kinds of objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ObjectKind {
     /// What VMs of the family wrote.
     Anonymous,
     /// A file: frozen from birth, all its pages in one store that belongs to no family.
@@ -56,21 +56,21 @@ pub enum Kind {
 /// A range of pages in its place in the forest.
 #[derive(Debug)]
 pub struct Object {
-    pub(crate) kind: Kind,
+    pub(crate) kind: ObjectKind,
     pub(crate) backing: Option<Backing>,
     /// Objects stacked directly on this one.
     pub(crate) shadows: BTreeSet<ObjectId>,
     /// Whose map entries show this object, and how many of each: its space's *list of all vmas that use it* (Lokier 2000).
     pub(crate) mappings: BTreeMap<VmId, u32>,
     /// Entries of VMs that run, and shadows that are busy: somebody may need a page of it soon.
-    pub(crate) busy: u32,
+    pub(crate) active: u32,
     pub(crate) slots: PageMap<Slot>,
     /// What the accounts of stores call these slots.
     slots_id: SlotsId,
-    /// Slots that are gaps.
-    pub(crate) gaps: u64,
-    /// Where settling goes on: most likely where somebody needs pages next.
-    settle_from: u64,
+    /// Slots that are copy-ups.
+    pub(crate) copy_ups: u64,
+    /// Where write-back goes on: most likely where somebody needs pages next.
+    writeback_from: u64,
 }
 
 /// Names the slots of an object in the accounts of stores: they may become another object's as a whole.
@@ -80,19 +80,19 @@ pub(crate) struct SlotsId(u32);
 /// The accounts of a store.
 #[derive(Debug)]
 pub(crate) struct StoreAccount {
-    pub(crate) kind: Kind,
+    pub(crate) kind: ObjectKind,
     /// Slots that name it, by object: as many objects as the freeze found map entries, at most.
     slots: BTreeMap<SlotsId, u64>,
     /// Those among them of busy objects.
-    pub(crate) busy: u32,
+    pub(crate) active: u32,
     /// Slots of them whose page is in the store.
     pub(crate) resident: u64,
     /// Slots of them whose page is in swap only.
     pub(crate) swapped: u64,
     /// Slots of them that have still to be copied from below.
-    pub(crate) gaps: u64,
+    pub(crate) copy_ups: u64,
     /// Slots of them whose page is still in a scratch range, and whose.
-    pub(crate) scratch: Option<Scratch>,
+    pub(crate) scratch: Option<ScratchAccount>,
     /// Pages that were bound for it and have turned out zero.
     zeros: ZeroRuns,
 }
@@ -106,9 +106,9 @@ struct Owner {
     stores: BTreeSet<StoreId>,
 }
 
-/// Pages that have not settled.
+/// Pages that have not been written back.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Scratch {
+pub(crate) struct ScratchAccount {
     pub(crate) holder: VmId,
     pub(crate) left: u64,
 }
@@ -125,16 +125,16 @@ pub struct Objects {
     pub(crate) hollowed: u64,
     /// Objects with pending slots.
     pub(crate) pending: BTreeSet<ObjectId>,
-    /// Those among them whose next page to settle is on its way: being read from swap, or still to be copied by its window.
+    /// Those among them whose next page is on its way: being read from swap, or still to be copied by its window.
     pub(crate) put_off: BTreeSet<ObjectId>,
     /// The object of which somebody waited for a page last.
-    pub(crate) waited_for: Option<ObjectId>,
+    pub(crate) last_faulted: Option<ObjectId>,
     /// Scratch ranges that are in use, by the VMs that hold them.
     scratches: BTreeMap<VmId, u32>,
-    /// Pages that gaps were to be copied from and are not any more: perhaps nobody needs them.
+    /// Pages that copy-ups were to be copied from and are not any more: perhaps nobody needs them.
     unneeded: Vec<(StoreId, GfnRange)>,
     /// Which stored pages are evicted next.
-    pub(crate) ages: Ages,
+    pub(crate) queue: ReclaimQueue,
     /// Clusters that may have clean pages, by store: their slots in swap can be given up.
     pub(crate) clean: BTreeSet<(StoreId, u64)>,
     /// Pages in the stores of anonymous objects.
@@ -146,14 +146,14 @@ pub struct Objects {
 }
 
 impl StoreAccount {
-    fn new(kind: Kind, scratch: Option<Scratch>) -> Self {
+    fn new(kind: ObjectKind, scratch: Option<ScratchAccount>) -> Self {
         Self {
             kind,
             slots: BTreeMap::new(),
-            busy: 0,
+            active: 0,
             resident: 0,
             swapped: 0,
-            gaps: 0,
+            copy_ups: 0,
             scratch,
             zeros: ZeroRuns::default(),
         }
@@ -162,13 +162,13 @@ impl StoreAccount {
 
 impl StoreAccount {
     /// An object with slots of it has become busy, or is not any more: where none is, its pages are evicted first.
-    fn count_busy(&mut self, store: StoreId, now: Pace, ages: &mut Ages) {
+    fn count_active(&mut self, store: StoreId, now: Activity, queue: &mut ReclaimQueue) {
         match now {
-            Pace::Running => self.busy += 1,
-            Pace::Idle => self.busy -= 1,
+            Activity::Running => self.active += 1,
+            Activity::Idle => self.active -= 1,
         }
-        if self.kind == Kind::Anonymous {
-            ages.set_idle(store, self.busy == 0);
+        if self.kind == ObjectKind::Anonymous {
+            queue.set_idle(store, self.active == 0);
         }
     }
 }
@@ -176,16 +176,16 @@ impl StoreAccount {
 impl Objects {
     /// A file of `pages` pages, in the store `store`.
     pub(crate) fn add_file(&mut self, store: StoreId, pages: PageCount) -> ObjectId {
-        self.add_whole(Kind::File, store, pages)
+        self.add_whole(ObjectKind::File, store, pages)
     }
 
     /// Shared memory of `pages` pages, in the store `store`. The books count all its pages as if they were there: which are is
     /// up to those who write them.
     pub(crate) fn add_shared(&mut self, store: StoreId, pages: PageCount) -> ObjectId {
-        self.add_whole(Kind::Shared, store, pages)
+        self.add_whole(ObjectKind::Shared, store, pages)
     }
 
-    fn add_whole(&mut self, kind: Kind, store: StoreId, pages: PageCount) -> ObjectId {
+    fn add_whole(&mut self, kind: ObjectKind, store: StoreId, pages: PageCount) -> ObjectId {
         self.stores.insert(store, StoreAccount::new(kind, None));
         let id = self.insert(kind, None);
         if pages.0 > 0 {
@@ -196,27 +196,28 @@ impl Objects {
 
     /// Opens the account of a freeze's store, whose pages wait with `holder`.
     pub(crate) fn open_store(&mut self, store: StoreId, holder: VmId) {
-        let scratch = Some(Scratch { holder, left: 0 });
-        self.stores.insert(store, StoreAccount::new(Kind::Anonymous, scratch));
-        self.ages.set_idle(store, true);
+        let scratch = Some(ScratchAccount { holder, left: 0 });
+        self.stores.insert(store, StoreAccount::new(ObjectKind::Anonymous, scratch));
+        self.queue.set_idle(store, true);
         *self.scratches.entry(holder).or_default() += 1;
     }
 
     /// An empty anonymous object over `backing`.
     pub(crate) fn stack(&mut self, backing: Option<Backing>) -> ObjectId {
-        let id = self.insert(Kind::Anonymous, backing);
+        let id = self.insert(ObjectKind::Anonymous, backing);
         if let Some(backing) = backing {
             self.get_mut(backing.object).shadows.insert(id);
         }
         id
     }
 
-    fn insert(&mut self, kind: Kind, backing: Option<Backing>) -> ObjectId {
+    fn insert(&mut self, kind: ObjectKind, backing: Option<Backing>) -> ObjectId {
         let entry = self.objects.vacant_entry();
         let id = ObjectId(entry.key() as u32);
         let slots_id = SlotsId(self.owners.insert(Owner { object: id, stores: BTreeSet::new() }) as u32);
         let (slots, shadows, mappings) = (PageMap::default(), BTreeSet::new(), BTreeMap::new());
-        let object = Object { kind, backing, shadows, mappings, busy: 0, slots, slots_id, gaps: 0, settle_from: 0 };
+        let object =
+            Object { kind, backing, shadows, mappings, active: 0, slots, slots_id, copy_ups: 0, writeback_from: 0 };
         entry.insert(object);
         id
     }
@@ -247,45 +248,45 @@ impl Objects {
     }
 
     /// One more map entry, of this VM of this pace, shows `id`.
-    pub(crate) fn map(&mut self, id: ObjectId, vm: VmId, pace: Pace) {
+    pub(crate) fn map(&mut self, id: ObjectId, vm: VmId, activity: Activity) {
         *self.get_mut(id).mappings.entry(vm).or_default() += 1;
-        if pace == Pace::Running {
-            self.rouse(id);
+        if activity == Activity::Running {
+            self.inc_active(id);
         }
     }
 
     /// One more of those who show `id` is busy. Costs as many steps as objects become busy.
-    pub(crate) fn rouse(&mut self, id: ObjectId) {
+    pub(crate) fn inc_active(&mut self, id: ObjectId) {
         let mut next = Some(id);
         while let Some(id) = next {
             let object = self.get_mut(id);
-            object.busy += 1;
-            next = object.backing.map(|backing| backing.object).filter(|_| object.busy == 1);
-            if object.busy == 1 {
-                self.tell_stores(id, Pace::Running);
+            object.active += 1;
+            next = object.backing.map(|backing| backing.object).filter(|_| object.active == 1);
+            if object.active == 1 {
+                self.tell_stores(id, Activity::Running);
             }
         }
     }
 
     /// One less is.
-    pub(crate) fn calm(&mut self, id: ObjectId) {
+    pub(crate) fn dec_active(&mut self, id: ObjectId) {
         let mut next = Some(id);
         while let Some(id) = next {
             let object = self.get_mut(id);
-            object.busy -= 1;
-            next = object.backing.map(|backing| backing.object).filter(|_| object.busy == 0);
-            if object.busy == 0 {
-                self.tell_stores(id, Pace::Idle);
+            object.active -= 1;
+            next = object.backing.map(|backing| backing.object).filter(|_| object.active == 0);
+            if object.active == 0 {
+                self.tell_stores(id, Activity::Idle);
             }
         }
     }
 
     /// An object has become busy, or idle: so may stores.
-    fn tell_stores(&mut self, id: ObjectId, now: Pace) {
+    fn tell_stores(&mut self, id: ObjectId, now: Activity) {
         let owner = &self.owners[self.get(id).slots_id.0 as usize];
         for store in &owner.stores {
             let account = self.stores.get_mut(store).expect("slots name stores with accounts");
-            account.count_busy(*store, now, &mut self.ages);
+            account.count_active(*store, now, &mut self.queue);
         }
     }
 
@@ -324,7 +325,7 @@ impl Objects {
         self.charge(id, to, held);
         self.get_mut(id).slots.replace(pages, to);
         match to {
-            Slot::Resident(store) => self.ages.settled(store, pages),
+            Slot::Resident(store) => self.queue.written_back(store, pages),
             Slot::Clean(store, _) => self.clean.extend(clusters(pages).map(|cluster| (store, cluster))),
             _ => {}
         }
@@ -334,8 +335,8 @@ impl Objects {
                 let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
                 self.hollowed += u64::from(account.zeros.add(part));
             }
-            if let Slot::Gap(_, source) = slot {
-                self.leave_gap(source, part);
+            if let Slot::CopyUp(_, source) = slot {
+                self.end_copy_up(source, part);
             }
             self.discharge(id, slot, part.count().0, effects);
         }
@@ -353,14 +354,14 @@ impl Objects {
 
     /// Frees the storage of pages that had `slot`.
     fn free(&mut self, id: ObjectId, all: impl IntoIterator<Item = GfnRange>, slot: Slot, effects: &mut Effects) {
-        let of_family = |store: &StoreId| self.stores[store].kind == Kind::Anonymous;
+        let of_family = |store: &StoreId| self.stores[store].kind == ObjectKind::Anonymous;
         let (stored, swapped) = (slot.resident().filter(of_family), slot.swap());
         let mut count = 0;
         for pages in all {
             stored.iter().for_each(|&store| effects.push(Effect::Punch(store, pages)));
             swapped.iter().for_each(|base| effects.push(Effect::FreeSwap(base.slot(pages.start()), pages.count())));
-            if let Slot::Gap(_, source) = slot {
-                self.leave_gap(source, pages);
+            if let Slot::CopyUp(_, source) = slot {
+                self.end_copy_up(source, pages);
             }
             count += pages.count().0;
         }
@@ -370,15 +371,15 @@ impl Objects {
         }
     }
 
-    /// These pages are not gaps any more.
-    fn leave_gap(&mut self, source: Source, pages: GfnRange) {
-        let sources = self.gap_sources(source, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
+    /// These pages are not copy-ups any more.
+    fn end_copy_up(&mut self, source: Source, pages: GfnRange) {
+        let sources = self.copy_up_sources(source, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
         let sources: Vec<_> = sources.collect();
         self.unneeded.extend(sources);
     }
 
-    /// What gaps over `source` are to be copied from, and which pages of that.
-    pub(crate) fn gap_sources(&self, source: Source, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
+    /// What copy-ups over `source` are to be copied from, and which pages of that.
+    pub(crate) fn copy_up_sources(&self, source: Source, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
         let segments = match source {
             Source::Store { store, origin } => self.stored(store, origin, pages),
             // No freeze takes shared memory, so nothing is copied up from it.
@@ -387,20 +388,20 @@ impl Objects {
         segments.into_iter().filter_map(|segment| segment.found.map(|found| (found, found.indexes(segment.pages))))
     }
 
-    /// The part of an object's pages that a gap above is to be copied from.
-    pub(crate) fn waited_for(&self, object: ObjectId, pages: GfnRange) -> RangeSet<u64> {
+    /// The part of an object's pages that a copy-up above is to be copied from.
+    pub(crate) fn pending_copy_sources(&self, object: ObjectId, pages: GfnRange) -> RangeSet<u64> {
         let mut waited = RangeSet::new();
-        for &above in self.pending.iter().filter(|&&above| self.has_gaps(above)) {
+        for &above in self.pending.iter().filter(|&&above| self.has_copy_ups(above)) {
             for (gap, slot) in self.slots_in(above, pages) {
-                let Slot::Gap(_, source) = slot else { continue };
-                let sources = self.gap_sources(source, gap).filter(|(found, _)| found.object == object);
+                let Slot::CopyUp(_, source) = slot else { continue };
+                let sources = self.copy_up_sources(source, gap).filter(|(found, _)| found.object == object);
                 waited.extend(sources.map(|(_, part)| part.raw()));
             }
         }
         waited
     }
 
-    /// Pages that no gap is to be copied from any more, since it was last asked.
+    /// Pages that no copy-up is to be copied from any more, since it was last asked.
     pub(crate) fn take_unneeded(&mut self) -> Vec<(StoreId, GfnRange)> {
         std::mem::take(&mut self.unneeded)
     }
@@ -421,55 +422,55 @@ impl Objects {
         self.get(id).slots.within(pages)
     }
 
-    /// The pending slot of `id` that is next to settle, and its pages, at most `limit`: the first one from where somebody
-    /// waited last, or else the first one.
+    /// The pending slot of `id` that is to be written back next, and its pages, at most `limit`: the first one from where
+    /// somebody waited last, or else the first one.
     pub(crate) fn next_pending(&mut self, id: ObjectId, limit: PageCount) -> Option<(GfnRange, Slot)> {
         let object = self.get_mut(id);
-        let from = object.settle_from;
+        let from = object.writeback_from;
         let first = |pages: std::ops::Range<u64>| object.slots.parts(pages.into()).find(|(_, slot)| slot.is_pending());
         let Some((pages, _)) = first(from..u64::MAX).or_else(|| first(0..from)) else {
-            object.settle_from = 0;
+            object.writeback_from = 0;
             self.pending.remove(&id);
             self.put_off.remove(&id);
             return None;
         };
-        object.settle_from = pages.start().0;
+        object.writeback_from = pages.start().0;
         object.slots.within(GfnRange::new(pages.start(), limit)).next()
     }
 
     /// Somebody has waited for these pages of `id`, and most likely needs the next ones soon. Whether they are those that
     /// would have been next anyway, or almost.
-    pub(crate) fn settle_from(&mut self, id: ObjectId, pages: std::ops::Range<u64>) -> bool {
+    pub(crate) fn writeback_from(&mut self, id: ObjectId, pages: std::ops::Range<u64>) -> bool {
         const NEAR: u64 = 128;
         let Some(object) = self.objects.get_mut(id.0 as usize) else { return false };
-        self.waited_for = Some(id);
-        let from = std::mem::replace(&mut object.settle_from, pages.end);
+        self.last_faulted = Some(id);
+        let from = std::mem::replace(&mut object.writeback_from, pages.end);
         (from..from + NEAR).contains(&pages.start)
     }
 
     fn charge(&mut self, id: ObjectId, slot: Slot, count: u64) {
         let Some(store) = slot.store() else { return };
-        let (slots_id, busy) = (self.get(id).slots_id, self.get(id).busy > 0);
+        let (slots_id, active) = (self.get(id).slots_id, self.get(id).active > 0);
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
         let held = account.slots.entry(slots_id).or_default();
         let is_new = *held == 0;
         *held += count;
         if is_new {
             self.owners[slots_id.0 as usize].stores.insert(store);
-            if busy {
-                account.count_busy(store, Pace::Running, &mut self.ages);
+            if active {
+                account.count_active(store, Activity::Running, &mut self.queue);
             }
         }
-        if slot.resident().is_some() && account.kind == Kind::Anonymous {
+        if slot.resident().is_some() && account.kind == ObjectKind::Anonymous {
             self.resident_pages += count;
         }
         match slot {
-            Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
+            Slot::InFlight(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left += count,
             Slot::Resident(_) | Slot::Clean(..) => account.resident += count,
             Slot::Swapped(..) => account.swapped += count,
-            Slot::Gap(..) => {
-                account.gaps += count;
-                self.get_mut(id).gaps += count;
+            Slot::CopyUp(..) => {
+                account.copy_ups += count;
+                self.get_mut(id).copy_ups += count;
             }
             Slot::Lost(..) => self.lost += count,
             Slot::Zero => {}
@@ -482,38 +483,38 @@ impl Objects {
             self.put_off.remove(&id);
         }
         let Some(store) = slot.store() else { return };
-        let (slots_id, busy) = (self.get(id).slots_id, self.get(id).busy > 0);
+        let (slots_id, active) = (self.get(id).slots_id, self.get(id).active > 0);
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
         let held = account.slots.get_mut(&slots_id).expect("an account knows whose pages it has");
         *held -= count;
         if *held == 0 {
             account.slots.remove(&slots_id);
             self.owners[slots_id.0 as usize].stores.remove(&store);
-            if busy {
-                account.count_busy(store, Pace::Idle, &mut self.ages);
+            if active {
+                account.count_active(store, Activity::Idle, &mut self.queue);
             }
         }
-        if slot.resident().is_some() && account.kind == Kind::Anonymous {
+        if slot.resident().is_some() && account.kind == ObjectKind::Anonymous {
             self.resident_pages -= count;
         }
         match slot {
-            Slot::Unsettled(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left -= count,
+            Slot::InFlight(_) => account.scratch.as_mut().expect("a freeze has a scratch range").left -= count,
             Slot::Resident(_) | Slot::Clean(..) => account.resident -= count,
             Slot::Swapped(..) => account.swapped -= count,
-            Slot::Gap(..) => {
-                account.gaps -= count;
-                self.get_mut(id).gaps -= count;
+            Slot::CopyUp(..) => {
+                account.copy_ups -= count;
+                self.get_mut(id).copy_ups -= count;
             }
             Slot::Lost(..) => self.lost -= count,
             Slot::Zero => {}
         }
-        self.settle_accounts(store, effects);
+        self.close_account(store, effects);
     }
 
     /// Closes the scratch range and the account of a store that need not be open any more.
-    fn settle_accounts(&mut self, store: StoreId, effects: &mut Effects) {
+    fn close_account(&mut self, store: StoreId, effects: &mut Effects) {
         let account = self.stores.get_mut(&store).expect("a store has an account");
-        if let Some(Scratch { holder, left: 0 }) = account.scratch {
+        if let Some(ScratchAccount { holder, left: 0 }) = account.scratch {
             account.scratch = None;
             effects.push(Effect::DropScratch(holder, store));
             let open = self.scratches.get_mut(&holder).expect("a holder's scratch ranges are counted");
@@ -525,7 +526,7 @@ impl Objects {
         if account.slots.is_empty() {
             self.stores.remove(&store);
             self.hollowed += 1;
-            self.ages.forget(store);
+            self.queue.forget(store);
             let gone: Vec<(StoreId, u64)> = self.clean.range((store, 0)..=(store, u64::MAX)).copied().collect();
             for cluster in gone {
                 self.clean.remove(&cluster);
@@ -535,11 +536,11 @@ impl Objects {
     }
 
     /// Whether all pages of a freeze's store are where they belong.
-    pub fn has_settled(&self, store: StoreId) -> bool {
-        self.stores.get(&store).is_none_or(|account| account.gaps == 0 && account.scratch.is_none())
+    pub fn is_written_back(&self, store: StoreId) -> bool {
+        self.stores.get(&store).is_none_or(|account| account.copy_ups == 0 && account.scratch.is_none())
     }
 
-    /// Whether pages cannot settle before others have come that are on their way.
+    /// Whether pages cannot be written back before others have come that are on their way.
     pub fn waits_for_others(&self) -> bool {
         !self.put_off.is_empty()
     }

@@ -13,10 +13,10 @@ pub enum Slot {
     /// Known to be zero. Hides what is below, and takes no storage.
     Zero,
     /// Moved out of a window by the freeze into this store, and still in that window's scratch range.
-    Unsettled(StoreId),
+    InFlight(StoreId),
     /// A clean page between moved ones: windows map this store here, which is to get a copy of what its VM saw there before:
     /// this, at the same guest frame. What is [named](super::Objects::stored) so stays the same, whatever becomes of the chain.
-    Gap(StoreId, Source),
+    CopyUp(StoreId, Source),
     /// In the store.
     Resident(StoreId),
     /// In the store, and in swap as well: frozen bytes do not change, so it can be evicted without a write.
@@ -70,8 +70,8 @@ impl Slot {
     pub fn store(self) -> Option<StoreId> {
         match self {
             Self::Zero => None,
-            Self::Unsettled(s)
-            | Self::Gap(s, _)
+            Self::InFlight(s)
+            | Self::CopyUp(s, _)
             | Self::Resident(s)
             | Self::Clean(s, _)
             | Self::Swapped(s, _)
@@ -97,13 +97,13 @@ impl Slot {
 
     /// Whether the page has still to get into its store.
     pub fn is_pending(self) -> bool {
-        matches!(self, Self::Unsettled(_) | Self::Gap(..))
+        matches!(self, Self::InFlight(_) | Self::CopyUp(..))
     }
 
     /// Whether a page in this state may get into that one.
     pub(crate) fn may_become(self, to: Self) -> bool {
         match (self, to) {
-            (Self::Unsettled(_) | Self::Gap(..), _) => !to.is_pending(),
+            (Self::InFlight(_) | Self::CopyUp(..), _) => !to.is_pending(),
             (Self::Resident(a), Self::Swapped(b, _))
             | (Self::Clean(a, _), Self::Resident(b))
             | (Self::Swapped(a, _), Self::Lost(b, Loss::Swap)) => a == b,

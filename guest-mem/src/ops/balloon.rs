@@ -68,8 +68,8 @@ impl Family {
             self.objects.put(top, pages.clone().into(), Slot::Zero);
         }
         if let Some(below) = entry.object.filter(|&below| below != top) {
-            let pace = self.vm(vm).pace;
-            self.objects.unmap(below, vm, pace, effects);
+            let activity = self.vm(vm).activity;
+            self.objects.unmap(below, vm, activity, effects);
         }
     }
 

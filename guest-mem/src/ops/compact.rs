@@ -3,7 +3,7 @@
 //! Every freeze makes a store, and a store lives for as long as its last page. A line that is frozen again and again has
 //! survivors of all its freezes, a few pages in each: stores, descriptors of each child, and mappings of its window, one
 //! more with every generation. So a freeze takes survivors of old stores along, into its own, which gets copies of them
-//! behind the VM's back: they are [gaps](crate::object::Slot::Gap). The guest stands still for none of them.
+//! behind the VM's back: they are [copy-ups](crate::object::Slot::CopyUp). The guest stands still for none of them.
 //!
 //! * Where its window maps an old store, it maps the freeze's from now on.
 //! * Where it keeps private copies, it goes on to show those, and hears of nothing. Only if there are too many stretches of
@@ -26,7 +26,7 @@ use crate::family::{Family, Vm};
 use crate::ids::ObjectId;
 use crate::ids::VmId;
 use crate::ids::{Run, Source, StoreId};
-use crate::object::{Kind, Segment, Slot, ZERO_CLUSTER};
+use crate::object::{ObjectKind, Segment, Slot, ZERO_CLUSTER};
 use crate::space::runs::Runs;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -61,7 +61,7 @@ pub(crate) struct Taking {
     pub kept: Vec<GfnRange>,
 }
 
-/// What is known of a store of which a VM sees pages, all of which have settled.
+/// What is known of a store of which a VM sees pages, all of which have been written back.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     /// How many pages it has.
@@ -127,14 +127,14 @@ impl Family {
         lost
     }
 
-    /// The stores of anonymous memory of which `vm` may see pages, all of which have settled.
+    /// The stores of anonymous memory of which `vm` may see pages, all of which have been written back.
     fn stores_seen(&self, vm: VmId) -> Stores {
         let (mut own, mut seen) = (BTreeSet::new(), BTreeSet::new());
         for top in self.vm(vm).map.objects() {
             let mut all_own = true;
             for id in self.objects.chain(Some(top)).take(LOOKED_AT) {
                 let object = self.objects.get(id);
-                if object.kind != Kind::Anonymous {
+                if object.kind != ObjectKind::Anonymous {
                     break;
                 }
                 all_own &= object.mappings.keys().all(|&of| of == vm) && object.shadows.is_subset(&own);
@@ -155,11 +155,11 @@ impl Family {
             seen.pages += pages;
             seen.own &= own.contains(&id);
         }
-        (account.scratch.is_none() && account.gaps == 0).then_some(seen)
+        (account.scratch.is_none() && account.copy_ups == 0).then_some(seen)
     }
 
-    /// All that `vm` sees of these stores. Its window goes on to keep what it keeps, and maps the freeze's store at `most` stretches
-    /// of the others.
+    /// All that `vm` sees of these stores. Its window goes on to keep what it keeps, and maps the freeze's store at `most`
+    /// stretches of the others.
     fn of_stores(&self, vm: &Vm, stores: &BTreeSet<StoreId>, most: usize) -> Taking {
         let mut taking = Taking::default();
         if stores.is_empty() {

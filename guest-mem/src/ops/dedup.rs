@@ -1,11 +1,11 @@
-//! Shed: a window gives up copies of frozen pages that stayed in it, and shows their store instead.
+//! Dedup: a window gives up copies of frozen pages that stayed in it, and shows their store instead.
 //!
-//! A freeze may leave pages where they are, and have their copies settle. As long as the window keeps them they are in
+//! A freeze may leave pages where they are, and have copies of them written back. As long as the window keeps them they are in
 //! memory twice, and no others can share this VM's.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{Family, Shed, Vm};
+use crate::family::{DedupProgress, Family, Vm};
 use crate::ids::StoreId;
 use crate::ids::VmId;
 use crate::object::{Segment, Slot};
@@ -18,7 +18,7 @@ impl Family {
     /// Stretches of pages that the window of `vm` keeps though they are in `store`, or in swap for it: each of at least
     /// `least` pages (shorter ones are not worth a mapping), about `limit` pages in all. Its window gets more runs by them
     /// only up to `max_runs`.
-    pub fn to_shed(
+    pub fn to_dedup(
         &self,
         vm: VmId,
         store: StoreId,
@@ -54,16 +54,16 @@ impl Family {
         stretches
     }
 
-    /// How many runs the window has at most, while it sheds.
+    /// How many runs the window has at most, while it gives copies up.
     fn runs_at_most(&self, vm: VmId, store: StoreId) -> usize {
-        let shed = self.vm(vm).shed.filter(|shed| shed.store == store);
-        shed.map_or_else(|| self.runs(vm).len(), |shed| shed.runs)
+        let dedup = self.vm(vm).dedup.filter(|dedup| dedup.store == store);
+        dedup.map_or_else(|| self.runs(vm).len(), |dedup| dedup.runs)
     }
 
-    /// The kept pages that are in `store`, or in swap for it, from where shedding goes on. In pieces: no more is looked at than
+    /// The kept pages that are in `store`, or in swap for it, from where dedup goes on. In pieces: no more is looked at than
     /// is asked for.
     fn placed<'a>(&'a self, vm: &'a Vm, store: StoreId) -> impl Iterator<Item = GfnRange> + 'a {
-        let from = vm.shed.filter(|shed| shed.store == store).map_or(0, |shed| shed.next.0);
+        let from = vm.dedup.filter(|dedup| dedup.store == store).map_or(0, |dedup| dedup.next.0);
         let pieces = vm.map.iter().flat_map(move |(bounds, entry)| {
             let kept = vm.kept_within(bounds.intersect((from..u64::MAX).into()));
             kept.flat_map(pieces).map(move |piece| (piece, entry))
@@ -80,10 +80,10 @@ impl Family {
 
     /// The window of `vm` maps `store`, which stage-2 shows, where it kept these pages; what its guest has written there since
     /// they were frozen is in its live layer.
-    pub fn shed(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange], effects: &mut Effects) {
+    pub fn dedup(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange], effects: &mut Effects) {
         let runs = self.runs_at_most(vm, store) + 2 * pages.len();
         let books = self.vm_mut(vm);
-        books.shed = pages.last().map(|last| Shed { store, next: last.end(), runs });
+        books.dedup = pages.last().map(|last| DedupProgress { store, next: last.end(), runs });
         books.overlay.uncover(pages);
         books.runs.take();
         let books = self.vm(vm);
@@ -108,7 +108,7 @@ fn pieces(stretch: GfnRange) -> impl Iterator<Item = GfnRange> {
     (at..end).step_by(PIECE as usize).map(move |at| GfnRange::new(Gfn(at), PageCount(PIECE)).intersect(stretch))
 }
 
-/// Whether pages have settled, and are not lost.
+/// Whether pages have been written back, and are not lost.
 fn is_placed(segment: &Segment) -> bool {
     segment.found.is_some_and(|found| !found.slot.is_pending() && !matches!(found.slot, Slot::Lost(..)))
 }
@@ -134,17 +134,17 @@ mod tests {
         let copied = Harvest { copied, ..Harvest::default() };
         family.finish_freeze(vm, &copied, PageCount(0), &mut Effects::default());
         while let Some(job) = family.next_job(PageCount(PIECE)) {
-            family.settled(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+            family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
         }
         let mut batch = |limit| {
-            let (pages, steps) = steps(|| family.to_shed(vm, store, PageCount(17), PageCount(limit), 1000));
-            family.shed(vm, store, &pages, &mut Effects::default());
+            let (pages, steps) = steps(|| family.to_dedup(vm, store, PageCount(17), PageCount(limit), 1000));
+            family.dedup(vm, store, &pages, &mut Effects::default());
             (pages.iter().map(|pages| pages.count().0).sum::<u64>(), steps)
         };
         assert_eq!(batch(4 * PIECE).0, 4 * PIECE);
         for _ in 1..8 {
-            let (shed, steps) = batch(4 * PIECE);
-            assert_eq!(shed, 4 * PIECE);
+            let (dedup, steps) = batch(4 * PIECE);
+            assert_eq!(dedup, 4 * PIECE);
             assert!(steps <= 4 * 20, "{steps} steps for 4 pieces");
         }
         assert_eq!(batch(4 * PIECE), (0, 0));

@@ -19,7 +19,7 @@ impl Family {
         // What nobody else maps goes whole; page by page, what others hide.
         for (_, entry) in gone.map.iter() {
             if let Some(object) = entry.object {
-                self.objects.unmap(object, vm, gone.pace, effects);
+                self.objects.unmap(object, vm, gone.activity, effects);
             }
         }
         self.left.replaced.append(&mut dropped);

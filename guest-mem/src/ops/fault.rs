@@ -6,13 +6,13 @@ use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, Freezing};
 use crate::ids::VmId;
 use crate::ids::{Source, StoreId};
-use crate::object::{Kind, Loss, Segment, Slot, ZERO_CLUSTER};
-use crate::ops::writeback::Job;
+use crate::object::{Loss, ObjectKind, Segment, Slot, ZERO_CLUSTER};
+use crate::ops::writeback::WritebackJob;
 use crate::reclaim::swap_in::SwapIn;
 
 /// What a trap needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trap {
+pub enum Fault {
     /// The page is there: wake who waits.
     Wake(GfnRange),
     /// These pages are zero, and its window maps stores there.
@@ -21,7 +21,7 @@ pub enum Trap {
     /// over, and look again.
     Wait,
     /// First this job, then ask again.
-    Settle(Job),
+    WriteBack(WritebackJob),
     /// First these pages must be read from swap, then ask again.
     SwapIn(SwapIn),
     /// These pages of a file's store must be filled from the file; then the window is woken.
@@ -41,41 +41,41 @@ pub enum Trap {
 
 impl Family {
     /// What a trap of `vm` at `gfn` needs.
-    pub fn trap(&self, vm: VmId, gfn: Gfn) -> Trap {
+    pub fn fault(&self, vm: VmId, gfn: Gfn) -> Fault {
         if self.vm(vm).map.get(gfn).is_none() {
-            return Trap::Outside;
+            return Fault::Outside;
         }
         if let Some(Freezing::Standing(_)) = self.vm(vm).freezing {
             // It runs again, and the page may have been moved out: the books are of the time before.
-            return Trap::Wait;
+            return Fault::Wait;
         }
         if self.vm(vm).overlay.kept.get(gfn).is_some() {
             // A late one: the page is there.
-            return Trap::Wake(GfnRange::new(gfn, PageCount(1)));
+            return Fault::Wake(GfnRange::new(gfn, PageCount(1)));
         }
         self.beneath(vm, gfn)
     }
 
     /// What it takes to have what `vm` sees at `gfn` in a store, whether its window keeps that page or not.
-    pub fn beneath(&self, vm: VmId, gfn: Gfn) -> Trap {
-        let Some((entry_pages, _)) = self.vm(vm).map.get(gfn) else { return Trap::Outside };
+    pub fn beneath(&self, vm: VmId, gfn: Gfn) -> Fault {
+        let Some((entry_pages, _)) = self.vm(vm).map.get(gfn) else { return Fault::Outside };
         let segments = self.shown(vm, aligned(gfn, CLUSTER).intersect(entry_pages));
         let segment = segments.iter().find(|segment| segment.pages.contains(gfn)).expect("the cluster holds the page");
         let Some(found) = segment.found else { return self.zeros(vm, gfn) };
         match found.slot {
             Slot::Zero => self.zeros(vm, gfn),
-            Slot::Lost(_, loss) => Trap::Lost(loss),
-            Slot::Unsettled(_) | Slot::Gap(..) => {
-                Trap::Settle(self.job(found.object, found.indexes(segment.pages), found.slot))
+            Slot::Lost(_, loss) => Fault::Lost(loss),
+            Slot::InFlight(_) | Slot::CopyUp(..) => {
+                Fault::WriteBack(self.job(found.object, found.indexes(segment.pages), found.slot))
             }
             Slot::Swapped(_, base) => {
                 let page = found.indexes(GfnRange::new(gfn, PageCount(1))).start();
-                Trap::SwapIn(self.swap_in(found.object, page, base))
+                Fault::SwapIn(self.swap_in(found.object, page, base))
             }
             Slot::Resident(store) | Slot::Clean(store, _) => match self.objects.get(found.object).kind {
                 // Shared memory is there, or becomes so by the touch.
-                Kind::Anonymous | Kind::Shared => Trap::Wake(segment.pages),
-                Kind::File => Trap::File { store, pages: found.indexes(segment.pages), wake: segment.pages },
+                ObjectKind::Anonymous | ObjectKind::Shared => Fault::Wake(segment.pages),
+                ObjectKind::File => Fault::File { store, pages: found.indexes(segment.pages), wake: segment.pages },
             },
         }
     }
@@ -84,18 +84,18 @@ impl Family {
     pub fn at_hand(&self, vm: VmId, pages: GfnRange) -> Vec<GfnRange> {
         let stored = self.shown(vm, pages).into_iter().filter(|segment| {
             let found = segment.found.filter(|found| found.slot.resident().is_some());
-            found.is_some_and(|found| self.objects.get(found.object).kind == Kind::Anonymous)
+            found.is_some_and(|found| self.objects.get(found.object).kind == ObjectKind::Anonymous)
         });
         stored.map(|segment| segment.pages).collect()
     }
 
     /// The zero pages around `gfn`.
-    fn zeros(&self, vm: VmId, gfn: Gfn) -> Trap {
+    fn zeros(&self, vm: VmId, gfn: Gfn) -> Fault {
         if self.vm(vm).freezing.is_some() {
             // Nothing but the page that keeps the guest from being stopped: others may be moved out meanwhile.
-            return Trap::Zero(vec![aligned(gfn, PageCount(1))]);
+            return Fault::Zero(vec![aligned(gfn, PageCount(1))]);
         }
-        Trap::Zero(self.trapping_zeros(vm, aligned(gfn, ZERO_CLUSTER)))
+        Fault::Zero(self.trapping_zeros(vm, aligned(gfn, ZERO_CLUSTER)))
     }
 
     /// Those of `pages` that are zero, and that the window of `vm` takes from stores: a touch traps. Stretches that lie in one
@@ -117,7 +117,7 @@ impl Family {
     ///
     /// It is what a look down the chain tells, but for zeros: a page that has turned out zero names no store any more, and
     /// its leaves go on to show the hole it left. So the rule is: *a leaf names the one page that a frame can show, and that
-    /// page is zero where no slot names it*. A gap's slot names the page that is to be filled. Windows lag behind: where
+    /// page is zero where no slot names it*. A copy-up's slot names the page that is to be filled. Windows lag behind: where
     /// one keeps a copy, stage-2 says what lies beneath it, and where it bridges zeros, that they are zero.
     pub(crate) fn shown(&self, vm: VmId, pages: GfnRange) -> Vec<Segment> {
         let runs = self.stage2.runs(self.vm(vm).root, pages).into_iter();
@@ -153,16 +153,16 @@ mod tests {
         let page = GfnRange::new(Gfn(5), PageCount(1));
 
         family.begin_freeze(vm);
-        assert_eq!(family.trap(vm, Gfn(5)), Trap::Zero(vec![page]), "a guest that waits cannot be stopped");
+        assert_eq!(family.fault(vm, Gfn(5)), Fault::Zero(vec![page]), "a guest that waits cannot be stopped");
         family.stands(vm);
-        assert_eq!(family.trap(vm, Gfn(5)), Trap::Wait);
+        assert_eq!(family.fault(vm, Gfn(5)), Fault::Wait);
         family.finish_freeze(
             vm,
             &Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() },
             PageCount(0),
             &mut effects,
         );
-        assert!(matches!(family.trap(vm, Gfn(5)), Trap::Settle(_)));
+        assert!(matches!(family.fault(vm, Gfn(5)), Fault::WriteBack(_)));
     }
 
     /// The same by the other road: pages of an earlier freeze turned out zero, and their window got zeros ahead of its
@@ -185,7 +185,7 @@ mod tests {
         family.begin_freeze(vm);
         let job = family.next_job(PageCount(64)).unwrap();
         let mut effects = Effects::default();
-        family.settled(&job, &[(job.pages, Placed::Zero)], &mut effects);
+        family.written_back(&job, &[(job.pages, Placed::Zero)], &mut effects);
         let zeros =
             |id| effects.0.iter().any(|effect| matches!(effect, crate::effect::Effect::Zero(vm, _) if *vm == id));
         assert!(zeros(child) && !zeros(vm) && !zeros(other));

@@ -101,7 +101,7 @@ mod tests {
             let middle = Gfn(job.pages.start().0 + 512);
             let zero = GfnRange::between(job.pages.start(), middle);
             let stored = GfnRange::between(middle, job.pages.end());
-            family.settled(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut effects);
+            family.written_back(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut effects);
         }
         let small = family.fork(parent, 16);
         let large = family.fork(parent, 1000);
@@ -130,7 +130,7 @@ mod tests {
                 let middle = Gfn(job.pages.start().0 + 16);
                 let zero = GfnRange::between(job.pages.start(), middle);
                 let stored = GfnRange::between(middle, job.pages.end());
-                family.settled(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut Effects::default());
+                family.written_back(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut Effects::default());
             }
             let (_, first) = steps(|| family.fork(parent, 1000));
             let (_, others) = steps(|| [(); 50].map(|()| family.fork(parent, 1000)));

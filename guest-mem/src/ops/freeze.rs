@@ -105,11 +105,11 @@ impl Family {
             let gaps = self.stage2.runs_of(self.vm(vm).root, &gaps);
             self.fill_top(top, &Filling { taken: &taken, private: &private, zeros: &zeros }, store, effects);
             for runs in gaps.chunk_by(|a, b| a.source == b.source) {
-                self.objects.put_all(top, runs.iter().map(|run| run.pages), Slot::Gap(store, runs[0].source));
+                self.objects.put_all(top, runs.iter().map(|run| run.pages), Slot::CopyUp(store, runs[0].source));
             }
             if let Some(below) = entry.object.filter(|&below| below != top) {
-                let pace = self.vm(vm).pace;
-                self.objects.unmap_untidily(below, vm, pace);
+                let activity = self.vm(vm).activity;
+                self.objects.unmap_untidily(below, vm, activity);
             }
         }
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
@@ -118,7 +118,7 @@ impl Family {
         cursor.set_all(&all, source, &mut replaced);
         books.overlay.keep(&harvest.copied, &before);
         books.overlay.uncover(&harvest.moved);
-        (books.runs, books.child, books.shed) = Default::default();
+        (books.runs, books.child, books.dedup) = Default::default();
         let left = outside(&books.bridges, &all);
         self.vm_mut(vm).bridges = over(&left, self.bridges(vm, source, &harvest.copied, bridge));
         self.left.tops.extend(self.vms[&vm].map.iter().filter_map(|(_, entry)| entry.object));
@@ -176,8 +176,8 @@ impl Family {
     /// A new object over what `entry` shows, and shown by the entry at `pages` from now on.
     pub(super) fn stack_top(&mut self, vm: VmId, pages: GfnRange, entry: MapEntry) -> ObjectId {
         let top = self.objects.stack(entry.object.map(|object| Backing { object, origin: entry.origin.0 }));
-        let pace = self.vm(vm).pace;
-        self.objects.map(top, vm, pace);
+        let activity = self.vm(vm).activity;
+        self.objects.map(top, vm, activity);
         let entry = MapEntry { object: Some(top), origin: Gfn(0), needs_copy: false, ..entry };
         self.vm_mut(vm).map.set(pages, entry);
         top
@@ -189,7 +189,7 @@ impl Family {
         if !self.objects.get(top).slots.is_empty() {
             taken.iter().for_each(|&pages| self.objects.vacate(top, pages, effects));
         }
-        self.objects.put_all(top, private.iter().copied(), Slot::Unsettled(store));
+        self.objects.put_all(top, private.iter().copied(), Slot::InFlight(store));
         self.objects.put_zeros(top, zeros, store);
     }
 
@@ -225,7 +225,7 @@ impl Family {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::{Placed, Trap};
+    use crate::ops::{Fault, Placed};
     use crate::stage2::Shape;
     use crate::testing::ranges;
 
@@ -266,8 +266,8 @@ mod tests {
         let child = family.fork(parent, 1000);
         family.check_invariants().unwrap();
         // Its parent maps none of it; the child waits once for all zeros around.
-        assert_eq!(family.trap(child, Gfn(300)), Trap::Zero(ranges(&[(101, 110), (112, 512)])));
-        assert_eq!(family.trap(parent, Gfn(300)), Trap::Zero(vec![]));
+        assert_eq!(family.fault(child, Gfn(300)), Fault::Zero(ranges(&[(101, 110), (112, 512)])));
+        assert_eq!(family.fault(parent, Gfn(300)), Fault::Zero(vec![]));
         // The same pages once more, with the child there: all is in the new store.
         let again = freeze(&mut family, parent, &[], &[(100, 101), (110, 112), (620, 621)]);
         assert_eq!(child_runs(&mut family, parent)[1], (100, 621, Some(again)));
@@ -303,7 +303,7 @@ mod tests {
         let (mut family, parent) = launched();
         let first = freeze(&mut family, parent, &[], &[(100, 101), (120, 121)]);
         while let Some(job) = family.next_job(PageCount(64)) {
-            family.settled(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+            family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
         }
         freeze(&mut family, parent, &[(100, 101), (120, 121)], &[]);
         assert!(!family.objects().stores.contains_key(&first));
@@ -325,13 +325,13 @@ mod tests {
                 true => vec![(job.pages, Placed::Stored)],
                 false => vec![(zero, Placed::Zero), ((138..140).into(), Placed::Stored)],
             };
-            family.settled(&job, &placed, &mut Effects::default());
+            family.written_back(&job, &placed, &mut Effects::default());
         }
         let child = family.fork(parent, 1000);
-        assert_eq!(family.trap(child, Gfn(112)), Trap::Zero(ranges(&[(111, 125), (125, 138)])));
+        assert_eq!(family.fault(child, Gfn(112)), Fault::Zero(ranges(&[(111, 125), (125, 138)])));
     }
 
-    /// A stretch was moved with a gap in it, and a short span of an earlier freeze beneath its end: children were to map the
+    /// A stretch was moved with a copy-up in it, and a short span of an earlier freeze beneath its end: children were to map the
     /// old store there.
     #[test]
     fn a_moved_stretch_ends_the_spans_beneath_it() {

@@ -7,7 +7,7 @@ use crate::ids::SwapSlot;
 use crate::ids::VmId;
 use crate::ids::{Source, StoreId};
 use crate::object::{Backing, Slot};
-use crate::ops::{CopyFrom, Job, Placed, Trap};
+use crate::ops::{CopyFrom, Fault, Placed, WritebackJob};
 use crate::stage2::Shape;
 use crate::steps::steps;
 use crate::window::Harvest;
@@ -32,9 +32,9 @@ fn freeze(family: &mut Family, vm: VmId, pages: GfnRange) -> StoreId {
     store
 }
 
-fn settle(family: &mut Family) {
+fn write_back(family: &mut Family) {
     while let Some(job) = family.next_job(PageCount(64)) {
-        family.settled(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+        family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
     }
 }
 
@@ -55,7 +55,7 @@ fn deep(depth: u64, ram: u64, pages: u64) -> (Family, VmId) {
         let page = 16 + (generation % pages);
         freeze(&mut family, vm, (page..page + 1).into());
     }
-    settle(&mut family);
+    write_back(&mut family);
     (family, vm)
 }
 
@@ -67,15 +67,15 @@ fn wide(children: u64, ram: u64) -> (Family, VmId, VmId) {
     for &child in &all {
         freeze(&mut family, child, (0..32).into());
     }
-    settle(&mut family);
+    write_back(&mut family);
     (family, parent, all[all.len() / 2])
 }
 
 /// What a guest's fault asks at a frame, whose page is in swap.
 fn fault(family: &Family, vm: VmId, gfn: u64) -> u64 {
     let ((), steps) = steps(|| {
-        assert!(matches!(family.trap(vm, Gfn(gfn)), Trap::SwapIn(_)));
-        family.only_viewer(vm, Gfn(gfn));
+        assert!(matches!(family.fault(vm, Gfn(gfn)), Fault::SwapIn(_)));
+        family.exclusive_swap_in(vm, Gfn(gfn));
         let cluster = GfnRange::from(gfn / 16 * 16..gfn / 16 * 16 + 16);
         assert_eq!(family.swapped(vm, cluster).len(), 1);
         family.at_hand(vm, cluster);
@@ -98,13 +98,13 @@ fn a_trap_costs_the_same_at_any_depth_and_size_and_in_any_company() {
     let among = |children| {
         let (mut family, _, child) = wide(children, GIB);
         evict(&mut family, child, 5);
-        assert!(family.only_viewer(child, Gfn(5)).is_some());
+        assert!(family.exclusive_swap_in(child, Gfn(5)).is_some());
         fault(&family, child, 5)
     };
     assert_eq!(among(10), among(5000));
 }
 
-/// What a gap is to be copied from was looked for in all generations below, for each batch that was copied and once more when
+/// What a copy-up is to be copied from was looked for in all generations below, for each batch that was copied and once more when
 /// it was.
 #[test]
 fn a_copy_up_costs_the_same_at_any_depth() {
@@ -117,7 +117,7 @@ fn a_copy_up_costs_the_same_at_any_depth() {
         let ((), steps) = steps(|| {
             while let Some(job) = family.next_job(PageCount(64)) {
                 copied.push(job.from);
-                family.settled(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+                family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
             }
         });
         assert_eq!(copied[0], CopyFrom::Store { store: StoreId(0), origin: Gfn(0) });
@@ -156,7 +156,7 @@ fn what_concerns_one_vm_costs_the_same_in_any_company() {
             steps(|| assert_eq!(family.seen(store, whole, None), RangeSet::from_iter(std::iter::once(64..128))));
         let job = family.next_job(PageCount(64)).expect("64 pages");
         let mut effects = Effects::default();
-        let ((), telling) = steps(|| family.settled(&job, &[(job.pages, Placed::Zero)], &mut effects));
+        let ((), telling) = steps(|| family.written_back(&job, &[(job.pages, Placed::Zero)], &mut effects));
         assert!(effects.0.contains(&Effect::Zero(child, (64..128).into())));
         [counting, seeing, telling]
     };
@@ -233,10 +233,10 @@ fn a_look_down_a_chain_is_no_recursion() {
             let store = StoreId(page as u32);
             objects.open_store(store, VmId(1));
             let object = objects.stack(top.map(|object| Backing { object, origin: 0 }));
-            objects.put(object, (page..page + 1).into(), Slot::Unsettled(store));
-            // A gap over a gap, and so on: all that is to be copied is at the bottom.
+            objects.put(object, (page..page + 1).into(), Slot::InFlight(store));
+            // A copy-up over a copy-up, and so on: all that is to be copied is at the bottom.
             let below = |page| Source::Store { store: StoreId(page as u32), origin: Gfn(0) };
-            let last = page.checked_sub(1).map_or(Slot::Unsettled(store), |page| Slot::Gap(store, below(page)));
+            let last = page.checked_sub(1).map_or(Slot::InFlight(store), |page| Slot::CopyUp(store, below(page)));
             objects.put(object, (DEPTH..DEPTH + 1).into(), last);
             top = Some(object);
         }
@@ -246,8 +246,11 @@ fn a_look_down_a_chain_is_no_recursion() {
         assert!(segments.iter().zip(all.iter()).all(|(segment, page)| segment.pages.start() == page));
         let gap = segments[DEPTH as usize];
         let job = family.job(top.unwrap(), gap.pages, gap.found.unwrap().slot);
-        let bottom = Job { object: segments[0].found.unwrap().object, store: StoreId(0), ..job };
-        assert_eq!(job, Job { from: CopyFrom::Scratch(VmId(1)), pages: gap.pages, needed_by: top.unwrap(), ..bottom });
+        let bottom = WritebackJob { object: segments[0].found.unwrap().object, store: StoreId(0), ..job };
+        assert_eq!(
+            job,
+            WritebackJob { from: CopyFrom::Scratch(VmId(1)), pages: gap.pages, needed_by: top.unwrap(), ..bottom }
+        );
         // Families are dropped, too.
         drop(family);
     });
@@ -263,7 +266,7 @@ fn a_deep_family_is_counted_checked_and_taken_apart_on_a_small_stack() {
         family.check_invariants().unwrap();
         let mut effects = Effects::default();
         let all = GfnRange::from(0..GIB);
-        assert!(family.to_shed(last, StoreId(0), PageCount(1), PageCount(1), 9).is_empty());
+        assert!(family.to_dedup(last, StoreId(0), PageCount(1), PageCount(1), 9).is_empty());
         assert_eq!(family.at_hand(last, all).iter().map(|pages| pages.count().0).sum::<u64>(), DEPTH);
         family.balloon(last, &[all], &mut effects);
         let vms: Vec<VmId> = family.vms().map(|(vm, _)| vm).collect();

@@ -4,7 +4,7 @@ use crate::addr::GfnRange;
 use crate::family::{Family, ObjectMapping, Vm};
 use crate::ids::VmId;
 use crate::ids::{Run, Source};
-use crate::object::{Found, Kind};
+use crate::object::{Found, ObjectKind};
 use crate::space::map::{AddressMap, MapEntry, Sharing};
 use crate::stage2::Cursor;
 
@@ -17,8 +17,8 @@ impl Family {
         }
         for &ObjectMapping { pages, object } in objects {
             let sharing = match self.objects.get(object).kind {
-                Kind::Shared => Sharing::Shared,
-                Kind::Anonymous | Kind::File => Sharing::CopyOnWrite,
+                ObjectKind::Shared => Sharing::Shared,
+                ObjectKind::Anonymous | ObjectKind::File => Sharing::CopyOnWrite,
             };
             let needs_copy = sharing == Sharing::CopyOnWrite;
             let (object, origin) = (Some(object), pages.start());
@@ -48,8 +48,8 @@ impl Family {
     fn source_of(&self, Found { object, origin, slot }: Found) -> Option<Source> {
         let store = slot.store()?;
         Some(match self.objects.get(object).kind {
-            Kind::Shared => Source::Shared { store, origin },
-            Kind::Anonymous | Kind::File => Source::Store { store, origin },
+            ObjectKind::Shared => Source::Shared { store, origin },
+            ObjectKind::Anonymous | ObjectKind::File => Source::Store { store, origin },
         })
     }
 }

@@ -16,22 +16,22 @@ mod writeback;
 
 pub use compact::Compaction;
 pub(crate) use compact::Taking;
-pub use fault::Trap;
+pub use fault::Fault;
 pub use freeze::Destination;
-pub use writeback::{CopyFrom, Job, Placed};
+pub use writeback::{CopyFrom, Placed, WritebackJob};
 
 use crate::addr::GfnRange;
 use crate::effect::Effects;
 use crate::family::Family;
 use crate::ids::ObjectId;
 use crate::ids::{Run, Source, StoreId};
-use crate::object::Kind;
+use crate::object::ObjectKind;
 use crate::space::runs::merge_runs;
 use std::collections::BTreeSet;
 
 impl Family {
     /// Frees stored pages that nobody sees any more: those of `replaced`, which a VM saw until now, and those that only
-    /// a gap kept. The last thing an operation does, once the tables say who sees what.
+    /// a copy-up kept. The last thing an operation does, once the tables say who sees what.
     pub(crate) fn free_unseen(&mut self, replaced: Vec<Run>, effects: &mut Effects) {
         let mut suspects = self.objects.take_unneeded();
         suspects.extend(merge_runs(replaced).into_iter().filter_map(|run| match run.source {
@@ -42,7 +42,7 @@ impl Family {
         self.free_suspects(suspects, effects);
     }
 
-    /// Frees those of these pages that nobody sees, and what only gaps in their place had kept.
+    /// Frees those of these pages that nobody sees, and what only copy-ups in their place had kept.
     pub(crate) fn free_suspects(&mut self, mut suspects: Vec<(StoreId, GfnRange)>, effects: &mut Effects) {
         while !suspects.is_empty() {
             let mut lighter = BTreeSet::new();
@@ -56,7 +56,8 @@ impl Family {
         }
     }
 
-    /// Frees pages of a store, unless somebody sees them or a gap is still to be copied from them. `lighter` gets the objects that lost pages.
+    /// Frees pages of a store, unless somebody sees them or a copy-up is still to be copied from them. `lighter` gets the
+    /// objects that lost pages.
     pub(crate) fn free_pages(
         &mut self,
         store: StoreId,
@@ -64,7 +65,7 @@ impl Family {
         lighter: &mut BTreeSet<ObjectId>,
         effects: &mut Effects,
     ) {
-        if self.objects.stores.get(&store).is_none_or(|account| account.kind != Kind::Anonymous) {
+        if self.objects.stores.get(&store).is_none_or(|account| account.kind != ObjectKind::Anonymous) {
             return;
         }
         let owners: Vec<ObjectId> = self.objects.owners(store).map(|(object, _)| object).collect();
@@ -75,7 +76,7 @@ impl Family {
                 let held: Vec<GfnRange> =
                     held.filter(|(_, s)| s.store() == Some(store)).map(|(part, _)| part).collect();
                 for part in held {
-                    for free in self.objects.waited_for(object, part).gaps(&part.raw()) {
+                    for free in self.objects.pending_copy_sources(object, part).gaps(&part.raw()) {
                         self.objects.vacate(object, free.into(), effects);
                         lighter.insert(object);
                     }

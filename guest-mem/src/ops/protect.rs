@@ -23,8 +23,8 @@ impl Family {
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
         let before: Vec<_> = books.map.objects().collect();
         edit(&mut books.map);
-        books.map.objects().for_each(|object| self.objects.map(object, vm, books.pace));
-        let pace = books.pace;
-        before.into_iter().for_each(|object| self.objects.unmap(object, vm, pace, effects));
+        books.map.objects().for_each(|object| self.objects.map(object, vm, books.activity));
+        let activity = books.activity;
+        before.into_iter().for_each(|object| self.objects.unmap(object, vm, activity, effects));
     }
 }

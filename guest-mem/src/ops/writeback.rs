@@ -1,4 +1,4 @@
-//! Settle: moved-out pages get into their store, behind the back of the VMs that run on.
+//! Write-back: moved-out pages get into their store, behind the back of the VMs that run on.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
@@ -37,10 +37,10 @@ pub enum CopyFrom {
 
 /// Pages to put into a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Job {
+pub struct WritebackJob {
     /// The object they belong to.
     pub(crate) object: ObjectId,
-    /// The object that cannot go on settling before this is done.
+    /// The object whose write-back waits for this.
     pub(crate) needed_by: ObjectId,
     /// Which.
     pub pages: GfnRange,
@@ -64,12 +64,12 @@ pub enum Placed {
 }
 
 impl Family {
-    /// Some pages that have not settled, at most `limit`; none if all have, or are on their way.
-    pub fn next_job(&mut self, limit: PageCount) -> Option<Job> {
+    /// Some pages that have not been written back, at most `limit`; none if all have, or are on their way.
+    pub fn next_job(&mut self, limit: PageCount) -> Option<WritebackJob> {
         loop {
-            let Objects { pending, put_off, waited_for, .. } = &self.objects;
-            let waited_for = waited_for.filter(|id| pending.contains(id) && !put_off.contains(id));
-            let object = waited_for.or_else(|| pending.difference(put_off).next().copied())?;
+            let Objects { pending, put_off, last_faulted, .. } = &self.objects;
+            let last_faulted = last_faulted.filter(|id| pending.contains(id) && !put_off.contains(id));
+            let object = last_faulted.or_else(|| pending.difference(put_off).next().copied())?;
             if let Some((pages, slot)) = self.objects.next_pending(object, limit) {
                 return Some(self.job(object, pages, slot));
             }
@@ -77,18 +77,18 @@ impl Family {
     }
 
     /// What has to be done for pending pages of one state: a job for them, or for what they are to be copied from.
-    pub(crate) fn job(&self, object: ObjectId, pages: GfnRange, slot: Slot) -> Job {
+    pub(crate) fn job(&self, object: ObjectId, pages: GfnRange, slot: Slot) -> WritebackJob {
         let needed_by = object;
         let (mut object, mut pages, mut slot) = (object, pages, slot);
-        // Gaps may lie over gaps, generation over generation.
+        // Copy-ups may lie over copy-ups, generation over generation.
         loop {
             let store = slot.store().expect("a pending page is bound for a store");
-            if let Slot::Unsettled(_) = slot {
+            if let Slot::InFlight(_) = slot {
                 let scratch = self.objects.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
-                return Job { object, needed_by, pages, store, from: CopyFrom::Scratch(scratch.holder) };
+                return WritebackJob { object, needed_by, pages, store, from: CopyFrom::Scratch(scratch.holder) };
             }
             let segment = match slot {
-                Slot::Gap(_, Source::Store { store, origin }) => self.objects.stored(store, origin, pages)[0],
+                Slot::CopyUp(_, Source::Store { store, origin }) => self.objects.stored(store, origin, pages)[0],
                 _ => Segment { pages, found: None },
             };
             let from = match segment.found {
@@ -101,41 +101,41 @@ impl Family {
                     assert_eq!(origin, Gfn(0), "anonymous objects of a family share one index space");
                     CopyFrom::Swap { object, first: base.slot(segment.pages.start()) }
                 }
-                Some(found @ Found { slot: Slot::Unsettled(_) | Slot::Gap(..), .. }) => {
+                Some(found @ Found { slot: Slot::InFlight(_) | Slot::CopyUp(..), .. }) => {
                     (object, pages, slot) = (found.object, found.indexes(segment.pages), found.slot);
                     continue;
                 }
             };
-            return Job { object, needed_by, pages: segment.pages, store, from };
+            return WritebackJob { object, needed_by, pages: segment.pages, store, from };
         }
     }
 
     /// A job for a page of each scratch range that `vm` holds.
-    pub(crate) fn jobs_of(&self, vm: VmId) -> Vec<Job> {
+    pub(crate) fn jobs_of(&self, vm: VmId) -> Vec<WritebackJob> {
         if !self.objects.waits_for(vm) {
             return Vec::new();
         }
         let held = |account: &StoreAccount| account.scratch.is_some_and(|scratch| scratch.holder == vm);
         let stores = self.objects.stores.iter().filter(|(_, account)| held(account));
         let first = |&store: &StoreId| {
-            let (object, pages) = self.unsettled_of(store).next()?;
-            Some(self.job(object, pages, Slot::Unsettled(store)))
+            let (object, pages) = self.in_flight_of(store).next()?;
+            Some(self.job(object, pages, Slot::InFlight(store)))
         };
         stores.filter_map(|(store, _)| first(store)).collect()
     }
 
     /// The pages that wait in the scratch range of the freeze into `store`, and whose they are.
-    fn unsettled_of(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, GfnRange)> {
+    fn in_flight_of(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, GfnRange)> {
         let owners = self.objects.owners(store).map(|(object, _)| object);
         owners.flat_map(move |object| {
             let slots = self.objects.get(object).slots.iter();
-            slots.filter(move |(_, slot)| *slot == Slot::Unsettled(store)).map(move |(pages, _)| (object, pages))
+            slots.filter(move |(_, slot)| *slot == Slot::InFlight(store)).map(move |(pages, _)| (object, pages))
         })
     }
 
     /// What had the pages of the freeze into `store` has gone, and so have they.
-    pub(crate) fn lose_unsettled(&mut self, store: StoreId, effects: &mut Effects) {
-        let lost: Vec<(ObjectId, GfnRange)> = self.unsettled_of(store).collect();
+    pub(crate) fn lose_in_flight(&mut self, store: StoreId, effects: &mut Effects) {
+        let lost: Vec<(ObjectId, GfnRange)> = self.in_flight_of(store).collect();
         for (object, pages) in lost {
             self.objects.advance(object, pages, Slot::Lost(store, Loss::Process), effects);
             self.tell_windows(pages, store, Placed::Lost(Loss::Process), effects);
@@ -143,7 +143,7 @@ impl Family {
     }
 
     /// The pages of a job have been placed.
-    pub fn settled(&mut self, job: &Job, placed: &[(GfnRange, Placed)], effects: &mut Effects) {
+    pub fn written_back(&mut self, job: &WritebackJob, placed: &[(GfnRange, Placed)], effects: &mut Effects) {
         for &(pages, outcome) in placed {
             let to = match outcome {
                 Placed::Stored => Slot::Resident(job.store),
@@ -156,20 +156,20 @@ impl Family {
             self.objects.advance(job.object, pages, to, effects);
         }
         if !matches!(job.from, CopyFrom::Scratch(_)) {
-            // Pages below, and the chain to them, may have been kept for these gaps alone.
+            // Pages below, and the chain to them, may have been kept for these copy-ups alone.
             self.objects.shorten(job.object, effects);
             self.free_unseen(Vec::new(), effects);
         }
     }
 
-    /// Somebody has waited for this job: settling goes on behind it. Whether that is where it was about to go on.
-    pub(crate) fn waited_for(&mut self, job: &Job) -> bool {
-        self.objects.settle_from(job.object, job.pages.raw())
+    /// Somebody has waited for this job: write-back goes on behind it. Whether that is where it was about to go on.
+    pub(crate) fn continue_after(&mut self, job: &WritebackJob) -> bool {
+        self.objects.writeback_from(job.object, job.pages.raw())
     }
 
     /// The page that this job needs is on its way, from swap or into a scratch range: it is done again when [pages have
     /// arrived](Self::retry_put_off).
-    pub(crate) fn put_off(&mut self, job: &Job) {
+    pub(crate) fn put_off(&mut self, job: &WritebackJob) {
         self.objects.put_off.insert(job.needed_by);
     }
 
@@ -201,7 +201,7 @@ impl Family {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::Trap;
+    use crate::ops::Fault;
     use crate::stage2::Shape;
     use crate::window::Harvest;
 
@@ -211,7 +211,7 @@ mod tests {
         family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
     }
 
-    /// A VM of 256 pages, all of which are to settle.
+    /// A VM of 256 pages, all of which are to be written back.
     fn frozen() -> (Family, VmId) {
         let ram = GfnRange::new(Gfn(0), PageCount(256));
         let mut family = Family::new(Shape::X86_64);
@@ -220,43 +220,46 @@ mod tests {
         (family, vm)
     }
 
-    fn store(family: &mut Family, job: &Job) -> std::ops::Range<u64> {
-        family.settled(job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+    fn store(family: &mut Family, job: &WritebackJob) -> std::ops::Range<u64> {
+        family.written_back(job, &[(job.pages, Placed::Stored)], &mut Effects::default());
         job.pages.raw()
     }
 
-    /// Somebody waits: what settles then, and whether settling was about to come there.
+    /// Somebody waits: what is written back then, and whether write-back was about to come there.
     fn wait(family: &mut Family, vm: VmId, gfn: u64) -> (std::ops::Range<u64>, bool) {
-        let Trap::Settle(job) = family.trap(vm, Gfn(gfn)) else { panic!("{gfn} has settled") };
-        (store(family, &job), family.waited_for(&job))
+        let Fault::WriteBack(job) = family.fault(vm, Gfn(gfn)) else { panic!("{gfn} has been written back") };
+        (store(family, &job), family.continue_after(&job))
     }
 
-    /// The first pages of all that settles, in order.
-    fn settle_all(family: &mut Family) -> Vec<u64> {
+    /// The first pages of all that is written back, in order.
+    fn write_back_all(family: &mut Family) -> Vec<u64> {
         std::iter::from_fn(|| family.next_job(PageCount(16)).map(|job| store(family, &job).start)).collect()
     }
 
-    /// A guest that went over its memory in order waited for every 16th page, while others settled that it needed last.
+    /// A guest that went over its memory in order waited for every 16th page, while others were written back that it needed last.
     #[test]
-    fn settling_goes_on_behind_the_page_that_somebody_waits_for_and_leaves_none_out() {
+    fn writeback_goes_on_behind_the_page_that_somebody_waits_for_and_leaves_none_out() {
         let (mut family, vm) = frozen();
         assert_eq!(wait(&mut family, vm, 0), (0..16, true));
         assert_eq!(wait(&mut family, vm, 200), (192..208, false));
         assert_eq!(wait(&mut family, vm, 210), (208..224, true));
-        assert_eq!(settle_all(&mut family), [224, 240].into_iter().chain((16..192).step_by(16)).collect::<Vec<_>>());
-        let wakes = |gfn: &u64| matches!(family.trap(vm, Gfn(*gfn)), Trap::Wake(_));
+        assert_eq!(
+            write_back_all(&mut family),
+            [224, 240].into_iter().chain((16..192).step_by(16)).collect::<Vec<_>>()
+        );
+        let wakes = |gfn: &u64| matches!(family.fault(vm, Gfn(*gfn)), Fault::Wake(_));
         assert_eq!((0..256).filter(wakes).count(), 256);
     }
 
-    /// The older of two freezes settled first, whoever waited for pages of the other.
+    /// The older of two freezes was written back first, whoever waited for pages of the other.
     #[test]
     fn the_freeze_that_somebody_waits_for_settles_first() {
         let (mut family, vm) = frozen();
         family.fork(vm, 1000);
         freeze(&mut family, vm, (128..192).into());
         assert_eq!(wait(&mut family, vm, 128).0, 128..144);
-        let settled = settle_all(&mut family);
-        assert_eq!(settled[..4], [144, 160, 176, 0]);
-        assert_eq!(settled.len(), 3 + 16, "{settled:?}");
+        let written_back = write_back_all(&mut family);
+        assert_eq!(written_back[..4], [144, 160, 176, 0]);
+        assert_eq!(written_back.len(), 3 + 16, "{written_back:?}");
     }
 }

@@ -11,7 +11,7 @@ use crate::family::Family;
 use crate::ids::StoreId;
 use crate::ids::SwapSlot;
 use crate::ids::{Batch, ObjectId};
-use crate::object::{Kind, Slot, SwapBase};
+use crate::object::{ObjectKind, Slot, SwapBase};
 use crate::reclaim::queue::Turn;
 
 /// Neighbouring pages of an object to evict, all in one state.
@@ -37,7 +37,7 @@ impl Family {
     /// What can be evicted of an object's pages. They are of one cluster.
     pub fn victims(&self, object: ObjectId, pages: GfnRange) -> Vec<Victim> {
         debug_assert_eq!(cluster_of(pages.start()).intersect(pages), pages, "one cluster at a time");
-        if self.objects.get(object).kind != Kind::Anonymous {
+        if self.objects.get(object).kind != ObjectKind::Anonymous {
             return Vec::new();
         }
         let slots = self.objects.slots_in(object, pages);
@@ -48,7 +48,7 @@ impl Family {
 
     /// These pages of one cluster are in swap: those that were not there before in consecutive slots from `put` on.
     pub fn evicted(&mut self, victims: &[Victim], put: Option<SwapSlot>, effects: &mut Effects) {
-        let mut next = put.map(|slot| (slot, self.objects.ages.next_batch()));
+        let mut next = put.map(|slot| (slot, self.objects.queue.next_batch()));
         let mut again: Vec<(Batch, Batch)> = Vec::new();
         for &Victim { object, pages, store, clean } in victims {
             let base = match (clean, &mut next) {
@@ -67,7 +67,7 @@ impl Family {
 
     /// What pages from `first` on, which swap took into slots from `slot` on, say of where they are.
     pub(crate) fn new_base(&mut self, slot: SwapSlot, first: Gfn) -> SwapBase {
-        SwapBase::new(slot, first, self.objects.ages.next_batch())
+        SwapBase::new(slot, first, self.objects.queue.next_batch())
     }
 
     /// The number that pages of the eviction `old` get now: one for all of them, since they are read together.
@@ -75,14 +75,14 @@ impl Family {
         if let Some((_, new)) = again.iter().find(|(before, _)| *before == old) {
             return *new;
         }
-        let new = self.objects.ages.next_batch();
+        let new = self.objects.queue.next_batch();
         again.push((old, new));
         new
     }
 
     /// Where a search for victims ends that begins now.
     pub(crate) fn search_victims(&self) -> Turn {
-        self.objects.ages.end()
+        self.objects.queue.end()
     }
 
     /// The next cluster to evict, and the objects that have pages of it. What only idle VMs see, as far as chains tell,
@@ -92,8 +92,8 @@ impl Family {
         end: Turn,
         effects: &mut Effects,
     ) -> Option<(StoreId, GfnRange, Vec<ObjectId>)> {
-        let ages = &mut self.objects.ages;
-        let (store, pages) = ages.take_idle().or_else(|| ages.take_oldest(end))?;
+        let queue = &mut self.objects.queue;
+        let (store, pages) = queue.take_idle().or_else(|| queue.take_oldest(end))?;
         if !self.is_tidy() {
             self.free_suspects(vec![(store, pages)], effects);
         }
@@ -102,11 +102,11 @@ impl Family {
 
     /// A cluster of a search could not be evicted.
     pub(crate) fn keep_victim(&mut self, store: StoreId, pages: GfnRange) {
-        self.objects.ages.put_back(store, pages);
+        self.objects.queue.put_back(store, pages);
     }
 
     /// Gives up slots in swap of pages that are in memory as well, about so many. How many.
-    pub(crate) fn give_up_copies(&mut self, limit: PageCount, effects: &mut Effects) -> PageCount {
+    pub(crate) fn reclaim_swap_cache(&mut self, limit: PageCount, effects: &mut Effects) -> PageCount {
         let mut given = PageCount(0);
         while given < limit
             && let Some((store, cluster)) = self.objects.clean.pop_last()
@@ -137,7 +137,7 @@ pub(crate) fn count(victims: &[Victim]) -> PageCount {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::Pace;
+    use crate::ids::Activity;
     use crate::ops::Placed;
     use crate::stage2::Shape;
     use crate::window::Harvest;
@@ -160,11 +160,11 @@ mod tests {
                 &mut effects,
             );
             if index % 2 == 1 {
-                family.set_pace(vm, Pace::Idle);
+                family.set_activity(vm, Activity::Idle);
             }
         }
         while let Some(job) = family.next_job(PageCount(64)) {
-            family.settled(&job, &[(job.pages, Placed::Stored)], &mut effects);
+            family.written_back(&job, &[(job.pages, Placed::Stored)], &mut effects);
         }
         family.check_invariants().unwrap();
         family
@@ -205,14 +205,14 @@ mod tests {
     fn a_choice_costs_the_same_with_ten_and_with_a_thousand() {
         for vms in [10, 1000] {
             let mut family = family(vms);
-            for pace in [Pace::Idle, Pace::Running] {
-                if pace == Pace::Running {
+            for activity in [Activity::Idle, Activity::Running] {
+                if activity == Activity::Running {
                     let all: Vec<_> = family.vms().map(|(id, _)| id).collect();
-                    all.into_iter().for_each(|vm| family.set_pace(vm, Pace::Running));
+                    all.into_iter().for_each(|vm| family.set_activity(vm, Activity::Running));
                 }
                 // So many that the queue is cleared of what is out of date now and then.
                 let choices = 4 * 4 * vms as u64;
-                let before = family.objects.ages.steps;
+                let before = family.objects.queue.steps;
                 for _ in 0..choices {
                     let end = family.search_victims();
                     let (store, pages, objects) =
@@ -220,8 +220,8 @@ mod tests {
                     assert_eq!(objects.len(), 1);
                     family.keep_victim(store, pages);
                 }
-                let steps = family.objects.ages.steps - before;
-                assert!(steps <= 4 * choices, "{vms} VMs, {pace:?}: {steps} steps for {choices} choices");
+                let steps = family.objects.queue.steps - before;
+                assert!(steps <= 4 * choices, "{vms} VMs, {activity:?}: {steps} steps for {choices} choices");
                 family.check_invariants().unwrap();
             }
         }

@@ -25,8 +25,8 @@ const MANY: u32 = 32;
 
 /// The clusters that have pages in a store, by age.
 #[derive(Debug, Default)]
-pub(crate) struct Ages {
-    listed: HashMap<StoreId, BTreeMap<u64, Place>>,
+pub(crate) struct ReclaimQueue {
+    listed: HashMap<StoreId, BTreeMap<u64, QueuePlace>>,
     /// Clusters that are listed.
     count: usize,
     queue: VecDeque<Entry>,
@@ -49,7 +49,7 @@ pub(crate) struct Turn(u64);
 
 /// A cluster's place.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct QueuePlace {
     turn: Turn,
     /// It came back soon after it was evicted, and has not been passed over yet.
     refaulted: bool,
@@ -71,9 +71,9 @@ pub(crate) enum Return {
     Late,
 }
 
-impl Ages {
+impl ReclaimQueue {
     /// Pages have got into their store. What is listed keeps its place.
-    pub fn settled(&mut self, store: StoreId, pages: GfnRange) {
+    pub fn written_back(&mut self, store: StoreId, pages: GfnRange) {
         for cluster in clusters(pages) {
             if !self.listed.get(&store).is_some_and(|listed| listed.contains_key(&cluster)) {
                 self.push(store, cluster, false);
@@ -188,7 +188,7 @@ impl Ages {
     fn push(&mut self, store: StoreId, cluster: u64, refaulted: bool) {
         let turn = self.next_turn;
         self.next_turn.0 += 1;
-        let before = self.listed.entry(store).or_default().insert(cluster, Place { turn, refaulted });
+        let before = self.listed.entry(store).or_default().insert(cluster, QueuePlace { turn, refaulted });
         self.count += usize::from(before.is_none());
         if self.idle.contains(&store) {
             self.idle_listed.insert(store);
@@ -234,51 +234,51 @@ mod tests {
         GfnRange::new(Gfn(start), PageCount(count))
     }
 
-    fn take(ages: &mut Ages) -> Option<u64> {
-        ages.take_oldest(ages.end()).map(|(_, pages)| pages.start().0 / CLUSTER.0)
+    fn take(queue: &mut ReclaimQueue) -> Option<u64> {
+        queue.take_oldest(queue.end()).map(|(_, pages)| pages.start().0 / CLUSTER.0)
     }
 
     #[test]
     fn the_oldest_goes_first_and_what_comes_back_is_young() {
-        let mut ages = Ages::default();
-        ages.settled(STORE, pages(0, 40));
-        ages.settled(STORE, pages(0, 64));
-        assert_eq!(take(&mut ages), Some(0));
-        ages.came_back(STORE, pages(3, 1), Return::Late);
-        ages.came_back(STORE, pages(17, 2), Return::Late);
-        assert_eq!([(); 5].map(|()| take(&mut ages)), [Some(2), Some(3), Some(0), Some(1), None]);
+        let mut queue = ReclaimQueue::default();
+        queue.written_back(STORE, pages(0, 40));
+        queue.written_back(STORE, pages(0, 64));
+        assert_eq!(take(&mut queue), Some(0));
+        queue.came_back(STORE, pages(3, 1), Return::Late);
+        queue.came_back(STORE, pages(17, 2), Return::Late);
+        assert_eq!([(); 5].map(|()| take(&mut queue)), [Some(2), Some(3), Some(0), Some(1), None]);
     }
 
     #[test]
     fn entries_out_of_date_do_not_pile_up() {
-        let mut ages = Ages::default();
+        let mut queue = ReclaimQueue::default();
         for _ in 0..1000 {
-            ages.came_back(STORE, pages(0, 64), Return::Late);
+            queue.came_back(STORE, pages(0, 64), Return::Late);
         }
-        assert!(ages.queue.len() <= 72, "{}", ages.queue.len());
-        ages.forget(STORE);
-        assert_eq!((ages.count, take(&mut ages)), (0, None));
+        assert!(queue.queue.len() <= 72, "{}", queue.queue.len());
+        queue.forget(STORE);
+        assert_eq!((queue.count, take(&mut queue)), (0, None));
     }
 
     /// A working set that does not fit: what has just come back is passed over once, and nothing is passed over for ever.
     #[test]
     fn many_refaults_give_a_second_chance() {
-        let mut ages = Ages::default();
+        let mut queue = ReclaimQueue::default();
         for _ in 0..=MANY {
-            let batch = ages.next_batch();
-            let how = ages.returned(batch);
-            ages.count_return(how);
+            let batch = queue.next_batch();
+            let how = queue.returned(batch);
+            queue.count_return(how);
         }
-        ages.came_back(STORE, pages(0, 16), Return::Refault);
-        ages.settled(STORE, pages(16, 16));
-        let end = ages.end();
-        assert_eq!(ages.take_oldest(end), Some((STORE, pages(16, 16))));
-        assert_eq!(ages.take_oldest(end), None);
-        assert_eq!(take(&mut ages), Some(0));
+        queue.came_back(STORE, pages(0, 16), Return::Refault);
+        queue.written_back(STORE, pages(16, 16));
+        let end = queue.end();
+        assert_eq!(queue.take_oldest(end), Some((STORE, pages(16, 16))));
+        assert_eq!(queue.take_oldest(end), None);
+        assert_eq!(take(&mut queue), Some(0));
         for _ in 0..2 * WINDOW {
-            ages.next_batch();
+            queue.next_batch();
         }
-        ages.came_back(STORE, pages(0, 16), Return::Refault);
-        assert_eq!(take(&mut ages), Some(0), "few refaults");
+        queue.came_back(STORE, pages(0, 16), Return::Refault);
+        assert_eq!(take(&mut queue), Some(0), "few refaults");
     }
 }

@@ -14,7 +14,7 @@ use crate::ids::SwapSlot;
 use crate::ids::VmId;
 use crate::ids::{Batch, ObjectId};
 use crate::object::{Loss, Slot, SwapBase};
-use crate::ops::Trap;
+use crate::ops::Fault;
 use crate::reclaim::Return;
 
 /// Pages of one cluster and one put, in consecutive slots, to be read together.
@@ -54,10 +54,10 @@ impl Family {
 
     /// The page that `vm` waits for, to write it, if it is in swap only and nobody else sees it: a copy of its own is all that
     /// anybody needs (exclusive swap-in). Its slot stays until a freeze tells that the copy was written.
-    pub(crate) fn only_viewer(&self, vm: VmId, gfn: Gfn) -> Option<SwapIn> {
+    pub(crate) fn exclusive_swap_in(&self, vm: VmId, gfn: Gfn) -> Option<SwapIn> {
         // A page that is on its way out may have been written.
         self.vms.get(&vm).filter(|member| member.freezing.is_none())?;
-        let Trap::SwapIn(read) = self.trap(vm, gfn) else { return None };
+        let Fault::SwapIn(read) = self.fault(vm, gfn) else { return None };
         self.is_alone(vm, gfn).then_some(read)
     }
 
@@ -94,7 +94,7 @@ impl Family {
         for (pages, slot) in self.in_swap_only(read.object, pages) {
             if let Slot::Swapped(store, base) = slot {
                 self.objects.advance(read.object, pages, Slot::Clean(store, base), effects);
-                self.objects.ages.came_back(store, pages, how);
+                self.objects.queue.came_back(store, pages, how);
             }
         }
         self.objects.put_off.clear();
@@ -102,8 +102,8 @@ impl Family {
 
     /// These pages have been read. Whether they were evicted too early.
     pub(crate) fn count_return(&mut self, read: &SwapIn) -> Return {
-        let how = self.objects.ages.returned(read.batch);
-        self.objects.ages.count_return(how);
+        let how = self.objects.queue.returned(read.batch);
+        self.objects.queue.count_return(how);
         how
     }
 

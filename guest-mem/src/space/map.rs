@@ -44,7 +44,7 @@ pub struct MapEntry {
     pub needs_copy: bool,
     /// What the VM may do there. A child begins with its parent's.
     pub protection: Protection,
-    /// Who sees what the VM writes there. The object of a shared entry is [shared memory](crate::object::Kind::Shared): no
+    /// Who sees what the VM writes there. The object of a shared entry is [shared memory](crate::object::ObjectKind::Shared): no
     /// freeze takes anything of it, and nothing is ever stacked on it.
     pub sharing: Sharing,
 }

@@ -9,14 +9,14 @@ use crate::space::runs::{Runs, among, outside, over};
 /// nothing is in here that a guest could tell from it. What is in here is one of three:
 ///
 /// * A **kept copy**: a frozen page of which the window has a private copy, over what it mapped before the freeze. It never
-///   traps. The freeze that copied the page puts it in; one that moves it, a shed and a balloon take it out. No child
+///   traps. The freeze that copied the page puts it in; one that moves it, a dedup and a balloon take it out. No child
 ///   inherits it: children map the store that stage-2 shows.
 /// * A **bridge**: stage-2 shows zeros, and the window maps the store of the pages around them, which has a hole there.
 /// * A **zero run**: stage-2 shows a store, all pages there have turned out zero, and the window is anonymous.
 ///
 /// The fork that makes a window puts bridges and zero runs in, the same for all children of a freeze; they are one list
 /// that all of them hold until one has another.
-/// Whatever has a window map what stage-2 shows takes them out: a freeze, a balloon, a shed. A page is in one of the three at
+/// Whatever has a window map what stage-2 shows takes them out: a freeze, a balloon, a dedup. A page is in one of the three at
 /// most: where a copy is kept, it is its entry that knows what lies beneath.
 #[derive(Debug, Default)]
 pub(crate) struct Overlay {

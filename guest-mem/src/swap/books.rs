@@ -1,7 +1,7 @@
 //! All clusters, and what can be told of them together.
 
 use super::cluster::{Class, Cluster, State, bits};
-use super::extents::{Extents, Place};
+use super::extents::{DiskExtent, Extents};
 use super::packed::Packed;
 use crate::addr::PageCount;
 use crate::addr::cluster::CLUSTER;
@@ -24,7 +24,7 @@ pub struct Books {
     pub(super) placed: BTreeMap<u64, usize>,
     pub(super) extents: Extents,
     /// Free blocks that the disk is just told of.
-    pub(super) discarding: Option<Place>,
+    pub(super) discarding: Option<DiskExtent>,
     pub(super) sums: Sums,
     stamp: u64,
 }
@@ -159,14 +159,14 @@ impl Books {
     }
 
     /// Blocks for a cluster that has none.
-    pub fn place(&mut self, key: usize, blocks: u64) -> Option<Place> {
+    pub fn place(&mut self, key: usize, blocks: u64) -> Option<DiskExtent> {
         let place = self.extents.allocate(blocks)?;
         self.placed.insert(place.start, key);
         Some(place)
     }
 
     /// Frees a cluster's blocks.
-    pub fn release(&mut self, key: usize, place: Place) {
+    pub fn release(&mut self, key: usize, place: DiskExtent) {
         let holder = self.placed.remove(&place.start);
         assert_eq!(holder, Some(key), "blocks {place:?} are another cluster's");
         self.extents.release(place);
@@ -174,7 +174,7 @@ impl Books {
 
     /// Free blocks that hold what nobody needs, at most so many: nobody gets them until they are
     /// [discarded](Self::discarded).
-    pub fn take_stale(&mut self, most: u64) -> Option<Place> {
+    pub fn take_stale(&mut self, most: u64) -> Option<DiskExtent> {
         assert_eq!(self.discarding, None, "one discard at a time");
         self.discarding = self.extents.take_stale(most);
         self.discarding

@@ -1,6 +1,6 @@
 //! What is known of a cluster.
 
-use super::extents::Place;
+use super::extents::DiskExtent;
 use super::packed::Packed;
 use crate::addr::PageCount;
 use crate::ids::SwapSlot;
@@ -30,37 +30,37 @@ pub enum State {
         /// The bytes.
         packed: Arc<Packed>,
         /// Where they go.
-        place: Place,
+        place: DiskExtent,
     },
     /// On the disk and in memory.
     Clean {
         /// The bytes.
         packed: Arc<Packed>,
         /// Where they are on the disk.
-        place: Place,
+        place: DiskExtent,
         /// Why they are kept in memory.
         keep: Keep,
         /// When they were last of use.
         stamp: u64,
     },
     /// On the disk.
-    Disk(Place),
+    Disk(DiskExtent),
     /// On the disk, and being read.
     Reading {
         /// Where they are.
-        place: Place,
+        place: DiskExtent,
         /// Why.
         keep: Keep,
     },
     /// They could not be read.
     Lost {
         /// Where they were.
-        place: Place,
+        place: DiskExtent,
         /// What `get` answers.
-        loss: Loss,
+        loss: ClusterLoss,
     },
     /// Nobody needs them, but a read or a write still has their place.
-    Dropped(Place),
+    Dropped(DiskExtent),
 }
 
 /// Why there is a copy in memory of what is on the disk.
@@ -91,7 +91,7 @@ pub enum Class {
 
 /// How bytes got lost: what an [`io::Error`] says, which cannot be cloned.
 #[derive(Clone, Debug)]
-pub struct Loss {
+pub struct ClusterLoss {
     kind: io::ErrorKind,
     message: Arc<str>,
 }
@@ -119,7 +119,7 @@ pub fn slot(key: usize) -> SwapSlot {
 
 impl State {
     /// The blocks that are taken for it.
-    pub fn place(&self) -> Option<Place> {
+    pub fn place(&self) -> Option<DiskExtent> {
         match self {
             Self::Zero | Self::Memory(_) => None,
             Self::Writing { place, .. }
@@ -148,14 +148,14 @@ impl Keep {
     }
 }
 
-impl Loss {
+impl ClusterLoss {
     /// The error once more.
     pub fn error(&self) -> io::Error {
         io::Error::new(self.kind, &*self.message)
     }
 }
 
-impl From<io::Error> for Loss {
+impl From<io::Error> for ClusterLoss {
     fn from(error: io::Error) -> Self {
         Self { kind: error.kind(), message: error.to_string().into() }
     }

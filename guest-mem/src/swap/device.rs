@@ -36,14 +36,14 @@ pub trait Device: Send + Sync {
 #[derive(Debug)]
 pub struct FileDevice {
     file: Flock<File>,
-    kind: Kind,
+    kind: DeviceKind,
     blocks: u64,
     /// Nothing was written from this block on.
     unwritten: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum DeviceKind {
     Regular,
     Block,
 }
@@ -94,8 +94,8 @@ impl FileDevice {
         let invalid = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         let metadata = file.metadata()?;
         let kind = match metadata.file_type() {
-            kind if kind.is_file() => Kind::Regular,
-            kind if kind.is_block_device() => Kind::Block,
+            kind if kind.is_file() => DeviceKind::Regular,
+            kind if kind.is_block_device() => DeviceKind::Block,
             _ => return invalid("neither a regular file nor a block device".into()),
         };
         let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
@@ -107,15 +107,15 @@ impl FileDevice {
             return invalid("it has no size".into());
         }
         match kind {
-            Kind::Regular => {
+            DeviceKind::Regular => {
                 file.set_permissions(Permissions::from_mode(0o600))?;
                 file.set_len(0)?;
                 file.set_len(blocks * BLOCK as u64)?;
             }
-            Kind::Block if blocks > there / BLOCK as u64 => {
+            DeviceKind::Block if blocks > there / BLOCK as u64 => {
                 return invalid(format!("the device has {there} bytes only"));
             }
-            Kind::Block => {}
+            DeviceKind::Block => {}
         }
         let device = Self { file, kind, blocks, unwritten: AtomicU64::new(0) };
         device.go_direct()?;
@@ -164,9 +164,9 @@ impl Device for FileDevice {
 impl Drop for FileDevice {
     fn drop(&mut self) {
         let emptied = match (self.kind, self.unwritten.load(Ordering::Relaxed)) {
-            (Kind::Regular, _) => self.file.set_len(0),
-            (Kind::Block, 0) => Ok(()),
-            (Kind::Block, blocks) => self.discard(0, blocks),
+            (DeviceKind::Regular, _) => self.file.set_len(0),
+            (DeviceKind::Block, 0) => Ok(()),
+            (DeviceKind::Block, blocks) => self.discard(0, blocks),
         };
         if let Err(error) = emptied {
             log::warn!("swap: what was written stays on the disk: {error}");

@@ -9,14 +9,14 @@ pub const BLOCK: usize = 4096;
 
 /// Blocks of the disk that hold a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct DiskExtent {
     /// The first block.
     pub start: u64,
     /// How many there are.
     pub blocks: u64,
 }
 
-impl Place {
+impl DiskExtent {
     /// The block after the last.
     pub fn end(self) -> u64 {
         self.start + self.blocks
@@ -78,19 +78,19 @@ impl Extents {
     }
 
     /// Takes `blocks` (1 to 17) in one piece, if there is such a piece.
-    pub fn allocate(&mut self, blocks: u64) -> Option<Place> {
+    pub fn allocate(&mut self, blocks: u64) -> Option<DiskExtent> {
         debug_assert!((1..=LONG).contains(&blocks));
         let start = self.find(blocks)?;
-        let place = Place { start, blocks };
+        let place = DiskExtent { start, blocks };
         self.take(place);
         self.cursor = place.end();
         Some(place)
     }
 
     /// Takes stale blocks, at most so many, to have the disk discard them.
-    pub fn take_stale(&mut self, most: u64) -> Option<Place> {
+    pub fn take_stale(&mut self, most: u64) -> Option<DiskExtent> {
         let stale = self.stale.iter().next()?;
-        let place = Place { start: stale.start, blocks: (stale.end - stale.start).min(most) };
+        let place = DiskExtent { start: stale.start, blocks: (stale.end - stale.start).min(most) };
         self.take(place);
         Some(place)
     }
@@ -101,7 +101,7 @@ impl Extents {
     }
 
     /// Takes free blocks.
-    fn take(&mut self, place: Place) {
+    fn take(&mut self, place: DiskExtent) {
         let (&from, &to) = self.extents.range(..=place.start).next_back().expect("free blocks are in an extent");
         self.remove(from);
         self.insert(from..place.start);
@@ -114,14 +114,14 @@ impl Extents {
     }
 
     /// Gives blocks back, which hold what nobody needs any more.
-    pub fn release(&mut self, place: Place) {
+    pub fn release(&mut self, place: DiskExtent) {
         self.release_discarded(place);
         self.stale.insert(place.start..place.end());
         self.stale_blocks += place.blocks;
     }
 
     /// Gives blocks back, which hold nothing.
-    pub fn release_discarded(&mut self, place: Place) {
+    pub fn release_discarded(&mut self, place: DiskExtent) {
         let mut range = place.start..place.end();
         let before = self.extents.range(..range.start).next_back().map(|(&start, &end)| start..end);
         let after = self.extents.range(range.start..).next().map(|(&start, &end)| start..end);
@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(extents.allocate(1), None);
         extents.release(a);
         let hole = extents.allocate(6).unwrap();
-        assert_eq!(hole, Place { start: 0, blocks: 6 });
+        assert_eq!(hole, DiskExtent { start: 0, blocks: 6 });
         assert_eq!(extents.allocate(12), None);
         extents.release(b);
         assert!(extents.iter().eq(std::iter::once(6..34)));

@@ -67,7 +67,7 @@ impl Packed {
         &self.lengths
     }
 
-    /// The stored pages, without gaps.
+    /// The stored pages, without copy-ups.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }

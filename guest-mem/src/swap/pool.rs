@@ -1,7 +1,7 @@
 //! The threads that read and write.
 
 use super::device::{Aligned, Device};
-use super::extents::Place;
+use super::extents::DiskExtent;
 use super::frame::{self, Tag};
 use super::packed::Packed;
 use std::collections::VecDeque;
@@ -13,11 +13,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// A frame to be read or written.
 #[derive(Debug)]
-pub struct Job {
+pub struct DiskJob {
     /// The cluster.
     pub key: usize,
     /// The frame's place, which stays taken until the job is done.
-    pub place: Place,
+    pub place: DiskExtent,
     /// Whose frame it is.
     pub tag: Tag,
     /// What is to be done.
@@ -75,7 +75,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Queue {
     /// One for each kind of [`Work`], the most urgent first.
-    jobs: [VecDeque<Job>; 4],
+    jobs: [VecDeque<DiskJob>; 4],
     closed: bool,
 }
 
@@ -101,7 +101,7 @@ impl Pool {
     }
 
     /// Hands a job in.
-    pub fn submit(&self, job: Job) {
+    pub fn submit(&self, job: DiskJob) {
         lock(&self.shared.queue).jobs[job.work.urgency()].push_back(job);
         self.shared.wake.notify_one();
     }
@@ -138,7 +138,7 @@ impl Work {
 impl Queue {
     /// The most urgent job, and those of its kind whose frames follow its on the disk: what was evicted in order may lie in
     /// two places by turns, where two rounds of eviction or of write-out met.
-    fn next_run(&mut self) -> Option<Vec<Job>> {
+    fn next_run(&mut self) -> Option<Vec<DiskJob>> {
         let jobs = self.jobs.iter_mut().find(|jobs| !jobs.is_empty())?;
         let mut run = vec![jobs.pop_front()?];
         while run.len() < MERGED {
@@ -167,7 +167,7 @@ impl Shared {
     }
 
     /// Jobs, or nothing at the end.
-    fn wait(&self) -> Option<Vec<Job>> {
+    fn wait(&self) -> Option<Vec<DiskJob>> {
         let mut queue = lock(&self.queue);
         loop {
             if queue.closed {
@@ -181,7 +181,7 @@ impl Shared {
     }
 
     /// Reads all frames at once, and once more by itself each that did not come well.
-    fn read(&self, run: &[Job], buffer: &mut Aligned) -> Vec<Done> {
+    fn read(&self, run: &[DiskJob], buffer: &mut Aligned) -> Vec<Done> {
         let whole = buffer.slice(length(run));
         let mut got: Vec<Option<Packed>> = Vec::new();
         if self.device.read(run[0].place.start, whole).is_ok() {
@@ -189,28 +189,28 @@ impl Shared {
             got.extend(run.iter().zip(frames).map(|(job, frame)| frame::decode(frame, job.tag).ok()));
         }
         got.resize_with(run.len(), || None);
-        let done = |(job, got): (&Job, Option<Packed>)| {
+        let done = |(job, got): (&DiskJob, Option<Packed>)| {
             let packed = got.map_or_else(|| self.read_one(job, buffer), Ok);
             Done { key: job.key, outcome: Outcome::Read(packed) }
         };
         run.iter().zip(got).map(done).collect()
     }
 
-    fn discard(&self, job: &Job) -> Done {
+    fn discard(&self, job: &DiskJob) -> Done {
         let done = self.device.discard(job.place.start, job.place.blocks);
         Done { key: job.key, outcome: Outcome::Discarded(done) }
     }
 
-    fn read_one(&self, job: &Job, buffer: &mut Aligned) -> io::Result<Packed> {
+    fn read_one(&self, job: &DiskJob, buffer: &mut Aligned) -> io::Result<Packed> {
         let frame = buffer.slice(job.place.bytes());
         self.device.read(job.place.start, frame).map_err(|error| context("read", job.place, &error))?;
         frame::decode(frame, job.tag)
     }
 
     /// Writes all frames at once; if that fails, each by itself.
-    fn write(&self, run: &[Job], buffer: &mut Aligned) -> Vec<Done> {
+    fn write(&self, run: &[DiskJob], buffer: &mut Aligned) -> Vec<Done> {
         // A cluster that is gone still has its place: anything may be written there.
-        let packed: Vec<Option<Arc<Packed>>> = run.iter().map(Job::packed).collect();
+        let packed: Vec<Option<Arc<Packed>>> = run.iter().map(DiskJob::packed).collect();
         let whole = buffer.slice(length(run));
         for ((job, packed), frame) in run.iter().zip(&packed).zip(split_mut(run, whole)) {
             match packed {
@@ -220,7 +220,7 @@ impl Shared {
         }
         let wanted = packed.iter().any(Option::is_some);
         let written = if wanted { self.device.write(run[0].place.start, whole) } else { Ok(()) };
-        let done = |(job, frame): (&Job, &[u8])| {
+        let done = |(job, frame): (&DiskJob, &[u8])| {
             let result = match &written {
                 Ok(()) => Ok(()),
                 Err(error) if run.len() == 1 => Err(context("write", job.place, error)),
@@ -241,7 +241,7 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-impl Job {
+impl DiskJob {
     fn packed(&self) -> Option<Arc<Packed>> {
         match &self.work {
             Work::Write(packed) => packed.upgrade(),
@@ -250,19 +250,19 @@ impl Job {
     }
 }
 
-fn length(run: &[Job]) -> usize {
+fn length(run: &[DiskJob]) -> usize {
     run.iter().map(|job| job.place.bytes()).sum()
 }
 
-fn split<'a>(run: &[Job], mut whole: &'a [u8]) -> Vec<&'a [u8]> {
+fn split<'a>(run: &[DiskJob], mut whole: &'a [u8]) -> Vec<&'a [u8]> {
     run.iter().map(|job| whole.split_off(..job.place.bytes()).expect("the run's length")).collect()
 }
 
-fn split_mut<'a>(run: &[Job], mut whole: &'a mut [u8]) -> Vec<&'a mut [u8]> {
+fn split_mut<'a>(run: &[DiskJob], mut whole: &'a mut [u8]) -> Vec<&'a mut [u8]> {
     run.iter().map(|job| whole.split_off_mut(..job.place.bytes()).expect("the run's length")).collect()
 }
 
-fn context(what: &str, place: Place, error: &io::Error) -> io::Error {
+fn context(what: &str, place: DiskExtent, error: &io::Error) -> io::Error {
     let message = format!("swap: {what} of blocks {:#x}+{}: {error}", place.start, place.blocks);
     io::Error::new(error.kind(), message)
 }

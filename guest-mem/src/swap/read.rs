@@ -1,9 +1,9 @@
 //! The way back in: reads, read-ahead and the cache of what was read.
 
-use super::cluster::{Class, Keep, Loss, State};
-use super::extents::Place;
+use super::cluster::{Class, ClusterLoss, Keep, State};
+use super::extents::DiskExtent;
 use super::packed::Packed;
-use super::pool::{Job, Work};
+use super::pool::{DiskJob, Work};
 use super::store::SwapStore;
 use crate::addr::PageCount;
 use crate::addr::cluster::CLUSTER;
@@ -59,7 +59,7 @@ impl ReadAhead {
 
 impl SwapStore {
     /// Starts to read a cluster that somebody waits for, and some that follow.
-    pub(super) fn demand(&mut self, key: usize, place: Place) {
+    pub(super) fn demand(&mut self, key: usize, place: DiskExtent) {
         self.read(key, place, Keep::Wanted);
         self.read_ahead(place);
     }
@@ -87,7 +87,7 @@ impl SwapStore {
     }
 
     /// A cluster on its way in was asked for.
-    pub(super) fn await_read(&mut self, key: usize, place: Place, keep: Keep) {
+    pub(super) fn await_read(&mut self, key: usize, place: DiskExtent, keep: Keep) {
         self.books.turn(key, State::Reading { place, keep: Keep::Wanted });
         if keep == Keep::Ahead {
             self.hit_ahead(key, place);
@@ -108,14 +108,14 @@ impl SwapStore {
     }
 
     /// Whoever reads in order finds the next window on its way by then.
-    fn hit_ahead(&mut self, key: usize, place: Place) {
+    fn hit_ahead(&mut self, key: usize, place: DiskExtent) {
         self.counters.readahead_hits += u64::from(self.books[key].live.count_ones());
         self.ahead.hit();
         self.read_ahead(place);
     }
 
     /// Reads what is not in memory of the clusters that follow on the disk, which is the order of eviction.
-    fn read_ahead(&mut self, place: Place) {
+    fn read_ahead(&mut self, place: DiskExtent) {
         // A window larger than half the cache would push itself out before anybody comes for it.
         let window = self.ahead.window().min((self.limits.cache / CLUSTER.bytes() / 2) as usize);
         let following = self.books.placed.range(place.end()..).map(|(_, &key)| key);
@@ -131,10 +131,10 @@ impl SwapStore {
         }
     }
 
-    fn read(&mut self, key: usize, place: Place, keep: Keep) {
+    fn read(&mut self, key: usize, place: DiskExtent, keep: Keep) {
         self.books.turn(key, State::Reading { place, keep });
         let work = if keep == Keep::Wanted { Work::Demand } else { Work::Ahead };
-        self.submit(Job { key, place, tag: self.tag(key), work });
+        self.submit(DiskJob { key, place, tag: self.tag(key), work });
     }
 
     /// A read is done; is somebody to come for it?
@@ -149,7 +149,7 @@ impl SwapStore {
             Err(_) if keep.is_ahead() => State::Disk(place),
             Err(error) => {
                 log::error!("pages are lost: {error}");
-                State::Lost { place, loss: Loss::from(error) }
+                State::Lost { place, loss: ClusterLoss::from(error) }
             }
         };
         self.books.turn(key, state);

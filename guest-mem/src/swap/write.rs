@@ -3,7 +3,7 @@
 use super::cluster::{Keep, State, slot};
 use super::frame::{self, Tag};
 use super::packed::Packed;
-use super::pool::{Job, Work};
+use super::pool::{DiskJob, Work};
 use super::store::SwapStore;
 use std::io;
 use std::sync::Arc;
@@ -68,7 +68,7 @@ impl SwapStore {
         let place = self.books.place(key, frame::blocks(&packed))?;
         let work = Work::Write(Arc::downgrade(&packed));
         self.books.turn(key, State::Writing { packed, place });
-        self.submit(Job { key, place, tag: self.tag(key), work });
+        self.submit(DiskJob { key, place, tag: self.tag(key), work });
         Some(live.count_ones().into())
     }
 
@@ -130,7 +130,7 @@ impl SwapStore {
         if let Some(place) = self.books.take_stale(DISCARDED) {
             // They are no cluster's, and no frame.
             let tag = Tag { run: self.run, sequence: 0, slot: slot(0) };
-            self.submit(Job { key: usize::MAX, place, tag, work: Work::Discard });
+            self.submit(DiskJob { key: usize::MAX, place, tag, work: Work::Discard });
         }
     }
 
@@ -148,7 +148,7 @@ impl SwapStore {
         Tag { run: self.run, sequence: self.books[key].sequence, slot: slot(key) }
     }
 
-    pub(super) fn submit(&self, job: Job) {
+    pub(super) fn submit(&self, job: DiskJob) {
         self.pool.as_ref().expect("only with a disk are there jobs").submit(job);
     }
 }

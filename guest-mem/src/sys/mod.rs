@@ -16,7 +16,7 @@ pub use alias::{Alias, FillError};
 pub use area::{Access, Advice, Area, Place};
 pub use memfd::Memfd;
 pub use pagemap::{Pagemap, ScanMethod};
-pub use userfaultfd::{Touch, Trap, Userfaultfd};
+pub use userfaultfd::{FaultEvent, Touch, Userfaultfd};
 pub use written::Written;
 
 /// Lets a test make the n-th system call fail that this thread makes through an [`Area`] or a [`Userfaultfd`].

@@ -28,7 +28,7 @@ pub enum Touch {
 
 /// A touch of a missing page, whose thread waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Trap {
+pub struct FaultEvent {
     /// The host address that was touched.
     pub address: u64,
     /// What the touch said that it would do.
@@ -179,7 +179,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// Of `preadv2`, but for "nothing there".
-    pub fn read(&self, traps: &mut Vec<Trap>, limit: usize) -> io::Result<()> {
+    pub fn read(&self, traps: &mut Vec<FaultEvent>, limit: usize) -> io::Result<()> {
         const BATCH: usize = 32;
         let mut room = [MaybeUninit::<uffd_msg>::zeroed(); BATCH];
         let bytes = limit.min(BATCH) * mem::size_of::<uffd_msg>();
@@ -207,7 +207,7 @@ impl Userfaultfd {
                 let fault = unsafe { message.arg.pagefault };
                 let writes = fault.flags & u64::from(UFFD_PAGEFAULT_FLAG_WRITE) != 0;
                 let touch = if writes { Touch::Write } else { Touch::Read };
-                traps.push(Trap { address: fault.address & !(PAGE_SIZE as u64 - 1), touch });
+                traps.push(FaultEvent { address: fault.address & !(PAGE_SIZE as u64 - 1), touch });
             }
         }
         Ok(())

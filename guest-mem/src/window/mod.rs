@@ -47,7 +47,7 @@ pub struct Harvest {
 
 impl Harvest {
     /// Whether this can be what was taken out of `ram` (sorted, apart).
-    pub fn makes_sense(&self, ram: &[GfnRange]) -> bool {
+    pub fn is_valid(&self, ram: &[GfnRange]) -> bool {
         let Self { moved, copied, moved_private } = self;
         [moved, copied, &merged(moved, copied)].iter().all(|pages| are_apart(pages, ram))
             && are_apart(moved_private, moved)
@@ -148,11 +148,11 @@ pub trait Window {
     /// read again later.
     fn read_scratch(&self, scratch: StoreId, first: Gfn, buf: &mut [u8]) -> io::Result<()>;
 
-    /// These pages of the freeze into `scratch` have settled: they will not be read again, and their memory may be given
-    /// back.
+    /// These pages of the freeze into `scratch` have been written back: they will not be read again, and their memory may be
+    /// given back.
     fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange);
 
-    /// All pages of the freeze into `scratch` have settled: gives their memory back.
+    /// All pages of the freeze into `scratch` have been written back: gives their memory back.
     fn drop_scratch(&mut self, scratch: StoreId);
 
     /// Supplies zero pages where nothing is present yet, and wakes who waits for them. Pages that are there stay.
@@ -228,15 +228,15 @@ mod tests {
     #[test]
     fn a_harvest_makes_sense_or_not() {
         let ram = ranges(&[(0, 100)]);
-        let makes_sense = |moved: &[_], moved_private: &[_], copied: &[_]| {
+        let is_valid = |moved: &[_], moved_private: &[_], copied: &[_]| {
             let [moved, moved_private, copied] = [moved, moved_private, copied].map(ranges);
-            Harvest { moved, copied, moved_private }.makes_sense(&ram)
+            Harvest { moved, copied, moved_private }.is_valid(&ram)
         };
-        assert!(makes_sense(&[], &[], &[]));
-        assert!(makes_sense(&[(10, 20), (40, 50)], &[(10, 12), (19, 20), (40, 50)], &[(5, 10), (30, 31)]));
-        assert!(!makes_sense(&[(10, 20)], &[(30, 31)], &[]), "private and not moved");
-        assert!(!makes_sense(&[(10, 20)], &[], &[(15, 16)]), "moved and copied");
-        assert!(!makes_sense(&[(40, 50), (10, 20)], &[], &[(30, 31)]), "out of order");
-        assert!(!makes_sense(&[(90, 101)], &[], &[]), "outside");
+        assert!(is_valid(&[], &[], &[]));
+        assert!(is_valid(&[(10, 20), (40, 50)], &[(10, 12), (19, 20), (40, 50)], &[(5, 10), (30, 31)]));
+        assert!(!is_valid(&[(10, 20)], &[(30, 31)], &[]), "private and not moved");
+        assert!(!is_valid(&[(10, 20)], &[], &[(15, 16)]), "moved and copied");
+        assert!(!is_valid(&[(40, 50), (10, 20)], &[], &[(30, 31)]), "out of order");
+        assert!(!is_valid(&[(90, 101)], &[], &[]), "outside");
     }
 }

@@ -19,7 +19,7 @@ fn family(clones: usize) -> (World, Vec<VmId>) {
     for _ in 0..clones {
         world.fork_frozen(first);
     }
-    world.settle_all();
+    world.write_back_all();
     let all = world.ids();
     (world, all)
 }
@@ -47,7 +47,7 @@ fn what_everybody_gives_back_is_freed_with_the_last() {
     for (done, &vm) in vms.iter().enumerate() {
         world.balloon(vm, pages(4..12));
         world.check();
-        world.settle_all();
+        world.write_back_all();
         assert_eq!(world.ledger.pages(), if done == 2 { 24 } else { 32 });
     }
     end(world);
@@ -57,7 +57,7 @@ fn what_everybody_gives_back_is_freed_with_the_last() {
 fn what_everybody_gives_back_whole_leaves_no_store() {
     let (mut world, vms) = family(3);
     vms.iter().for_each(|&vm| world.balloon(vm, pages(0..32)));
-    world.settle_all();
+    world.write_back_all();
     assert_eq!((world.ledger.pages(), world.ledger.stores()), (0, 0));
     end(world);
 }
@@ -93,22 +93,22 @@ fn no_ancestors_bytes_come_back() {
             world.exit(ancestor);
             world.check();
         }
-        world.settle_all();
+        world.write_back_all();
         world.check();
         (0..32).for_each(|page| world.read(child, Gfn(page)));
         end(world);
     }
 }
 
-/// Pages that have not settled, gaps among them, are not waited for any more.
+/// Pages that have not been written back, copy-ups among them, are not waited for any more.
 #[test]
 fn what_has_not_settled_need_not() {
     let (mut world, vms) = family(1);
     (0..32).step_by(3).for_each(|page| world.write(vms[1], Gfn(page)));
     world.freeze(vms[1], Gaps::All);
-    assert_ne!(world.manager.family().totals().unsettled, 0);
+    assert_ne!(world.manager.family().totals().in_flight, 0);
     world.balloon(vms[1], pages(0..32));
-    assert_eq!(world.manager.family().totals().unsettled, 0);
+    assert_eq!(world.manager.family().totals().in_flight, 0);
     end(world);
 }
 

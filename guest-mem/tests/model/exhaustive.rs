@@ -17,7 +17,7 @@ enum Op {
     Exit(usize),
     /// Of the last page: it may not be written, or may be again.
     Protect(usize, Protection),
-    Settle,
+    WriteBack,
     /// All there is.
     Evict,
     /// What a VM has written goes straight to swap, and nobody waits for it.
@@ -48,7 +48,7 @@ enum Ops {
     Pressure,
     /// Map entries are changed.
     Entries,
-    /// The halves of freezes and sheds are operations of their own.
+    /// The halves of freezes and dedups are operations of their own.
     Halves,
 }
 
@@ -80,7 +80,7 @@ impl Scope {
     fn choices(&self, world: &World) -> Vec<Op> {
         let pages = self.layout.ram[0].1;
         let ids = world.ids();
-        let mut choices = vec![Op::Settle];
+        let mut choices = vec![Op::WriteBack];
         for (vm, id) in ids.iter().enumerate() {
             let all = (0..pages).map(|page| Op::Write(vm, page)).chain([Op::Balloon(vm), Op::Exit(vm)]);
             choices.extend(all.filter(|op| !matches!(op, Op::Balloon(_)) || !is_between(world, *id)));
@@ -109,7 +109,7 @@ impl Scope {
     }
 }
 
-/// Whether the manager hears of this VM's freeze or shed before anything that it does now.
+/// Whether the manager hears of this VM's freeze or dedup before anything that it does now.
 fn is_between(world: &World, vm: VmId) -> bool {
     matches!(world.halves.get(&vm), Some(Half::Taken(..))) || world.sheddings.contains_key(&vm)
 }
@@ -152,8 +152,8 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
             let last = world.frames().last().expect("RAM");
             world.protect(ids[vm], GfnRange::new(last, PageCount(1)), protection);
         }
-        Op::Settle => {
-            world.settle();
+        Op::WriteBack => {
+            world.write_back();
         }
         Op::Evict => world.evict_all(),
         Op::FreezeToSwap(vm) => {
@@ -259,7 +259,7 @@ fn every_sequence_of_three_operations_under_pressure() {
     for gaps in GAPS {
         let scope = Scope::new(gaps, Ops::Pressure);
         explore(&scope, &mut vec![Op::Write(0, 0), Op::FreezeToSwap(0)], 3);
-        explore(&scope, &mut vec![Op::Write(0, 1), Op::Fork(0), Op::Settle, Op::Evict], 3);
+        explore(&scope, &mut vec![Op::Write(0, 1), Op::Fork(0), Op::WriteBack, Op::Evict], 3);
     }
 }
 
@@ -271,7 +271,7 @@ fn every_sequence_of_five_operations_under_pressure() {
     }
 }
 
-/// Freezes in two steps, snapshots among them, which are copied later, and sheds.
+/// Freezes in two steps, snapshots among them, which are copied later, and dedups.
 #[test]
 fn every_sequence_of_five_steps_of_freezes_and_sheds() {
     for gaps in [Gaps::None, Gaps::Stay] {
@@ -290,9 +290,9 @@ fn orders() -> Vec<[usize; 4]> {
     all.filter(|order| (0..4).all(|n| order.contains(&n))).collect()
 }
 
-/// When pages settle in [`every_order_of_exits_of_a_tree_of_four`].
+/// When pages are written back in [`every_order_of_exits_of_a_tree_of_four`].
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Settle {
+enum WriteBack {
     Never,
     First,
     Between,
@@ -322,21 +322,21 @@ fn every_order_of_exits_of_a_tree_of_four() {
     let fork = [0, 1, 1];
     for parents in [chain, star, fork] {
         for order in orders() {
-            for settle in [Settle::Never, Settle::First, Settle::Between] {
+            for write_back in [WriteBack::Never, WriteBack::First, WriteBack::Between] {
                 for gaps in [Gaps::None, Gaps::All, Gaps::Stay] {
                     let mut world = tree(parents, gaps);
                     let nodes = world.ids();
-                    if settle == Settle::First {
-                        world.settle_all();
+                    if write_back == WriteBack::First {
+                        world.write_back_all();
                     }
                     for node in order {
                         world.exit(nodes[node]);
                         world.check();
-                        if settle == Settle::Between {
-                            world.settle();
+                        if write_back == WriteBack::Between {
+                            world.write_back();
                             world.check();
                         }
-                        if settle != Settle::Never {
+                        if write_back != WriteBack::Never {
                             world.verify();
                         }
                         world.check_counts();

@@ -30,7 +30,7 @@ fn insist<R>(world: &mut World, mut action: impl FnMut(&mut World) -> Result<R, 
     }
 }
 
-/// Writes, zeros and forks over files, gaps in between; half of it settles by traps, half in batches.
+/// Writes, zeros and forks over files, copy-ups in between; half of it is written back by traps, half in batches.
 fn play(world: &mut World) {
     let first = world.ids()[0];
     for page in (0..64).step_by(5).chain(3..20).chain(62..64) {
@@ -49,7 +49,7 @@ fn play(world: &mut World) {
         insist(world, |world| world.try_protect(third, pages.clone().into(), protection));
     }
     read(world, third, 0..30);
-    while insist(world, World::try_settle) {}
+    while insist(world, World::try_write_back) {}
     world.reap();
     if world.vms.contains_key(&second) {
         world.exit(second);
@@ -71,7 +71,7 @@ fn play(world: &mut World) {
     if world.vms.contains_key(&third) {
         insist(world, |world| world.try_write(third, Gfn(90)));
         insist(world, |world| world.try_freeze_to(third, Gaps::All, Destination::Swap));
-        while insist(world, World::try_settle) {}
+        while insist(world, World::try_write_back) {}
     }
 }
 
@@ -104,7 +104,7 @@ fn fail_every(call: Call) -> u64 {
         play(&mut world);
         let unfailed = world.ledger.take_unfailed();
         world.check();
-        world.settle_all();
+        world.write_back_all();
         world.reap();
         world.verify();
         world.check();
@@ -127,7 +127,7 @@ fn fail_each(call: Call) {
         play(&mut world);
         world.ledger.take_unfailed();
         world.check();
-        world.settle_all();
+        world.write_back_all();
         world.reap();
         world.verify();
         world.check();
@@ -159,7 +159,7 @@ fn what_cannot_be_freed_goes_with_its_store() {
         let parent = world.ids()[0];
         (0..40).for_each(|page| world.write(parent, Gfn(page)));
         let child = world.fork(parent, Gaps::None);
-        world.settle_all();
+        world.write_back_all();
         world.ledger.fail_each(Call::Punch, nth);
         for vm in [parent, child] {
             (0..20).for_each(|page| world.write(vm, Gfn(page)));
@@ -167,7 +167,7 @@ fn what_cannot_be_freed_goes_with_its_store() {
         }
         world.balloon(child, GfnRange::between(Gfn(25), Gfn(30)));
         world.balloon(parent, GfnRange::between(Gfn(24), Gfn(32)));
-        world.settle_all();
+        world.write_back_all();
         assert!(nth > 1 || world.ledger.stuck() > 0);
         world.check();
         world.verify();

@@ -407,7 +407,7 @@ impl FakeWindow {
         self.stayed.iter().map(|range| range.clone().into()).collect()
     }
 
-    /// All that freezes have taken and that has not settled is gone.
+    /// All that freezes have taken and that has not been written back is gone.
     pub fn lose_scratch(&mut self) {
         self.gone.extend(self.scratch.keys());
     }
@@ -595,7 +595,7 @@ impl FakeWindow {
     }
 
     /// Maps `file` where frozen pages stayed, and stay still. What was written since stays. Which pages it did so for.
-    pub fn shed(&mut self, store: StoreId, file: Mapped, pages: &[GfnRange]) -> Vec<GfnRange> {
+    pub fn dedup(&mut self, store: StoreId, file: Mapped, pages: &[GfnRange]) -> Vec<GfnRange> {
         let stayed = pages.iter().flat_map(|pages| {
             self.stayed.overlapping(pages.raw()).map(|range| GfnRange::from(range.clone()).intersect(*pages))
         });
@@ -668,7 +668,7 @@ impl Window for FakeWindow {
     }
 
     fn leave_scratch(&mut self, scratch: StoreId, pages: GfnRange) {
-        let there = self.scratch.get_mut(&scratch).expect("a scratch range of a freeze that has not settled");
+        let there = self.scratch.get_mut(&scratch).expect("a scratch range of a freeze that has not been written back");
         there.retain(|page, _| !pages.contains(Gfn(*page)));
     }
 

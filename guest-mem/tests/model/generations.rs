@@ -97,9 +97,9 @@ impl Story {
         if self.removed == Removed::AtOnce || self.others.len() > 1 {
             self.world.exit(self.others.pop_front().expect("just put in"));
         }
-        self.world.settle_all();
+        self.world.write_back_all();
         let copied = self.world.copied(store);
-        self.stood_for += copied.pages - copied.gaps;
+        self.stood_for += copied.pages - copied.copy_ups;
         self.copied += copied.pages;
         let stores = self.world.manager.family().totals().stores as usize;
         let Most { stores: most_stores, runs: most_runs, kept: most_kept } = self.most;
@@ -224,7 +224,7 @@ fn what_is_taken_along_may_be_in_swap_or_given_back_or_written_again() {
     }
 }
 
-/// The copy of a launched VM's process, which had the frozen pages until they settled, was killed. The VM itself lost
+/// The copy of a launched VM's process, which had the frozen pages until they were written back, was killed. The VM itself lost
 /// nothing, and every child that it had from then on died at the first touch of one of them.
 #[test]
 fn a_parent_that_lost_nothing_has_children_that_lose_nothing() {
@@ -236,7 +236,7 @@ fn a_parent_that_lost_nothing_has_children_that_lose_nothing() {
     world.lose_scratch(vm);
     // Nobody has asked for one of them yet.
     let second = world.fork(vm, Gaps::Stay);
-    world.settle_all();
+    world.write_back_all();
     world.reap();
     assert!(world.ids().contains(&second), "the second child has lost memory");
     world.verify();
@@ -256,7 +256,7 @@ fn what_swap_has_lost_and_a_window_keeps_is_mended() {
     let vm = world.ids()[0];
     (0..16).for_each(|page| world.write(vm, Gfn(page)));
     let first = world.fork(vm, Gaps::Stay);
-    world.settle_all();
+    world.write_back_all();
     world.evict_all();
     world.ledger.fail(Call::GetSwap, 0);
     world.expect_losses();
@@ -264,7 +264,7 @@ fn what_swap_has_lost_and_a_window_keeps_is_mended() {
     world.reap();
     assert!(!world.ids().contains(&first), "it has lost a page");
     let second = world.fork(vm, Gaps::Stay);
-    world.settle_all();
+    world.write_back_all();
     world.verify();
     assert!(world.ids().contains(&second));
     world.check();

@@ -1,4 +1,4 @@
-//! Operations between the halves of freezes and sheds, calls that fail at random, and everything checked after each.
+//! Operations between the halves of freezes and dedups, calls that fail at random, and everything checked after each.
 //!
 //! What is done is a list of plain values, whose numbers are taken modulo what there is. So any part of a list can be played
 //! too, and a failure is told by its seed and by a list that is as short as could be found.
@@ -9,7 +9,7 @@ use super::swap::WorldSwap;
 use super::world::{Half, Layout, Shedding, What, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::manager::Error;
-use guest_mem::{Destination, Pace, Protection, Touch, VmId};
+use guest_mem::{Activity, Destination, Protection, Touch, VmId};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -44,14 +44,14 @@ pub enum Op {
     Exit(u64),
     /// The process of a VM, or one that outlives its VM.
     Kill(u64),
-    Settle,
-    SettleAll,
-    SettleAhead(u64, u64),
+    WriteBack,
+    WriteBackAll,
+    WriteAhead(u64, u64),
     Evict(u64),
     BringAhead,
     Room(u64),
     GiveUpCopies(u64),
-    SetPace(u64, Pace),
+    SetPace(u64, Activity),
     EndReads,
     Retry,
     /// Every so many calls of a kind fail from now on.
@@ -126,7 +126,7 @@ impl Stage {
                 5 => Op::BringAhead,
                 6 => Op::Room(16 * rng.below(8)),
                 7 => Op::GiveUpCopies(1 + rng.below(40)),
-                8 => Op::SetPace(vm, rng.pick(&[Pace::Running, Pace::Idle])),
+                8 => Op::SetPace(vm, rng.pick(&[Activity::Running, Activity::Idle])),
                 9 | 10 => Op::EndReads,
                 _ => Op::Read(vm, page, 40),
             };
@@ -150,9 +150,9 @@ impl Stage {
             76 | 77 => Op::TellShed(vm),
             78..82 => Op::Exit(vm),
             82 => Op::Kill(vm),
-            83..89 => Op::Settle,
-            89 => Op::SettleAll,
-            90 => Op::SettleAhead(vm, page),
+            83..89 => Op::WriteBack,
+            89 => Op::WriteBackAll,
+            90 => Op::WriteAhead(vm, page),
             91 | 92 => Op::EndReads,
             93..95 => Op::Retry,
             95 | 96 if self.failing => Op::Fail(self.call(rng), 1 + rng.below(4)),
@@ -330,16 +330,16 @@ impl<'a, S: WorldSwap> Player<'a, S> {
                     self.world.kill(victims[(vm % victims.len() as u64) as usize]);
                 }
             }
-            Op::Settle => {
-                let done = self.world.try_settle().map(drop);
+            Op::WriteBack => {
+                let done = self.world.try_write_back().map(drop);
                 self.may_fail(done);
             }
-            Op::SettleAll => {
+            Op::WriteBackAll => {
                 self.world.ledger.take_unfailed();
-                self.world.settle_all();
+                self.world.write_back_all();
             }
-            Op::SettleAhead(vm, page) => {
-                let done = self.world.manager.settle_ahead(self.vm(vm), self.frame(page));
+            Op::WriteAhead(vm, page) => {
+                let done = self.world.manager.write_ahead(self.vm(vm), self.frame(page));
                 self.may_fail(done);
             }
             Op::Evict(limit) => {
@@ -352,8 +352,8 @@ impl<'a, S: WorldSwap> Player<'a, S> {
             }
             Op::BringAhead => drop(self.world.manager.bring_ahead()),
             Op::Room(pages) => self.world.manager.set_room_ahead(PageCount(pages)),
-            Op::GiveUpCopies(pages) => drop(self.world.manager.give_up_copies(PageCount(pages))),
-            Op::SetPace(vm, pace) => self.world.manager.set_pace(self.vm(vm), pace),
+            Op::GiveUpCopies(pages) => drop(self.world.manager.reclaim_swap_cache(PageCount(pages))),
+            Op::SetPace(vm, activity) => self.world.manager.set_activity(self.vm(vm), activity),
             Op::EndReads => drop(self.world.end_reads()),
             Op::Retry => {
                 let done = self.world.try_retry();
@@ -410,7 +410,7 @@ impl<'a, S: WorldSwap> Player<'a, S> {
         }
         self.world.close();
         self.world.check();
-        self.world.settle_all();
+        self.world.write_back_all();
         self.world.check();
         self.world.reap();
         self.world.verify();

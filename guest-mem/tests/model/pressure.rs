@@ -4,19 +4,19 @@ use crate::fakes::{Call, Gaps};
 use crate::swap::{Reads, WorldSwap};
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
-use guest_mem::{Pace, Touch, VmId};
+use guest_mem::{Activity, Touch, VmId};
 
 fn pages(from: u64, to: u64) -> GfnRange {
     GfnRange::between(Gfn(from), Gfn(to))
 }
 
-/// A VM that has written the first `pages` pages of its RAM, frozen and settled.
+/// A VM that has written the first `pages` pages of its RAM, frozen and written back.
 fn with_pages(ram: u64, pages: u64) -> (World, VmId) {
     let mut world = World::new(&Layout::flat(ram));
     let vm = world.ids()[0];
     (0..pages).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     (world, vm)
 }
 
@@ -57,7 +57,7 @@ fn a_page_that_has_been_to_swap_is_not_written_again() {
     // Half of a cluster is in swap already, and comes back with the rest.
     (0..8).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     world.evict_all();
     assert_eq!(world.manager.counts().swap_out_pages, 40);
     world.verify();
@@ -75,7 +75,7 @@ fn what_everybody_hides_is_discarded_from_swap() {
         (4..8).for_each(|page| world.write(vm, Gfn(page)));
         world.freeze(vm, Gaps::None);
     }
-    world.settle_all();
+    world.write_back_all();
     assert_eq!((world.swap.borrow().pages(), world.manager.counts().discarded_pages), (12, 4));
     world.check();
     world.verify();
@@ -112,7 +112,7 @@ fn a_freeze_to_swap_fills_nothing_in() {
     world.freeze_to_swap(vm, Gaps::None);
     world.read(vm, Gfn(0));
     assert_eq!(world.ledger.pages(), 16);
-    world.settle_all();
+    world.write_back_all();
     assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (16, 54));
     world.check();
     world.verify();
@@ -126,7 +126,7 @@ fn what_swap_has_no_room_for_settles_into_memory() {
     world.swap.borrow_mut().size = 20;
     (0..64).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze_to_swap(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (48, 16));
     assert!(world.evict_some(16).stopped.is_some_and(|error| error.is_full()));
     world.check();
@@ -142,21 +142,21 @@ fn a_full_swap_gives_up_copies() {
     world.swap.borrow_mut().size = 32;
     (0..32).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     world.evict_all();
     (0..32).for_each(|page| world.read(vm, Gfn(page)));
     assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (32, 32));
 
-    // Evicted from a store, and settled straight into swap.
+    // Evicted from a store, and written back straight into swap.
     (32..48).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     let others = world.objects();
     assert!(others.iter().all(|&object| world.manager.evict(object, pages(32, 48)).stopped.is_none()));
     world.check();
     (48..64).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze_to_swap(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (32, 32), "all copies are given up");
     world.check();
     assert!(world.evict_some(16).stopped.is_some_and(|error| error.is_full()), "nothing is left to give up");
@@ -174,7 +174,7 @@ fn half_a_cluster_is_given_up_for_the_other_half() {
     world.verify();
     (8..16).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     world.evict_all();
     world.check();
     assert_eq!(world.manager.counts().discarded_pages, 0);
@@ -183,7 +183,7 @@ fn half_a_cluster_is_given_up_for_the_other_half() {
     world.end();
 }
 
-/// A gap over a page in swap is not asked for again and again while that is being read, and keeps nothing else waiting.
+/// A copy-up over a page in swap is not asked for again and again while that is being read, and keeps nothing else waiting.
 #[test]
 fn a_copy_that_waits_for_others_is_put_off() {
     let (mut world, parent) = with_pages(64, 64);
@@ -199,13 +199,13 @@ fn a_copy_that_waits_for_others_is_put_off() {
     world.freeze(parent, Gaps::All);
     world.freeze(child, Gaps::None);
     let mut batches = 0;
-    while world.settle() {
+    while world.write_back() {
         batches += 1;
     }
-    assert!(batches < 8 && world.manager.family().totals().unsettled > 0);
-    assert!(!world.settle(), "it waits");
+    assert!(batches < 8 && world.manager.family().totals().in_flight > 0);
+    assert!(!world.write_back(), "it waits");
     world.check();
-    world.settle_all();
+    world.write_back_all();
     assert!(world.manager.family().totals().swapped > 0, "what is copied need not come back itself");
     world.check();
     world.verify();
@@ -233,7 +233,7 @@ fn who_waits_for_a_read_hears_of_its_failure() {
     world.end();
 }
 
-/// A gap over a gap over a page in swap: both objects wait.
+/// A copy-up over a copy-up over a page in swap: both objects wait.
 #[test]
 fn a_copy_of_a_copy_that_waits_for_others_is_put_off() {
     let (mut world, parent) = with_pages(16, 16);
@@ -246,15 +246,15 @@ fn a_copy_of_a_copy_that_waits_for_others_is_put_off() {
         world.fork_frozen(parent);
         world.check();
     }
-    while world.settle() {}
+    while world.write_back() {}
     assert!(world.manager.family().objects().waits_for_others());
     world.check();
-    world.settle_all();
+    world.write_back_all();
     world.verify();
     world.end();
 }
 
-/// An object is absorbed while a copy of its waits for swap: whoever gets its number next must not wait for that.
+/// An object is merged while a copy of its waits for swap: whoever gets its number next must not wait for that.
 #[test]
 fn what_is_absorbed_while_it_waits_for_others_is_not_remembered() {
     let (mut world, parent) = with_pages(16, 16);
@@ -266,13 +266,13 @@ fn what_is_absorbed_while_it_waits_for_others_is_not_remembered() {
     world.write(child, Gfn(0));
     world.freeze(child, Gaps::None);
     world.swap.borrow_mut().reads = Reads::Later;
-    while world.settle() {}
+    while world.write_back() {}
     assert!(world.manager.family().objects().waits_for_others());
     world.exit(parent);
     world.check();
-    while world.settle() {}
+    while world.write_back() {}
     world.check();
-    world.settle_all();
+    world.write_back_all();
     world.verify();
     world.end();
 }
@@ -284,11 +284,11 @@ fn the_memory_of_idle_machines_goes_first() {
     let idle = world.fork_frozen(busy);
     (64..128).for_each(|page| world.write(busy, Gfn(page)));
     world.freeze(busy, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     (64..96).for_each(|page| world.write(idle, Gfn(page)));
     world.freeze(idle, Gaps::None);
-    world.settle_all();
-    world.manager.set_pace(idle, Pace::Idle);
+    world.write_back_all();
+    world.manager.set_activity(idle, Activity::Idle);
     assert_eq!(world.evict_some(32).pages.0, 32);
     let resident = |world: &World, vm, page| world.window(vm).read(Gfn(page)).is_ok();
     assert!((64..96).all(|page| !resident(&world, idle, page)));
@@ -325,7 +325,7 @@ fn a_page_that_its_only_viewer_writes_does_not_come_back_to_its_store() {
         assert_eq!(world.swap.borrow().pages(), 32, "nobody knows yet that it was written");
         world.check();
         world.freeze(vm, Gaps::None);
-        world.settle_all();
+        world.write_back_all();
         assert_eq!((world.ledger.pages(), world.swap.borrow().pages()), (16, 31));
         world.verify();
         world.check();
@@ -344,7 +344,7 @@ fn a_page_that_others_see_comes_back_for_all_of_them() {
     // With tables of its own, the parent still is not the only one; without the child, it is.
     world.write(parent, Gfn(8));
     world.freeze(parent, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     world.evict_all();
     world.write(parent, Gfn(9));
     assert_eq!(world.manager.counts().swap_in_live_pages, 0);
@@ -437,7 +437,7 @@ fn what_a_freeze_has_hidden_does_not_go_to_swap() {
     world.freeze(vm, Gaps::None);
     world.manager.evict_some(PageCount(32));
     assert_eq!(world.swap.borrow().calls().0, 0);
-    world.settle_all();
+    world.write_back_all();
     world.verify();
     world.check();
     world.end();

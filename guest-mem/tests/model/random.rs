@@ -7,7 +7,7 @@ use crate::rng::Rng;
 use crate::swap::Reads;
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
-use guest_mem::{Pace, Protection, Touch, VmId};
+use guest_mem::{Activity, Protection, Touch, VmId};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// More VMs than this make no new ones.
@@ -83,7 +83,7 @@ impl Player {
         }
         self.world.reap();
         if self.world.vms.is_empty() {
-            self.world.settle_all();
+            self.world.write_back_all();
         }
         self.world.check();
     }
@@ -108,8 +108,8 @@ impl Player {
                 self.world.freeze_to_swap(vm, gaps);
             }
             6 => {
-                let pace = self.rng.pick(&[Pace::Running, Pace::Idle]);
-                self.world.manager.set_pace(vm, pace);
+                let activity = self.rng.pick(&[Activity::Running, Activity::Idle]);
+                self.world.manager.set_activity(vm, activity);
             }
             7 | 8 => {
                 let gfn = self.frame();
@@ -173,7 +173,7 @@ impl Player {
                     self.world.copies_behind(vm);
                 }
             }
-            71 => self.shed(vm),
+            71 => self.dedup(vm),
             72 => self.protect(vm),
             73 => self.world.freeze_in_vain(vm),
             74..80 => {
@@ -182,10 +182,10 @@ impl Player {
                 }
             }
             80..92 => {
-                self.world.settle();
+                self.world.write_back();
             }
-            92..94 => self.shed(vm),
-            94..96 => self.world.settle_all(),
+            92..94 => self.dedup(vm),
+            94..96 => self.world.write_back_all(),
             96..99 => {
                 let (stretch, gaps) = (self.stretch(), self.gaps());
                 let pages = GfnRange::between(stretch[0], Gfn(stretch[stretch.len() - 1].0 + 1));
@@ -205,10 +205,10 @@ impl Player {
         self.world.protect(vm, pages, protection);
     }
 
-    fn shed(&mut self, vm: VmId) {
+    fn dedup(&mut self, vm: VmId) {
         for store in self.world.kept_stores(vm) {
             let (least, limit) = (1 + self.rng.below(5), 1 + self.rng.below(40));
-            self.world.shed(vm, store, least, limit);
+            self.world.dedup(vm, store, least, limit);
         }
     }
 
@@ -245,7 +245,7 @@ impl Player {
                 self.world.verify();
             }
             if step % 256 == 255 {
-                self.world.settle_all();
+                self.world.write_back_all();
                 self.world.verify();
             }
             if self.world.vms.is_empty() {

@@ -7,13 +7,13 @@ use guest_mem::manager::Copied;
 use guest_mem::sys::Touch;
 use guest_mem::{Protection, VmId};
 
-/// Two VMs over an object of pages 0 to 3, of which 1 and 2 are left to a gap of the second VM alone. Returns that VM.
+/// Two VMs over an object of pages 0 to 3, of which 1 and 2 are left to a copy-up of the second VM alone. Returns that VM.
 fn with_a_gap(world: &mut World) -> VmId {
     let first = world.ids()[0];
     (0..4).for_each(|page| world.write(first, Gfn(page)));
     let second = world.fork(first, Gaps::None);
     let third = world.fork_frozen(first);
-    world.settle_all();
+    world.write_back_all();
     for vm in [first, third] {
         (1..3).for_each(|page| world.write(vm, Gfn(page)));
         world.freeze(vm, Gaps::None);
@@ -25,7 +25,7 @@ fn with_a_gap(world: &mut World) -> VmId {
     second
 }
 
-/// A page that only a gap kept was kept for good when the gap went with its VM before it had been filled.
+/// A page that only a copy-up kept was kept for good when the copy-up went with its VM before it had been filled.
 #[test]
 fn a_gap_that_goes_lets_go_of_what_is_below() {
     let mut world = World::new(&Layout::flat(16));
@@ -33,27 +33,27 @@ fn a_gap_that_goes_lets_go_of_what_is_below() {
     assert_eq!(world.ledger.pages(), 4);
     world.exit(vm);
     world.check();
-    world.settle_all();
+    world.write_back_all();
     assert_eq!(world.ledger.pages(), 2 + 4, "pages 0 and 3, which the other two see, and what they wrote");
     world.verify();
     world.end();
 }
 
-/// The same when the VM writes into its own gap, and freezes again.
+/// The same when the VM writes into its own copy-up, and freezes again.
 #[test]
 fn a_gap_that_is_written_over_lets_go_of_what_is_below() {
     let mut world = World::new(&Layout::flat(16));
     let vm = with_a_gap(&mut world);
     (0..16).for_each(|page| world.write(vm, Gfn(page)));
-    let settled_by_traps = world.ledger.pages();
+    let written_back_by_traps = world.ledger.pages();
     world.freeze(vm, Gaps::None);
     world.check();
-    assert!(world.ledger.pages() - world.manager.hidden().0 < settled_by_traps);
+    assert!(world.ledger.pages() - world.manager.hidden().0 < written_back_by_traps);
     world.verify();
     world.end();
 }
 
-/// A gap kept a page in every object below it, not only in the one it is to be copied from, and let go of the one only.
+/// A copy-up kept a page in every object below it, not only in the one it is to be copied from, and let go of the one only.
 #[test]
 fn a_gap_keeps_only_what_it_is_copied_from() {
     let mut world = World::new(&Layout::flat(16));
@@ -62,26 +62,26 @@ fn a_gap_keeps_only_what_it_is_copied_from() {
     let child = world.fork(parent, Gaps::None);
     world.write(child, Gfn(1));
     let grandchild = world.fork(child, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     world.write(grandchild, Gfn(0));
     world.write(grandchild, Gfn(2));
     world.freeze(grandchild, Gaps::All);
     world.check();
-    // Page 1 of the first object is nobody's now: the gap is over the child's.
+    // Page 1 of the first object is nobody's now: the copy-up is over the child's.
     world.write(parent, Gfn(1));
     world.freeze(parent, Gaps::None);
     world.check();
-    world.settle_all();
+    world.write_back_all();
     world.verify();
     world.end();
 }
 
-/// A settled object absorbs a larger one that has not: what is left of that still settles.
+/// An object that has been written back takes up a larger one that has not: what is left of that is written back as well.
 #[test]
 fn what_is_pending_stays_pending_when_it_is_absorbed() {
     let mut world = World::new(&Layout::flat(32));
     let vm = world.ids()[0];
-    // An object that goes soon leaves a lower number, whose turn to settle comes first, to the one that will absorb.
+    // An object that goes soon leaves a lower number, whose turn to be written back comes first, to the one that takes it up.
     world.write(vm, Gfn(0));
     let short_lived = world.fork(vm, Gaps::None);
     (1..16).step_by(2).for_each(|page| world.write(vm, Gfn(page)));
@@ -91,12 +91,12 @@ fn what_is_pending_stays_pending_when_it_is_absorbed() {
     world.write(child, Gfn(20));
     world.freeze(child, Gaps::None);
     for _ in 0..3 {
-        world.settle();
+        world.write_back();
     }
-    assert_ne!(world.manager.family().totals().unsettled, 0);
+    assert_ne!(world.manager.family().totals().in_flight, 0);
     world.exit(vm);
     world.check();
-    world.settle_all();
+    world.write_back_all();
     world.verify();
     world.end();
 }
@@ -127,10 +127,10 @@ fn a_stretch_of_zeros_is_stored_by_nobody() {
     let parent = world.ids()[0];
     (0..64).for_each(|page| world.write(parent, Gfn(page)));
     world.fork(parent, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     (10..40).for_each(|page| world.clear(parent, Gfn(page)));
     let store = world.freeze(parent, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     assert!(world.manager.store(store).is_none());
     let child = world.fork_frozen(parent);
     assert_eq!(world.manager.family().runs(child).len(), 3);
@@ -150,11 +150,11 @@ fn what_a_freeze_copied_is_told_once_gaps_apart() {
     let vm = world.ids()[0];
     (0..16).for_each(|page| world.write(vm, Gfn(page)));
     let first = world.freeze(vm, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     (0..16).step_by(4).for_each(|page| world.write(vm, Gfn(page)));
     let second = world.freeze(vm, Gaps::All);
-    world.settle_all();
-    assert_eq!(world.copied(second), Copied { pages: 16, gaps: 12 });
+    world.write_back_all();
+    assert_eq!(world.copied(second), Copied { pages: 16, copy_ups: 12 });
     assert_eq!(world.copied(second), Copied::default());
     assert!(world.manager.store(first).is_none(), "nothing of the first freeze is seen any more");
     world.end();
@@ -164,7 +164,7 @@ fn what_a_freeze_copied_is_told_once_gaps_apart() {
 #[test]
 fn a_deep_line_of_forks_keeps_no_more_objects_than_it_needs() {
     for gaps in [Gaps::None, Gaps::Some(0x5a5a), Gaps::All] {
-        for settled in [true, false] {
+        for written_back in [true, false] {
             let mut world = World::new(&Layout::flat(32).with_files(&[(8, 16)]));
             let mut vm = world.ids()[0];
             for generation in 0..64 {
@@ -176,12 +176,12 @@ fn a_deep_line_of_forks_keeps_no_more_objects_than_it_needs() {
                     world.exit(vm);
                 }
                 vm = child;
-                if settled {
-                    world.settle_all();
+                if written_back {
+                    world.write_back_all();
                 }
                 world.check();
             }
-            world.settle_all();
+            world.write_back_all();
             world.check();
             let family = world.manager.family();
             // Three entries each, a tree without unneeded inner nodes, and the file.
@@ -208,13 +208,13 @@ fn a_page_that_may_just_have_moved_is_not_supplied_with_zeros() {
     let vm = world.ids()[0];
     world.write(vm, Gfn(3));
     world.freeze_and_touch(vm, Gfn(3));
-    world.settle_all();
+    world.write_back_all();
     world.check();
     world.verify();
     world.end();
 }
 
-/// A freeze that moves nothing leaves everything in memory twice, until its VM sheds what has settled: what it has
+/// A freeze that moves nothing leaves everything in memory twice, until its VM gives up what has been written back: what it has
 /// written since stays, zeros do not trap, and a second freeze or what it has given back is left alone.
 #[test]
 fn what_stayed_is_shed_when_it_has_settled() {
@@ -225,8 +225,8 @@ fn what_stayed_is_shed_when_it_has_settled() {
     (64..96).for_each(|page| world.clear(parent, Gfn(page)));
     let store = world.freeze(parent, Gaps::Stay);
     let child = world.fork_frozen(parent);
-    assert_eq!(world.shed(parent, store, 1, 1000), 0, "nothing has settled");
-    world.settle_all();
+    assert_eq!(world.dedup(parent, store, 1, 1000), 0, "nothing has been written back");
+    world.write_back_all();
 
     (10..12).for_each(|page| world.write(parent, Gfn(page)));
     (20..22).for_each(|page| world.write(parent, Gfn(page)));
@@ -234,9 +234,9 @@ fn what_stayed_is_shed_when_it_has_settled() {
     world.balloon(parent, (30..33).into());
     (40..42).for_each(|page| world.write(parent, Gfn(page)));
     // 0..10, 12..20, 22..30 and 33..96 are as they were frozen first, or have been written since.
-    assert_eq!(world.shed(parent, store, 9, 20), 20, "of the longest two, as much as was asked for");
-    assert_eq!(world.shed(parent, store, 9, 1000), 63 - 10);
-    assert_eq!(world.shed(parent, store, 9, 1000), 0);
+    assert_eq!(world.dedup(parent, store, 9, 20), 20, "of the longest two, as much as was asked for");
+    assert_eq!(world.dedup(parent, store, 9, 1000), 63 - 10);
+    assert_eq!(world.dedup(parent, store, 9, 1000), 0);
     world.check();
     let kept: u64 = world.window(parent).kept().iter().map(|pages| pages.count().0).sum();
     assert_eq!(kept, 8 + 8 + 4, "too short, and of the second freeze");
@@ -249,7 +249,7 @@ fn what_stayed_is_shed_when_it_has_settled() {
     world.end();
 }
 
-/// A child that needs a page which its parent has still to copy waits for that alone, and its relatives go on settling.
+/// A child that needs a page which its parent has still to copy waits for that alone, and write-back of its relatives goes on.
 #[test]
 fn a_page_that_is_still_to_be_copied_is_waited_for() {
     let mut world = World::new(&Layout::flat(16));
@@ -261,15 +261,15 @@ fn a_page_that_is_still_to_be_copied_is_waited_for() {
     let grandchild = world.fork(child, Gaps::Stay);
     world.prefetch(grandchild, Gfn(2), Touch::Read);
     assert!(world.window(grandchild).is_waiting(Gfn(2)));
-    while world.settle() {}
+    while world.write_back() {}
     world.check();
-    assert_eq!(world.manager.family().totals().unsettled, 4, "what the child wrote has settled");
+    assert_eq!(world.manager.family().totals().in_flight, 4, "what the child wrote has been written back");
     world.exit(parent);
     world.check();
     assert!(world.io_done());
     assert!(!world.window(grandchild).is_waiting(Gfn(2)));
     world.verify();
-    world.settle_all();
+    world.write_back_all();
     world.check();
     world.end();
 }
@@ -281,7 +281,7 @@ fn what_a_parent_keeps_is_settled_ahead_for_its_children() {
     let parent = world.ids()[0];
     world.write(parent, Gfn(5));
     world.freeze(parent, Gaps::Stay);
-    world.manager.settle_ahead(parent, Gfn(5)).unwrap();
+    world.manager.write_ahead(parent, Gfn(5)).unwrap();
     let child = world.fork_frozen(parent);
     assert!(world.window(child).read(Gfn(5)).is_ok(), "the child traps");
     world.verify();
@@ -297,7 +297,7 @@ fn a_child_that_protects_regions_shares_their_pages() {
     let parent = world.ids()[0];
     (0..40).for_each(|page| world.write(parent, Gfn(page)));
     let child = world.fork(parent, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     let before = world.manager.family().totals();
     for pages in [3..5, 10..20, 38..45] {
         world.protect(child, pages.into(), Protection::ReadOnly);
@@ -319,7 +319,7 @@ fn a_child_that_protects_regions_shares_their_pages() {
     world.verify();
     world.exit(child);
     world.check();
-    world.settle_all();
+    world.write_back_all();
     world.verify();
     world.end();
 }
@@ -344,8 +344,8 @@ fn what_is_protected_for_a_while_leaves_no_trace() {
     world.end();
 }
 
-/// An object could not settle since a VM that was gone had still to copy a page. Its last viewer gave that page back, nobody was
-/// left to tell of the copy, and what else the object had stayed in scratch ranges for good.
+/// An object could not be written back since a VM that was gone had still to copy a page. Its last viewer gave that page back,
+/// nobody was left to tell of the copy, and what else the object had stayed in scratch ranges for good.
 #[test]
 fn what_settling_waits_for_goes_and_the_rest_settles() {
     let mut world = World::new(&Layout::flat(16));
@@ -356,18 +356,18 @@ fn what_settling_waits_for_goes_and_the_rest_settles() {
     world.write(child, Gfn(5));
     world.freeze(child, Gaps::Stay);
     world.exit(parent);
-    while world.settle() {}
+    while world.write_back() {}
     assert!(world.manager.family().objects().waits_for_others());
     world.balloon(child, (0..1).into());
     world.check();
-    while world.settle() {}
-    assert_eq!(world.manager.family().totals().unsettled, 0);
+    while world.write_back() {}
+    assert_eq!(world.manager.family().totals().in_flight, 0);
     world.verify();
     world.end();
 }
 
-/// A guest waited for a page that was zero when it had settled. It was supplied, written by its guest and moved out by a freeze
-/// of which nobody had heard yet: when the trap was served again, zeros were put over it.
+/// A guest waited for a page that was zero when it had been written back. It was supplied, written by its guest and moved out
+/// by a freeze of which nobody had heard yet: when the trap was served again, zeros were put over it.
 #[test]
 fn a_page_that_was_supplied_meanwhile_is_not_supplied_again() {
     for fails in [false, true] {
@@ -388,7 +388,7 @@ fn a_page_that_was_supplied_meanwhile_is_not_supplied_again() {
             }
         }
         assert!(world.window(child).is_waiting(Gfn(5)));
-        while world.settle() {}
+        while world.write_back() {}
         assert!(!world.window(child).is_waiting(Gfn(5)) && world.manager.waiting_for_pages().count() == 0);
         world.write(child, Gfn(5));
         world.freeze_unheard(child, |world| assert!(world.io_done()));
@@ -406,13 +406,13 @@ fn nothing_is_punched_that_goes_with_its_store() {
     let child = world.fork(parent, Gaps::None);
     (0..64).step_by(4).for_each(|page| world.write(parent, Gfn(page)));
     world.freeze(parent, Gaps::None);
-    world.settle_all();
+    world.write_back_all();
     let punches = world.ledger.punches();
     // What the child saw alone of the first store is freed bit by bit.
     world.exit(child);
     world.check();
     assert_eq!((world.ledger.punches() - punches, world.ledger.pages()), (0, 32 + 16));
-    world.settle_all();
+    world.write_back_all();
     assert_eq!((world.ledger.punches() - punches, world.ledger.pages()), (16, 32));
     // The stores go whole.
     world.exit(parent);

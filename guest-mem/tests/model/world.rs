@@ -5,7 +5,7 @@ use super::swap::{FakeSwap, WorldSwap};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::check::check_swap;
 use guest_mem::ids::ObjectId;
-use guest_mem::manager::{Copied, Error, Evicted, MAX_RUNS, SETTLE_BATCH};
+use guest_mem::manager::{Copied, Error, Evicted, MAX_RUNS, WRITEBACK_BATCH};
 use guest_mem::object::{Found, Slot};
 use guest_mem::ops::Compaction;
 use guest_mem::stage2::Shape;
@@ -221,7 +221,7 @@ impl<S: WorldSwap> World<S> {
                 return Ok(Some(done));
             }
             self.window_mut(vm).wait(gfn);
-            if let Err(error) = self.manager.trap(vm, gfn, touch) {
+            if let Err(error) = self.manager.fault(vm, gfn, touch) {
                 // Somebody is to try again.
                 self.untold = true;
                 return Err(error);
@@ -248,7 +248,7 @@ impl<S: WorldSwap> World<S> {
                 return Ok(Some(done));
             }
             self.window_mut(vm).wait(gfn);
-            if let Err(error) = self.manager.trap(vm, gfn, touch) {
+            if let Err(error) = self.manager.fault(vm, gfn, touch) {
                 // Somebody is to try again.
                 self.untold = true;
                 return Err(error);
@@ -314,7 +314,7 @@ impl<S: WorldSwap> World<S> {
         done
     }
 
-    /// A guest that waits for swap is waited for: a page may be read for a gap, and once more for what is below.
+    /// A guest that waits for swap is waited for: a page may be read for a copy-up, and once more for what is below.
     fn finish_reads(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
         while self.window(vm).is_waiting(gfn) && self.window(vm).failed.is_none() && (self.end_reads() || self.untold) {
             self.untold = false;
@@ -358,7 +358,7 @@ impl<S: WorldSwap> World<S> {
     pub fn prefetch(&mut self, vm: VmId, gfn: Gfn, touch: Touch) {
         if self.window(vm).read(gfn).is_err() {
             self.window_mut(vm).wait(gfn);
-            self.manager.trap(vm, gfn, touch).expect("nothing is to fail");
+            self.manager.fault(vm, gfn, touch).expect("nothing is to fail");
         }
     }
 
@@ -565,7 +565,7 @@ impl<S: WorldSwap> World<S> {
         self.stand(vm);
         self.take(vm, Gaps::None);
         self.window_mut(vm).wait(gfn);
-        self.manager.trap(vm, gfn, Touch::Write).expect("nothing is to fail");
+        self.manager.fault(vm, gfn, Touch::Write).expect("nothing is to fail");
         assert!(self.window(vm).is_waiting(gfn), "nobody can know yet what is there");
         self.finish(vm);
         assert!(!self.window(vm).is_waiting(gfn), "it looks again");
@@ -573,7 +573,7 @@ impl<S: WorldSwap> World<S> {
 
     /// A window gives up what stayed in it since a freeze into `store`: stretches of at least `least` pages, about `limit`
     /// pages in all. How many it did.
-    pub fn shed(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) -> u64 {
+    pub fn dedup(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) -> u64 {
         self.ask_to_shed(vm, store, least, limit);
         let pages = match self.sheddings.get(&vm) {
             Some(Shedding::Asked(_, pages)) => pages.iter().map(|pages| pages.count().0).sum(),
@@ -585,7 +585,7 @@ impl<S: WorldSwap> World<S> {
 
     /// A window is asked to.
     pub fn ask_to_shed(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) {
-        let pages = self.manager.to_shed(vm, store, PageCount(least), PageCount(limit));
+        let pages = self.manager.to_dedup(vm, store, PageCount(least), PageCount(limit));
         if !pages.is_empty() {
             let before = self.sheddings.insert(vm, Shedding::Asked(store, pages));
             assert!(before.is_none(), "one thing after the other is asked of {vm:?}");
@@ -598,7 +598,7 @@ impl<S: WorldSwap> World<S> {
             let (store, pages) = (*store, pages.clone());
             // It holds on to the descriptor.
             let done = match self.manager.store(store).map(Mapped::store) {
-                Some(mapped) => self.window_mut(vm).shed(store, mapped, &pages),
+                Some(mapped) => self.window_mut(vm).dedup(store, mapped, &pages),
                 None => Vec::new(),
             };
             self.sheddings.insert(vm, Shedding::Done(store, done));
@@ -609,7 +609,7 @@ impl<S: WorldSwap> World<S> {
     pub fn tell_shed(&mut self, vm: VmId) {
         self.do_shed(vm);
         if let Some(Shedding::Done(store, pages)) = self.sheddings.remove(&vm) {
-            self.manager.shed(vm, store, &pages);
+            self.manager.dedup(vm, store, &pages);
         }
     }
 
@@ -667,7 +667,7 @@ impl<S: WorldSwap> World<S> {
         child
     }
 
-    /// A VM ends. Its process waits until what it moved out has settled.
+    /// A VM ends. Its process waits until what it moved out has been written back.
     pub fn exit(&mut self, vm: VmId) {
         self.vms.remove(&vm);
         self.frozen.remove(&vm);
@@ -703,17 +703,17 @@ impl<S: WorldSwap> World<S> {
         self.gone.iter().copied().filter(|&vm| self.manager.window(vm).is_some()).collect()
     }
 
-    pub fn try_settle(&mut self) -> Result<bool, Error> {
-        self.manager.settle(SETTLE_BATCH)
+    pub fn try_write_back(&mut self) -> Result<bool, Error> {
+        self.manager.write_back(WRITEBACK_BATCH)
     }
 
-    pub fn settle(&mut self) -> bool {
-        self.try_settle().expect("nothing is to fail")
+    pub fn write_back(&mut self) -> bool {
+        self.try_write_back().expect("nothing is to fail")
     }
 
-    pub fn settle_all(&mut self) {
-        while self.settle() || self.manager.bring_ahead() || self.io_done() {}
-        assert_eq!(self.manager.family().totals().unsettled, 0);
+    pub fn write_back_all(&mut self) {
+        while self.write_back() || self.manager.bring_ahead() || self.io_done() {}
+        assert_eq!(self.manager.family().totals().in_flight, 0);
         assert_eq!(self.manager.windows(), self.vms.len(), "nobody waits any more");
         let taken = |vm| matches!(self.halves.get(&vm), Some(Half::Taken(..)));
         assert!(self.ids().iter().all(|&vm| taken(vm) || !self.window(vm).has_scratch()));
@@ -811,7 +811,7 @@ impl<S: WorldSwap> World<S> {
             for gfn in self.frames() {
                 let found = self.find(vm, gfn);
                 want.swapped += u64::from(found.is_some_and(|found| matches!(found.slot, Slot::Swapped(..))));
-                want.unsettled += u64::from(found.is_some_and(|found| found.slot.is_pending()));
+                want.in_flight += u64::from(found.is_some_and(|found| found.slot.is_pending()));
                 match self.stored(vm, gfn) {
                     _ if live.contains(&gfn.0) => want.private += 1,
                     Some(page) if viewers[&page] == 1 => want.private += 1,
@@ -841,7 +841,7 @@ impl<S: WorldSwap> World<S> {
             self.exit(vm);
             self.check();
         }
-        self.settle_all();
+        self.write_back_all();
         let family = self.manager.family();
         let totals = family.totals();
         assert_eq!((totals.objects, totals.stores, totals.tables, totals.resident), (0, 0, 0, 0));

@@ -25,7 +25,7 @@ use super::vm::{FamilyId, Generation, Hold, Phase, Vms};
 use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
 use crate::procfs;
 use crate::wire::ToVm;
-use guest_mem::ids::Pace;
+use guest_mem::ids::Activity;
 use guest_mem::{PAGE_SIZE, PageCount};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -286,7 +286,7 @@ impl Server {
                 seen.ran(now, ticks);
             }
             let idle = paused || now.saturating_duration_since(seen.ran_at) >= IDLE_AFTER;
-            self.set_pace(vm, if idle { Pace::Idle } else { Pace::Running });
+            self.set_activity(vm, if idle { Activity::Idle } else { Activity::Running });
         }
         self.budget.live = self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + self.prepared_bytes();
         self.budget.books = self.books_bytes();
@@ -303,9 +303,9 @@ impl Server {
             };
     }
 
-    fn set_pace(&mut self, vm: Generation, pace: Pace) {
+    fn set_activity(&mut self, vm: Generation, pace: Activity) {
         if let Some((family, member)) = self.vms.get(vm).and_then(|vm| vm.memory) {
-            self.families.get_mut(&family).expect("a VM has a family").set_pace(member, pace);
+            self.families.get_mut(&family).expect("a VM has a family").set_activity(member, pace);
         }
     }
 
@@ -313,7 +313,7 @@ impl Server {
     pub(super) fn has_trapped(&mut self, vm: Generation) {
         self.budget.stir();
         if self.budget.woke(vm) && self.vms.get(vm).is_some_and(|vm| !vm.paused) {
-            self.set_pace(vm, Pace::Running);
+            self.set_activity(vm, Activity::Running);
         }
     }
 
@@ -394,7 +394,7 @@ impl Server {
         Figures {
             accounted: self.accounted(),
             stores: self.stores_bytes(),
-            leaving: self.families.values().map(|manager| manager.family().unsettled().bytes()).sum(),
+            leaving: self.families.values().map(|manager| manager.family().in_flight().bytes()).sum(),
             vms,
             stores_empty: self.families.iter().all(empty),
             swap_full: self.budget.full_until.is_some_and(|until| now < until),

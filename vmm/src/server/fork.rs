@@ -13,8 +13,8 @@ use crate::host::latency::LEASE;
 use crate::machine::state::PackedState;
 use crate::name::check_name;
 use crate::wire::{self, Activity, Frozen, Machine, ToVm};
-use guest_mem::manager::{Copied, SETTLE_BATCH};
-use guest_mem::window::host::Short;
+use guest_mem::manager::{Copied, WRITEBACK_BATCH};
+use guest_mem::window::host::SmallExtents;
 use guest_mem::{Destination, GfnRange, PageCount, StoreId, VmId};
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -243,7 +243,7 @@ impl Server {
                 let along = manager.takes_along(member);
                 let file = manager.store(store).expect("just made");
                 let (max_runs, first) = (self.max_runs, self.working_sets.reads(parent));
-                let message = ToVm::Freeze { store, max_runs, short: Short::Copied, along, first };
+                let message = ToVm::Freeze { store, max_runs, short: SmallExtents::CopyInPlace, along, first };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 // What is frozen in a copy is in memory twice, until it has left the window.
                 let lifeline = may_copy.then(|| process.memory.spin_lifeline().ok()).flatten();
@@ -350,7 +350,7 @@ impl Server {
         for gfn in self.working_sets.reads(parent) {
             if !manager.family().at_hand(member, GfnRange::new(gfn, PageCount(1))).is_empty() {
                 self.working_sets.was_there(parent, gfn);
-            } else if let Err(error) = manager.settle_ahead(member, gfn) {
+            } else if let Err(error) = manager.write_ahead(member, gfn) {
                 log::debug!("write {gfn} back ahead: {error}");
             }
         }
@@ -425,8 +425,8 @@ impl Server {
     fn settle_now(&mut self, parent: Generation, fork: ForkId) -> bool {
         let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return true };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        while !manager.has_settled(store) {
-            if let Err(error) = manager.settle(SETTLE_BATCH) {
+        while !manager.is_written_back(store) {
+            if let Err(error) = manager.write_back(WRITEBACK_BATCH) {
                 self.memory_error(family, &error);
                 let why = "its memory could not be settled";
                 if let Some(op) = self.forks.get_mut(&fork) {
@@ -553,7 +553,7 @@ impl Server {
     fn has_settled(&self, op: &ForkOp) -> bool {
         op.store.is_none_or(|(family, store)| {
             let shed = self.vms.get(op.parent).is_none_or(|parent| parent.shedding != Some(store));
-            shed && self.families.get(&family).is_none_or(|manager| manager.has_settled(store))
+            shed && self.families.get(&family).is_none_or(|manager| manager.is_written_back(store))
         })
     }
 
@@ -599,7 +599,7 @@ impl Server {
                     first_exit_us: child.first_ns.map(us),
                     moved_pages: op.moved,
                     copied_pages: copied.map(|copied| copied.pages),
-                    gap_pages: copied.map(|copied| copied.gaps),
+                    gap_pages: copied.map(|copied| copied.copy_ups),
                     runs: child.runs,
                     hinted_pages: match op.hint {
                         Hint::Unasked => None,

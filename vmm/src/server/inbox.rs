@@ -117,7 +117,7 @@ impl Server {
             message => message,
         };
         let Some(process) = self.processes.get(&id) else { return Ok(()) };
-        if process.ready == message.comes_first() || !message.makes_sense(&process.bounds) {
+        if process.ready == message.comes_first() || !message.is_valid(&process.bounds) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "out of turn, or of pages that are not there"));
         }
         if let FromVm::Frozen(frozen) = &message

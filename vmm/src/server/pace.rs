@@ -7,7 +7,7 @@
 //! runs on, for less time than one takes: none begins meanwhile.
 
 use guest_mem::PageCount;
-use guest_mem::manager::SETTLE_BATCH;
+use guest_mem::manager::WRITEBACK_BATCH;
 use std::time::{Duration, Instant};
 
 /// A batch in so many may wait no longer: traps settle pages too, but not those that nobody touches.
@@ -65,7 +65,7 @@ impl Pace {
     pub fn batch(&self, now: Instant) -> PageCount {
         match self.last_trap {
             Some(trap) if now < trap + (RECENT.0 * self.batch).min(RECENT.1) => SMALL,
-            _ => SETTLE_BATCH,
+            _ => WRITEBACK_BATCH,
         }
     }
 
@@ -96,10 +96,10 @@ mod tests {
         pace.trapped(at(17));
         assert_eq!(pace.wait(at(17)), Some(Duration::from_millis(1)), "8 batches' time after the last one");
         assert_eq!(pace.wait(at(18)), None);
-        assert_eq!([pace.batch(at(18)), pace.batch(at(67))], [SMALL, SETTLE_BATCH]);
+        assert_eq!([pace.batch(at(18)), pace.batch(at(67))], [SMALL, WRITEBACK_BATCH]);
         pace.settled(at(70), at(70) + Duration::from_micros(50));
         pace.trapped(at(70));
-        assert_eq!([pace.batch(at(73)), pace.batch(at(74))], [SMALL, SETTLE_BATCH]);
+        assert_eq!([pace.batch(at(73)), pace.batch(at(74))], [SMALL, WRITEBACK_BATCH]);
     }
 
     /// A child waited for milliseconds while its parent's pages settled on the processor that it was to begin on.

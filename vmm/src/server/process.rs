@@ -10,7 +10,7 @@ use crate::machine::state::PackedState;
 use crate::procfs;
 use crate::wire::{Bounds, Shape, ToVm};
 use guest_mem::StoreId;
-use guest_mem::sys::Trap;
+use guest_mem::sys::FaultEvent;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io;
@@ -98,7 +98,7 @@ pub struct VmProcess {
     /// The watch on its traps.
     pub trap_token: Option<Token>,
     /// Traps that were read before all was heard that it had said by then.
-    pub traps: Vec<Trap>,
+    pub traps: Vec<FaultEvent>,
     /// How it has ended, if not all has been heard that it said.
     pub ended: Option<String>,
     /// What it was told to expect its window to show.

@@ -8,7 +8,7 @@ use super::vm::{FamilyId, Generation, Phase};
 use super::{FamilyManager, Server};
 use crate::api::{Answer, Failure, Reclaimed};
 use crate::wire::{Frozen, ToVm};
-use guest_mem::window::host::Short;
+use guest_mem::window::host::SmallExtents;
 use guest_mem::{Along, Destination, PAGE_SIZE, PageCount, StoreId};
 use rangemap::RangeSet;
 use std::collections::{BTreeSet, VecDeque};
@@ -174,7 +174,7 @@ impl Server {
                 Evicted::Some => return Going::On,
                 Evicted::Behind => return Going::Waits,
                 // What has not settled yet can be evicted when it has.
-                Evicted::All if self.is_settling(family) => return Going::Waits,
+                Evicted::All if self.has_writeback(family) => return Going::Waits,
                 Evicted::All => {}
                 Evicted::Full | Evicted::Failing => asked.full = true,
             }
@@ -215,8 +215,8 @@ impl Server {
         Going::On
     }
 
-    fn is_settling(&self, family: FamilyId) -> bool {
-        self.families.get(&family).is_some_and(|manager| manager.family().unsettled().0 > 0)
+    fn has_writeback(&self, family: FamilyId) -> bool {
+        self.families.get(&family).is_some_and(|manager| manager.family().in_flight().0 > 0)
     }
 
     /// VMs whose live layers could be taken, and have not been.
@@ -259,7 +259,7 @@ impl Server {
     pub(super) fn evict(&mut self, family: FamilyId, limit: PageCount, now: Instant) -> (PageCount, Evicted) {
         let Some(manager) = self.families.get_mut(&family) else { return (PageCount(0), Evicted::All) };
         let (pages, end) = evict_for(manager, limit, Instant::now() + SLICE);
-        if end == Evicted::Full && self.give_up_copies(family) {
+        if end == Evicted::Full && self.reclaim_swap_cache(family) {
             return (pages, Evicted::Some);
         }
         if matches!(end, Evicted::Behind | Evicted::Full | Evicted::Failing) {
@@ -270,9 +270,9 @@ impl Server {
 
     /// Swap is full, and `short` has given up all that it has there of what it has in memory too: so do the others, one
     /// after the other. Whether there was something.
-    fn give_up_copies(&mut self, short: FamilyId) -> bool {
+    fn reclaim_swap_cache(&mut self, short: FamilyId) -> bool {
         let mut others = self.families.iter_mut().filter(|(family, _)| **family != short);
-        others.any(|(_, manager)| manager.give_up_copies(BATCH).0 > 0)
+        others.any(|(_, manager)| manager.reclaim_swap_cache(BATCH).0 > 0)
     }
 
     /// Whether a VM can be frozen now, and is not.
@@ -293,7 +293,7 @@ impl Server {
         match manager.begin_freeze(member, Destination::Swap) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let (max_runs, short) = (self.max_runs, Short::Moved);
+                let (max_runs, short) = (self.max_runs, SmallExtents::Remap);
                 let message = ToVm::Freeze { store, max_runs, short, along: Along::default(), first: Vec::new() };
                 self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
                 vm.reclaiming = Some(store);
@@ -347,7 +347,7 @@ impl Server {
         let (families, vms) = (&self.families, &self.vms);
         let is_over = |settling: &mut Settling| {
             let standing = vms.get(settling.vm).is_some_and(|vm| vm.reclaiming == Some(settling.store));
-            !standing && families.get(&settling.family).is_none_or(|manager| manager.has_settled(settling.store))
+            !standing && families.get(&settling.family).is_none_or(|manager| manager.is_written_back(settling.store))
         };
         let over: Vec<Settling> = self.reclaims.settling.extract_if(.., is_over).collect();
         for settling in over {

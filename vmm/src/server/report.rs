@@ -62,7 +62,7 @@ impl Server {
             zero_pages: counts.zero,
             swapped_pages: counts.swapped,
             ballooned_pages: vm.balloon_pages,
-            unsettled_pages: counts.unsettled,
+            unsettled_pages: counts.in_flight,
             chain_depth: books.map_or(0, |(family, member)| family.chain_depth(member)),
             window_runs: books.map_or(0, |(family, member)| family.runs(member).len() as u64),
             pss_bytes: usage.map_or(0, |usage| usage.pss),
@@ -80,7 +80,7 @@ impl Server {
             sum.stores += family.stores;
             sum.resident += family.resident;
             sum.swapped += family.swapped;
-            sum.unsettled += family.unsettled;
+            sum.in_flight += family.in_flight;
             sum.tables += family.tables;
             sum.unshared_tables += family.unshared_tables;
         }
@@ -93,7 +93,7 @@ impl Server {
             stores: sum.stores,
             resident_pages: sum.resident,
             swapped_pages: sum.swapped,
-            unsettled_pages: sum.unsettled,
+            unsettled_pages: sum.in_flight,
             stage2_tables: sum.tables,
             stage2_tables_unshared_equivalent: sum.unshared_tables,
             pooled: self.pooled(),

@@ -5,7 +5,7 @@ use super::process::{ProcessId, Role};
 use super::vm::{FamilyId, Generation, Phase, Vm};
 use super::{FamilyManager, Server};
 use guest_mem::manager::Error as MemoryError;
-use guest_mem::ops::Trap;
+use guest_mem::ops::Fault;
 use guest_mem::{Gfn, Touch, VmId};
 use std::collections::BTreeSet;
 use std::error::Error as _;
@@ -23,7 +23,7 @@ impl Server {
             self.retries.remove(&family);
             self.serve_waiting(family);
         }
-        if !self.families.values().any(FamilyManager::is_settling) {
+        if !self.families.values().any(FamilyManager::has_writeback) {
             self.pace.all_settled();
             return false;
         }
@@ -39,7 +39,7 @@ impl Server {
         // A family in which something failed has its turn at the next try, and holds nobody else up.
         let retries = &self.retries;
         for (&id, manager) in self.families.iter_mut().filter(|(id, _)| !retries.contains_key(id)) {
-            match manager.settle(limit) {
+            match manager.write_back(limit) {
                 Ok(left) => more |= left,
                 Err(error) => failed.push((id, error)),
             }
@@ -145,13 +145,13 @@ impl Server {
         let parent = parent.map(|parent| parent.generation);
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         if let Some(parent) = parent
-            && matches!(manager.family().trap(vm, gfn), Trap::Settle(_) | Trap::SwapIn(_))
+            && matches!(manager.family().fault(vm, gfn), Fault::WriteBack(_) | Fault::SwapIn(_))
         {
             self.working_sets.waited(parent, gfn);
         }
         let started = Instant::now();
-        let answered = manager.trap(vm, gfn, touch);
-        let alone = self.families.iter().all(|(&id, manager)| id == family || !manager.is_settling());
+        let answered = manager.fault(vm, gfn, touch);
+        let alone = self.families.iter().all(|(&id, manager)| id == family || !manager.has_writeback());
         let answered_at = Instant::now();
         log::trace!("{:?} waited at {gfn}: answered in {:?}", record.name, answered_at - started);
         match answered {

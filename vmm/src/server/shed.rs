@@ -36,14 +36,14 @@ impl Server {
     /// Whether all pages have settled, and the VM is not wanted for a freeze.
     fn may_shed(&self, vm: &Vm) -> bool {
         let (Some((family, _)), Some(store)) = (vm.memory, vm.shedding) else { return true };
-        vm.forks.is_empty() && vm.reclaiming.is_none() && self.families[&family].has_settled(store)
+        vm.forks.is_empty() && vm.reclaiming.is_none() && self.families[&family].is_written_back(store)
     }
 
     fn shed(&mut self, generation: Generation) {
         let Some(vm) = self.vms.get_mut(generation) else { return };
         let (Some((family, member)), Some(store)) = (vm.memory, vm.shedding) else { return };
         let manager = &self.families[&family];
-        let pages = manager.to_shed(member, store, HostWindow::SHED_LEAST, BATCH);
+        let pages = manager.to_dedup(member, store, HostWindow::SHED_LEAST, BATCH);
         let process = vm.process.and_then(|id| self.processes.get_mut(&id));
         match (pages.is_empty(), process, manager.store(store)) {
             (false, Some(process), Some(file)) => process.send(&ToVm::Shed { store, pages }, &[file.read_only()]),
@@ -58,7 +58,7 @@ impl Server {
         if vm.shedding != Some(store) {
             return self.end_vm(generation, Phase::Dead("its process has shed what it was not asked for".into()));
         }
-        self.families.get_mut(&family).expect("a VM has a family").shed(member, store, pages);
+        self.families.get_mut(&family).expect("a VM has a family").dedup(member, store, pages);
         self.budget.stir();
         if pages.is_empty() {
             vm.shedding = None;

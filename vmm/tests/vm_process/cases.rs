@@ -2,7 +2,7 @@
 
 use crate::family::{Family, Machine};
 use crate::worker::{ALL, Worker, read_memory};
-use guest_mem::window::host::Short;
+use guest_mem::window::host::SmallExtents;
 use guest_mem::{Along, GfnRange, PageCount, Protection, Run};
 use nix::sys::signal::{Signal, kill};
 use std::fs;
@@ -338,7 +338,7 @@ pub fn off_is_off_and_a_crash_is_told() {
     assert_eq!(root.worker.expect(ending), Ending::Off);
     let store = family.new_store();
     root.worker.tell(
-        &ToVm::Freeze { store, max_runs: 100, short: Short::Moved, along: Along::default(), first: Vec::new() },
+        &ToVm::Freeze { store, max_runs: 100, short: SmallExtents::Remap, along: Along::default(), first: Vec::new() },
         &[family.file(store)],
     );
     let why = root.worker.expect(|message| match message {
@@ -447,7 +447,7 @@ pub fn nonsense_ends_the_process() {
         &ToVm::Freeze {
             store: guest_mem::StoreId(1),
             max_runs: 1,
-            short: Short::Moved,
+            short: SmallExtents::Remap,
             along: Along::default(),
             first: Vec::new(),
         },

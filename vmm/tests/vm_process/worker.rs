@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // puts a descriptor where the new program looks for it
 
 use guest_mem::sys::Userfaultfd;
-use guest_mem::window::host::Short;
+use guest_mem::window::host::SmallExtents;
 use guest_mem::{Along, GfnRange, PageCount, StoreId};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -197,7 +197,13 @@ impl Worker {
 
     pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>) -> Taken {
         self.tell(
-            &ToVm::Freeze { store, max_runs: 10_000, short: Short::Moved, along: Along::default(), first: Vec::new() },
+            &ToVm::Freeze {
+                store,
+                max_runs: 10_000,
+                short: SmallExtents::Remap,
+                along: Along::default(),
+                first: Vec::new(),
+            },
             &[file],
         );
         self.taken()

@@ -101,11 +101,11 @@ fn stale_blocks_are_discarded() {
     let disk = Disk::new(600);
     let mut swap = store(&disk, tiny());
     let slots: Vec<SwapSlot> = (0..12).map(|seed| put(&mut swap, &cluster(seed))).collect();
-    settle(&mut swap);
+    write_back(&mut swap);
     let placed: Vec<bool> = slots.iter().map(|slot| swap.books[slot.0 as usize / 16].state.place().is_some()).collect();
     assert!(placed[..6].iter().all(|&placed| placed), "{placed:?}");
     swap.free(slots[1], CLUSTER);
-    settle(&mut swap);
+    write_back(&mut swap);
     assert_eq!(disk.discarded.lock().unwrap().as_slice(), [], "17 blocks are few");
     let used = swap.stats().disk_bytes;
     swap.free(slots[3], CLUSTER);
@@ -119,7 +119,7 @@ fn stale_blocks_are_discarded() {
         assert!(fetch(&mut swap, slot, 16).unwrap() == cluster(seed as u64));
         swap.free(slot, CLUSTER);
     }
-    settle(&mut swap);
+    write_back(&mut swap);
     while swap.books.discarding.is_some() {
         next(&mut swap);
     }
@@ -132,7 +132,7 @@ fn a_disk_that_cannot_discard_is_told_once() {
     let disk = Arc::new(Disk { bytes: Mutex::new(vec![0; 600 * BLOCK]), keeps: true, ..Disk::default() });
     let mut swap = store(&disk, tiny());
     let slots: Vec<SwapSlot> = (0..6).map(|seed| put(&mut swap, &cluster(seed))).collect();
-    settle(&mut swap);
+    write_back(&mut swap);
     slots.into_iter().for_each(|slot| swap.free(slot, CLUSTER));
     while swap.books.discarding.is_some() {
         next(&mut swap);
@@ -169,7 +169,7 @@ fn a_disk_that_fails_writes_loses_nothing() {
             Err(error) => break error,
         }
     };
-    settle(&mut swap);
+    write_back(&mut swap);
     assert!(refusal.kind() == io::ErrorKind::WouldBlock || refusal.kind() == io::ErrorKind::ResourceBusy);
     let error = swap.put(&cluster(99)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
@@ -182,7 +182,7 @@ fn a_disk_that_fails_writes_loses_nothing() {
     disk.take_writes();
     swap.limits.rest = Duration::ZERO;
     let late = put(&mut swap, &cluster(99));
-    settle(&mut swap);
+    write_back(&mut swap);
     assert!(swap.failing.is_none() && swap.stats().swap_write_pages > 0);
     assert!(fetch(&mut swap, late, 16).unwrap() == cluster(99));
 }
@@ -193,7 +193,7 @@ fn a_bad_block_keeps_its_cluster_alone_from_the_disk() {
     disk.bad_writes.lock().unwrap().insert(40);
     let mut swap = store(&disk, tiny());
     let slots: Vec<_> = (0..12).map(|seed| put(&mut swap, &cluster(seed))).collect();
-    settle(&mut swap);
+    write_back(&mut swap);
     assert!(swap.stats().swap_write_pages >= 9 * 16);
     for (seed, &first) in slots.iter().enumerate() {
         assert!(fetch(&mut swap, first, 16).unwrap() == cluster(seed as u64));
@@ -242,9 +242,9 @@ fn what_is_on_its_way_out_is_read_from_memory() {
     assert!(swap.stats().disk_bytes > 0);
     assert_sound(&swap);
     disk.let_writes_go();
-    settle(&mut swap);
+    write_back(&mut swap);
     slots[1..].iter().for_each(|&first| swap.free(first, CLUSTER));
-    settle(&mut swap);
+    write_back(&mut swap);
     assert_eq!((swap.stats().disk_bytes, swap.stats().compressed_bytes), (0, 0));
 }
 
@@ -304,7 +304,7 @@ fn what_is_expected_is_here_when_somebody_comes_for_it() {
     disk.bad_reads.lock().unwrap().insert(bad.start);
     assert_eq!([0, 1, 0].map(|nth| swap.expect(slots[nth], PageCount(16)).0), [16, 16, 0]);
     assert_eq!(swap.get_expected(slots[0], &mut buf).unwrap(), Fetch::Coming);
-    settle(&mut swap);
+    write_back(&mut swap);
     assert_eq!(swap.get_expected(slots[0], &mut buf).unwrap(), Fetch::Here);
     assert!(buf == cluster(0) && swap.get_expected(slots[1], &mut buf).is_err());
     assert_eq!((swap.stats().readahead_pages, swap.stats().readahead_hits), (32, 0));
@@ -325,7 +325,7 @@ fn read_ahead_grows_with_success_and_shrinks_without() {
     for (seed, &first) in slots.iter().enumerate().take(40) {
         assert!(fetch(&mut swap, first, 16).unwrap() == cluster(seed as u64));
     }
-    settle(&mut swap);
+    write_back(&mut swap);
     assert_eq!(swap.ahead.window(), 8);
     let stats = swap.stats();
     assert!(stats.readahead_hits >= 30 * 16 && stats.readahead_pages >= stats.readahead_hits, "{stats:?}");
@@ -334,7 +334,7 @@ fn read_ahead_grows_with_success_and_shrinks_without() {
     for _ in 0..60 {
         let index = 45 + rng.below(100) as usize;
         fetch(&mut swap, slots[index], 1).unwrap();
-        settle(&mut swap);
+        write_back(&mut swap);
     }
     assert!(swap.ahead.window() <= 2, "{:?}", swap.ahead);
 }
@@ -346,7 +346,7 @@ fn an_idle_disk_gets_the_oldest_ahead() {
     let first = swap.put(&cluster(0)).unwrap();
     assert!(swap.books.sums.idle(), "less than half is no reason to write");
     swap.put(&cluster(1)).unwrap();
-    settle(&mut swap);
+    write_back(&mut swap);
     let stats = swap.stats();
     assert_eq!((stats.writeahead_pages, stats.swap_write_pages), (16, 16));
     // Its copy stays as long as there is room, and goes at once when there is not.
@@ -368,7 +368,7 @@ fn more_may_be_wanted_than_the_cache_holds() {
     for &first in &slots {
         assert_eq!(swap.get(first, &mut buf).unwrap(), Fetch::Coming);
     }
-    settle(&mut swap);
+    write_back(&mut swap);
     for &first in &slots {
         assert_eq!(swap.get(first, &mut buf).unwrap(), Fetch::Here);
     }

@@ -99,7 +99,7 @@ fn compare_with_model(seed: u64, mut swap: SwapStore, mut weather: impl FnMut(u6
             swap.free(known.first.nth(index as u64), PageCount(1));
         }
     }
-    settle(&mut swap);
+    write_back(&mut swap);
     let SwapStats { compressed_bytes, disk_bytes, slots_used, .. } = swap.stats();
     assert_eq!((compressed_bytes, disk_bytes, slots_used), (0, 0, 0));
 }

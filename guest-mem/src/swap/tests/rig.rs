@@ -176,7 +176,7 @@ pub(super) fn next(swap: &mut SwapStore) -> bool {
 }
 
 /// Waits until all jobs are done.
-pub(super) fn settle(swap: &mut SwapStore) {
+pub(super) fn write_back(swap: &mut SwapStore) {
     while !swap.books.sums.idle() {
         next(swap);
     }
@@ -211,7 +211,7 @@ pub(super) fn on_disk(swap: &mut SwapStore, clusters: u64) -> Vec<SwapSlot> {
     let slots = (0..clusters).map(|seed| put(swap, &cluster(seed))).collect();
     let tier = std::mem::replace(&mut swap.limits.tier, 0);
     swap.write_back();
-    settle(swap);
+    write_back(swap);
     swap.trim();
     swap.limits.tier = tier;
     assert_eq!(swap.stats().compressed_bytes, 0);

@@ -36,19 +36,19 @@ const WORD: u64 = u64::BITS as u64;
 /// One bit per page of RAM.
 #[derive(Clone, Debug)]
 pub(super) struct DirtyMap {
-    slots: Vec<Slot>,
+    slots: Vec<DirtySlot>,
 }
 
 /// One RAM range.
 #[derive(Clone, Debug)]
-struct Slot {
+struct DirtySlot {
     range: GfnRange,
     words: Vec<u64>,
     /// Bit `n` of word `w`: word `64·w + n` is not empty. Of a large guest most are, and it stands still meanwhile.
     index: Vec<u64>,
 }
 
-impl Slot {
+impl DirtySlot {
     fn clean(range: GfnRange) -> Self {
         let empty = |bits: u64| vec![0; bits.div_ceil(WORD) as usize];
         let words: Vec<u64> = empty(range.count().0);
@@ -91,7 +91,7 @@ fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
 impl DirtyMap {
     /// No page of `ram` is dirty.
     pub fn clean(ram: &[GfnRange]) -> Self {
-        Self { slots: ram.iter().map(|range| Slot::clean(*range)).collect() }
+        Self { slots: ram.iter().map(|range| DirtySlot::clean(*range)).collect() }
     }
 
     /// Marks pages, which lie in one RAM range.
@@ -107,7 +107,7 @@ impl DirtyMap {
     /// Pages, which lie in one RAM range, are not dirty.
     pub fn unmark(&mut self, pages: GfnRange) {
         let slot = self.slots.iter_mut().find(|slot| slot.range.contains(pages.start()));
-        let Some(Slot { range, words, index }) = slot else { return };
+        let Some(DirtySlot { range, words, index }) = slot else { return };
         let mut at = pages.start().0 - range.start().0;
         // To the end of the last word: what lies behind the range may be marked, and is no page.
         let end = if pages.end() < range.end() { pages.end().0 - range.start().0 } else { words.len() as u64 * WORD };
@@ -124,7 +124,7 @@ impl DirtyMap {
 
     /// Every page of RAM is dirty.
     pub fn mark_every(&mut self) {
-        self.slots.iter_mut().for_each(Slot::mark_every);
+        self.slots.iter_mut().for_each(DirtySlot::mark_every);
     }
 
     /// Marks what KVM's log of a slot says. A log that fits no RAM range marks nothing: there are no such slots.
@@ -149,7 +149,7 @@ impl DirtyMap {
 
     /// No page is dirty.
     pub fn clear(&mut self) {
-        self.slots.iter_mut().for_each(Slot::clear);
+        self.slots.iter_mut().for_each(DirtySlot::clear);
     }
 
     /// Where to look for private pages: sorted ranges that hold all dirty pages, and clean ones between.
@@ -180,7 +180,7 @@ impl DirtyMap {
     /// Whether one of `pages`, a candidate's, is dirty and not in `set`.
     pub fn has_besides(&self, pages: GfnRange, set: &PageSet) -> bool {
         let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));
-        let Some(Slot { range, words, .. }) = slot else { return false };
+        let Some(DirtySlot { range, words, .. }) = slot else { return false };
         let [from, to] = [pages.start(), pages.end()].map(|gfn| (gfn.0 - range.start().0).div_ceil(WORD) as usize);
         (from..to).any(|word| words[word] & !set.word(Gfn(range.start().0 + word as u64 * WORD)) != 0)
     }
@@ -188,7 +188,7 @@ impl DirtyMap {
     /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.
     pub fn split(&self, pages: GfnRange, mut each: impl FnMut(GfnRange, Cleanness)) {
         let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));
-        let Some(Slot { range, words, .. }) = slot else { return };
+        let Some(DirtySlot { range, words, .. }) = slot else { return };
         let dirty = |frame: u64| {
             let bit = frame - range.start().0;
             words[(bit / WORD) as usize] >> (bit % WORD)

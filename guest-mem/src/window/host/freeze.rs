@@ -2,7 +2,7 @@
 //! copies them.
 
 use super::dirty::{Candidate, Cleanness, Density};
-use super::moves::{COPIED_MOST, Plan, SHORT, Short, plan};
+use super::moves::{COPIED_MOST, Plan, SHORT, SmallExtents, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::extents::{merged, push, union, without};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
@@ -43,14 +43,14 @@ pub struct Asked<'a> {
     /// Mappings that the window may have afterwards.
     pub max_runs: u32,
     /// What becomes of short stretches.
-    pub short: Short,
+    pub short: SmallExtents,
     /// Pages that are taken along though they are clean.
     pub along: &'a Along,
 }
 
 /// What a window has in its dirty ranges.
 #[derive(Default)]
-pub(super) struct Found {
+pub(super) struct PrivatePages {
     /// Dirty pages, those told included.
     pub dirty: Vec<GfnRange>,
     /// Pages that the log says are dirty, and that we did not look at.
@@ -114,11 +114,11 @@ impl HostWindow {
         }
     }
 
-    /// Moves all dirty private pages into a scratch range and maps the still empty `file` in their place, its page `n`
-    /// at guest frame `n`; touches of what it does not hold trap. With [`Short::Copied`], short stretches stay, and are to
-    /// be [copied](Self::copy) into the scratch range. With [`Short::Moved`], those that stayed earlier are moved as well, written
-    /// or not. Private copies of other clean pages are dropped where we come across them. What is to be taken [along](Asked::along) is. If nothing is dirty and
-    /// private, nothing is touched.
+    /// Moves all dirty private pages into a scratch range and maps the still empty `file` in their place, its page `n` at
+    /// guest frame `n`; touches of what it does not hold trap. With [`SmallExtents::CopyInPlace`], short stretches stay, and
+    /// are to be [copied](Self::copy) into the scratch range. With [`SmallExtents::Remap`], those that stayed earlier are
+    /// moved as well, written or not. Private copies of other clean pages are dropped where we come across them. What is to be
+    /// taken [along](Asked::along) is. If nothing is dirty and private, nothing is touched.
     ///
     /// Nobody touches the window meanwhile: vCPUs, devices, kernel threads that work for them (with a local APIC in the
     /// kernel KVM faults guest pages in from workers of its own: they are drained first). Afterwards the window has at
@@ -135,7 +135,7 @@ impl HostWindow {
         asked: Asked<'_>,
     ) -> Result<Option<MovedOut>, WindowError> {
         let Asked { max_runs, mut short, along } = asked;
-        if short == Short::Moved {
+        if short == SmallExtents::Remap {
             self.mark_kept();
         }
         let kept = along.copies.iter().flat_map(|&pages| self.kept.within(pages));
@@ -146,8 +146,8 @@ impl HostWindow {
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
         let too_many =
             || self.kept.iter().count() + found.dirty.len() > limit && self.stretches_with(&found.dirty) > limit;
-        if short == Short::Copied && too_many() {
-            short = Short::Moved;
+        if short == SmallExtents::CopyInPlace && too_many() {
+            short = SmallExtents::Remap;
             self.mark_kept();
             found = self.find_private(trust)?;
         }
@@ -271,9 +271,9 @@ impl HostWindow {
     /// Looks for private pages wherever something may be dirty. To look costs as much as to move: where the log says
     /// that all pages of a stretch were written, we take its word and [look later](Self::harvest). Where none was written but
     /// such that stayed at an earlier freeze, there is nothing to look for.
-    pub(super) fn find_private(&mut self, trust: Trust) -> Result<Found, WindowError> {
+    pub(super) fn find_private(&mut self, trust: Trust) -> Result<PrivatePages, WindowError> {
         let base = self.area.base();
-        let mut found = Found::default();
+        let mut found = PrivatePages::default();
         for Candidate { pages: range, density } in self.pending.candidates() {
             let told = density == Density::All && trust == Trust::Log && range.count().0 > SHORT;
             if told && !self.given_back.touches(range) {

@@ -3,7 +3,7 @@
 //! ```text
 //!   area (window)    |· run ·|··· run ···|  anonymous run  |      frame g at base + g·4096
 //!   scratch 0              |moved|   |m|            ··· |copies|  the same frames, moved out by a freeze, and behind
-//!   scratch 1                                                     them copies; the next freeze, while 0 still settles
+//!   scratch 1                                                     them copies; the next freeze, while 0 is still being written back
 //! ```
 //!
 //! One rule is behind the order of all calls here: **no touch may ever read a hole of a store untrapped**, because the
@@ -25,9 +25,9 @@ mod tests;
 pub use crate::sys::Place;
 pub use dirty::{Dirty, SlotLog};
 pub use freeze::{Asked, Frozen, MovedOut};
-pub use moves::Short;
+pub use moves::SmallExtents;
 pub use scratch::ScratchRow;
-pub use snapshot::Shed;
+pub use snapshot::Deduped;
 
 use super::{Failure, Window};
 use crate::addr::extents::without;
@@ -40,7 +40,7 @@ use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
 use dirty::DirtyMap;
 use rangemap::RangeSet;
 use runs::RunMap;
-use scratch::Scratches;
+use scratch::ScratchPool;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -50,7 +50,7 @@ use vm_memory::GuestMemoryMmap;
 /// Which of the kernel's features a window uses; each has a fallback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
-    /// Traps. Without them whoever freezes keeps the VM still until all pages have settled.
+    /// Traps. Without them whoever freezes keeps the VM still until all pages have been written back.
     pub userfaultfd: bool,
     /// The `PAGEMAP_SCAN` ioctl. Without it the pagemap is read.
     pub pagemap_scan: bool,
@@ -110,7 +110,7 @@ fn during(call: &'static str, pages: GfnRange) -> impl FnOnce(io::Error) -> Wind
 
 /// A VM's guest-physical space in this process.
 ///
-/// Owns the mappings, the scratch ranges of freezes that have not settled, the traps and the record of what the VMM
+/// Owns the mappings, the scratch ranges of freezes that have not been written back, the traps and the record of what the VMM
 /// wrote. Stays outside: the stores (the window keeps no descriptor, mappings hold the files), KVM, and who stops the
 /// vCPUs. Dropping it [retires](Self::retire) the memory that somebody still holds, and unmaps everything else.
 pub struct HostWindow {
@@ -124,7 +124,7 @@ pub struct HostWindow {
     failures: Vec<Failure>,
     retired: bool,
     runs: RunMap,
-    scratches: Scratches,
+    scratches: ScratchPool,
     /// Frozen pages that stayed, and must: what is mapped there shows something older.
     kept: PageSet,
     /// What the VM may not write, mapped or not.
@@ -159,7 +159,7 @@ impl HostWindow {
             plain: area.guest_memory(ram).map_err(during("describing", all))?,
             failures: Vec::new(),
             retired: false,
-            scratches: Scratches::beside(&area, place, all.count()),
+            scratches: ScratchPool::beside(&area, place, all.count()),
             pending: DirtyMap::clean(ram),
             kept: PageSet::default(),
             read_only: PageSet::default(),
@@ -184,13 +184,13 @@ impl HostWindow {
     }
 
     /// Makes private copies of pages that the guest is likely to write, and that nobody has to supply first: a batch costs a
-    /// tenth of a copy at each first write. They are clean until the guest writes them, or touches them ahead. A kernel that does not know the
-    /// call (before Linux 5.14) makes none.
+    /// tenth of a copy at each first write. They are clean until the guest writes them, or touches them ahead. A kernel that
+    /// does not know the call (before Linux 5.14) makes none.
     pub fn copy_ahead(&self, pages: GfnRange) {
         self.area.hint(pages, Advice::Populate);
     }
 
-    /// Gives back the memory that the copies of settled freezes have left for the next: worth it where none comes soon.
+    /// Gives back the memory that the copies of earlier freezes have left for the next: worth it where none comes soon.
     pub fn drop_spare(&mut self) {
         self.scratches.drop_spare();
     }

@@ -11,11 +11,11 @@ pub(super) const COPIED_MOST: u64 = 16 << 10;
 
 /// What becomes of dirty private pages while their short stretches may stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Short {
+pub enum SmallExtents {
     /// They are copied, and stay in the window.
-    Copied,
+    CopyInPlace,
     /// They are moved like all.
-    Moved,
+    Remap,
 }
 
 /// What a freeze does with every private page: sorted ranges, apart from each other.
@@ -30,8 +30,8 @@ pub(super) struct Plan {
 /// Plans for `private` (sorted, not adjacent, each within one RAM range): short stretches are copied, the shortest
 /// first, and the others [joined](join) and moved. Where there are more than `limit` stretches, nothing is copied: copies
 /// cannot be joined, and every stretch is a mapping of the VM's children.
-pub(super) fn plan(private: &[GfnRange], ram: &[GfnRange], limit: usize, short: Short) -> Plan {
-    if short == Short::Moved || private.len() > limit {
+pub(super) fn plan(private: &[GfnRange], ram: &[GfnRange], limit: usize, short: SmallExtents) -> Plan {
+    if short == SmallExtents::Remap || private.len() > limit {
         return Plan { moves: join(private, ram, limit), copies: Vec::new() };
     }
     let mut by_length = [0; SHORT as usize + 1];
@@ -127,10 +127,10 @@ mod tests {
         let private = ranges(&[0..500, 520..521, 540..1000, 2000..2016, 3000..3017]);
         let plan_with = |limit, short| plan(&private, &everywhere(), limit, short);
         let want = Plan { moves: ranges(&[0..1000, 3000..3017]), copies: vec![(2000..2016).into()] };
-        assert_eq!(plan_with(5, Short::Copied), want);
+        assert_eq!(plan_with(5, SmallExtents::CopyInPlace), want);
         let moved = Plan { moves: ranges(&[0..1000, 2000..2016, 3000..3017]), copies: Vec::new() };
-        assert_eq!(plan_with(4, Short::Copied), moved);
-        assert_eq!(plan_with(5, Short::Moved), moved);
+        assert_eq!(plan_with(4, SmallExtents::CopyInPlace), moved);
+        assert_eq!(plan_with(5, SmallExtents::Remap), moved);
     }
 
     #[test]
@@ -138,7 +138,8 @@ mod tests {
         let pairs = (0..COPIED_MOST / 2).map(|n| GfnRange::from(100 * n..100 * n + 2));
         let end = 50 * COPIED_MOST;
         let single = GfnRange::from(end..end + 1);
-        let plan = plan(&pairs.chain([single]).collect::<Vec<_>>(), &everywhere(), usize::MAX, Short::Copied);
+        let plan =
+            plan(&pairs.chain([single]).collect::<Vec<_>>(), &everywhere(), usize::MAX, SmallExtents::CopyInPlace);
         assert_eq!(plan.copies, [single]);
     }
 
@@ -200,7 +201,7 @@ mod tests {
                 }
             }
             let limit = random(40) as usize;
-            for short in [Short::Copied, Short::Moved] {
+            for short in [SmallExtents::CopyInPlace, SmallExtents::Remap] {
                 let Plan { moves, copies } = plan(&private, &ram, limit, short);
                 let parts = moves.iter().flat_map(|to| private.iter().map(|range| range.intersect(*to)));
                 let moved_private = parts.filter(|part| !part.is_empty()).collect();

@@ -1,4 +1,4 @@
-//! Where moved pages stay until they have settled.
+//! Where moved pages stay until they have been written back.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::ids::StoreId;
@@ -10,12 +10,12 @@ use std::io;
 /// The scratch ranges of one window: areas like the window itself, so that a page keeps its frame number and whole
 /// page tables can move.
 #[derive(Debug)]
-pub(super) struct Scratches {
+pub(super) struct ScratchPool {
     /// Where a fixed window's scratch areas stand.
     row: Option<ScratchRow>,
     frames: PageCount,
-    areas: BTreeMap<StoreId, Scratch>,
-    /// Memory for the copies of the next freeze: those of one before it have settled.
+    areas: BTreeMap<StoreId, ScratchArea>,
+    /// Memory for the copies of the next freeze: those of one before it have been written back.
     spare: Option<Draft>,
 }
 
@@ -57,7 +57,7 @@ fn copies_begin(frames: PageCount) -> Gfn {
 }
 
 #[derive(Debug)]
-struct Scratch {
+struct ScratchArea {
     draft: Draft,
     private: Vec<GfnRange>,
     places: ScratchRange,
@@ -81,7 +81,7 @@ const HUGE: u64 = 512;
 /// Fixed areas end below this, far from where the kernel places mappings of its own choice.
 const FIXED_END: u64 = 0x4000_0000_0000;
 
-impl Scratches {
+impl ScratchPool {
     /// Scratch ranges for the window `area` of `frames` frames, which stands at `place`.
     pub fn beside(area: &Area, place: Place, frames: PageCount) -> Self {
         let row = match place {
@@ -136,13 +136,13 @@ impl Scratches {
     pub fn keep(&mut self, store: StoreId, draft: Draft, copied: &[GfnRange]) {
         let places = ScratchRange::new(draft.area.base(), self.copies(), copied);
         let copies = PageCount(copied.iter().map(|pages| pages.count().0).sum());
-        let before = self.areas.insert(store, Scratch { draft, private: Vec::new(), places, copies });
+        let before = self.areas.insert(store, ScratchArea { draft, private: Vec::new(), places, copies });
         debug_assert!(before.is_none(), "a store takes one freeze");
     }
 
     /// Copies `pages` (sorted) of a window to their places.
     pub fn copy_in(&self, store: StoreId, window: &Area, pages: &[GfnRange]) -> io::Result<()> {
-        let Scratch { draft, places, .. } = self.get(store)?;
+        let ScratchArea { draft, places, .. } = self.get(store)?;
         window.copy_to(&draft.area, &places.of_copies(pages).ok_or(io::ErrorKind::NotFound)?)
     }
 
@@ -158,7 +158,7 @@ impl Scratches {
         }
     }
 
-    fn get(&self, store: StoreId) -> io::Result<&Scratch> {
+    fn get(&self, store: StoreId) -> io::Result<&ScratchArea> {
         let gone = || io::Error::new(io::ErrorKind::NotFound, format!("{store:?} has no scratch range"));
         self.areas.get(&store).ok_or_else(gone)
     }
@@ -178,20 +178,20 @@ impl Scratches {
     /// Gives the memory of pages back that were moved together, or copied, unless it is for the next freeze.
     pub fn leave(&mut self, store: StoreId, pages: GfnRange) {
         let stays = self.spare_most();
-        let Some(Scratch { draft, places, .. }) = self.areas.get(&store) else { return };
+        let Some(ScratchArea { draft, places, .. }) = self.areas.get(&store) else { return };
         let there = GfnRange::new(places.frame(pages.start()), pages.count());
         if stays.intersect(there) == there {
             return;
         }
         if let Err(error) = draft.area.advise(there, Advice::DropPrivate) {
-            log::warn!("memory of settled pages {pages:?} stays: {error}");
+            log::warn!("memory of pages that were written back: {pages:?} stays: {error}");
         }
     }
 
     /// Unmaps the scratch area of the freeze into `store`. About as much memory as its copies took is for the next freeze.
     pub fn drop(&mut self, store: StoreId) {
         let stays = self.spare_most();
-        let Some(Scratch { mut draft, copies, .. }) = self.areas.remove(&store) else {
+        let Some(ScratchArea { mut draft, copies, .. }) = self.areas.remove(&store) else {
             return log::warn!("{store:?} has no scratch range to drop");
         };
         // The next is likely to be of a few more.
@@ -201,7 +201,7 @@ impl Scratches {
         }
         match draft.keep_only(GfnRange::new(stays.start(), room)) {
             Ok(()) => self.spare = Some(draft),
-            Err(error) => log::warn!("memory of settled copies is not used again: {error}"),
+            Err(error) => log::warn!("memory of earlier copies is not used again: {error}"),
         }
     }
 

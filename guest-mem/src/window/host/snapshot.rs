@@ -1,11 +1,12 @@
 //! A freeze in which nothing moves, and what makes up for it later.
 //!
-//! The process makes a copy of itself, copy-on-write, and the frozen pages are read there until they have settled. All of
-//! them stay in this window as well: whoever touches them goes on at once, and huge pages stay huge. What that costs is
-//! memory: pages that have settled are here once more. So the window [sheds](HostWindow::shed) them, stretch by stretch.
+//! The process makes a copy of itself, copy-on-write, and the frozen pages are read there until they have been written back.
+//! All of them stay in this window as well: whoever touches them goes on at once, and huge pages stay huge. What that costs is
+//! memory: pages that have been written back are here once more. So the window [gives them up](HostWindow::dedup), stretch by
+//! stretch.
 
 use super::dirty::Cleanness;
-use super::freeze::Found;
+use super::freeze::PrivatePages;
 use super::moves::SHORT;
 use super::{Dirty, HostWindow, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PageCount};
@@ -17,7 +18,7 @@ use std::os::fd::BorrowedFd;
 
 /// Pages that a window keeps no longer. Dropping it gives their memory back, which takes time: the guest may run before.
 #[derive(Debug)]
-pub struct Shed {
+pub struct Deduped {
     /// Which: the store is mapped there now.
     pub pages: Vec<GfnRange>,
     _before: Option<Area>,
@@ -27,9 +28,9 @@ impl HostWindow {
     /// A shorter stretch of kept pages is not worth a mapping of its own.
     pub const SHED_LEAST: PageCount = PageCount(SHORT + 1);
 
-    /// Freezes all private pages where they are, for a VM of whose writes no log was kept: `copy` makes a copy-on-write copy of this process's memory, to read
-    /// them from at the same addresses. `None`, and nothing has changed, where they are in so many stretches that a child
-    /// could not map them.
+    /// Freezes all private pages where they are, for a VM of whose writes no log was kept: `copy` makes a copy-on-write copy
+    /// of this process's memory, to read them from at the same addresses. `None`, and nothing has changed, where they are in
+    /// so many stretches that a child could not map them.
     ///
     /// Nobody touches the window meanwhile, as with [`move_out`](Self::move_out).
     ///
@@ -41,7 +42,7 @@ impl HostWindow {
         copy: impl FnOnce() -> io::Result<()>,
     ) -> Result<Option<Harvest>, WindowError> {
         let trust = self.mark(Dirty::Every);
-        let Found { dirty: private, clean, .. } = self.find_private(trust)?;
+        let PrivatePages { dirty: private, clean, .. } = self.find_private(trust)?;
         let limit = (max_runs as usize).saturating_sub(self.runs.count()) / 2;
         if self.kept.iter().count() + private.len() > limit {
             return Ok(None);
@@ -56,24 +57,24 @@ impl HostWindow {
     }
 
     /// Maps `file`, which is `store`, in the place of `pages` that are kept since a freeze into it, all of which have
-    /// settled. What was written since then stays, and is dirty.
+    /// written back. What was written since then stays, and is dirty.
     ///
     /// Nobody touches the window meanwhile. Pages that are not kept any more are left alone.
     ///
     /// # Errors
     /// A system call failed: everything is as it was, but for [`WindowError::Torn`], after which the VM must not run.
-    pub fn shed(
+    pub fn dedup(
         &mut self,
         dirty: Dirty<'_>,
         store: StoreId,
         file: BorrowedFd<'_>,
         pages: &[GfnRange],
-    ) -> Result<Shed, WindowError> {
+    ) -> Result<Deduped, WindowError> {
         self.mark(dirty);
         let kept = pages.iter().flat_map(|&pages| self.kept.within(pages));
         let pages: Vec<GfnRange> = kept.filter(|part| part.count() >= Self::SHED_LEAST).collect();
         if pages.is_empty() {
-            return Ok(Shed { pages, _before: None });
+            return Ok(Deduped { pages, _before: None });
         }
         let mut written = Vec::new();
         for stretch in &pages {
@@ -90,7 +91,7 @@ impl HostWindow {
             self.mapped(*stretch, Source::Store { store, origin: Gfn(0) });
             self.kept.remove(*stretch);
         }
-        Ok(Shed { pages, _before: Some(before) })
+        Ok(Deduped { pages, _before: Some(before) })
     }
 
     /// Puts pages that were moved out into the window once more, where no page is: over what the store has, or will have.

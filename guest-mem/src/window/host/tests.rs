@@ -64,10 +64,10 @@ impl Rig {
     }
 
     fn freeze(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32) -> (Frozen, Memfd) {
-        self.freeze_with(dirty, store, max_runs, Short::Moved)
+        self.freeze_with(dirty, store, max_runs, SmallExtents::Remap)
     }
 
-    fn freeze_with(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32, short: Short) -> (Frozen, Memfd) {
+    fn freeze_with(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32, short: SmallExtents) -> (Frozen, Memfd) {
         let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
         let frozen = self.window.freeze(dirty, StoreId(store), file.as_fd(), asked(max_runs, short)).unwrap();
         (frozen, file)
@@ -80,7 +80,7 @@ impl Rig {
     }
 }
 
-fn asked(max_runs: u32, short: Short) -> Asked<'static> {
+fn asked(max_runs: u32, short: SmallExtents) -> Asked<'static> {
     static NO_PAGES: Along = Along { copies: Vec::new(), moves: Vec::new() };
     Asked { max_runs, short, along: &NO_PAGES }
 }
@@ -198,7 +198,7 @@ fn short_stretches_are_copied_and_stay() {
     let Some(mut rig) = Rig::new(ALL) else { return };
     let short = || (10..14).chain(100..116).chain(PAGES + 50..PAGES + 51);
     short().chain(200..300).for_each(|frame| rig.write(frame, 5000 + frame));
-    let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 1, 1000, Short::Copied);
+    let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 1, 1000, SmallExtents::CopyInPlace);
     let copied = [10..14, 100..116, PAGES + 50..PAGES + 51].map(frames);
     assert_eq!(
         (frozen.harvest.copied.as_slice(), frozen.harvest.moved.as_slice()),
@@ -213,17 +213,17 @@ fn short_stretches_are_copied_and_stay() {
     assert!(rig.scratch_word(1, 15).is_err());
 
     // What was not written since is neither copied again nor dropped, though the store beneath has something else.
-    let (again, _file) = rig.freeze_with(Dirty::Logged(&log_of(11..12)), 2, 1000, Short::Copied);
+    let (again, _file) = rig.freeze_with(Dirty::Logged(&log_of(11..12)), 2, 1000, SmallExtents::CopyInPlace);
     assert_eq!((again.harvest.copied.as_slice(), again.harvest.moved.as_slice()), (&[frames(11..12)][..], &[][..]));
     assert_eq!((rig.scratch_word(2, 11).unwrap(), rig.word(11), rig.word(12)), (1, 1, 5012));
     rig.window.balloon(&[frames(100..108)], 1000);
     assert_eq!((rig.word(100), rig.word(108)), (0, 5108));
 
     // Where all are to be moved, they are, written or not.
-    let (all, _file) = rig.freeze_with(Dirty::Logged(&[]), 3, 1000, Short::Moved);
+    let (all, _file) = rig.freeze_with(Dirty::Logged(&[]), 3, 1000, SmallExtents::Remap);
     assert_eq!(all.harvest.moved, [10..14, 108..116, PAGES + 50..PAGES + 51].map(frames));
     assert_eq!((rig.scratch_word(3, 11).unwrap(), rig.scratch_word(3, 12).unwrap()), (1, 5012));
-    let (none, _file) = rig.freeze_with(Dirty::Logged(&[]), 4, 1000, Short::Moved);
+    let (none, _file) = rig.freeze_with(Dirty::Logged(&[]), 4, 1000, SmallExtents::Remap);
     assert!(none.harvest.is_empty());
 }
 
@@ -232,12 +232,12 @@ fn short_stretches_are_copied_and_stay() {
 fn many_copies() {
     let Some(mut rig) = Rig::new(ALL) else { return };
     (0..2 * PAGES).step_by(3).for_each(|frame| rig.write(frame, frame + 1));
-    let (frozen, _file) = rig.freeze_with(Dirty::Every, 1, 10_000, Short::Copied);
+    let (frozen, _file) = rig.freeze_with(Dirty::Every, 1, 10_000, SmallExtents::CopyInPlace);
     assert_eq!((frozen.harvest.copied.len() as u64, frozen.harvest.moved.len()), (2 * PAGES / 3 + 1, 0));
     assert!((0..2 * PAGES).step_by(3).all(|frame| rig.scratch_word(1, frame).unwrap() == frame + 1));
     // So many that stay are too many mappings for a child with a smaller budget: they are joined and moved.
     rig.write(0, 7);
-    let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 2, 1000, Short::Copied);
+    let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 2, 1000, SmallExtents::CopyInPlace);
     assert_eq!((frozen.harvest.copied.len(), frozen.harvest.private().len() as u64), (0, 2 * PAGES / 3 + 1));
     assert!(frozen.harvest.moved.len() < 500);
     assert_eq!((rig.scratch_word(2, 0).unwrap(), rig.scratch_word(2, 3).unwrap()), (7, 4));
@@ -260,7 +260,7 @@ fn memory_of_settled_copies_is_for_the_next_freeze() {
     let count = scattered.len() as u64;
     let freeze = |rig: &mut Rig, store: u32, frames: &[u64]| {
         frames.iter().for_each(|frame| rig.write(*frame, u64::from(store) * 10_000 + frame));
-        let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), store, 1000, Short::Copied);
+        let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), store, 1000, SmallExtents::CopyInPlace);
         assert_eq!(frozen.harvest.copied.len(), frames.len());
         for frame in frames {
             assert_eq!(rig.scratch_word(store, *frame).unwrap(), u64::from(store) * 10_000 + frame);
@@ -273,7 +273,7 @@ fn memory_of_settled_copies_is_for_the_next_freeze() {
     assert_eq!(private_pages(first, count), count);
     let mut second = freeze(&mut rig, 2, &scattered);
     assert_eq!(second, first, "the memory is used again");
-    // One that comes before that has settled has memory of its own, and of both the larger stays.
+    // One that comes before that was written back has memory of its own, and of both the larger stays.
     let third = freeze(&mut rig, 3, &scattered[..5]);
     assert_ne!(third, second);
     rig.window.drop_scratch(StoreId(2));
@@ -294,12 +294,12 @@ fn stretches_that_grow_are_still_few_enough_to_stay() {
     let pairs: Vec<u64> = single.iter().flat_map(|&frame| [frame, frame + 1]).collect();
     for (store, frames) in (1..).zip([&single, &pairs]) {
         frames.iter().for_each(|frame| rig.write(*frame, 7));
-        let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), store, 130, Short::Copied);
+        let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), store, 130, SmallExtents::CopyInPlace);
         assert_eq!((frozen.harvest.copied.len(), frozen.harvest.moved.len()), (single.len(), 0));
     }
     // Others are too many.
     (15..415).step_by(10).for_each(|frame| rig.write(frame, 7));
-    let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 3, 130, Short::Copied);
+    let (frozen, _file) = rig.freeze_with(Dirty::Logged(&[]), 3, 130, SmallExtents::CopyInPlace);
     assert!(frozen.harvest.copied.is_empty() && !frozen.harvest.moved.is_empty());
 }
 
@@ -313,7 +313,8 @@ fn a_freeze_has_its_memory_before_if_it_is_to_copy_much() {
         rig.window.prepare_copies(&log);
         // Neither an address nor a page is asked for any more.
         inject::fail_after(0);
-        let frozen = rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), asked(10_000, Short::Copied));
+        let frozen =
+            rig.window.freeze(Dirty::Logged(&[]), StoreId(1), file.as_fd(), asked(10_000, SmallExtents::CopyInPlace));
         let failed = inject::stop();
         assert_eq!((frozen.is_ok(), failed), (has_memory, !has_memory), "{frozen:?}");
     }
@@ -359,7 +360,8 @@ fn only_pages_that_were_seen_are_copied() {
     window.memory().write_obj(9u64, GuestAddress(66 << 12)).unwrap();
     let file = Memfd::new("store", PageCount(70)).unwrap();
     let log = [SlotLog { first: Gfn(0), words: vec![0, u64::MAX] }];
-    let frozen = window.freeze(Dirty::Logged(&log), StoreId(1), file.as_fd(), asked(100, Short::Copied)).unwrap();
+    let frozen =
+        window.freeze(Dirty::Logged(&log), StoreId(1), file.as_fd(), asked(100, SmallExtents::CopyInPlace)).unwrap();
     assert_eq!(frozen.harvest.private(), [frames(66..67)]);
 }
 
@@ -377,7 +379,9 @@ fn the_limit_of_mappings_holds() {
 #[test]
 fn a_freeze_that_fails_changes_nothing() {
     let written = || (10..20).chain(200..210).chain(PAGES - 5..PAGES + 5).chain([1500]);
-    for (short, calls) in [Short::Moved, Short::Copied].into_iter().flat_map(|short| (0..40).map(move |n| (short, n))) {
+    for (short, calls) in
+        [SmallExtents::Remap, SmallExtents::CopyInPlace].into_iter().flat_map(|short| (0..40).map(move |n| (short, n)))
+    {
         let Some(mut rig) = Rig::new(ALL) else { return };
         written().for_each(|frame| rig.write(frame, 4000 + frame));
         let runs: Vec<Run> = rig.window.runs().collect();
@@ -387,8 +391,8 @@ fn a_freeze_that_fails_changes_nothing() {
         let failed = inject::stop();
         let Err(error) = frozen else {
             // What is advice only may be refused.
-            assert!(!failed || short == Short::Copied, "a failure that nobody noticed");
-            assert!(calls > if short == Short::Moved { 15 } else { 1 }, "only {calls} calls");
+            assert!(!failed || short == SmallExtents::CopyInPlace, "a failure that nobody noticed");
+            assert!(calls > if short == SmallExtents::Remap { 15 } else { 1 }, "only {calls} calls");
             continue;
         };
         assert!(!matches!(error, WindowError::Torn { .. }), "{error}");
@@ -512,11 +516,11 @@ fn a_freeze_in_a_copy_leaves_all_pages_where_they_are() {
     assert_eq!(harvest.private(), private);
     assert!(written().all(|frame| rig.word(frame) == 6000 + frame));
     rig.write(20, 1);
-    let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, Short::Copied);
+    let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, SmallExtents::CopyInPlace);
     assert_eq!(next.harvest.private(), [frames(20..21)], "what stayed is frozen");
 }
 
-/// The window of a guest that has frozen in a copy, and that store, settled.
+/// The window of a guest that has frozen in a copy, and that store, written back.
 fn kept_rig() -> Option<(Rig, Memfd)> {
     let mut rig = Rig::new(ALL)?;
     let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
@@ -539,9 +543,9 @@ fn what_is_shed_is_in_the_store_and_what_was_written_stays() {
     rig.write(299, 2);
     rig.window.balloon(&[frames(PAGES + 30..PAGES + 40)], 1000);
     let asked = [frames(10..300), frames(PAGES + 5..PAGES + 40)];
-    let shed = rig.window.shed(Dirty::Logged(&log_of(60..61)), StoreId(1), file.as_fd(), &asked).unwrap();
-    assert_eq!(shed.pages, [10..300, PAGES + 5..PAGES + 30].map(frames));
-    drop(shed);
+    let dedup = rig.window.dedup(Dirty::Logged(&log_of(60..61)), StoreId(1), file.as_fd(), &asked).unwrap();
+    assert_eq!(dedup.pages, [10..300, PAGES + 5..PAGES + 30].map(frames));
+    drop(dedup);
     let store = Source::Store { store: StoreId(1), origin: Gfn(0) };
     let of_store = rig.window.runs().filter(|run| run.source == store).map(|run| run.pages);
     assert_eq!(of_store.collect::<Vec<_>>(), [10..300, PAGES + 5..PAGES + 30].map(frames));
@@ -553,9 +557,9 @@ fn what_is_shed_is_in_the_store_and_what_was_written_stays() {
     assert!((10..300).chain(PAGES + 5..PAGES + 30).all(|frame| rig.word(frame) == want(frame)));
     assert_eq!((rig.word(9), rig.word(300), rig.word(PAGES + 35)), (9, 300, 0));
     // What was written since the freeze, or told by the log, is dirty; nothing else is, nor is it private any more.
-    let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, Short::Moved);
+    let (next, _file) = rig.freeze_with(Dirty::Logged(&log_of(20..21)), 2, 1000, SmallExtents::Remap);
     assert_eq!(next.harvest.private(), [50..51, 60..61, 299..300].map(frames));
-    let again = rig.window.shed(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &asked).unwrap();
+    let again = rig.window.dedup(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &asked).unwrap();
     assert_eq!(again.pages, []);
 }
 
@@ -567,10 +571,10 @@ fn shedding_that_fails_changes_nothing() {
         rig.write(50, 1);
         let before: Vec<Run> = rig.window.runs().collect();
         inject::fail_after(calls);
-        let shed = rig.window.shed(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &[frames(10..300)]);
+        let dedup = rig.window.dedup(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &[frames(10..300)]);
         let failed = inject::stop();
-        let done = match shed {
-            Ok(shed) => shed.pages == [frames(10..300)],
+        let done = match dedup {
+            Ok(dedup) => dedup.pages == [frames(10..300)],
             Err(WindowError::Torn { .. }) => panic!("one failure does not tear a window"),
             Err(_) => false,
         };
@@ -579,10 +583,10 @@ fn shedding_that_fails_changes_nothing() {
         assert!((10..300).all(|frame| rig.word(frame) == want(frame)), "call {calls}");
         if !done {
             assert_eq!(rig.window.runs().collect::<Vec<_>>(), before, "call {calls}");
-            let shed = rig.window.shed(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &[frames(10..300)]).unwrap();
-            assert_eq!(shed.pages, [frames(10..300)]);
+            let dedup = rig.window.dedup(Dirty::Logged(&[]), StoreId(1), file.as_fd(), &[frames(10..300)]).unwrap();
+            assert_eq!(dedup.pages, [frames(10..300)]);
         }
-        let (next, _file) = rig.freeze_with(Dirty::Logged(&[]), 2, 1000, Short::Copied);
+        let (next, _file) = rig.freeze_with(Dirty::Logged(&[]), 2, 1000, SmallExtents::CopyInPlace);
         assert_eq!(next.harvest.private(), [frames(50..51)], "call {calls}");
         if done {
             assert!(calls > 5, "{calls} calls can fail");

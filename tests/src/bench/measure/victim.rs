@@ -10,7 +10,7 @@ use guest_mem::ids::SwapSlot;
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::{Fetch, Swap};
 use guest_mem::{
-    Destination, Failure, Gfn, GfnRange, Harvest, Manager, Pace, PageCount, PageIndex, Protection, StoreId, VmId,
+    Activity, Destination, Failure, Gfn, GfnRange, Harvest, Manager, PageCount, PageIndex, Protection, StoreId, VmId,
     Window, stage2,
 };
 use std::io;
@@ -21,7 +21,7 @@ const CLUSTERS: u64 = 4000;
 const CLUSTER: PageCount = PageCount(16);
 
 pub fn run(bench: &mut Bench) -> Result<()> {
-    for (what, pace) in [("all run", Pace::Running), ("half are idle", Pace::Idle)] {
+    for (what, pace) in [("all run", Activity::Running), ("half are idle", Activity::Idle)] {
         let [mut few, mut many] = [(); 2].map(|()| Samples::default());
         let (mut small, mut large) = (family(10, pace)?, family(1000, pace)?);
         for _ in bench.rounds(1000, 300) {
@@ -41,7 +41,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
 type Family = Manager<Counters, Nothing>;
 
 /// A family of so many VMs. Each has frozen its part of the clusters; every second one is of that pace.
-fn family(vms: u64, pace: Pace) -> Result<Family> {
+fn family(vms: u64, pace: Activity) -> Result<Family> {
     let ram = [GfnRange::new(Gfn(0), RAM)];
     let mut family: Family = Manager::new(stage2::Shape::X86_64, RAM, Counters::default());
     let root = family.launch(&ram, &[], &[], Nothing)?;
@@ -51,7 +51,7 @@ fn family(vms: u64, pace: Pace) -> Result<Family> {
         freeze(&mut family, vm, GfnRange::new(Gfn(nth * 16 % 32768), PageCount(CLUSTERS / vms * CLUSTER.0)))?;
         all.push(vm);
     }
-    all.iter().step_by(2).for_each(|&vm| family.set_pace(vm, pace));
+    all.iter().step_by(2).for_each(|&vm| family.set_activity(vm, pace));
     Ok(family)
 }
 
@@ -59,7 +59,7 @@ fn freeze(family: &mut Family, vm: VmId, pages: GfnRange) -> Result<()> {
     family.begin_freeze(vm, Destination::Store)?;
     family.stands(vm);
     family.finish_freeze(vm, &Harvest { moved: vec![pages], moved_private: vec![pages], ..Harvest::default() });
-    while family.settle(guest_mem::manager::SETTLE_BATCH)? {}
+    while family.write_back(guest_mem::manager::WRITEBACK_BATCH)? {}
     Ok(())
 }
 

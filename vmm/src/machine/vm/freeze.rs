@@ -12,7 +12,7 @@ use super::super::state::{LinuxState, MachineState, MailboxState, PackedState};
 use super::{Vm, VmError};
 use crate::devices::serial;
 use crate::wire::{Activity, FromVm, Frozen, SOME};
-use guest_mem::window::host::{Asked, Dirty, HostWindow, MovedOut, Shed, Short, SlotLog};
+use guest_mem::window::host::{Asked, Deduped, Dirty, HostWindow, MovedOut, SlotLog, SmallExtents};
 use guest_mem::{Gfn, GfnRange, Harvest, Protection, StoreId, Window};
 use nix::unistd::Pid;
 use rangemap::RangeSet;
@@ -69,7 +69,7 @@ impl Vm {
                 Err(error) => log::warn!("freezes take every private page: {error}"),
             }
         }
-        if asked.short == Short::Copied && self.log_tells_all {
+        if asked.short == SmallExtents::CopyInPlace && self.log_tells_all {
             self.kvm.read_log()?;
             self.window.prepare_copies(self.kvm.logs());
         }
@@ -276,12 +276,12 @@ impl Vm {
         file: BorrowedFd<'_>,
         pages: &[GfnRange],
         tell: impl FnMut(FromVm) -> io::Result<()>,
-    ) -> Result<Shed, VmError> {
+    ) -> Result<Deduped, VmError> {
         let floor = Arc::clone(&self.floor);
         drop(self.await_standing(&floor, tell)?);
         self.kvm.read_log()?;
         let dirty = if self.log_tells_all { Dirty::Logged(self.kvm.logs()) } else { Dirty::Every };
-        let shed = self.window.shed(dirty, store, file, pages)?;
+        let shed = self.window.dedup(dirty, store, file, pages)?;
         if let Err(error) = self.kvm.clear_log() {
             log::warn!("the next freeze takes every private page: {error}");
             self.log_tells_all = false;

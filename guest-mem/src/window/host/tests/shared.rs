@@ -26,7 +26,7 @@ fn no_freeze_takes_what_is_shared() {
         AT.for_each(|frame| assert_eq!(other.word(frame), if frame % 2 == 0 { 5000 + frame } else { 0 }));
         other.write(AT.start + 1, 9);
         let log = log_of(PAGES..2 * PAGES);
-        for (round, short) in [Short::Moved, Short::Copied].into_iter().enumerate() {
+        for (round, short) in [SmallExtents::Remap, SmallExtents::CopyInPlace].into_iter().enumerate() {
             (AT.start - 2..AT.end + 2).step_by(2).for_each(|frame| one.write(frame, 5000 + frame));
             let dirty = if everything { Dirty::Every } else { Dirty::Logged(&log) };
             // So few mappings that stretches must be joined.
