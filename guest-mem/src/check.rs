@@ -119,7 +119,9 @@ impl Family {
                 let part = Run { pages: run.pages.intersect(part.into()), ..run };
                 let right = match (run.source, found) {
                     (Source::Anonymous, found) => found.is_none_or(|found| found.slot == Slot::Zero),
-                    (Source::Store { .. }, Some(Found { slot: Slot::Zero, .. })) => self.objects.are_zero(&part),
+                    (Source::Store { .. }, Some(Found { slot: Slot::Zero, .. })) => {
+                        self.objects.accounts.are_zero(&part)
+                    }
                     (Source::Store { .. }, None) => false,
                     (Source::Shared { .. }, None) => false,
                     (Source::Store { store, origin } | Source::Shared { store, origin }, Some(found)) => {
@@ -144,7 +146,7 @@ impl Family {
                 broken.push(format!("8: {id:?} keeps {pages:?} though it maps what stage-2 shows"));
             }
         }
-        let child = vm.child.iter().filter(|window| window.made_for.0 == self.objects.hollowed);
+        let child = vm.child.iter().filter(|window| window.made_for.0 == self.objects.accounts.hollowed);
         let of_child = child.clone().flat_map(|window| window.zeros.iter());
         for run in vm.overlay.zeros.iter().chain(&vm.bridges).chain(of_child) {
             let differs = among(shown, run.pages).all(|there| there.source != run.source);
@@ -212,7 +214,7 @@ impl Family {
     fn check_shared(&self, broken: &mut Vec<String>) {
         for (id, object) in self.objects.iter().filter(|(_, object)| object.kind == ObjectKind::Shared) {
             let stores: BTreeSet<StoreId> = self.objects.stores_of(id).collect();
-            let owners = stores.iter().flat_map(|&store| self.objects.owners(store)).count();
+            let owners = stores.iter().flat_map(|&store| self.objects.accounts.owners(store)).count();
             let is_there = object.slots.iter().all(|(_, slot)| matches!(slot, Slot::Resident(_)));
             let alone = object.backing.is_none() && object.shadows.is_empty();
             if stores.len() != 1 || owners != 1 || !is_there || !alone {
@@ -287,43 +289,48 @@ impl Family {
                 }
                 if object.kind == ObjectKind::Anonymous
                     && slot.resident().is_some()
-                    && !self.objects.queue.has(store, pages)
+                    && !self.objects.accounts.queue.has(store, pages)
                 {
                     broken
                         .push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
                 }
                 if let Slot::Clean(store, _) = slot
-                    && !clusters(pages).all(|cluster| self.objects.clean.contains(&(store, cluster)))
+                    && !clusters(pages).all(|cluster| self.objects.accounts.clean.contains(&(store, cluster)))
                 {
                     broken.push(format!("3: copies in swap of pages {pages:?} of {store:?} would never be given up"));
                 }
-                if slot.is_pending() && !self.objects.pending.contains(&id) {
+                if slot.is_pending() && !self.objects.writeback.pending.contains(&id) {
                     broken.push(format!("3: {id:?} has pending pages and is not listed"));
                 }
             }
         }
-        for id in self.objects.put_off.difference(&self.objects.pending) {
+        for id in self.objects.writeback.put_off.difference(&self.objects.writeback.pending) {
             broken.push(format!("3: {id:?} waits for swap, and has nothing pending"));
         }
-        let anonymous = self.objects.stores.iter().filter(|(_, account)| account.kind == ObjectKind::Anonymous);
+        let anonymous =
+            self.objects.accounts.stores.iter().filter(|(_, account)| account.kind == ObjectKind::Anonymous);
         let resident: u64 = anonymous.clone().map(|(_, account)| account.resident).sum();
-        if resident != self.objects.resident_pages {
-            broken.push(format!("3: {resident} pages are in stores, not {}", self.objects.resident_pages));
+        if resident != self.objects.accounts.resident_pages {
+            broken.push(format!("3: {resident} pages are in stores, not {}", self.objects.accounts.resident_pages));
         }
-        let is_idle = |store: &StoreId| !self.objects.owners(*store).any(|(id, _)| self.objects.get(id).active > 0);
+        let is_idle =
+            |store: &StoreId| !self.objects.accounts.owners(*store).any(|(id, _)| self.objects.get(id).active > 0);
         let idle: BTreeSet<StoreId> = anonymous.map(|(&store, _)| store).filter(is_idle).collect();
-        if !self.objects.queue.idle_is_sound(&idle) {
+        if !self.objects.accounts.queue.idle_is_sound(&idle) {
             broken.push(format!("3: {idle:?} are the stores that only idle VMs see"));
         }
-        for (store, account) in &self.objects.stores {
-            let active = self.objects.owners(*store).filter(|(id, _)| self.objects.get(*id).active > 0).count();
+        for (store, account) in &self.objects.accounts.stores {
+            let active =
+                self.objects.accounts.owners(*store).filter(|(id, _)| self.objects.get(*id).active > 0).count();
             if active as u32 != account.active {
                 broken
                     .push(format!("3: {store:?} counts {} active objects, {active} have pages of it", account.active));
             }
             let left = account.scratch.map_or(0, |scratch| scratch.left);
-            let told =
-                ([account.resident, account.copy_ups, left, account.swapped], self.objects.owners(*store).collect());
+            let told = (
+                [account.resident, account.copy_ups, left, account.swapped],
+                self.objects.accounts.owners(*store).collect(),
+            );
             let counted = (counts.remove(store).unwrap_or_default(), holders.remove(store).unwrap_or_default());
             if told != counted {
                 broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));

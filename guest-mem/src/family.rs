@@ -194,7 +194,7 @@ impl Family {
     /// A new VM joins; the objects that it shows list it.
     pub(crate) fn insert_vm(&mut self, vm: Vm) -> VmId {
         let mut id = VmId(self.next_vm);
-        while self.vms.contains_key(&id) || self.objects.waits_for(id) {
+        while self.vms.contains_key(&id) || self.objects.accounts.waits_for(id) {
             id.0 = id.0.wrapping_add(1);
         }
         self.next_vm = id.0.wrapping_add(1);
@@ -241,7 +241,7 @@ impl Family {
             Slot::CopyUp(_, Source::Store { store, .. }) => Some(store),
             _ => None,
         });
-        stores.chain(gaps).chain(self.objects.stores.keys().copied()).chain(freezing).collect()
+        stores.chain(gaps).chain(self.objects.accounts.stores.keys().copied()).chain(freezing).collect()
     }
 }
 

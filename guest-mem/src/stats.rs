@@ -121,23 +121,23 @@ impl Family {
 
     /// Pages in stores, files' left out.
     pub fn resident(&self) -> PageCount {
-        PageCount(self.objects.resident_pages)
+        PageCount(self.objects.accounts.resident_pages)
     }
 
     /// Pages in one store.
     pub fn resident_in(&self, store: StoreId) -> PageCount {
-        PageCount(self.objects.stores.get(&store).map_or(0, |account| account.resident))
+        PageCount(self.objects.accounts.stores.get(&store).map_or(0, |account| account.resident))
     }
 
     /// Pages that have not been written back.
     pub fn in_flight(&self) -> PageCount {
-        let accounts = self.objects.stores.values();
+        let accounts = self.objects.accounts.stores.values();
         PageCount(accounts.map(|a| a.copy_ups + a.scratch.map_or(0, |scratch| scratch.left)).sum())
     }
 
     /// Figures of the family.
     pub fn totals(&self) -> Totals {
-        let accounts = &self.objects.stores;
+        let accounts = &self.objects.accounts.stores;
         let anonymous = accounts.values().filter(|account| account.kind == ObjectKind::Anonymous);
         Totals {
             objects: self.objects.len() as u64,

@@ -309,7 +309,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             let store = *entry.key();
             let Some(pages) = entry.get_mut().pop() else {
                 entry.remove();
-                if !self.family.objects().stores.contains_key(&store) {
+                if !self.family.objects().accounts.stores.contains_key(&store) {
                     self.drop_store(store);
                 }
                 continue;
@@ -544,12 +544,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Whether there is something that [`write_back`](Self::write_back) sees to.
     pub fn has_writeback(&self) -> bool {
-        !self.hidden.is_empty() || !self.family.is_tidy() || !self.family.objects().pending.is_empty()
+        !self.hidden.is_empty() || !self.family.is_tidy() || !self.family.objects().writeback.pending.is_empty()
     }
 
     /// Whether all pages of a freeze are where they belong.
     pub fn is_written_back(&self, store: StoreId) -> bool {
-        self.family.objects().is_written_back(store)
+        self.family.objects().accounts.is_written_back(store)
     }
 
     /// What was copied for a freeze so far; asked for once, when it has been written back.

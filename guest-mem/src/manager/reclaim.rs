@@ -78,7 +78,7 @@ pub struct Evicted {
 impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// What went to swap and came back.
     pub fn counts(&self) -> SwapCounts {
-        SwapCounts { discarded_pages: self.family.objects.discarded, ..self.swap_counts }
+        SwapCounts { discarded_pages: self.family.objects.accounts.discarded, ..self.swap_counts }
     }
 
     /// Says whether a VM needs its memory soon.

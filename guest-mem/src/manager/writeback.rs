@@ -66,7 +66,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Pages have been written back: what they had in a scratch range is given back as it becomes much.
     fn leave_scratch(&mut self, holder: VmId, store: StoreId, pages: GfnRange) {
-        if self.family.objects().stores.get(&store).is_none_or(|account| account.scratch.is_none()) {
+        if self.family.objects().accounts.stores.get(&store).is_none_or(|account| account.scratch.is_none()) {
             return;
         }
         let left = self.left.entry(store).or_insert(pages);

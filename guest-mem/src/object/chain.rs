@@ -89,7 +89,7 @@ impl Objects {
     /// What these frames are whose leaves name `store`, its page 0 at `origin`: the slots that name it, whosever they are
     /// now, and zero where none does. No chain is asked: this costs the same at any depth.
     pub(crate) fn stored(&self, store: StoreId, origin: Gfn, pages: GfnRange) -> Vec<Segment> {
-        let owners = self.owners(store).flat_map(|(object, _)| self.segments_of(object, origin, pages));
+        let owners = self.accounts.owners(store).flat_map(|(object, _)| self.segments_of(object, origin, pages));
         let names = |segment: &Segment| segment.found.and_then(|found| found.slot.store()) == Some(store);
         let mut segments: Vec<Segment> = owners.filter(names).collect();
         segments.sort_unstable_by_key(|segment| segment.pages.start());

@@ -60,9 +60,9 @@ impl Objects {
         }
         let gone = self.objects.remove(id.0 as usize);
         assert_eq!(gone.active, 0, "nobody who is active needs {id:?}");
-        self.owners.remove(gone.slots_id.0 as usize);
-        self.pending.remove(&id);
-        self.put_off.remove(&id);
+        self.accounts.forget_slots(gone.slots_id);
+        self.writeback.pending.remove(&id);
+        self.writeback.put_off.remove(&id);
         below
     }
 
@@ -110,7 +110,7 @@ impl Objects {
         same.map(|parts| (parts.iter().map(|(pages, _)| *pages).collect(), parts[0].1)).collect()
     }
 
-    /// What was busy for the sake of `below` is so for what it has beneath it now.
+    /// What was active for the sake of `below` is so for what it has beneath it now.
     fn take_over(&mut self, below: ObjectId, beneath: Option<Backing>) {
         if let Some(Backing { object, .. }) = beneath {
             self.inc_active(object);
@@ -125,14 +125,14 @@ impl Objects {
         std::mem::swap(&mut a.slots_id, &mut b.slots_id);
         std::mem::swap(&mut a.copy_ups, &mut b.copy_ups);
         std::mem::swap(&mut a.writeback_from, &mut b.writeback_from);
-        self.owners[a.slots_id.0 as usize].object = id;
-        self.owners[b.slots_id.0 as usize].object = shadow;
+        self.accounts.give_slots(a.slots_id, id);
+        self.accounts.give_slots(b.slots_id, shadow);
         // What is still pending of the shadow's own slots lists it again when it gets them back.
-        if self.pending.contains(&id) {
-            self.pending.insert(shadow)
+        if self.writeback.pending.contains(&id) {
+            self.writeback.pending.insert(shadow)
         } else {
-            self.put_off.remove(&shadow);
-            self.pending.remove(&shadow)
+            self.writeback.put_off.remove(&shadow);
+            self.writeback.pending.remove(&shadow)
         };
     }
 
@@ -205,7 +205,7 @@ mod tests {
     fn merge(stretches: u64) -> u64 {
         let mut objects = Objects::default();
         let stores = [StoreId(1), StoreId(2)];
-        stores.iter().for_each(|&store| objects.open_store(store, VmId(1)));
+        stores.iter().for_each(|&store| objects.accounts.open_store(store, VmId(1)));
         let below = objects.stack(None);
         let top = objects.stack(Some(Backing { object: below, origin: 0 }));
         objects.map(top, VmId(1), Activity::Running);

@@ -113,7 +113,7 @@ impl Family {
     /// Pages of which the window of `vm` has a copy, and nobody else one that can be read.
     pub fn to_mend(&self, vm: VmId) -> Vec<GfnRange> {
         let mut lost = Vec::new();
-        if self.objects.lost > 0 {
+        if self.objects.accounts.lost > 0 {
             let vm = self.vm(vm);
             for (bounds, entry) in vm.map.iter() {
                 for kept in vm.kept_within(bounds) {
@@ -149,9 +149,9 @@ impl Family {
     }
 
     fn seen_store(&self, store: StoreId, own: &BTreeSet<ObjectId>) -> Option<Seen> {
-        let account = &self.objects.stores[&store];
+        let account = &self.objects.accounts.stores[&store];
         let mut seen = Seen { pages: 0, own: true };
-        for (id, pages) in self.objects.owners(store) {
+        for (id, pages) in self.objects.accounts.owners(store) {
             seen.pages += pages;
             seen.own &= own.contains(&id);
         }

@@ -23,16 +23,16 @@ impl Family {
             }
         }
         self.left.replaced.append(&mut dropped);
-        let unneeded = self.objects.take_unneeded().into_iter();
+        let unneeded = self.objects.writeback.take_unneeded().into_iter();
         let of_store = |(store, pages)| Run { pages, source: Source::Store { store, origin: Gfn(0) } };
         self.left.replaced.extend(unneeded.map(of_store));
-        if !self.objects.waits_for(vm) {
+        if !self.objects.accounts.waits_for(vm) {
             effects.push(Effect::DropWindow(vm));
         }
     }
 
     /// Called after scratch ranges were dropped: whether a VM that is gone left a window nobody needs any more.
     pub(crate) fn window_is_done(&self, vm: VmId) -> bool {
-        !self.vms.contains_key(&vm) && !self.objects.waits_for(vm)
+        !self.vms.contains_key(&vm) && !self.objects.accounts.waits_for(vm)
     }
 }

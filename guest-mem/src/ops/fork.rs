@@ -35,7 +35,7 @@ impl Family {
     /// anonymous where pages have turned out zero, the longest stretches first. Short ones, and what there are no runs left
     /// for, trap once, and are zero then.
     fn new_window(&mut self, parent: VmId, max_runs: usize) -> NewWindow {
-        let made_for = (self.objects.hollowed, max_runs);
+        let made_for = (self.objects.accounts.hollowed, max_runs);
         let vm = self.vm(parent);
         if let Some(window) = vm.child.as_ref().filter(|window| window.made_for == made_for) {
             return window.clone();
@@ -46,7 +46,7 @@ impl Family {
         let anonymous = |pages| Run { pages, source: Source::Anonymous };
         for run in &bridged {
             let Source::Store { store, .. } = run.source else { continue };
-            match self.objects.zeros(store) {
+            match self.objects.accounts.zeros(store) {
                 Some(of_store) => zeros.extend(of_store.long(run.pages).map(anonymous)),
                 None => gone.push(anonymous(run.pages)),
             }

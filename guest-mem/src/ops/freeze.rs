@@ -83,7 +83,7 @@ impl Family {
             effects.push(Effect::DropStore(store));
             return;
         }
-        self.objects.open_store(store, vm);
+        self.objects.accounts.open_store(store, vm);
         let source = Source::Store { store, origin: Gfn(0) };
         let before = self.vm(vm).map.clone();
         let mut replaced = Vec::new();
@@ -200,7 +200,7 @@ impl Family {
         let shown = self.stage2.runs(self.vm(vm).root, GfnRange::between(first.start(), last.end()));
         let mut known = Vec::with_capacity(shown.len());
         for run in shown {
-            let source = if self.objects.are_zero(&run) { Source::Anonymous } else { run.source };
+            let source = if self.objects.accounts.are_zero(&run) { Source::Anonymous } else { run.source };
             push_run(&mut known, Run { source, ..run });
         }
         let is_open = |run: &Run| match run.source {
@@ -306,7 +306,7 @@ mod tests {
             family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
         }
         freeze(&mut family, parent, &[(100, 101), (120, 121)], &[]);
-        assert!(!family.objects().stores.contains_key(&first));
+        assert!(!family.objects().accounts.stores.contains_key(&first));
         assert!(child_runs(&mut family, parent).iter().all(|(.., store)| *store != Some(first)));
         family.fork(parent, 1000);
         family.check_invariants().unwrap();

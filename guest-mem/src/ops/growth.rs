@@ -231,7 +231,7 @@ fn a_look_down_a_chain_is_no_recursion() {
         let mut top = None;
         for page in 0..DEPTH {
             let store = StoreId(page as u32);
-            objects.open_store(store, VmId(1));
+            objects.accounts.open_store(store, VmId(1));
             let object = objects.stack(top.map(|object| Backing { object, origin: 0 }));
             objects.put(object, (page..page + 1).into(), Slot::InFlight(store));
             // A copy-up over a copy-up, and so on: all that is to be copied is at the bottom.

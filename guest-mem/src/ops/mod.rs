@@ -33,7 +33,7 @@ impl Family {
     /// Frees stored pages that nobody sees any more: those of `replaced`, which a VM saw until now, and those that only
     /// a copy-up kept. The last thing an operation does, once the tables say who sees what.
     pub(crate) fn free_unseen(&mut self, replaced: Vec<Run>, effects: &mut Effects) {
-        let mut suspects = self.objects.take_unneeded();
+        let mut suspects = self.objects.writeback.take_unneeded();
         suspects.extend(merge_runs(replaced).into_iter().filter_map(|run| match run.source {
             Source::Store { store, .. } => Some((store, run.pages)),
             // Shared memory goes with the last who maps it.
@@ -52,7 +52,7 @@ impl Family {
             for object in lighter {
                 self.objects.collapse(object, effects);
             }
-            suspects = self.objects.take_unneeded();
+            suspects = self.objects.writeback.take_unneeded();
         }
     }
 
@@ -65,10 +65,10 @@ impl Family {
         lighter: &mut BTreeSet<ObjectId>,
         effects: &mut Effects,
     ) {
-        if self.objects.stores.get(&store).is_none_or(|account| account.kind != ObjectKind::Anonymous) {
+        if self.objects.accounts.stores.get(&store).is_none_or(|account| account.kind != ObjectKind::Anonymous) {
             return;
         }
-        let owners: Vec<ObjectId> = self.objects.owners(store).map(|(object, _)| object).collect();
+        let owners: Vec<ObjectId> = self.objects.accounts.owners(store).map(|(object, _)| object).collect();
         let seen = self.seen(store, pages, None);
         for unseen in seen.gaps(&pages.raw()) {
             for &object in &owners {

@@ -33,7 +33,7 @@ impl Family {
         mut tell: impl FnMut(VmId, Run) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         let mut looks = Looks::new(&self.stage2, store);
-        for (owner, _) in self.objects.owners(store) {
+        for (owner, _) in self.objects.accounts.owners(store) {
             if !self.objects.slots_in(owner, pages).any(|(_, slot)| slot.store() == Some(store)) {
                 continue;
             }

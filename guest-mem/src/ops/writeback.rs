@@ -7,7 +7,8 @@ use crate::ids::ObjectId;
 use crate::ids::SwapSlot;
 use crate::ids::VmId;
 use crate::ids::{Run, Source, StoreId};
-use crate::object::{Found, Loss, Objects, Segment, Slot, StoreAccount, SwapBase};
+use crate::object::accounts::StoreAccount;
+use crate::object::{Found, Loss, Segment, Slot, SwapBase};
 use std::ops::ControlFlow;
 
 /// Where the bytes of a job are.
@@ -67,9 +68,7 @@ impl Family {
     /// Some pages that have not been written back, at most `limit`; none if all have, or are on their way.
     pub fn next_job(&mut self, limit: PageCount) -> Option<WritebackJob> {
         loop {
-            let Objects { pending, put_off, last_faulted, .. } = &self.objects;
-            let last_faulted = last_faulted.filter(|id| pending.contains(id) && !put_off.contains(id));
-            let object = last_faulted.or_else(|| pending.difference(put_off).next().copied())?;
+            let object = self.objects.writeback.next()?;
             if let Some((pages, slot)) = self.objects.next_pending(object, limit) {
                 return Some(self.job(object, pages, slot));
             }
@@ -84,7 +83,8 @@ impl Family {
         loop {
             let store = slot.store().expect("a pending page is bound for a store");
             if let Slot::InFlight(_) = slot {
-                let scratch = self.objects.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
+                let scratch =
+                    self.objects.accounts.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
                 return WritebackJob { object, needed_by, pages, store, from: CopyFrom::Scratch(scratch.holder) };
             }
             let segment = match slot {
@@ -112,11 +112,11 @@ impl Family {
 
     /// A job for a page of each scratch range that `vm` holds.
     pub(crate) fn jobs_of(&self, vm: VmId) -> Vec<WritebackJob> {
-        if !self.objects.waits_for(vm) {
+        if !self.objects.accounts.waits_for(vm) {
             return Vec::new();
         }
         let held = |account: &StoreAccount| account.scratch.is_some_and(|scratch| scratch.holder == vm);
-        let stores = self.objects.stores.iter().filter(|(_, account)| held(account));
+        let stores = self.objects.accounts.stores.iter().filter(|(_, account)| held(account));
         let first = |&store: &StoreId| {
             let (object, pages) = self.in_flight_of(store).next()?;
             Some(self.job(object, pages, Slot::InFlight(store)))
@@ -126,7 +126,7 @@ impl Family {
 
     /// The pages that wait in the scratch range of the freeze into `store`, and whose they are.
     fn in_flight_of(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, GfnRange)> {
-        let owners = self.objects.owners(store).map(|(object, _)| object);
+        let owners = self.objects.accounts.owners(store).map(|(object, _)| object);
         owners.flat_map(move |object| {
             let slots = self.objects.get(object).slots.iter();
             slots.filter(move |(_, slot)| *slot == Slot::InFlight(store)).map(move |(pages, _)| (object, pages))
@@ -170,12 +170,12 @@ impl Family {
     /// The page that this job needs is on its way, from swap or into a scratch range: it is done again when [pages have
     /// arrived](Self::retry_put_off).
     pub(crate) fn put_off(&mut self, job: &WritebackJob) {
-        self.objects.put_off.insert(job.needed_by);
+        self.objects.writeback.put_off.insert(job.needed_by);
     }
 
     /// Pages that were on their way may be here.
     pub(crate) fn retry_put_off(&mut self) {
-        self.objects.put_off.clear();
+        self.objects.writeback.put_off.clear();
     }
 
     /// Windows that map a hole here get zeros before they trap, unless a freeze may have moved a later write of theirs

@@ -48,7 +48,7 @@ impl Family {
 
     /// These pages of one cluster are in swap: those that were not there before in consecutive slots from `put` on.
     pub fn evicted(&mut self, victims: &[Victim], put: Option<SwapSlot>, effects: &mut Effects) {
-        let mut next = put.map(|slot| (slot, self.objects.queue.next_batch()));
+        let mut next = put.map(|slot| (slot, self.objects.accounts.queue.next_batch()));
         let mut again: Vec<(Batch, Batch)> = Vec::new();
         for &Victim { object, pages, store, clean } in victims {
             let base = match (clean, &mut next) {
@@ -67,7 +67,7 @@ impl Family {
 
     /// What pages from `first` on, which swap took into slots from `slot` on, say of where they are.
     pub(crate) fn new_base(&mut self, slot: SwapSlot, first: Gfn) -> SwapBase {
-        SwapBase::new(slot, first, self.objects.queue.next_batch())
+        SwapBase::new(slot, first, self.objects.accounts.queue.next_batch())
     }
 
     /// The number that pages of the eviction `old` get now: one for all of them, since they are read together.
@@ -75,14 +75,14 @@ impl Family {
         if let Some((_, new)) = again.iter().find(|(before, _)| *before == old) {
             return *new;
         }
-        let new = self.objects.queue.next_batch();
+        let new = self.objects.accounts.queue.next_batch();
         again.push((old, new));
         new
     }
 
     /// Where a search for victims ends that begins now.
     pub(crate) fn search_victims(&self) -> Turn {
-        self.objects.queue.end()
+        self.objects.accounts.queue.end()
     }
 
     /// The next cluster to evict, and the objects that have pages of it. What only idle VMs see, as far as chains tell,
@@ -92,26 +92,26 @@ impl Family {
         end: Turn,
         effects: &mut Effects,
     ) -> Option<(StoreId, GfnRange, Vec<ObjectId>)> {
-        let queue = &mut self.objects.queue;
+        let queue = &mut self.objects.accounts.queue;
         let (store, pages) = queue.take_idle().or_else(|| queue.take_oldest(end))?;
         if !self.is_tidy() {
             self.free_suspects(vec![(store, pages)], effects);
         }
-        Some((store, pages, self.objects.owners(store).map(|(object, _)| object).collect()))
+        Some((store, pages, self.objects.accounts.owners(store).map(|(object, _)| object).collect()))
     }
 
     /// A cluster of a search could not be evicted.
     pub(crate) fn keep_victim(&mut self, store: StoreId, pages: GfnRange) {
-        self.objects.queue.put_back(store, pages);
+        self.objects.accounts.queue.put_back(store, pages);
     }
 
     /// Gives up slots in swap of pages that are in memory as well, about so many. How many.
     pub(crate) fn reclaim_swap_cache(&mut self, limit: PageCount, effects: &mut Effects) -> PageCount {
         let mut given = PageCount(0);
         while given < limit
-            && let Some((store, cluster)) = self.objects.clean.pop_last()
+            && let Some((store, cluster)) = self.objects.accounts.clean.pop_last()
         {
-            let owners: Vec<ObjectId> = self.objects.owners(store).map(|(object, _)| object).collect();
+            let owners: Vec<ObjectId> = self.objects.accounts.owners(store).map(|(object, _)| object).collect();
             for object in owners {
                 let slots: Vec<_> = self.objects.slots_in(object, frames(cluster)).collect();
                 for (pages, slot) in slots {
@@ -175,7 +175,7 @@ mod tests {
     fn what_nobody_sees_is_freed_and_not_written() {
         let mut family = family(1);
         let vm = family.vms().next().expect("one").0;
-        let old = family.objects.stores.keys().next().copied().expect("one");
+        let old = family.objects.accounts.stores.keys().next().copied().expect("one");
         // The next freeze stacks an object of its own, and hides the other's pages from everybody.
         let child = family.fork(vm, 1000);
         family.exit(child, &mut Effects::default());
@@ -212,7 +212,7 @@ mod tests {
                 }
                 // So many that the queue is cleared of what is out of date now and then.
                 let choices = 4 * 4 * vms as u64;
-                let before = family.objects.queue.steps;
+                let before = family.objects.accounts.queue.steps;
                 for _ in 0..choices {
                     let end = family.search_victims();
                     let (store, pages, objects) =
@@ -220,7 +220,7 @@ mod tests {
                     assert_eq!(objects.len(), 1);
                     family.keep_victim(store, pages);
                 }
-                let steps = family.objects.queue.steps - before;
+                let steps = family.objects.accounts.queue.steps - before;
                 assert!(steps <= 4 * choices, "{vms} VMs, {activity:?}: {steps} steps for {choices} choices");
                 family.check_invariants().unwrap();
             }

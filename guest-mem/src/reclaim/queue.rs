@@ -4,8 +4,8 @@
 //! all that is known. The second chance is swap itself: a page that is needed again soon after it was evicted (a
 //! *refault*) comes back young, and where refaults are many, it is passed over once.
 //!
-//! What only idle VMs see goes before all of it. That is known without looking: an object counts the busy ones that show
-//! it, a store the busy objects that have pages of it, and each of these counts changes only where one becomes 0 or 1.
+//! What only idle VMs see goes before all of it. That is known without looking: an object counts the active ones that show
+//! it, a store the active objects that have pages of it, and each of these counts changes only where one becomes 0 or 1.
 //!
 //! A cluster is named by its store, which stays the same when objects are collapsed. An entry of the queue may be out of
 //! date: it is skipped when its turn comes.

@@ -94,16 +94,16 @@ impl Family {
         for (pages, slot) in self.in_swap_only(read.object, pages) {
             if let Slot::Swapped(store, base) = slot {
                 self.objects.advance(read.object, pages, Slot::Clean(store, base), effects);
-                self.objects.queue.came_back(store, pages, how);
+                self.objects.accounts.queue.came_back(store, pages, how);
             }
         }
-        self.objects.put_off.clear();
+        self.objects.writeback.put_off.clear();
     }
 
     /// These pages have been read. Whether they were evicted too early.
     pub(crate) fn count_return(&mut self, read: &SwapIn) -> Return {
-        let how = self.objects.queue.returned(read.batch);
-        self.objects.queue.count_return(how);
+        let how = self.objects.accounts.queue.returned(read.batch);
+        self.objects.accounts.queue.count_return(how);
         how
     }
 
@@ -115,7 +115,7 @@ impl Family {
                 effects.push(Effect::FreeSwap(base.slot(pages.start()), pages.count()));
             }
         }
-        self.objects.put_off.clear();
+        self.objects.writeback.put_off.clear();
     }
 
     fn in_swap_only(&self, object: ObjectId, pages: GfnRange) -> Vec<(GfnRange, Slot)> {

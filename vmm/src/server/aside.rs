@@ -41,6 +41,7 @@ pub enum Finding {
     Extents(io::Result<Vec<GfnRange>>),
 }
 
+type Answer = (Ticket, Finding);
 type Question = Box<dyn FnOnce() -> Finding + Send>;
 
 /// The thread, and what it has found out.
@@ -50,7 +51,7 @@ pub struct Aside {
     thread: Option<Sender<(Ticket, Question)>>,
     /// Rings when there is an answer.
     bell: EventFd,
-    answers: (Sender<(Ticket, Finding)>, Receiver<(Ticket, Finding)>),
+    answers: (Sender<Answer>, Receiver<Answer>),
 }
 
 impl fmt::Debug for Aside {
