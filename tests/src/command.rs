@@ -17,7 +17,8 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    pub(crate) fn new(command: String, output: Output) -> Self {
+    /// Of a command that has ended.
+    pub fn new(command: String, output: Output) -> Self {
         let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
         let code = output.status.code().unwrap_or(-1);
         Self { command, code, out: text(&output.stdout), err: text(&output.stderr) }

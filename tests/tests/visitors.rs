@@ -6,7 +6,7 @@ use offshoot_tests::process::{descriptors, run_ticks};
 use offshoot_tests::{Guest, Lack, TEN_SECONDS, TestHome, is_root, skip, wait_until};
 use std::fs::{self, Permissions};
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
@@ -92,4 +92,32 @@ fn a_server_without_descriptors_rests() {
     assert!(limit(1024));
     home.cli(&["ls"]).good();
     vm.verify(100..200, 1);
+}
+
+/// Another user made the file for swap first, and kept it open: what guests had in memory was written where that user could
+/// read it.
+#[test]
+fn a_swap_file_that_somebody_else_may_have_open_is_refused() {
+    let Some(home) = TestHome::new() else { return };
+    let directory = home.path().parent().expect("a home is in a directory").to_owned();
+    let path = |name: &str| directory.join(name);
+    fs::write(path("own"), [7; 10]).expect("write a file");
+    symlink(path("own"), path("link")).expect("make a link");
+    fs::write(path("twice"), [7; 10]).expect("write a file");
+    fs::hard_link(path("twice"), path("second")).expect("make a name");
+    let mut refused = vec!["link", "twice", "second"];
+    if is_root() {
+        fs::write(path("theirs"), [7; 10]).expect("write a file");
+        chown(path("theirs"), Some(12345), None).expect("give a file away");
+        refused.push("theirs");
+    } else {
+        skip("only root can give a file away");
+    }
+    for name in refused {
+        let place = format!("{}:16M", path(name).display());
+        let said = home.cli(&["serve", "--swap", &place]).failure(2);
+        assert!(said.starts_with("offshoot: serve: "), "{name}: {said}");
+        assert_eq!(fs::read(path(name)).expect("read a file"), [7; 10], "{name} stays as it was");
+    }
+    fs::remove_file(home.path().join("lock")).expect("nothing else is left");
 }

@@ -190,37 +190,3 @@ impl Aligned {
         &mut self.bytes[skip..skip + len]
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::{chown, symlink};
-
-    /// Another user made the file first, and kept it open: what guests had in memory was written where that user could read
-    /// it.
-    #[test]
-    fn a_file_that_somebody_else_may_have_open_is_refused() {
-        let directory = std::env::temp_dir().join(format!("offshoot-device-{}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
-        let path = |name: &str| directory.join(name);
-        let open = |name: &str| FileDevice::open(&path(name), Some(1 << 20)).map(drop);
-        open("own").unwrap();
-        assert_eq!(fs::metadata(path("own")).unwrap().mode() & 0o777, 0o600);
-        symlink(path("own"), path("link")).unwrap();
-        assert!(open("link").is_err(), "a link may come to lead elsewhere");
-        fs::hard_link(path("own"), path("second")).unwrap();
-        assert!(open("own").is_err() && open("second").is_err(), "a file with two names");
-        fs::remove_file(path("second")).unwrap();
-        open("own").unwrap();
-        if geteuid().is_root() {
-            fs::write(path("own"), [7; 10]).unwrap();
-            chown(path("own"), Some(12345), None).unwrap();
-            let why = open("own").unwrap_err().to_string();
-            assert!(why.contains("somebody else's"), "{why}");
-            assert_eq!(fs::read(path("own")).unwrap(), [7; 10], "and stays as it was");
-        } else {
-            eprintln!("SKIPPED: only root can give a file away");
-        }
-        fs::remove_dir_all(&directory).unwrap();
-    }
-}

@@ -10,6 +10,7 @@ mod probe;
 mod report;
 
 pub use memory::{available_memory, memory_pressure, total_memory};
+pub(crate) use probe::system_call_filter;
 pub use report::{HostReport, Item, Verdict};
 
 use crate::wire::{HostFeatures, Isolation};

@@ -36,6 +36,14 @@ pub fn userfaultfd() -> io::Result<u64> {
     Ok(api.features)
 }
 
+/// Whether a process can be ended for a system call that it is not to make.
+pub fn system_call_filter() -> io::Result<()> {
+    let action: u32 = libc::SECCOMP_RET_KILL_PROCESS;
+    // SAFETY: the call reads a number.
+    let known = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) };
+    Ok(Errno::result(known).map(drop)?)
+}
+
 /// Whether the pagemap has the `PAGEMAP_SCAN` ioctl.
 pub fn pagemap_scan() -> io::Result<()> {
     let pagemap = File::open("/proc/self/pagemap")?;

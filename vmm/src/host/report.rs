@@ -51,7 +51,8 @@ impl HostReport {
     /// Asks this host. It takes some milliseconds: a KVM VM is made, and a process.
     pub fn probe() -> Self {
         let mut items = kvm();
-        items.extend([virtualization(), kernel(), userfaultfd(), pagemap_scan(), isolation_kind(), memory()]);
+        items.extend([virtualization(), kernel(), userfaultfd(), pagemap_scan(), isolation_kind()]);
+        items.extend([filter(), memory()]);
         items.extend([files(), processes(), mappings(), overcommit(), huge_pages(), page_sizes(), wake_latency()]);
         Self { can_run: items.iter().all(|item| item.verdict != Verdict::Missing), items }
     }
@@ -208,6 +209,14 @@ fn isolation_kind() -> Item {
                 "a VM process can do what its user can: allow user namespaces, or be root, for guests you do not trust";
             degraded(NAME, "off", meaning)
         }
+    }
+}
+
+fn filter() -> Item {
+    const NAME: &str = "system call filter";
+    match probe::system_call_filter() {
+        Ok(()) => ok(NAME, "seccomp", "a VM process makes the calls that it needs, and is ended for any other"),
+        Err(e) => missing(NAME, e, "no VM is started without: a kernel with CONFIG_SECCOMP_FILTER is needed"),
     }
 }
 

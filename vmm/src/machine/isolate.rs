@@ -5,6 +5,7 @@ use crate::wire::Isolation;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Pid, Uid, chdir, chroot, getpid, getppid, setgroups, setresgid, setresuid};
 use std::path::Path;
@@ -30,12 +31,33 @@ fn during(step: &'static str) -> impl FnOnce(Errno) -> IsolateError {
     move |cause| IsolateError { step, cause }
 }
 
+/// Threads and processes that a VM process is beside its vCPUs: the main thread, the keeper, a copy, and who helps with a freeze.
+const COMPANY: u64 = 12;
+
+/// Limits what this process may use of the host beside memory that is accounted.
+pub(super) fn limit(how: Isolation, vcpus: u8) -> Result<(), IsolateError> {
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(during("RLIMIT_CORE"))?;
+    if how == Isolation::OwnUser {
+        // Of a user that has no other process.
+        let most = u64::from(vcpus) + COMPANY;
+        setrlimit(Resource::RLIMIT_NPROC, most, most).map_err(during("RLIMIT_NPROC"))?;
+    }
+    Ok(())
+}
+
+/// When memory is short, the kernel is to end VMs and not the server, with which all of them would end.
+pub(super) fn offer_to_oom_killer() {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "300") {
+        log::warn!("oom_score_adj: {error}");
+    }
+}
+
 /// Isolates this process, which has one thread, with `cage`, an empty directory, as its root.
 ///
 /// Descriptors that are open stay open: KVM, the userfaultfd, the pagemap and the socket are all it has left.
 pub(super) fn isolate(how: Isolation, cage: &Path) -> Result<(), IsolateError> {
     match how {
-        Isolation::Off => return Ok(()),
+        Isolation::Off => {}
         Isolation::OwnUser => {
             enter(cage)?;
             let id = FIRST_ID + getpid().as_raw().unsigned_abs();
@@ -51,6 +73,7 @@ pub(super) fn isolate(how: Isolation, cage: &Path) -> Result<(), IsolateError> {
             drop_capabilities().map_err(during("capset"))?;
         }
     }
+    // What a filter of system calls needs, too.
     set_no_new_privs().map_err(during("PR_SET_NO_NEW_PRIVS"))?;
     if how == Isolation::UserNamespace {
         // The server, the same user outside, reads moved pages out of this process.

@@ -16,6 +16,7 @@
 //!   are whole whenever it stands.
 //! * The window is the main thread's. A vCPU whose guest gives pages back offers them to it and waits, also where the main
 //!   thread waits for that vCPU to stand.
+//! * From before its guest has run, each thread makes the system calls it needs and no others ([`filter`]).
 //! * The process ends with its server: by `PDEATHSIG`, or at the socket's end.
 //!
 //! VM processes are children of the server, but made by its zygote, whose pages they share.
@@ -23,6 +24,7 @@
 mod chips;
 mod cpuid;
 mod facts;
+mod filter;
 mod floor;
 pub(crate) mod isolate;
 mod keeper;

@@ -1,5 +1,6 @@
 //! A vCPU and its thread.
 
+use super::filter;
 use super::floor::{Floor, Load, Task};
 use super::kick::StopSwitch;
 use super::mmio::Mmio;
@@ -58,6 +59,9 @@ impl Vcpu {
     }
 
     fn work(&mut self, floor: &Floor, buses: &Buses) {
+        if let Err(error) = filter::confine(filter::Thread::Vcpu) {
+            return floor.die(format!("system call filter: {error}"));
+        }
         // KVM starts a worker of its own at a VM's first KVM_RUN: let that be now, not when a fork waits for it.
         self.stop.set();
         if let Ok(exit) = self.fd.run() {

@@ -8,6 +8,7 @@ use super::WINDOW_BASE;
 use super::chips::Line;
 use super::cpuid::Cpuid;
 use super::facts::{Facts, Known};
+use super::filter::{self, FilterError, Thread};
 use super::floor::{Floor, Load, NextNews, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::keeper;
@@ -24,6 +25,7 @@ use super::vcpu::{Buses, Vcpu};
 use crate::api::MAX_VCPUS;
 use crate::boot::linux::{self, LoadError, Plan};
 use crate::devices::serial::Console;
+use crate::host::system_call_filter;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
 use crate::wire::{Activity, Expect, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
@@ -63,6 +65,10 @@ pub(super) enum VmError {
     GoOn(Unavailable),
     #[error("isolation: {0}")]
     Isolate(#[from] IsolateError),
+    #[error("system call filter: this kernel has none ({0}), and no guest runs without: see `offshoot doctor`")]
+    NoFilter(io::Error),
+    #[error("system call filter: {0}")]
+    Filter(#[from] FilterError),
     #[error("keeper: {0}")]
     Keeper(Errno),
     #[error("thread of a vCPU: {0}")]
@@ -158,6 +164,7 @@ impl Vm {
         if shape.vcpus == 0 || shape.vcpus > vcpus_max {
             return Err(VmError::VcpuCount(shape));
         }
+        system_call_filter().map_err(VmError::NoFilter)?;
         let max_runs = known.max_runs;
         let kvm = Kvm::new().map_err(VmError::OpenKvm)?;
         let ram = ram_ranges(shape.ram);
@@ -189,6 +196,7 @@ impl Vm {
             Machine::Linux => Some(LinuxMachine::new(vm.fd(), window.memory(), &floor)?),
         };
         install_handler().map_err(VmError::Handler)?;
+        isolate::limit(isolation, shape.vcpus)?;
         isolate::isolate(isolation, cage)?;
         isolate::die_with(server)?;
 
@@ -200,7 +208,8 @@ impl Vm {
         drop(floor.await_standing()?);
         let traps = features.userfaultfd;
         // Last, so that nothing fails that would leave it behind.
-        let keeper = keeper::start(server).map_err(VmError::Keeper)?;
+        let keeper = keeper::start(server, filter::of_keeper()?).map_err(VmError::Keeper)?;
+        filter::confine(Thread::Main).inspect_err(|_| keeper::end(keeper))?;
         Ok(Self {
             shape,
             traps,

@@ -21,6 +21,7 @@ use std::os::fd::OwnedFd;
 pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
     isolate::die_with(getppid()).map_err(|error| error.to_string())?;
     name(c"offshoot-zygote");
+    isolate::offer_to_oom_killer();
     heap::share();
     heap::keep();
     let known = Known::learn();

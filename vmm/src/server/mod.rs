@@ -222,6 +222,10 @@ pub fn run(config: Config) -> Result<(), Error> {
     // Whatever the mask is that we were started with: what is in the home is its user's alone.
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
     heap::keep();
+    // Only root may. VM processes go back to where they can be ended.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-900") {
+        log::debug!("oom_score_adj: {error}");
+    }
     config.home.create()?;
     let lock = config.home.lock()?;
     let server = Rc::new(RefCell::new(Server::new(config)?));
