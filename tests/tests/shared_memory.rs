@@ -90,7 +90,7 @@ fn what_cannot_be_shared_is_refused() {
         vec![bytes(8000..9000)],
         vec![bytes(2000..2000)],
         vec![bytes(3000..3001), bytes(2000..2001)],
-        Vec::from([(2000 << 12) + 1..2100 << 12]),
+        std::iter::once((2000 << 12) + 1..2100 << 12).collect(),
     ];
     for shared in all {
         let options = LaunchOptions::new().memory(ByteSize::mib(32));
