@@ -14,33 +14,84 @@ use crate::stage2::{TableId, View, entries};
 use crate::swap::Swap;
 use rangemap::{RangeMap, RangeSet};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
-/// 4: no slot of swap is owned twice, and if `swap` can tell, every slot that is in use is owned: by one of `families`,
-/// which are all that use it.
-pub fn check_swap<'a>(
-    families: impl IntoIterator<Item = &'a Family>,
+/// 4: no slot of swap is owned twice, and if `swap` can tell, every slot that is in use is owned: `owned` are those of all who
+/// use it.
+pub fn check_swap(
+    owned: impl IntoIterator<Item = (SwapSlot, PageCount)>,
     swap: Option<&dyn Swap>,
     broken: &mut Vec<String>,
 ) {
-    let mut owned: RangeSet<u64> = RangeSet::new();
-    for (first, count) in families.into_iter().flat_map(Family::swap_slots) {
-        let slots = first.0..first.0 + count.0;
-        if owned.overlaps(&slots) {
-            broken.push(format!("4: slots {slots:?} of swap are owned twice"));
-        }
-        owned.insert(slots);
-    }
+    let (owned, twice) = joined_slots(owned);
+    broken.extend(twice.into_iter().map(|slots| format!("4: slots {slots:?} of swap are owned twice")));
     if let Some(used) = swap.and_then(Swap::used) {
-        let used: RangeSet<u64> = used.into_iter().map(|(first, count)| first.0..first.0 + count.0).collect();
+        let (used, _) = joined_slots(used);
         if used != owned {
             broken.push(format!("4: slots {used:?} of swap are in use, the books own {owned:?}"));
         }
     }
 }
 
+/// Slots in order, as few ranges as can be; and those that are in there twice.
+fn joined_slots(slots: impl IntoIterator<Item = (SwapSlot, PageCount)>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+    let mut slots: Vec<Range<u64>> = slots.into_iter().map(|(first, count)| first.0..first.0 + count.0).collect();
+    slots.sort_unstable_by_key(|slots| slots.start);
+    let (mut joined, mut twice): (Vec<Range<u64>>, _) = (Vec::new(), Vec::new());
+    for slots in slots {
+        match joined.last_mut() {
+            Some(last) if last.end >= slots.start => {
+                if last.end > slots.start {
+                    twice.push(slots.start..last.end.min(slots.end));
+                }
+                last.end = last.end.max(slots.end);
+            }
+            _ => joined.push(slots),
+        }
+    }
+    (joined, twice)
+}
+
+/// Pages of a store, by what they are.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    held: u64,
+    resident: u64,
+    copy_ups: u64,
+    in_flight: u64,
+    swapped: u64,
+}
+
+impl Counts {
+    fn add(&mut self, slot: Slot, pages: u64) {
+        self.held += pages;
+        match slot {
+            Slot::Resident(_) | Slot::Clean(..) => self.resident += pages,
+            Slot::CopyUp(..) => self.copy_ups += pages,
+            Slot::InFlight(_) => self.in_flight += pages,
+            Slot::Swapped(..) => self.swapped += pages,
+            Slot::Zero | Slot::Lost(..) => {}
+        }
+    }
+}
+
 /// What the chains of a VM have, by frames.
 type Chains = RangeMap<u64, Found>;
+
+/// What can be checked by itself, at any time: each part takes as long as what it names is large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// 1, 6, 7 and 8 at these frames: what all VMs see there.
+    Frames(GfnRange),
+    /// 3 of an object's pages.
+    Pages(ObjectId),
+    /// 3 of the pages of a store that several objects have.
+    Store(StoreId),
+    /// 2, 3, 11 and 12 but for pages: objects, VMs and accounts among each other.
+    Links,
+    /// 2 of stage-2 tables.
+    Tables,
+}
 
 impl Family {
     /// Checks everything the books can tell: invariants 1, 2, 3, 5, 6, 7, 11, 12, 4 but for leaks, and 8 as far as the books say
@@ -50,30 +101,77 @@ impl Family {
     /// Every one that does not hold, and where.
     pub fn check_invariants(&self) -> Result<(), Vec<String>> {
         let mut broken = Vec::new();
-        let chains: BTreeMap<VmId, Chains> = self.vms.iter().map(|(&id, vm)| (id, self.chains(&vm.map))).collect();
-        for (&id, vm) in &self.vms {
-            let shown = self.stage2_runs(vm);
-            self.check_sources(id, vm, &chains[&id], &shown, &mut broken);
-            self.check_overlay(id, vm, &chains[&id], &shown, &mut broken);
-            self.check_shown(id, &chains[&id], &mut broken);
-        }
-        self.check_links(&mut broken);
-        self.check_uses(&mut broken);
-        self.check_accounts(&mut broken);
-        self.check_shared(&mut broken);
-        check_swap([self], None, &mut broken);
-        self.check_viewers(&chains, &mut broken);
+        self.check_part(Part::Frames((0..u64::MAX).into()), &mut broken);
+        self.parts_but_frames().for_each(|part| self.check_part(part, &mut broken));
+        check_swap(self.swap_slots(), None, &mut broken);
         if broken.is_empty() { Ok(()) } else { Err(broken) }
     }
 
+    /// All that [`check_invariants`](Self::check_invariants) checks but for swap, in parts between which others may be heard: so
+    /// many frames at a time.
+    pub fn check_parts(&self, frames: PageCount) -> Vec<Part> {
+        let ends = self.vms.values().filter_map(|vm| vm.map.iter().last()).map(|(pages, _)| pages.end().0);
+        let starts = (0..ends.max().unwrap_or(0)).step_by(frames.0 as usize);
+        let parts = starts.map(|start| Part::Frames(GfnRange::new(Gfn(start), frames)));
+        parts.chain(self.parts_but_frames()).collect()
+    }
+
+    fn parts_but_frames(&self) -> impl Iterator<Item = Part> {
+        let objects = self.objects.iter().map(|(id, _)| Part::Pages(id));
+        let stores =
+            self.objects.accounts.stores.keys().filter(|&&store| self.objects.accounts.owners(store).nth(1).is_some());
+        objects.chain(stores.map(|&store| Part::Store(store))).chain([Part::Links, Part::Tables])
+    }
+
+    /// Checks a part; one that has gone since it was listed is in order.
+    pub fn check_part(&self, part: Part, broken: &mut Vec<String>) {
+        match part {
+            Part::Frames(frames) => self.check_frames(frames, broken),
+            Part::Pages(object) if self.objects.contains(object) => self.check_pages(object, broken),
+            Part::Pages(_) => {}
+            Part::Store(store) => self.check_shared_store(store, broken),
+            Part::Links => {
+                self.check_links(broken);
+                self.check_accounts(broken);
+                self.check_shared(broken);
+            }
+            Part::Tables => self.check_uses(broken),
+        }
+    }
+
+    fn check_frames(&self, frames: GfnRange, broken: &mut Vec<String>) {
+        let (mut chains, mut origins) = (BTreeMap::new(), HashMap::new());
+        for (&id, vm) in &self.vms {
+            chains.insert(id, self.chains(&vm.map, frames, &mut origins));
+        }
+        for (&id, vm) in &self.vms {
+            let end = vm.map.iter().last().map_or(0, |(pages, _)| pages.end().0);
+            let frames = frames.intersect((0..end).into());
+            if frames.is_empty() {
+                continue;
+            }
+            let shown = self.stage2.runs(vm.root, frames);
+            self.check_sources(id, vm, &chains[&id], &shown, frames, broken);
+            self.check_overlay(id, vm, &chains[&id], &shown, frames, broken);
+            self.check_shown(id, &chains[&id], frames, broken);
+        }
+        self.check_viewers(&chains, &origins, frames, broken);
+    }
+
     /// What the chains behind a map have, frame by frame: object by object, from the top down. This is how the books say what
-    /// a VM sees without stage-2, and it has nothing in common with the looks that are compared with it.
-    fn chains(&self, map: &AddressMap) -> Chains {
+    /// a VM sees without stage-2, and it has nothing in common with the looks that are compared with it. Where the objects
+    /// stand goes to `origins`.
+    fn chains(&self, map: &AddressMap, frames: GfnRange, origins: &mut HashMap<ObjectId, Gfn>) -> Chains {
         let mut chains = Chains::new();
         for (bounds, entry) in map.iter() {
+            let bounds = bounds.intersect(frames);
+            if bounds.is_empty() {
+                continue;
+            }
             let mut origin = entry.origin;
             for id in self.objects.chain(entry.object) {
                 let object = self.objects.get(id);
+                origins.insert(id, origin);
                 let own = shift_down(bounds.intersect(GfnRange::between(origin, Gfn(u64::MAX))), origin);
                 for (pages, slot) in object.slots.within(own) {
                     let frames = pages.start().0 + origin.0..pages.end().0 + origin.0;
@@ -93,10 +191,10 @@ impl Family {
     }
 
     /// 1: what is found by way of stage-2 is what the chains have, but for zeros.
-    fn check_shown(&self, id: VmId, chains: &Chains, broken: &mut Vec<String>) {
+    fn check_shown(&self, id: VmId, chains: &Chains, frames: GfnRange, broken: &mut Vec<String>) {
         let mut shown = Chains::new();
         for (bounds, _) in self.vm(id).map.iter() {
-            for segment in self.shown(id, bounds) {
+            for segment in self.shown(id, bounds.intersect(frames)) {
                 segment.found.into_iter().for_each(|found| shown.insert(segment.pages.raw(), found));
             }
         }
@@ -107,9 +205,17 @@ impl Family {
     }
 
     /// 1: what stage-2 shows is what the chains say.
-    fn check_sources(&self, id: VmId, vm: &Vm, chains: &Chains, runs: &[Run], broken: &mut Vec<String>) {
+    fn check_sources(
+        &self,
+        id: VmId,
+        vm: &Vm,
+        chains: &Chains,
+        runs: &[Run],
+        frames: GfnRange,
+        broken: &mut Vec<String>,
+    ) {
         let told: u64 = runs.iter().map(|run| run.pages.count().0).sum();
-        let shown: u64 = vm.map.iter().map(|(pages, _)| pages.count().0).sum();
+        let shown: u64 = vm.map.iter().map(|(pages, _)| pages.intersect(frames).count().0).sum();
         if told != shown {
             broken.push(format!("1: stage-2 of {id:?} tells of {told} pages, its map has {shown}"));
         }
@@ -139,30 +245,39 @@ impl Family {
 
     /// 8: windows, and those of children, map what stage-2 shows but where a copy is kept, and where a bridge or a zero run
     /// stands for nothing but zeros; in so far as they have been listed, the lists say so.
-    fn check_overlay(&self, id: VmId, vm: &Vm, chains: &Chains, shown: &[Run], broken: &mut Vec<String>) {
-        for (pages, source) in vm.overlay.kept.iter() {
+    fn check_overlay(
+        &self,
+        id: VmId,
+        vm: &Vm,
+        chains: &Chains,
+        shown: &[Run],
+        frames: GfnRange,
+        broken: &mut Vec<String>,
+    ) {
+        for (pages, source) in vm.overlay.kept.within(frames) {
             let is_copied = |run: &Run| run.source != source && run.source != Source::Anonymous;
             if !among(shown, pages).all(|run| is_copied(&run)) {
                 broken.push(format!("8: {id:?} keeps {pages:?} though it maps what stage-2 shows"));
             }
         }
         let child = vm.child.iter().filter(|window| window.made_for.0 == self.objects.accounts.hollowed);
-        let of_child = child.clone().flat_map(|window| window.zeros.iter());
-        for run in vm.overlay.zeros.iter().chain(&vm.bridges).chain(of_child) {
+        let of_child = child.clone().flat_map(|window| among(&window.zeros, frames));
+        for run in among(&vm.overlay.zeros, frames).chain(among(&vm.bridges, frames)).chain(of_child) {
             let differs = among(shown, run.pages).all(|there| there.source != run.source);
             if !differs || !chains.overlapping(run.pages.raw()).all(|(_, found)| found.slot == Slot::Zero) {
                 broken.push(format!("8: {run:?} over stage-2 of {id:?} stands for something else than zeros"));
             }
         }
-        for kept in vm.kept().filter(|&kept| among(&vm.overlay.zeros, kept).next().is_some()) {
+        for kept in vm.kept_within(frames).filter(|&kept| among(&vm.overlay.zeros, kept).next().is_some()) {
             broken.push(format!("8: {id:?} has two reasons not to map what stage-2 shows of {kept:?}"));
         }
-        let mapped = vm.overlay.mapped(shown, (0..u64::MAX).into());
-        if vm.runs.get().is_some_and(|listed| **listed != mapped) {
+        let mapped = vm.overlay.mapped(shown, frames);
+        if vm.runs.get().is_some_and(|listed| !among(listed, frames).eq(mapped.iter().copied())) {
             broken.push(format!("8: the window of {id:?} is said to map {:?}, it is {mapped:?}", vm.runs));
         }
         for window in child {
-            if *window.runs != over(shown, window.zeros.iter().copied()) {
+            let mapped = over(shown, among(&window.zeros, frames));
+            if !among(&window.runs, frames).eq(mapped) {
                 broken.push(format!("8: windows of children of {id:?} are said to map {:?}", window.runs));
             }
         }
@@ -259,51 +374,82 @@ impl Family {
         }
     }
 
-    /// 3 and 11: a page is in one place only, and the stores' accounts say how many are where.
-    fn check_accounts(&self, broken: &mut Vec<String>) {
-        let mut owners: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
-        let mut counts: BTreeMap<StoreId, [u64; 4]> = BTreeMap::new();
-        let mut holders: BTreeMap<StoreId, BTreeMap<ObjectId, u64>> = BTreeMap::new();
-        for (id, object) in self.objects.iter() {
-            let gaps = object.slots.iter().filter(|(_, slot)| matches!(slot, Slot::CopyUp(..)));
-            let gaps: u64 = gaps.map(|(pages, _)| pages.count().0).sum();
-            if gaps != object.copy_ups {
-                broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.copy_ups));
+    /// 3: what an object's slots say of its pages, and the accounts of stores of them.
+    fn check_pages(&self, id: ObjectId, broken: &mut Vec<String>) {
+        let object = self.objects.get(id);
+        let mut gaps = 0;
+        let mut counts: BTreeMap<StoreId, Counts> = BTreeMap::new();
+        for (pages, slot) in object.slots.iter() {
+            let Some(store) = slot.store() else { continue };
+            counts.entry(store).or_default().add(slot, pages.count().0);
+            if let Slot::CopyUp(..) = slot {
+                gaps += pages.count().0;
             }
-            for (pages, slot) in object.slots.iter() {
-                let Some(store) = slot.store() else { continue };
-                let owned = owners.entry(store).or_default();
+            if object.kind == ObjectKind::Anonymous
+                && slot.resident().is_some()
+                && !self.objects.accounts.queue.has(store, pages)
+            {
+                broken.push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
+            }
+            if let Slot::Clean(store, _) = slot
+                && !clusters(pages).all(|cluster| self.objects.accounts.clean.contains(&(store, cluster)))
+            {
+                broken.push(format!("3: copies in swap of pages {pages:?} of {store:?} would never be given up"));
+            }
+            if slot.is_pending() && !self.objects.writeback.pending.contains(&id) {
+                broken.push(format!("3: {id:?} has pending pages and is not listed"));
+            }
+        }
+        if gaps != object.copy_ups {
+            broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.copy_ups));
+        }
+        let known: BTreeSet<StoreId> = self.objects.stores_of(id).collect();
+        for &store in known.iter().chain(counts.keys().filter(|store| !known.contains(store))) {
+            let counted = counts.get(&store).copied().unwrap_or_default();
+            let owners: Vec<(ObjectId, u64)> = self.objects.accounts.owners(store).collect();
+            let told = owners.iter().find(|(owner, _)| *owner == id).map_or(0, |(_, held)| *held);
+            if told != counted.held {
+                broken.push(format!("3: {store:?} has {told} pages of {id:?}, its slots say {}", counted.held));
+            }
+            // What several have is counted by itself.
+            if owners.len() == 1 {
+                self.check_account(store, counted, broken);
+            }
+        }
+    }
+
+    /// 3: a page of a store is in one place only, and all objects that have some are those that its account knows.
+    fn check_shared_store(&self, store: StoreId, broken: &mut Vec<String>) {
+        if !self.objects.accounts.stores.contains_key(&store) {
+            return;
+        }
+        let (mut owned, mut counts) = (RangeSet::<u64>::new(), Counts::default());
+        for (id, _) in self.objects.accounts.owners(store) {
+            for (pages, slot) in self.objects.get(id).slots.iter().filter(|(_, slot)| slot.store() == Some(store)) {
                 if owned.overlaps(&pages.raw()) {
                     broken.push(format!("3: pages {pages:?} of {store:?} belong to {id:?} and to another object"));
                 }
                 owned.insert(pages.raw());
-                let count = counts.entry(store).or_default();
-                let held = pages.count().0;
-                *holders.entry(store).or_default().entry(id).or_default() += held;
-                match slot {
-                    Slot::Resident(_) | Slot::Clean(..) => count[0] += held,
-                    Slot::CopyUp(..) => count[1] += held,
-                    Slot::InFlight(_) => count[2] += held,
-                    Slot::Swapped(..) => count[3] += held,
-                    Slot::Zero | Slot::Lost(..) => {}
-                }
-                if object.kind == ObjectKind::Anonymous
-                    && slot.resident().is_some()
-                    && !self.objects.accounts.queue.has(store, pages)
-                {
-                    broken
-                        .push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
-                }
-                if let Slot::Clean(store, _) = slot
-                    && !clusters(pages).all(|cluster| self.objects.accounts.clean.contains(&(store, cluster)))
-                {
-                    broken.push(format!("3: copies in swap of pages {pages:?} of {store:?} would never be given up"));
-                }
-                if slot.is_pending() && !self.objects.writeback.pending.contains(&id) {
-                    broken.push(format!("3: {id:?} has pending pages and is not listed"));
-                }
+                counts.add(slot, pages.count().0);
             }
         }
+        self.check_account(store, counts, broken);
+    }
+
+    fn check_account(&self, store: StoreId, counted: Counts, broken: &mut Vec<String>) {
+        let Some(account) = self.objects.accounts.stores.get(&store) else {
+            return broken.push(format!("3: {store:?} has pages and no account"));
+        };
+        let left = account.scratch.map_or(0, |scratch| scratch.left);
+        let told = [account.resident, account.copy_ups, left, account.swapped];
+        let counted = [counted.resident, counted.copy_ups, counted.in_flight, counted.swapped];
+        if told != counted {
+            broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
+        }
+    }
+
+    /// 3 and 11: the accounts among each other.
+    fn check_accounts(&self, broken: &mut Vec<String>) {
         for id in self.objects.writeback.put_off.difference(&self.objects.writeback.pending) {
             broken.push(format!("3: {id:?} waits for swap, and has nothing pending"));
         }
@@ -319,34 +465,32 @@ impl Family {
         if !self.objects.accounts.queue.idle_is_sound(&idle) {
             broken.push(format!("3: {idle:?} are the stores that only idle VMs see"));
         }
-        for (store, account) in &self.objects.accounts.stores {
-            let active =
-                self.objects.accounts.owners(*store).filter(|(id, _)| self.objects.get(*id).active > 0).count();
+        for (&store, account) in &self.objects.accounts.stores {
+            let active = self.objects.accounts.owners(store).filter(|(id, _)| self.objects.get(*id).active > 0).count();
             if active as u32 != account.active {
                 broken
                     .push(format!("3: {store:?} counts {} active objects, {active} have pages of it", account.active));
             }
-            let left = account.scratch.map_or(0, |scratch| scratch.left);
-            let told = (
-                [account.resident, account.copy_ups, left, account.swapped],
-                self.objects.accounts.owners(*store).collect(),
-            );
-            let counted = (counts.remove(store).unwrap_or_default(), holders.remove(store).unwrap_or_default());
-            if told != counted {
-                broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
+            let strangers =
+                self.objects.accounts.owners(store).filter(|(id, _)| self.objects.stores_of(*id).all(|of| of != store));
+            for (id, held) in strangers {
+                broken.push(format!("3: {store:?} has {held} pages of {id:?}, which knows nothing of it"));
             }
             if account.scratch.is_some_and(|scratch| scratch.left == 0) {
                 broken.push(format!("11: the scratch range of {store:?} is kept for nothing"));
             }
         }
-        for store in counts.keys() {
-            broken.push(format!("3: {store:?} has pages and no account"));
-        }
     }
 
     /// 6 and 7: every page in a store or in swap is seen by some VM (or waited for by a copy-up), and the reverse map finds who
     /// sees it, neither more nor fewer than a scan of all VMs does.
-    fn check_viewers(&self, chains: &BTreeMap<VmId, Chains>, broken: &mut Vec<String>) {
+    fn check_viewers(
+        &self,
+        chains: &BTreeMap<VmId, Chains>,
+        origins: &HashMap<ObjectId, Gfn>,
+        frames: GfnRange,
+        broken: &mut Vec<String>,
+    ) {
         type Viewers = BTreeMap<(StoreId, VmId), RangeSet<u64>>;
         let (mut scanned, mut found) = (Viewers::new(), Viewers::new());
         let mut seen: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
@@ -358,9 +502,15 @@ impl Family {
                 scanned.entry((store, vm)).or_default().insert(pages);
             }
         }
+        // Anonymous objects stand at frame 0, whether anybody sees them or not.
+        let indexes = |id: ObjectId| {
+            let origin = origins.get(&id).copied().unwrap_or_default();
+            let frames = frames.intersect(GfnRange::between(origin, Gfn(u64::MAX)));
+            if frames.is_empty() { frames } else { shift_down(frames, origin) }
+        };
         let mut awaited: HashMap<ObjectId, RangeSet<u64>> = HashMap::new();
         for (id, object) in self.objects.iter().filter(|(_, object)| object.copy_ups > 0) {
-            for (gap, slot) in object.slots.iter() {
+            for (gap, slot) in object.slots.within(indexes(id)) {
                 let Slot::CopyUp(_, source) = slot else { continue };
                 let sources: Vec<(Found, GfnRange)> = self.objects.copy_up_sources(source, gap).collect();
                 for (found, pages) in &sources {
@@ -378,7 +528,7 @@ impl Family {
             }
         }
         for (id, object) in self.objects.iter() {
-            for (pages, slot) in object.slots.iter() {
+            for (pages, slot) in object.slots.within(indexes(id)) {
                 let Some(store) = slot.store() else { continue };
                 let _ = self.viewers(store, pages, |vm, run| {
                     let pages = run.indexes().expect("a run of a store").raw();

@@ -468,8 +468,8 @@ pub struct Totals {
     pub host_bytes: u64,
     /// What `accounted_bytes` is kept below; null for no budget.
     pub budget_bytes: Option<u64>,
-    /// What counts against the budget: stores, the compressed tier, the server's books beyond 4 MiB, and anonymous memory of
-    /// VM processes, prepared ones included.
+    /// What counts against the budget: stores, files that VMs map (each content once), the compressed tier, the server's books
+    /// beyond 4 MiB, and anonymous memory of VM processes, prepared ones included.
     pub accounted_bytes: u64,
     /// Memory that compressed pages take.
     pub compressed_bytes: u64,

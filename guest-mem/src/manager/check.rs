@@ -74,37 +74,12 @@ fn sorted(mut ranges: Vec<GfnRange>) -> Vec<GfnRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::{Gfn, PageCount};
+    use crate::addr::PageCount;
     use crate::ops::Destination;
-    use crate::space::map::Protection;
     use crate::stage2::Shape;
     use crate::store::memfd::MemfdStores;
-    use crate::testing::ranges;
-    use crate::window::{Failure, Harvest};
-    use std::io;
-
-    /// Has ones in all its pages.
-    struct Ones;
-
-    impl Window for Ones {
-        fn read_scratch(&self, _: StoreId, _: Gfn, buf: &mut [u8]) -> io::Result<()> {
-            buf.fill(1);
-            Ok(())
-        }
-        fn leave_scratch(&mut self, _: StoreId, _: GfnRange) {}
-        fn drop_scratch(&mut self, _: StoreId) {}
-        fn zero(&mut self, _: GfnRange) {}
-        fn supply(&mut self, _: Gfn, _: &[u8]) -> io::Result<()> {
-            Err(io::ErrorKind::Unsupported.into())
-        }
-        fn protect(&mut self, _: GfnRange, _: Protection) -> io::Result<()> {
-            Ok(())
-        }
-        fn wake(&mut self, _: GfnRange) {}
-        fn fail(&mut self, failure: Failure) {
-            panic!("{failure}");
-        }
-    }
+    use crate::testing::{Ones, ranges};
+    use crate::window::Harvest;
 
     /// Pages of a store are written back, and others are freed, while a thread lists what it has.
     #[test]

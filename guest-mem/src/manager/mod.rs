@@ -16,6 +16,7 @@ use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, ObjectMapping};
 use crate::ids::StoreId;
+use crate::ids::SwapSlot;
 use crate::ids::VmId;
 use crate::object::{Loss, ZERO_CLUSTER};
 use crate::ops::{Compaction, Destination, Fault};
@@ -34,6 +35,8 @@ use std::rc::Rc;
 pub const WRITEBACK_BATCH: PageCount = PageCount(64);
 /// Pages of stores freed at a time, where nobody waits for it.
 const FREED_BATCH: PageCount = PageCount(512);
+/// Slots of swap given back at a time.
+const SLOTS_BATCH: PageCount = PageCount(2048);
 /// Pages whose memory a scratch range gives back at a time.
 const LEFT_BATCH: PageCount = PageCount(512);
 /// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a trap.
@@ -80,6 +83,8 @@ pub struct Manager<S: StoreFactory, W> {
     /// Pages of a scratch range that have been written back, and whose memory has not been given back.
     left: HashMap<StoreId, GfnRange>,
     swap_counts: SwapCounts,
+    /// Slots of swap that nobody needs any more, and that have not been given back.
+    unneeded: Vec<(SwapSlot, PageCount)>,
     /// Stores whose pages are being listed, and which of them have come or gone meanwhile.
     watched: HashMap<StoreId, Vec<GfnRange>>,
     staging: Vec<u8>,
@@ -110,6 +115,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             hidden: BTreeMap::new(),
             left: HashMap::new(),
             swap_counts: SwapCounts::default(),
+            unneeded: Vec::new(),
             watched: HashMap::new(),
             staging: vec![0; WRITEBACK_BATCH.bytes() as usize],
             zero_run: ZERO_RUN,
@@ -119,20 +125,23 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// The same, where windows may have `max_runs` mappings; a quarter of the kernel's default otherwise.
-    pub fn with_max_runs(self, max_runs: usize) -> Self {
-        Self { max_runs, ..self }
+    pub fn with_max_runs(mut self, max_runs: usize) -> Self {
+        self.max_runs = max_runs;
+        self
     }
 
     /// The same, with other bounds of what is compacted.
     #[must_use]
-    pub fn with_compaction(self, compaction: Compaction) -> Self {
-        Self { compaction, ..self }
+    pub fn with_compaction(mut self, compaction: Compaction) -> Self {
+        self.compaction = compaction;
+        self
     }
 
     /// For windows without traps: zeros are stored like all pages, since a hole would be filled by whoever reads it.
     #[must_use]
-    pub fn without_holes(self) -> Self {
-        Self { zero_run: u64::MAX, ..self }
+    pub fn without_holes(mut self) -> Self {
+        self.zero_run = u64::MAX;
+        self
     }
 
     /// The books.
@@ -278,13 +287,20 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.wake_frozen(vm);
     }
 
-    /// Carries out what cannot wait: pages are freed bit by bit, but for those that go with their store.
+    /// Carries out what cannot wait: pages are freed bit by bit, but for those that go with their store, and so are slots of
+    /// swap where they are many.
     fn carry_out_in_time(&mut self, effects: Effects) {
-        let mut rest = Effects::default();
+        let (mut rest, mut slots) = (Effects::default(), PageCount(0));
         for effect in effects.0 {
             match effect {
                 Effect::Punch(store, pages) => self.hidden.entry(store).or_default().push(pages),
-                effect => rest.push(effect),
+                Effect::FreeSwap(first, count) if slots >= SLOTS_BATCH => self.unneeded.push((first, count)),
+                effect => {
+                    if let Effect::FreeSwap(_, count) = effect {
+                        slots.0 += count.0;
+                    }
+                    rest.push(effect);
+                }
             }
         }
         self.carry_out(rest);
@@ -297,8 +313,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.carry_out_in_time(effects);
     }
 
-    /// Frees some pages that are hidden from everybody. Whether more are left.
+    /// Frees some pages that are hidden from everybody, in stores and in swap. Whether more are left.
     fn free_hidden(&mut self) -> bool {
+        self.give_slots_back(SLOTS_BATCH);
         if !self.family.is_tidy() {
             self.tidy();
         }
@@ -321,7 +338,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             most -= part.count().0;
             self.punch(store, part);
         }
-        !self.hidden.is_empty() || !self.family.is_tidy()
+        !self.hidden.is_empty() || !self.unneeded.is_empty() || !self.family.is_tidy()
     }
 
     fn drop_store(&mut self, store: StoreId) {
@@ -544,7 +561,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Whether there is something that [`write_back`](Self::write_back) sees to.
     pub fn has_writeback(&self) -> bool {
-        !self.hidden.is_empty() || !self.family.is_tidy() || !self.family.objects().writeback.pending.is_empty()
+        let all_freed = self.hidden.is_empty() && self.unneeded.is_empty() && self.family.is_tidy();
+        !all_freed || !self.family.objects().writeback.pending.is_empty()
     }
 
     /// Whether all pages of a freeze are where they belong.
@@ -603,6 +621,18 @@ fn lost(gfn: Gfn, loss: Loss) -> Failure {
     match loss {
         Loss::Process => Failure::LostWithProcess(gfn),
         Loss::Swap => Failure::LostInSwap(gfn),
+    }
+}
+
+/// What the family has in swap goes with it.
+impl<S: StoreFactory, W> Drop for Manager<S, W> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Books that may not be in order give nothing back.
+            return;
+        }
+        let slots: Vec<(SwapSlot, PageCount)> = self.family.swap_slots().chain(self.unneeded.drain(..)).collect();
+        slots.into_iter().for_each(|(first, count)| self.factory.swap().free(first, count));
     }
 }
 

@@ -116,10 +116,36 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Gives up slots in swap of pages that are in memory as well, about so many: swap is full. How many. When these
     /// pages are evicted again, they have to be written again.
     pub fn reclaim_swap_cache(&mut self, limit: PageCount) -> PageCount {
+        let unneeded = self.give_slots_back(limit);
+        if unneeded > PageCount(0) {
+            return unneeded;
+        }
         let mut effects = Effects::default();
         let given = self.family.reclaim_swap_cache(limit, &mut effects);
         self.carry_out(effects);
         given
+    }
+
+    /// Gives slots of swap back that nobody needs, of about so many pages. How many.
+    pub(super) fn give_slots_back(&mut self, limit: PageCount) -> PageCount {
+        let mut given = PageCount(0);
+        while given < limit
+            && let Some((first, count)) = self.unneeded.pop()
+        {
+            self.factory.swap().free(first, count);
+            given.0 += count.0;
+        }
+        given
+    }
+
+    /// All slots of swap that the family has: those of its pages, and those that it has still to give back.
+    pub fn swap_slots(&self) -> impl Iterator<Item = (SwapSlot, PageCount)> {
+        self.family.swap_slots().chain(self.unneeded.iter().copied())
+    }
+
+    /// Slots of swap that nobody needs, and that are about to be given back.
+    pub fn unneeded_slots(&self) -> PageCount {
+        PageCount(self.unneeded.iter().map(|(_, count)| count.0).sum())
     }
 
     /// Evicts what is in stores of these pages of an object, cluster by cluster.
@@ -340,5 +366,93 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 fn wake<W: Window>(windows: &mut HashMap<VmId, W>, vm: VmId, gfn: Gfn) {
     if let Some(window) = windows.get_mut(&vm) {
         window.wake(GfnRange::new(gfn, PageCount(1)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::Destination;
+    use crate::stage2::Shape;
+    use crate::store::memfd::MemfdStores;
+    use crate::swap::handle::SharedSwap;
+    use crate::testing::Ones;
+    use crate::window::Harvest;
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    /// Takes all, and knows how much it has.
+    #[derive(Default)]
+    struct Counter {
+        next: u64,
+        has: u64,
+    }
+
+    impl Swap for Counter {
+        fn put(&mut self, pages: &[u8]) -> io::Result<SwapSlot> {
+            let count = PageCount::covering(pages.len() as u64).0;
+            self.has += count;
+            self.next += count;
+            Ok(SwapSlot(self.next - count))
+        }
+
+        fn get(&mut self, _: SwapSlot, _: &mut [u8]) -> io::Result<Fetch> {
+            Ok(Fetch::Coming)
+        }
+
+        fn free(&mut self, _: SwapSlot, count: PageCount) {
+            self.has -= count.0;
+        }
+    }
+
+    const PAGES: u64 = 16384;
+
+    /// A VM all of whose memory is in swap.
+    fn swapped() -> (Rc<RefCell<Counter>>, Manager<MemfdStores, Ones>, VmId) {
+        let swap = Rc::new(RefCell::new(Counter::default()));
+        let stores = MemfdStores::new(None).with_swap(SharedSwap::new(Rc::clone(&swap)));
+        let mut manager = Manager::new(Shape::X86_64, PageCount(PAGES), stores);
+        let ram = GfnRange::from(0..PAGES);
+        let vm = manager.launch(&[ram], &[], Ones);
+        manager.begin_freeze(vm, Destination::Swap).unwrap();
+        let harvest = Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() };
+        manager.finish_freeze(vm, &harvest);
+        while manager.write_back(PageCount(64)).unwrap() {}
+        assert_eq!(swap.borrow().has, PAGES);
+        (swap, manager, vm)
+    }
+
+    /// All that a VM had in swap was freed when it ended, before anybody else was heard.
+    #[test]
+    fn slots_of_a_vm_that_is_gone_are_given_back_bit_by_bit() {
+        let (swap, mut manager, vm) = swapped();
+        manager.exit(vm);
+        let mut left = swap.borrow().has;
+        assert!(PAGES - left <= 2048, "{left} pages are left");
+        assert_eq!(manager.unneeded_slots(), PageCount(left));
+        while left > 0 {
+            assert!(manager.has_writeback());
+            assert_eq!(manager.swap_slots().map(|(_, count)| count.0).sum::<u64>(), left);
+            manager.write_back(PageCount(64)).unwrap();
+            let now = swap.borrow().has;
+            assert!(now < left && left - now <= 2048, "{} pages in one step", left - now);
+            left = now;
+        }
+        assert!(!manager.has_writeback());
+    }
+
+    /// Swap that others wait for is not kept for want of time.
+    #[test]
+    fn slots_that_nobody_needs_are_given_back_before_copies_are_given_up_and_with_their_family() {
+        let (swap, mut manager, vm) = swapped();
+        manager.exit(vm);
+        let before = swap.borrow().has;
+        assert_eq!(manager.reclaim_swap_cache(PageCount(64)), PageCount(64));
+        assert_eq!(swap.borrow().has, before - 64);
+        drop(manager);
+        assert_eq!(swap.borrow().has, 0);
+        let (swap, manager, _) = swapped();
+        drop(manager);
+        assert_eq!(swap.borrow().has, 0);
     }
 }

@@ -1,6 +1,7 @@
 //! What grows with what: steps are looks at objects and at tables, and nothing here takes the time.
 
 use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::check::Part;
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
 use crate::ids::SwapSlot;
@@ -213,6 +214,26 @@ fn a_check_costs_no_more_than_objects_times_leaves() {
     let deep = |depth| steps(|| deep(depth, GIB, 1 << 16).0.check_invariants().unwrap()).1;
     assert!(wide(400) <= 5 * wide(100), "linear in a family of VMs that see as much as ever");
     assert!(deep(240) <= 20 * deep(60), "every generation sees what all before it wrote");
+}
+
+/// A check of 2 GiB that were in swap, cluster by cluster, held everybody up for a third of a second.
+#[test]
+fn a_part_of_a_check_costs_the_same_whatever_the_ram() {
+    let most = |ram: u64| {
+        let (mut family, vm) = launched(ram);
+        family.begin_freeze(vm);
+        let moved: Vec<GfnRange> = (0..ram / 32).map(|at| (at * 32..at * 32 + 16).into()).collect();
+        let harvest = Harvest { moved: moved.clone(), moved_private: moved, ..Harvest::default() };
+        family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
+        write_back(&mut family);
+        let frames = family.check_parts(PageCount(1 << 10)).into_iter().filter(|part| matches!(part, Part::Frames(_)));
+        let mut broken = Vec::new();
+        let costs = frames.map(|part| steps(|| family.check_part(part, &mut broken)).1).max();
+        assert_eq!(broken, Vec::<String>::new());
+        costs.expect("there is RAM")
+    };
+    let (small, large) = (most(1 << 12), most(1 << 15));
+    assert!(large <= small + small / 8, "{small} steps for 16 MiB, {large} for 128 MiB");
 }
 
 /// Runs on a stack that is enough for a few hundred calls one in the other.

@@ -34,7 +34,8 @@ impl Victim {
 }
 
 impl Family {
-    /// What can be evicted of an object's pages. They are of one cluster.
+    /// What can be evicted of an object's pages. They are of one cluster. Nothing of a file's: [its store](crate::store::file) is
+    /// other families' too.
     pub fn victims(&self, object: ObjectId, pages: GfnRange) -> Vec<Victim> {
         debug_assert_eq!(cluster_of(pages.start()).intersect(pages), pages, "one cluster at a time");
         if self.objects.get(object).kind != ObjectKind::Anonymous {

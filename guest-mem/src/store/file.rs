@@ -3,6 +3,9 @@
 //!
 //! No page is missing, so that nobody who looks at one changes what the others see: a hole of a memfd becomes a page of zeros
 //! when it is touched untrapped. And whoever changes the file later changes nothing here.
+//!
+//! So under pressure file pages stay, though they need not go to swap to be read again: to evict one is to make a hole, and a
+//! hole of this memfd is not one family's own. They count as memory in use, once for each content.
 
 use super::FileStore;
 use super::memfd::write_all;

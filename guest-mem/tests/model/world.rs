@@ -749,8 +749,11 @@ impl<S: WorldSwap> World<S> {
     pub fn check(&self) {
         let family = self.manager.family();
         let mut broken = family.check_invariants().err().unwrap_or_default();
+        for part in family.check_parts(PageCount(24)) {
+            family.check_part(part, &mut broken);
+        }
         self.manager.check_stores(&mut broken);
-        check_swap([family], Some(&*self.swap.borrow()), &mut broken);
+        check_swap(self.manager.swap_slots(), Some(&*self.swap.borrow()), &mut broken);
         assert!(broken.is_empty(), "{}", broken.join("\n"));
         for &vm in self.vms.keys().filter(|vm| !self.is_between(**vm)) {
             let told = &**family.runs(vm);

@@ -195,9 +195,10 @@ impl Server {
         prepared.filter_map(|process| procfs::anonymous(process.memory.main.get()?.as_raw()).ok()).sum()
     }
 
-    /// Stores, shared memory and compressed pages.
+    /// Stores, files, each content once, shared memory and compressed pages.
     fn kept_bytes(&self) -> u64 {
-        self.stores_bytes() + self.shared_bytes() + self.swap.borrow().stats().compressed_bytes
+        let compressed = self.swap.borrow().stats().compressed_bytes;
+        self.stores_bytes() + self.files.resident().bytes() + self.shared_bytes() + compressed
     }
 
     /// Shared memory that is there: each page once, whoever has it. None of it can be evicted.

@@ -1,21 +1,20 @@
 //! `check`: the invariants, on the live server.
 //!
-//! The books check themselves ([`Family::check_invariants`](guest_mem::family::Family::check_invariants)). Here they
+//! The books check themselves, part by part ([`Family::check_part`](guest_mem::family::Family::check_part)). Here they
 //! are held against the world: stores against the extents of their memfds, windows against `/proc/PID/maps` and the
 //! pagemap, and every VM process is asked to try to write to a store.
 
-use super::Server;
 use super::aside::{Finding, LiveLayer, Ticket};
 use super::clients::ClientId;
 use super::vm::{FamilyId, Generation, Vm};
+use super::{FamilyManager, Server};
 use crate::api::{Answer, CheckReport};
 use crate::procfs::{self, Mapping};
 use crate::wire::ToVm;
-use guest_mem::check::check_swap;
-use guest_mem::family::Family;
+use guest_mem::check::{Part as BooksPart, check_swap};
 use guest_mem::space::runs::Runs;
 use guest_mem::store::memfd;
-use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, Run, Source, StoreId};
+use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, PageCount, Run, Source, StoreId};
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::time::{Duration, Instant};
@@ -38,7 +37,8 @@ struct Check {
 
 #[derive(Clone, Debug)]
 enum Part {
-    Books(FamilyId),
+    /// What the books say.
+    Books(FamilyId, BooksPart),
     /// What a store has: the kernel lists it.
     Store(FamilyId, StoreId),
     Swap,
@@ -58,6 +58,9 @@ struct Window {
     told: Option<Runs>,
 }
 
+/// Frames of a family that are checked at a time: 64 MiB.
+const FRAMES: PageCount = PageCount(1 << 14);
+
 /// A guest gives pages back when it likes: the window shows it a moment before we hear of it. What is broken is still so
 /// after so many looks, and everything was heard between them.
 const LOOKS: u32 = 20;
@@ -68,7 +71,7 @@ impl Server {
         let report = CheckReport::default();
         let mut left = VecDeque::new();
         for (&family, manager) in &self.families {
-            left.push_back(Part::Books(family));
+            left.extend(manager.family().check_parts(FRAMES).into_iter().map(|part| Part::Books(family, part)));
             left.extend(manager.stores().map(|store| Part::Store(family, store)));
         }
         left.push_back(Part::Swap);
@@ -98,9 +101,10 @@ impl Server {
         let Check { report, left, asked, awaited, .. } = check;
         let Some(part) = left.front_mut().filter(|_| asked.is_none()) else { return };
         match part {
-            Part::Books(family) => {
-                let books = self.families.get(family).map(|manager| manager.family().check_invariants());
-                report.broken.extend(books.and_then(Result::err).into_iter().flatten());
+            Part::Books(family, part) => {
+                if let Some(manager) = self.families.get(family) {
+                    manager.family().check_part(*part, &mut report.broken);
+                }
             }
             Part::Store(family, store) => *asked = self.ask_extents(*family, *store),
             Part::Swap => self.check_swap(report),
@@ -116,11 +120,16 @@ impl Server {
         }
     }
 
-    /// Takes out the part that asked this, and its report.
-    fn take_asked(&mut self, ticket: Ticket) -> Option<(Part, &mut Check)> {
+    /// Takes out the part that asked this.
+    fn take_asked(&mut self, ticket: Ticket) -> Option<Part> {
         let check = self.checks.0.iter_mut().find(|check| check.asked == Some(ticket))?;
         check.asked = None;
-        Some((check.left.pop_front()?, check))
+        check.left.pop_front()
+    }
+
+    /// The check that has its turn. One that has had an answer has something left: isolation is looked at last.
+    fn current_check(&mut self) -> Option<&mut Check> {
+        self.checks.0.iter_mut().find(|check| !check.left.is_empty())
     }
 
     /// 3 and 6: has what is in a store listed.
@@ -133,28 +142,23 @@ impl Server {
 
     /// What is in a store has been listed.
     pub(super) fn extents_came(&mut self, ticket: Ticket, extents: io::Result<Vec<GfnRange>>) {
-        let Some((Part::Store(family, store), _)) = self.take_asked(ticket) else { return };
+        let Some(Part::Store(family, store)) = self.take_asked(ticket) else { return };
         let mut broken = Vec::new();
         match (self.families.get_mut(&family), extents) {
             (None, _) => {}
             (Some(manager), Ok(extents)) => manager.check_store(store, &extents, &mut broken),
             (Some(_), Err(error)) => broken.push(format!("3: {store:?} cannot tell what it has: {error}")),
         }
-        self.report_broken(broken);
-    }
-
-    /// To the report of the check that has its turn.
-    fn report_broken(&mut self, broken: Vec<String>) {
-        if let Some(check) = self.checks.0.iter_mut().find(|check| !check.left.is_empty()) {
+        if let Some(check) = self.current_check() {
             check.report.broken.extend(broken);
         }
     }
 
     /// 4: no slot of swap is owned twice, and those in use are those that are owned.
     fn check_swap(&self, report: &mut CheckReport) {
-        let families: Vec<&Family> = self.families.values().map(|manager| manager.family()).collect();
-        check_swap(families.iter().copied(), Some(&*self.swap.borrow()), &mut report.broken);
-        let owned: u64 = families.iter().flat_map(|family| family.swap_slots()).map(|(_, count)| count.0).sum();
+        let owned = || self.families.values().flat_map(FamilyManager::swap_slots);
+        check_swap(owned(), Some(&*self.swap.borrow()), &mut report.broken);
+        let owned: u64 = owned().map(|(_, count)| count.0).sum();
         let used = self.swap.borrow().stats().slots_used;
         if owned != used {
             report.broken.push(format!("4: {used} slots of swap are in use, the books own {owned}"));
@@ -186,14 +190,13 @@ impl Server {
 
     /// What a VM process maps has been listed.
     pub(super) fn window_seen(&mut self, ticket: Ticket, mappings: io::Result<Vec<Mapping>>, live: u64) {
-        let Some((Part::Window(window), _)) = self.take_asked(ticket) else { return };
+        let Some(Part::Window(window)) = self.take_asked(ticket) else { return };
         let again = Window { at: Instant::now() + PAUSE, ..window.clone() };
         let Some(vm) = self.steady(window.vm) else { return };
         let told = vm.memory.map(|(family, member)| self.families[&family].family().runs(member).clone());
-        // One that was killed a moment ago has none, and will be reaped.
-        let mappings = mappings.unwrap_or_default();
-        let one = match &told {
-            Some(told) if !mappings.is_empty() => self.check_window(vm, told, &mappings, live),
+        let one = match (&told, mappings) {
+            (Some(told), Ok(mappings)) => self.check_window(vm, told, &mappings, live),
+            // One that was killed a moment ago has none, and will be reaped.
             _ => CheckReport { vms: 1, ..CheckReport::default() },
         };
         let again = match (one.broken.is_empty(), told == window.told) {
@@ -202,7 +205,7 @@ impl Server {
             (false, false) => Some(again),
             (false, true) => (window.looks > 1).then(|| Window { looks: window.looks - 1, ..again }),
         };
-        let Some(check) = self.checks.0.iter_mut().find(|check| !check.left.is_empty()) else { return };
+        let Some(check) = self.current_check() else { return };
         match again {
             Some(again) => check.left.push_front(Part::Window(again)),
             None => {

@@ -89,7 +89,9 @@ impl Server {
     pub(super) fn finish_removals(&mut self, now: Instant) {
         let processes = &self.processes;
         let left = |removal: &Removal| removal.processes.iter().filter(|id| processes.contains_key(id)).count();
-        let over = |removal: &mut Removal| removal.until <= now || left(removal) == 0;
+        // What families that are gone had in swap is given back bit by bit.
+        let freeing = self.families.values().any(|manager| manager.windows() == 0 && manager.has_writeback());
+        let over = |removal: &mut Removal| removal.until <= now || (!freeing && left(removal) == 0);
         let done = self.removals.extract_if(.., over).map(|removal| (removal.client, left(&removal)));
         for (client, left) in done.collect::<Vec<_>>() {
             let reply = match left {

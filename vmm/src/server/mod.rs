@@ -380,7 +380,7 @@ impl Server {
         let looking = self.tend_looks();
         let (past, budget) = (&mut self.past, &mut self.budget);
         self.families.retain(|&family, manager| {
-            let lives = manager.windows() > 0;
+            let lives = manager.windows() > 0 || manager.has_writeback();
             if !lives {
                 *past = *past + manager.counts();
                 budget.forget(family);

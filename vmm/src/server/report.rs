@@ -85,6 +85,7 @@ impl Server {
             sum.unshared_tables += family.unshared_tables;
         }
         let swap = self.swap.borrow().stats();
+        let unneeded: u64 = self.families.values().map(|manager| manager.unneeded_slots().0).sum();
         let counts = self.families.values().map(|manager| manager.counts()).fold(self.past, std::ops::Add::add);
         Totals {
             server_pid: std::process::id() as i32,
@@ -102,7 +103,7 @@ impl Server {
             accounted_bytes: self.accounted_bytes(seen),
             compressed_bytes: swap.compressed_bytes,
             disk_bytes: swap.disk_bytes,
-            swap_slots: swap.slots_used,
+            swap_slots: swap.slots_used - unneeded,
             swap_out_pages: counts.swap_out_pages,
             swap_write_pages: swap.swap_write_pages,
             swap_in_pages: counts.swap_in_pages,

@@ -43,8 +43,9 @@ pub struct HostSwap {
     failure: Option<(io::ErrorKind, String)>,
 }
 
-/// Memory that is worth a walk over the heap.
+/// Memory that is worth a walk over the heap, and what can be given back in some milliseconds.
 const TRIM: u64 = 16 << 20;
+const TRIMMED: u64 = 32 << 20;
 
 impl HostSwap {
     /// The swap of a server.
@@ -117,11 +118,12 @@ impl HostSwap {
         self.store.as_mut().is_some_and(SwapStore::complete)
     }
 
-    /// Where compressed pages took much more memory than they do now, gives that back to the host.
+    /// Where compressed pages took much more memory than they do now, gives that back to the host, and not so much at a time
+    /// that it takes long.
     pub fn trim(&mut self) {
         let now = self.stats().compressed_bytes;
         self.peak = self.peak.max(now);
-        if self.peak - now >= TRIM.max(self.peak / 2) {
+        if self.peak - now >= (self.peak / 2).clamp(TRIM, TRIMMED) {
             crate::host::heap::trim();
             self.peak = now;
         }
