@@ -111,7 +111,7 @@ fn a_swap_file_that_somebody_else_may_have_open_is_refused() {
         chown(path("theirs"), Some(12345), None).expect("give a file away");
         refused.push("theirs");
     } else {
-        skip("only root can give a file away");
+        skip(Lack::Root, "only root can give a file away");
     }
     for name in refused {
         let place = format!("{}:16M", path(name).display());

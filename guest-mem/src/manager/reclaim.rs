@@ -413,7 +413,7 @@ mod tests {
         let stores = MemfdStores::new(None).with_swap(SharedSwap::new(Rc::clone(&swap)));
         let mut manager = Manager::new(Shape::X86_64, PageCount(PAGES), stores);
         let ram = GfnRange::from(0..PAGES);
-        let vm = manager.launch(&[ram], &[], Ones);
+        let vm = manager.launch(&[ram], &[], &[], Ones).unwrap();
         manager.begin_freeze(vm, Destination::Swap).unwrap();
         let harvest = Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() };
         manager.finish_freeze(vm, &harvest);
