@@ -2,8 +2,8 @@
 #![allow(unsafe_code)] // memory slots, and the ioctls of the dirty log, of which kvm-ioctls lacks one and allocates in the other
 
 use crate::wire::Machine;
-use guest_mem::GfnRange;
 use guest_mem::window::host::SlotLog;
+use guest_mem::{GfnRange, PAGE_SIZE};
 use kvm_bindings::{
     CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
     KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
@@ -11,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use rangemap::RangeSet;
+use std::hint::black_box;
 use std::sync::Arc;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::{errno, ioctl_iow_nr, ioctl_iowr_nr};
@@ -121,13 +122,7 @@ impl KvmVm {
             self.forget_log();
             return Ok(());
         }
-        if self.logs.is_empty() {
-            let log = |pages: &GfnRange| {
-                let words = vec![0; pages.count().0.div_ceil(u64::BITS.into()) as usize];
-                SlotLog { first: pages.start(), words }
-            };
-            self.logs = self.slots.iter().map(log).collect();
-        }
+        self.prepare_log();
         for (slot, (pages, log)) in self.slots.iter().zip(&mut self.logs).enumerate() {
             let bitmap = kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: log.words.as_mut_ptr().cast() };
             let read = kvm_dirty_log { slot: slot as u32, padding1: 0, __bindgen_anon_1: bitmap };
@@ -137,6 +132,20 @@ impl KvmVm {
             }
         }
         Ok(())
+    }
+
+    /// Gets the memory that the log is read to, if it has none. Of a large guest it takes time to be supplied: this is done
+    /// while nobody waits.
+    pub fn prepare_log(&mut self) {
+        if self.logs.is_empty() {
+            let log = |pages: &GfnRange| {
+                let mut words: Vec<u64> = vec![0; pages.count().0.div_ceil(u64::BITS.into()) as usize];
+                // The kernel puts zeroed memory off until it is written.
+                words.iter_mut().step_by(PAGE_SIZE / size_of::<u64>()).for_each(|word| *word = black_box(0));
+                SlotLog { first: pages.start(), words }
+            };
+            self.logs = self.slots.iter().map(log).collect();
+        }
     }
 
     /// What was read last.

@@ -2,6 +2,7 @@
 
 use crate::addr::page_set::{PageSet, joined, runs};
 use crate::addr::{Gfn, GfnRange};
+use crate::steps::step;
 use crate::sys::Written;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -46,13 +47,15 @@ struct DirtySlot {
     words: Vec<u64>,
     /// Bit `n` of word `w`: word `64·w + n` is not empty. Of a large guest most are, and it stands still meanwhile.
     index: Vec<u64>,
+    /// Every page is dirty, whatever the words say: to write that into each would take as long as the guest is large.
+    every: bool,
 }
 
 impl DirtySlot {
     fn clean(range: GfnRange) -> Self {
         let empty = |bits: u64| vec![0; bits.div_ceil(WORD) as usize];
         let words: Vec<u64> = empty(range.count().0);
-        Self { range, index: empty(words.len() as u64), words }
+        Self { range, index: empty(words.len() as u64), words, every: false }
     }
 
     fn mark(&mut self, word: usize, bits: u64) {
@@ -62,20 +65,30 @@ impl DirtySlot {
         }
     }
 
-    fn mark_every(&mut self) {
-        (0..self.words.len()).for_each(|word| self.mark(word, u64::MAX));
+    /// Has the words say that every page is dirty, if it is.
+    fn spell_out(&mut self) {
+        if std::mem::take(&mut self.every) {
+            (0..self.words.len()).for_each(|word| self.mark(word, u64::MAX));
+        }
     }
 
     fn clear(&mut self) {
+        self.every = false;
         for (at, index) in self.index.iter_mut().enumerate() {
             ones(std::mem::take(index)).for_each(|bit| self.words[at * WORD as usize + bit] = 0);
         }
     }
 
+    /// A word, with what every page being dirty says of it.
+    fn word(&self, word: usize) -> u64 {
+        step();
+        if self.every { u64::MAX } else { self.words[word] }
+    }
+
     /// The words that are not empty, with their numbers.
     fn marked(&self) -> impl Iterator<Item = (usize, u64)> {
         let words = |(at, &index): (usize, &u64)| ones(index).map(move |bit| at * WORD as usize + bit);
-        self.index.iter().enumerate().flat_map(words).map(|word| (word, self.words[word]))
+        self.index.iter().enumerate().flat_map(words).map(|word| (word, self.word(word)))
     }
 }
 
@@ -107,7 +120,9 @@ impl DirtyMap {
     /// Pages, which lie in one RAM range, are not dirty.
     pub fn unmark(&mut self, pages: GfnRange) {
         let slot = self.slots.iter_mut().find(|slot| slot.range.contains(pages.start()));
-        let Some(DirtySlot { range, words, index }) = slot else { return };
+        let Some(slot) = slot else { return };
+        slot.spell_out();
+        let DirtySlot { range, words, index, .. } = slot;
         let mut at = pages.start().0 - range.start().0;
         // To the end of the last word: what lies behind the range may be marked, and is no page.
         let end = if pages.end() < range.end() { pages.end().0 - range.start().0 } else { words.len() as u64 * WORD };
@@ -124,7 +139,7 @@ impl DirtyMap {
 
     /// Every page of RAM is dirty.
     pub fn mark_every(&mut self) {
-        self.slots.iter_mut().for_each(DirtySlot::mark_every);
+        self.slots.iter_mut().for_each(|slot| slot.every = true);
     }
 
     /// Marks what KVM's log of a slot says. A log that fits no RAM range marks nothing: there are no such slots.
@@ -156,6 +171,10 @@ impl DirtyMap {
     pub fn candidates(&self) -> Vec<Candidate> {
         let mut candidates: Vec<Candidate> = Vec::new();
         for slot in &self.slots {
+            if slot.every {
+                candidates.push(Candidate { pages: slot.range, density: Density::All });
+                continue;
+            }
             let from = candidates.len();
             for (index, word) in slot.marked() {
                 let start = Gfn(slot.range.start().0 + index as u64 * WORD);
@@ -180,18 +199,23 @@ impl DirtyMap {
     /// Whether one of `pages`, a candidate's, is dirty and not in `set`.
     pub fn has_besides(&self, pages: GfnRange, set: &PageSet) -> bool {
         let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));
-        let Some(DirtySlot { range, words, .. }) = slot else { return false };
+        let Some(slot) = slot else { return false };
+        let range = slot.range;
         let [from, to] = [pages.start(), pages.end()].map(|gfn| (gfn.0 - range.start().0).div_ceil(WORD) as usize);
-        (from..to).any(|word| words[word] & !set.word(Gfn(range.start().0 + word as u64 * WORD)) != 0)
+        (from..to).any(|word| slot.word(word) & !set.word(Gfn(range.start().0 + word as u64 * WORD)) != 0)
     }
 
     /// Cuts `pages`, which lie in one RAM range, into stretches that are dirty throughout or clean throughout.
     pub fn split(&self, pages: GfnRange, mut each: impl FnMut(GfnRange, Cleanness)) {
         let slot = self.slots.iter().find(|slot| slot.range.contains(pages.start()));
-        let Some(DirtySlot { range, words, .. }) = slot else { return };
+        let Some(slot) = slot else { return };
+        let range = slot.range;
+        if slot.every {
+            return each(pages.intersect(range), Cleanness::Dirty);
+        }
         let dirty = |frame: u64| {
             let bit = frame - range.start().0;
-            words[(bit / WORD) as usize] >> (bit % WORD)
+            slot.word((bit / WORD) as usize) >> (bit % WORD)
         };
         let end = pages.end().min(range.end()).0;
         let mut at = pages.start().0;
@@ -240,6 +264,7 @@ pub(super) enum Cleanness {
 mod tests {
     use super::*;
     use crate::PageCount;
+    use crate::steps::steps;
 
     fn map_of(frames: &[u64]) -> DirtyMap {
         let ram = [GfnRange::new(Gfn(0), PageCount(200)), GfnRange::new(Gfn(1000), PageCount(100))];
@@ -272,6 +297,26 @@ mod tests {
         assert_eq!(map.candidates(), [all(0..200), all(1000..1100)]);
         map.clear();
         assert_eq!(map.candidates(), []);
+    }
+
+    /// The first freeze of a guest of 20 GiB that had written 4 MiB went over all of its memory, page by page.
+    #[test]
+    fn that_every_page_is_dirty_is_said_at_once() {
+        let cost = |pages| {
+            let all = GfnRange::new(Gfn(0), PageCount(pages));
+            let mut map = DirtyMap::clean(&[all]);
+            let mut dirty = Vec::new();
+            let ((), steps) = steps(|| {
+                map.mark_every();
+                assert_eq!(map.candidates(), [Candidate { pages: all, density: Density::All }]);
+                map.split((100..1124).into(), |pages, cleanness| dirty.push((pages, cleanness)));
+                map.clear();
+            });
+            assert_eq!(dirty, [((100..1124).into(), Cleanness::Dirty)]);
+            assert_eq!(map.candidates(), []);
+            steps
+        };
+        assert!(cost(5 << 20) <= cost(1 << 16) + 16);
     }
 
     #[test]

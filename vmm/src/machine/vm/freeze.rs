@@ -13,7 +13,7 @@ use super::{Vm, VmError};
 use crate::devices::serial;
 use crate::wire::{Activity, FromVm, Frozen, SOME};
 use guest_mem::window::host::{Asked, Deduped, Dirty, HostWindow, MovedOut, SlotLog, SmallExtents};
-use guest_mem::{Gfn, GfnRange, Harvest, Protection, StoreId, Window};
+use guest_mem::{Gfn, GfnRange, Harvest, PAGE_SIZE, PageCount, Protection, StoreId, Window};
 use nix::unistd::Pid;
 use rangemap::RangeSet;
 use std::io;
@@ -25,6 +25,9 @@ use std::time::Duration;
 /// For how long a Linux guest is watched before its first freeze: two ticks of its clock. What it writes in that time it
 /// gets copies of before it runs again; each page that it would have to copy by itself then takes two exits.
 const WATCH: Duration = Duration::from_millis(8);
+/// The children of a guest of more memory do not wait until its writes are logged, though it stands still for longer by that:
+/// the kernel takes as long as the guest is large.
+const LOGGED_AT_ONCE: PageCount = PageCount((1 << 30) / PAGE_SIZE as u64);
 /// Stretches of which it gets copies at most.
 const HOT_MOST: usize = 512;
 
@@ -62,12 +65,11 @@ impl Vm {
         if !self.started {
             return Err(VmError::NotStarted);
         }
-        if self.kvm.log() == DirtyLog::Off {
-            match self.kvm.set_log(DirtyLog::On) {
-                Ok(()) if lifeline.is_some() && self.linux.is_some() => thread::sleep(WATCH),
-                Ok(()) => {}
-                Err(error) => log::warn!("freezes take every private page: {error}"),
-            }
+        let watched = lifeline.is_some() && self.linux.is_some();
+        // What a first freeze takes needs no log.
+        let logs_behind = self.kvm.log() == DirtyLog::Off && !watched && self.shape.ram > LOGGED_AT_ONCE;
+        if self.kvm.log() == DirtyLog::Off && !logs_behind && self.begin_log() && watched {
+            thread::sleep(WATCH);
         }
         if asked.short == SmallExtents::CopyInPlace && self.log_tells_all {
             self.kvm.read_log()?;
@@ -81,11 +83,51 @@ impl Vm {
         let (harvest, scratch_base, copies, copied, copy) = (Harvest::default(), 0, Gfn(0), None, None);
         let begun = Frozen { store, harvest, scratch_base, copies, copied, copy, activity, kicked_ns };
         let standing = self.freeze_standing(&begun, freeze, rested, out);
+        let mut told = Ok(());
+        let standing = match standing {
+            Ok((taken, state)) if logs_behind => {
+                // The children begin meanwhile.
+                told = self.tell_taken(&begun, taken, &state, rested, out);
+                told = told.and_then(|()| out.send().map_err(VmError::Server));
+                self.log_tells_all = self.begin_log();
+                Ok(None)
+            }
+            standing => standing.map(Some),
+        };
         if !standing.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(if standing.is_ok() { activity } else { before });
         }
         self.linux.iter().for_each(LinuxMachine::announce_ended_hinting);
-        let (taken, state) = standing?;
+        if let Some((taken, state)) = standing? {
+            told = self.tell_taken(&begun, taken, &state, rested, out);
+        }
+        told?;
+        if activity == Activity::Running {
+            let pause_ns = self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns);
+            out.hold(FromVm::WentOn { store, pause_ns });
+        }
+        out.send().map_err(VmError::Server)?;
+        if self.kvm.log() == DirtyLog::On {
+            self.kvm.prepare_log();
+        }
+        Ok(())
+    }
+
+    /// Has writes logged from now on. Whether they are.
+    fn begin_log(&mut self) -> bool {
+        let on = self.kvm.set_log(DirtyLog::On);
+        on.inspect_err(|error| log::warn!("freezes take every private page: {error}")).is_ok()
+    }
+
+    /// Tells what a freeze has taken, and the state.
+    fn tell_taken(
+        &mut self,
+        begun: &Frozen,
+        taken: Taken,
+        state: &MachineState,
+        rested: bool,
+        out: &mut Outbox<'_>,
+    ) -> Result<(), VmError> {
         let told = matches!(taken, Taken::Told(_));
         let frozen = match taken {
             Taken::Nothing => None,
@@ -94,28 +136,21 @@ impl Vm {
                 None
             }
             Taken::Moved(moved) => {
-                let frozen = self.look(&begun, &moved)?;
+                let frozen = self.look(begun, &moved)?;
                 self.window.keep(&frozen.harvest);
                 Some(frozen)
             }
             Taken::InCopy(harvest, copy) => {
-                Some(Frozen { harvest, scratch_base: self.window.base(), copy: Some(copy.as_raw()), ..begun })
+                Some(Frozen { harvest, scratch_base: self.window.base(), copy: Some(copy.as_raw()), ..begun.clone() })
             }
         };
         if let Some(frozen) = frozen {
             out.tell(FromVm::Frozen(Box::new(frozen))).map_err(VmError::Server)?;
         }
         if !told {
-            out.hold(self.saved(store, activity, &state));
+            out.hold(self.saved(begun.store, begun.activity, state));
         }
-        if !rested {
-            out.send().map_err(VmError::Server)?;
-        }
-        if activity == Activity::Running {
-            let pause_ns = self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns);
-            out.hold(FromVm::WentOn { store, pause_ns });
-        }
-        out.send().map_err(VmError::Server)
+        if rested { Ok(()) } else { out.send().map_err(VmError::Server) }
     }
 
     fn look(&self, begun: &Frozen, moved: &MovedOut) -> Result<Frozen, VmError> {
