@@ -11,9 +11,6 @@ use crate::ids::VmId;
 use crate::object::{Segment, Slot};
 use crate::steps::step;
 
-/// Pages that are looked at together.
-const PIECE: u64 = 512;
-
 impl Family {
     /// Stretches of pages that the window of `vm` keeps though they are in `store`, or in swap for it: each of at least
     /// `least` pages (shorter ones are not worth a mapping), about `limit` pages in all. Its window gets more runs by them
@@ -65,8 +62,8 @@ impl Family {
     fn placed<'a>(&'a self, vm: &'a Vm, store: StoreId) -> impl Iterator<Item = GfnRange> + 'a {
         let from = vm.dedup.filter(|dedup| dedup.store == store).map_or(0, |dedup| dedup.next.0);
         let pieces = vm.map.iter().flat_map(move |(bounds, entry)| {
-            let kept = vm.kept_within(bounds.intersect((from..u64::MAX).into()));
-            kept.flat_map(pieces).map(move |piece| (piece, entry))
+            let kept = vm.overlay.kept.parts(bounds.intersect((from..u64::MAX).into()));
+            kept.map(move |(piece, _)| (piece, entry))
         });
         pieces.flat_map(move |(piece, entry)| {
             step();
@@ -101,13 +98,6 @@ impl Family {
     }
 }
 
-/// Cuts a stretch at the borders of leaf tables.
-fn pieces(stretch: GfnRange) -> impl Iterator<Item = GfnRange> {
-    let (start, end) = (stretch.start().0, stretch.end().0);
-    let at = start / PIECE * PIECE;
-    (at..end).step_by(PIECE as usize).map(move |at| GfnRange::new(Gfn(at), PageCount(PIECE)).intersect(stretch))
-}
-
 /// Whether pages have been written back, and are not lost.
 fn is_placed(segment: &Segment) -> bool {
     segment.found.is_some_and(|found| !found.slot.is_pending() && !matches!(found.slot, Slot::Lost(..)))
@@ -120,6 +110,28 @@ mod tests {
     use crate::stage2::Shape;
     use crate::steps::steps;
     use crate::window::Harvest;
+
+    const PIECE: u64 = 512;
+
+    /// The first look at a stretch went to its end: the batches of 1 TiB took 60 ms each, those of 1 GiB 50 µs.
+    #[test]
+    fn a_batch_costs_the_same_of_a_long_stretch() {
+        let cost = |pieces: u64| {
+            let mut family = Family::new(Shape::X86_64);
+            let vm = family.launch(&[(0..pieces * PIECE).into()], &[]);
+            let store = family.begin_freeze(vm);
+            let copied = Harvest { copied: vec![(0..pieces * PIECE).into()], ..Harvest::default() };
+            family.finish_freeze(vm, &copied, PageCount(0), &mut Effects::default());
+            for _ in 0..4 {
+                let job = family.next_job(PageCount(PIECE)).unwrap();
+                family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
+            }
+            let (pages, steps) = steps(|| family.to_dedup(vm, store, PageCount(17), PageCount(2 * PIECE), 1000));
+            assert_eq!(pages, [(0..2 * PIECE).into()]);
+            steps
+        };
+        assert_eq!(cost(8), cost(4096));
+    }
 
     /// Each of many batches looked at all that stayed.
     #[test]
