@@ -419,3 +419,69 @@ fn nothing_is_punched_that_goes_with_its_store() {
     assert_eq!((world.ledger.punches() - punches, world.ledger.pages()), (16, 0));
     world.end();
 }
+
+/// How many objects are looked through for a page that a VM sees.
+fn depth(world: &World, vm: VmId) -> u64 {
+    world.manager.family().chain_depth(vm)
+}
+
+/// Lokier's *cut*: a space that replaced all that its parent has is no child of it any more. Nothing but the length of chains
+/// tells: without it all memory was right, and a line of VMs that write all they have grew by an object with each fork.
+#[test]
+fn a_child_that_has_replaced_everything_is_cut_from_its_parent() {
+    let mut world = World::new(&Layout::flat(16));
+    let mut line = world.ids();
+    (0..8).for_each(|page| world.write(line[0], Gfn(page)));
+    for generation in 1..6 {
+        let child = world.fork(line[generation - 1], Gaps::None);
+        world.write_back_all();
+        if generation % 2 == 0 {
+            // What is in swap only is hidden as well.
+            world.evict_all();
+        }
+        (0..7).for_each(|page| world.write(child, Gfn(page)));
+        world.freeze(child, Gaps::None);
+        world.write_back_all();
+        assert_eq!(depth(&world, child), 2, "generation {generation}: it sees one page of its parent's");
+        world.write(child, Gfn(7));
+        world.freeze(child, Gaps::None);
+        world.write_back_all();
+        assert_eq!(depth(&world, child), 1, "generation {generation}: it sees nothing of its parent's");
+        line.push(child);
+    }
+    world.check();
+    world.verify();
+    // The other way round: what the parent lost is hidden by all that lies over it.
+    let child = world.fork(line[5], Gaps::None);
+    (0..4).for_each(|page| world.write(child, Gfn(page)));
+    world.freeze(child, Gaps::None);
+    world.write_back_all();
+    assert_eq!(depth(&world, child), 2);
+    for vm in [child, line[5]] {
+        world.balloon(vm, GfnRange::between(Gfn(4), Gfn(8)));
+    }
+    world.write_back_all();
+    assert_eq!(depth(&world, child), 1, "of pages 0 to 3 it has its own, and 4 to 7 are gone");
+    world.check();
+    world.verify();
+    world.end();
+}
+
+/// A gap holds the cut off: its pages are still to be copied from below.
+#[test]
+fn a_cut_waits_for_what_is_copied_from_below() {
+    let mut world = World::new(&Layout::flat(16));
+    let parent = world.ids()[0];
+    (0..8).for_each(|page| world.write(parent, Gfn(page)));
+    let child = world.fork(parent, Gaps::None);
+    world.write_back_all();
+    (0..8).step_by(2).chain([7]).for_each(|page| world.write(child, Gfn(page)));
+    world.freeze(child, Gaps::All);
+    assert_eq!(depth(&world, child), 2);
+    world.check();
+    world.write_back_all();
+    assert_eq!(depth(&world, child), 1);
+    world.check();
+    world.verify();
+    world.end();
+}
