@@ -13,6 +13,7 @@ use guest_mem::{Activity, Destination, Protection, Touch, VmId};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 /// More VMs than this make no new ones.
 const MAX_VMS: usize = 7;
@@ -479,12 +480,20 @@ pub fn run_seeds(seeds: impl Iterator<Item = u64>, length: usize, play: impl Fn(
     }
 }
 
-/// Seeds for so many operations in lists of `length`: the one that `OFFSHOOT_SEED` names, or those for as many operations as
-/// `OFFSHOOT_INTERLEAVINGS` says.
-pub fn seeds(operations: u64, length: usize) -> std::ops::Range<u64> {
-    let from_environment = |name: &str| -> Option<u64> { Some(std::env::var(name).ok()?.parse().expect("a number")) };
-    match from_environment("OFFSHOOT_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 1..1 + from_environment("OFFSHOOT_INTERLEAVINGS").unwrap_or(operations).div_ceil(length as u64),
+/// Seeds for so many operations in lists of `length`. `OFFSHOOT_SEED` names one instead; `OFFSHOOT_INTERLEAVINGS` says for
+/// how many operations there are seeds, or, with an `s` behind it, for how many seconds.
+pub fn seeds(operations: u64, length: usize) -> Box<dyn Iterator<Item = u64>> {
+    let number = |text: &str| -> u64 { text.parse().expect("a number") };
+    if let Ok(seed) = std::env::var("OFFSHOOT_SEED") {
+        return Box::new(std::iter::once(number(&seed)));
+    }
+    let asked = std::env::var("OFFSHOOT_INTERLEAVINGS").ok();
+    match asked.as_deref().map(|asked| asked.strip_suffix('s').ok_or(asked)) {
+        Some(Ok(seconds)) => {
+            let (start, long) = (Instant::now(), Duration::from_secs(number(seconds)));
+            Box::new((1..).take_while(move |_| start.elapsed() < long))
+        }
+        Some(Err(count)) => Box::new(1..1 + number(count).div_ceil(length as u64)),
+        None => Box::new(1..1 + operations.div_ceil(length as u64)),
     }
 }
