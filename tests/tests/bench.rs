@@ -3,6 +3,7 @@
 use offshoot_tests::{Lack, offshoot_binary, skip};
 use serde_json::Value;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -82,4 +83,41 @@ fn the_list_has_all_measures() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && text.lines().count() > 10, "{text}");
     assert!(text.lines().any(|line| line.starts_with("fork ")), "{text}");
+}
+
+/// Another checkout is whatever has a `tests/bench` that knows `--list`, `--only` and `--json`.
+#[test]
+fn what_another_checkout_does_better_is_told() {
+    if let Err(e) = vmm::host::open_kvm() {
+        return skip(Lack::Kvm, e);
+    }
+    let directory = Directory::new();
+    let (json, script) = (directory.0.join("compared.json"), directory.0.join("tests/bench"));
+    let against = |us: &str| {
+        let figure = format!(
+            r#"[{{"measure": "victim/1,000 VMs, all run", "unit": "us", "value": {us}, "p99": null, "samples": 1,
+                "reference": null, "reference_value": null, "ratio": null, "aim": null, "met": null,
+                "host": {{"machine": "", "kvm": "", "kernel": "", "cores": 1}}}}]"#
+        );
+        let text = format!(
+            "#!/bin/sh\n[ \"$*\" != --list ] || exec echo victim\n[ \"$1 $2 $3\" = '--only victim --json' ] || exit 1\n\
+             cat >\"$4\" <<'END'\n{figure}\nEND\n"
+        );
+        fs::create_dir_all(script.parent().unwrap()).unwrap();
+        fs::write(&script, text).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
+        let checkout = directory.0.to_str().unwrap();
+        let words = ["--quick", "--only", "victim", "--only", "fork", "--rounds", "1", "--against", checkout, "--json"];
+        let output = bench(&[&words[..], &[json.to_str().unwrap()]].concat());
+        let compared: Value = serde_json::from_str(&fs::read_to_string(&json).expect("the JSON")).expect("JSON");
+        assert_eq!(compared.as_array().map(Vec::len), Some(1), "what both have told: {compared}");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), compared[0]["ratio"].as_f64())
+    };
+    let (code, said, ratio) = against("1e-6");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("WORSE: victim/1,000 VMs, all run") && ratio.is_some_and(|ratio| ratio > 1.1), "{said}");
+    assert!(said.contains("fork: the other checkout has no such measure"), "{said}");
+    let (code, said, ratio) = against("1e9");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(!said.contains("WORSE") && ratio.is_some_and(|ratio| ratio < 1.0), "{said}");
 }

@@ -1,5 +1,6 @@
 //! The command line.
 
+use super::against::Other;
 use super::list::{MEASURES, Measure};
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -24,6 +25,13 @@ struct Line {
     /// Put the figures that have an aim into the README's block; of all measures only
     #[arg(long)]
     readme: bool,
+    /// Compare with CHECKOUT: its own bench, built in release, takes every second round, and each figure is told beside
+    /// its; exit code 1 if one is worse than 1.1 times the other's
+    #[arg(long, value_name = "CHECKOUT", conflicts_with_all = ["svg", "readme"])]
+    against: Option<PathBuf>,
+    /// With --against: how often each of the two measures
+    #[arg(long, value_name = "N", requires = "against", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
     /// List the measures
     #[arg(long)]
     list: bool,
@@ -57,6 +65,7 @@ pub struct Options {
     pub json: Option<PathBuf>,
     pub svg: Option<PathBuf>,
     pub readme: bool,
+    pub against: Option<Other>,
 }
 
 /// What these words ask for; otherwise, in one line, what is wrong with them.
@@ -99,7 +108,13 @@ pub fn parse(arguments: &[String]) -> Result<Asked, String> {
         return Err("--readme: the README has all figures, not those of --only".into());
     }
     let scale = if line.quick { Scale::Quick } else { Scale::Full };
-    Ok(Asked::Run(Options { measures, scale, json: line.json, svg: line.svg, readme: line.readme }))
+    let against = line.against.map(|checkout| Other { checkout, rounds: line.rounds.into() });
+    if let Some(other) = &against
+        && !other.checkout.join("tests/bench").is_file()
+    {
+        return Err(format!("--against {}: there is no tests/bench", other.checkout.display()));
+    }
+    Ok(Asked::Run(Options { measures, scale, json: line.json, svg: line.svg, readme: line.readme, against }))
 }
 
 #[cfg(test)]
@@ -130,6 +145,9 @@ mod tests {
             &["--json", "/no/such/directory/x.json"],
             &["--svg", "/dev/null"],
             &["--readme", "--only", "fork"],
+            &["--against", "/no/such/directory"],
+            &["--against", "/", "--readme"],
+            &["--rounds", "3"],
         ] {
             let line = parsed(words).expect_err("bad input");
             assert!(!line.is_empty() && !line.contains('\n'), "{line:?}");

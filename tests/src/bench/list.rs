@@ -82,6 +82,11 @@ pub const MEASURES: &[Measure] = &[
     Measure { name: "evict", about: "a cluster taken out of memory, over its viewers", run: measure::evict::run },
     Measure { name: "victim", about: "the choice of what to evict, over the number of VMs", run: measure::victim::run },
     Measure {
+        name: "growth",
+        about: "what a VM costs the memory manager, over depth, RAM size and the size of its family",
+        run: measure::growth::run,
+    },
+    Measure {
         name: "overcommit",
         about: "memory beside its budget, while clones write four times as much",
         run: measure::overcommit::run,

@@ -8,14 +8,18 @@
 //!    │        a VMM of few lines (`bare/`) with the same guest image on the same KVM
 //!    ▼
 //!   bench ── entries (medians, 99th percentiles, ratios, aims) and curves ──► tables, JSON, SVG, the README's block
+//!
+//!   against ── runs of this bench and of another checkout's by turns ──► a table of ratios
 //! ```
 //!
 //! Nothing here decides by absolute times. What an aim says is a ratio of two medians of one run.
 
+mod against;
 mod aim;
 mod args;
 mod bare;
 mod bench;
+mod books;
 mod entry;
 mod home;
 mod host;
@@ -68,7 +72,11 @@ fn main() -> ExitCode {
                 eprintln!("bench: {error}");
                 return ExitCode::from(2);
             }
-            match Bench::new(options).and_then(Bench::run) {
+            let done = match options.against.clone() {
+                Some(other) => against::run(&options, &other),
+                None => Bench::new(options).and_then(Bench::run),
+            };
+            match done {
                 Ok(true) => ExitCode::SUCCESS,
                 Ok(false) => ExitCode::FAILURE,
                 Err(error) => told(Err(error)),

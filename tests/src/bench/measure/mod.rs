@@ -5,6 +5,7 @@ pub mod depth;
 pub mod evict;
 pub mod first_fork;
 pub mod fork;
+pub mod growth;
 pub mod idle;
 pub mod launch;
 pub mod learned;
