@@ -33,9 +33,10 @@ pub enum Called {
 
 /// `syscall`.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
-/// What a new process does that nobody wants to do anything: `test eax, eax; jnz end; again: mov eax, SYS_pause; syscall;
-/// jmp again; end:`.
-const SLEEP: [u8; 13] = [0x85, 0xc0, 0x75, 0x09, 0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7];
+/// What a new process does that nobody wants to do anything, by a call that VM processes may make: `test eax, eax; jnz end;
+/// again: xor edi, edi; xor esi, esi; or edx, -1; mov eax, SYS_poll; syscall; jmp again; end:`.
+const SLEEP: [u8; 20] =
+    [0x85, 0xc0, 0x75, 0x10, 0x31, 0xff, 0x31, 0xf6, 0x83, 0xca, 0xff, 0xb8, 7, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf0];
 
 impl Puppet {
     /// Takes a process that waits in a system call; none where this test may not, which is told loudly.
@@ -99,7 +100,7 @@ impl Puppet {
         let made = self.call(libc::SYS_clone, &[flags as u64]);
         if let Called::Gave(pid) = made {
             let call = || fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
-            wait_until("the new process sleeps", TEN_SECONDS, || call().starts_with("34 "));
+            wait_until("the new process sleeps", TEN_SECONDS, || call().starts_with("7 "));
         }
         if self.lives {
             memory.write_all_at(&code, at).expect("write to a process's code");

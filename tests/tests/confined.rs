@@ -186,7 +186,10 @@ fn all_processes_are_confined() {
     let vm = parent(&home);
     let child = fork_settled(&vm, 1).remove(0);
     let status = |pid: i32| fs::read_to_string(format!("/proc/{pid}/status")).expect("read a process's status");
-    let oom = |pid: i32| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).expect("read a score");
+    let oom = |pid: i32| {
+        let score = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).expect("read a score");
+        score.trim_end().parse::<i32>().expect("a number")
+    };
     let server = home.server().expect("it runs");
     for pid in home.processes() {
         for task in fs::read_dir(format!("/proc/{pid}/task")).expect("list threads").flatten() {
@@ -197,11 +200,12 @@ fn all_processes_are_confined() {
                 assert!(status.contains("Seccomp:\t2") && status.contains("NoNewPrivs:\t1"), "{pid}: {status}");
             }
         }
-        assert_eq!(oom(pid).trim_end(), "300", "{}", status(pid));
+        assert_eq!(oom(pid), 300, "{}", status(pid));
     }
-    assert_eq!(oom(home.zygote().expect("there is a zygote")).trim_end(), "300");
+    assert_eq!(oom(home.zygote().expect("there is a zygote")), 300);
+    // Root may go below what it was started with, where it has CAP_SYS_RESOURCE.
+    assert!(oom(server) <= 0, "{}", oom(server));
     if is_root() {
-        assert_eq!(oom(server).trim_end(), "-900");
         let limits = fs::read_to_string(format!("/proc/{}/limits", child.pid())).expect("read limits");
         let most = limits.lines().find(|line| line.starts_with("Max processes")).expect("there is one");
         assert_eq!(most.split_whitespace().nth(2), Some("13"), "{limits}");

@@ -78,6 +78,8 @@ const EVERY: &[Call] = &[
     Any(libc::SYS_write),
     Any(libc::SYS_sendmsg),
     Any(libc::SYS_close),
+    // When a bell is to ring by itself.
+    Any(libc::SYS_timerfd_settime),
     // Duplicates, seals of a message's memory, and whether a descriptor is open at all. Not F_SETFL.
     One(
         libc::SYS_fcntl,
@@ -245,9 +247,12 @@ pub(super) fn confine(thread: Thread) -> Result<(), FilterError> {
     ])?;
     let mut rules = rules(EVERY.iter().chain(of_kind))?;
     rules.insert(libc::SYS_tgkill, vec![signals]);
-    apply_filter(&compiled(rules, SeccompAction::KillProcess, SeccompAction::Allow)?)?;
+    // What one of the two ends is ended, whatever the other says: this one leaves these to the other.
+    rules.extend(UNKNOWN.iter().map(|number| (*number, Vec::new())));
+    // The stricter one last: it does not let another be put in place.
     let unknown = UNKNOWN.iter().map(|number| (*number, Vec::new())).collect();
-    Ok(apply_filter(&compiled(unknown, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)?)
+    apply_filter(&compiled(unknown, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)?;
+    Ok(apply_filter(&compiled(rules, SeccompAction::KillProcess, SeccompAction::Allow)?)?)
 }
 
 /// What the keeper is held to.
