@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use offshoot_tests::process::{descriptors, is_alive, users};
 use offshoot_tests::puppet::{Called, Puppet};
-use offshoot_tests::{Guest, Outcome, TEN_SECONDS, TestHome, fork_settled, is_root, skip, wait_until};
+use offshoot_tests::{Guest, Lack, Outcome, TEN_SECONDS, TestHome, fork_settled, is_root, skip, wait_until};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -173,7 +173,7 @@ fn a_keeper_does_nothing() {
         home.processes().into_iter().find(is_keeper).expect("a VM process has a keeper")
     };
     if !is_root() {
-        return skip("only root gives VM processes users by which their keepers can be told");
+        return skip(Lack::Root, "only root gives VM processes users by which their keepers can be told");
     }
     try_all(&home, &vm, keeper, OF_KEEPER);
 }
