@@ -100,7 +100,8 @@ fn beside<F>(
 ) -> Result<()> {
     let [mut least, mut most] = [(); 2].map(|()| Samples::default());
     // What the first ones find cold is no figure.
-    (sample(few)?, sample(many)?);
+    sample(few)?;
+    sample(many)?;
     for _ in bench.rounds(200, 60) {
         least.push(sample(few)? / size(few));
         most.push(sample(many)? / size(many));
