@@ -502,9 +502,13 @@ impl Family {
                 scanned.entry((store, vm)).or_default().insert(pages);
             }
         }
-        // Anonymous objects stand at frame 0, whether anybody sees them or not.
+        // Anonymous objects stand at frame 0, whether anybody sees them or not; files and shared memory where they are seen.
         let indexes = |id: ObjectId| {
-            let origin = origins.get(&id).copied().unwrap_or_default();
+            let origin = match (origins.get(&id), self.objects.get(id).kind) {
+                (Some(&origin), _) => origin,
+                (None, ObjectKind::Anonymous) => Gfn(0),
+                (None, ObjectKind::File | ObjectKind::Shared) => return GfnRange::default(),
+            };
             let frames = frames.intersect(GfnRange::between(origin, Gfn(u64::MAX)));
             if frames.is_empty() { frames } else { shift_down(frames, origin) }
         };

@@ -179,13 +179,18 @@ fn a_parent_whose_copy_died_has_children_that_lose_nothing() {
 #[test]
 fn a_vm_can_go_before_its_forks_have_settled() {
     let Some(home) = TestHome::new() else { return };
-    let vm = home.launch("p", ByteSize::mib(1024));
-    vm.fill(1000..201_000, 1);
-    vm.fork(ForkOptions::new()).unwrap();
-    vm.fill(1000..21_000, 2);
-    vm.fork(ForkOptions::new()).unwrap();
-    let unsettled = home.totals().unsettled_pages;
-    home.client().remove_all().unwrap();
-    assert!(unsettled > 21_000, "{unsettled}: the first fork had settled, and this tests nothing");
-    assert_eq!(home.processes().len(), 0);
+    for _ in 0..5 {
+        let vm = home.launch("p", ByteSize::mib(1024));
+        vm.fill(1000..201_000, 1);
+        vm.fork(ForkOptions::new()).unwrap();
+        vm.fill(1000..21_000, 2);
+        vm.fork(ForkOptions::new()).unwrap();
+        let unsettled = home.totals().unsettled_pages;
+        home.client().remove_all().unwrap();
+        assert_eq!(home.processes().len(), 0);
+        if unsettled > 21_000 {
+            return;
+        }
+    }
+    panic!("the first fork had settled each time, and this tests nothing");
 }

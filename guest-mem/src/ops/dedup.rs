@@ -126,6 +126,8 @@ mod tests {
                 let job = family.next_job(PageCount(PIECE)).unwrap();
                 family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
             }
+            // What its window maps is listed once for each change of it.
+            family.runs(vm);
             let (pages, steps) = steps(|| family.to_dedup(vm, store, PageCount(17), PageCount(2 * PIECE), 1000));
             assert_eq!(pages, [(0..2 * PIECE).into()]);
             steps

@@ -123,7 +123,8 @@ impl HostSwap {
     pub fn trim(&mut self) {
         let now = self.stats().compressed_bytes;
         self.peak = self.peak.max(now);
-        if self.peak - now >= (self.peak / 2).clamp(TRIM, TRIMMED) {
+        let all_freed = now == 0 && self.peak > 0;
+        if all_freed || self.peak - now >= (self.peak / 2).clamp(TRIM, TRIMMED) {
             crate::host::heap::trim();
             self.peak = now;
         }
