@@ -2,7 +2,7 @@
 
 use crate::addr::cluster::clusters;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, Vm};
+use crate::family::{Family, VmBooks};
 use crate::ids::ObjectId;
 use crate::ids::SwapSlot;
 use crate::ids::{Activity, VmId};
@@ -208,7 +208,7 @@ impl Family {
     fn check_sources(
         &self,
         id: VmId,
-        vm: &Vm,
+        vm: &VmBooks,
         chains: &Chains,
         runs: &[Run],
         frames: GfnRange,
@@ -248,7 +248,7 @@ impl Family {
     fn check_overlay(
         &self,
         id: VmId,
-        vm: &Vm,
+        vm: &VmBooks,
         chains: &Chains,
         shown: &[Run],
         frames: GfnRange,

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// One VM's side of the books.
 #[derive(Debug)]
-pub struct Vm {
+pub struct VmBooks {
     pub(crate) map: AddressMap,
     pub(crate) root: TableId,
     /// Where its window maps something else than stage-2 shows.
@@ -78,7 +78,7 @@ impl Freezing {
 pub struct Family {
     pub(crate) objects: Objects,
     pub(crate) stage2: Stage2,
-    pub(crate) vms: BTreeMap<VmId, Vm>,
+    pub(crate) vms: BTreeMap<VmId, VmBooks>,
     pub(crate) left: LeftOver,
     next_vm: u32,
     pub(crate) next_store: u32,
@@ -130,7 +130,7 @@ impl Family {
     }
 
     /// The VMs, oldest first.
-    pub fn vms(&self) -> impl Iterator<Item = (VmId, &Vm)> {
+    pub fn vms(&self) -> impl Iterator<Item = (VmId, &VmBooks)> {
         self.vms.iter().map(|(&id, vm)| (id, vm))
     }
 
@@ -138,7 +138,7 @@ impl Family {
     ///
     /// # Panics
     /// If it is gone: ids come from this family.
-    pub fn vm(&self, id: VmId) -> &Vm {
+    pub fn vm(&self, id: VmId) -> &VmBooks {
         &self.vms[&id]
     }
 
@@ -159,7 +159,7 @@ impl Family {
         self.window_runs(vm, GfnRange::new(gfn, PageCount(1))).first().map(|run| run.source)
     }
 
-    pub(crate) fn vm_mut(&mut self, id: VmId) -> &mut Vm {
+    pub(crate) fn vm_mut(&mut self, id: VmId) -> &mut VmBooks {
         self.vms.get_mut(&id).expect("a VM of this family")
     }
 
@@ -192,7 +192,7 @@ impl Family {
     }
 
     /// A new VM joins; the objects that it shows list it.
-    pub(crate) fn insert_vm(&mut self, vm: Vm) -> VmId {
+    pub(crate) fn insert_vm(&mut self, vm: VmBooks) -> VmId {
         let mut id = VmId(self.next_vm);
         while self.vms.contains_key(&id) || self.objects.accounts.waits_for(id) {
             id.0 = id.0.wrapping_add(1);
@@ -245,7 +245,7 @@ impl Family {
     }
 }
 
-impl Vm {
+impl VmBooks {
     /// A VM whose window maps what stage-2 shows.
     pub(crate) fn new(map: AddressMap, root: TableId) -> Self {
         let (overlay, runs) = (Overlay::default(), OnceCell::new());

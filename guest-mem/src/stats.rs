@@ -6,7 +6,7 @@ use crate::ids::StoreId;
 use crate::ids::VmId;
 use crate::object::{ObjectKind, Slot, shift_down};
 use crate::space::runs::push_run;
-use crate::stage2::Sharing;
+use crate::stage2::TableSharing;
 use rangemap::RangeSet;
 use std::ops::{AddAssign, Range};
 
@@ -29,7 +29,7 @@ pub struct PageCounts {
 /// Figures of a family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Totals {
+pub struct FamilyTotals {
     /// Objects.
     pub objects: u64,
     /// Stores, files' included.
@@ -81,18 +81,18 @@ impl Family {
                 continue;
             }
             memory += bounds.count().0;
-            self.stage2.for_each_leaf(vm.root, &[bounds], Sharing::Own, &mut |run, sharing| match sharing {
-                Sharing::Own => push_run(&mut own, run),
-                Sharing::Shared => push_run(&mut shared, run),
+            self.stage2.for_each_leaf(vm.root, &[bounds], TableSharing::Own, &mut |run, sharing| match sharing {
+                TableSharing::Own => push_run(&mut own, run),
+                TableSharing::Shared => push_run(&mut shared, run),
             });
         }
-        let own = own.into_iter().map(|run| (run, Sharing::Own));
-        for (run, sharing) in own.chain(shared.into_iter().map(|run| (run, Sharing::Shared))) {
+        let own = own.into_iter().map(|run| (run, TableSharing::Own));
+        for (run, sharing) in own.chain(shared.into_iter().map(|run| (run, TableSharing::Shared))) {
             let Some((store, origin)) = run.source.store() else { continue };
             let indexes = shift_down(run.pages, origin);
             let by_others = match sharing {
-                Sharing::Own => self.seen(store, indexes, Some(id)),
-                Sharing::Shared => RangeSet::from_iter([indexes.raw()]),
+                TableSharing::Own => self.seen(store, indexes, Some(id)),
+                TableSharing::Shared => RangeSet::from_iter([indexes.raw()]),
             };
             for segment in self.objects.stored(store, origin, run.pages) {
                 let Some(found) = segment.found else { continue };
@@ -136,10 +136,10 @@ impl Family {
     }
 
     /// Figures of the family.
-    pub fn totals(&self) -> Totals {
+    pub fn totals(&self) -> FamilyTotals {
         let accounts = &self.objects.accounts.stores;
         let anonymous = accounts.values().filter(|account| account.kind == ObjectKind::Anonymous);
-        Totals {
+        FamilyTotals {
             objects: self.objects.len() as u64,
             stores: accounts.len() as u64,
             resident: self.resident().0,

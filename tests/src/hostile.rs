@@ -14,7 +14,7 @@ use std::{fs, io, thread};
 use vmm::client::Vm;
 use vmm::link::Link;
 use vmm::machine::WINDOW_BASE;
-use vmm::wire::{Activity, FromVm, Frozen, ToVm};
+use vmm::wire::{FromVm, Frozen, RunState, ToVm};
 
 /// A real VM process, and what this test holds of it.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ pub fn frozen_in_copy(store: StoreId, copied: Vec<GfnRange>, copy: i32) -> FromV
 }
 
 fn of_harvest(store: StoreId, harvest: Harvest, scratch_base: u64, copy: Option<i32>) -> Frozen {
-    let (copies, activity) = (Gfn(1 << 18), Activity::Running);
+    let (copies, activity) = (Gfn(1 << 18), RunState::Running);
     Frozen { store, harvest, scratch_base, copies, copied: None, copy, activity, kicked_ns: 0 }
 }
 

@@ -19,7 +19,7 @@ use std::marker::PhantomData;
 
 /// The parts of a VM that are fixed when its KVM VM is made: a prepared VM process fits any VM of its shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Shape {
+pub struct MachineShape {
     /// RAM.
     pub ram: PageCount,
     /// Virtual CPUs.
@@ -87,7 +87,7 @@ pub struct Line {
 
 /// Whether a VM's vCPUs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Activity {
+pub enum RunState {
     /// They run.
     Running,
     /// They stand still.
@@ -123,7 +123,7 @@ pub struct Start {
     /// Where its machine state comes from.
     pub origin: Origin,
     /// Whether it runs at once.
-    pub activity: Activity,
+    pub activity: RunState,
     /// Pages that it is likely to write, all of which are in their stores: it is to have copies of them before it runs. But for
     /// those of which it has copies since a [`ToVm::Expect`].
     pub ahead: Vec<GfnRange>,
@@ -157,7 +157,7 @@ pub enum ToVm {
     /// directory, as root directory.
     Prepare {
         /// What to make.
-        shape: Shape,
+        shape: MachineShape,
         /// How to keep apart.
         isolation: Isolation,
         /// Which of the host's features to use.
@@ -288,7 +288,7 @@ pub struct Frozen {
     pub copy: Option<i32>,
     /// Whether the vCPUs run again, at the latest when all is copied. They do not if they stood still before, or if the host
     /// has no userfaultfd: then the server settles all pages first and sends `Resume`.
-    pub activity: Activity,
+    pub activity: RunState,
     /// `CLOCK_MONOTONIC` of the first vCPU kick, in nanoseconds.
     pub kicked_ns: u64,
 }
@@ -448,7 +448,7 @@ pub struct Bounds {
 
 impl Bounds {
     /// Of a shape, whose windows may have `max_runs` mappings.
-    pub fn of(shape: Shape, max_runs: u32) -> Self {
+    pub fn of(shape: MachineShape, max_runs: u32) -> Self {
         let ram = ram_ranges(shape.ram);
         let frames = PageCount(ram.last().map_or(0, |pages| pages.end().0));
         // A freeze may tell of every second page, in ten bytes, and of so many runs; and of what each vCPU has.
@@ -538,7 +538,7 @@ mod tests {
     /// The server reads frozen pages where the process says that they are: only where ours would have them.
     #[test]
     fn addresses_are_those_of_the_layout() {
-        let shape = Shape { ram: PageCount(16384), vcpus: 1, machine: Machine::Monitor };
+        let shape = MachineShape { ram: PageCount(16384), vcpus: 1, machine: Machine::Monitor };
         let bounds = Bounds::of(shape, 100);
         let frames = PageCount(bounds.ram.last().unwrap().end().0);
         let scratch = WINDOW_BASE + 4 * (1 << 30);
@@ -552,7 +552,7 @@ mod tests {
             copies: Gfn(1 << 18),
             copied: None,
             copy: None,
-            activity: Activity::Running,
+            activity: RunState::Running,
             kicked_ns: 0,
         };
         let is_valid = |frozen: Frozen| FromVm::Frozen(Box::new(frozen)).is_valid(&bounds);

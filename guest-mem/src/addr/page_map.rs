@@ -16,7 +16,7 @@ const CHUNK: u64 = 512;
 #[derive(Debug)]
 pub(crate) struct PageMap<V> {
     /// Chunks with pages. Their parts are sorted, and neighbours that continue each other are one.
-    chunks: BTreeMap<u64, Vec<Part<V>>>,
+    chunks: BTreeMap<u64, Vec<Piece<V>>>,
 }
 
 impl<V> Default for PageMap<V> {
@@ -27,7 +27,7 @@ impl<V> Default for PageMap<V> {
 
 /// Pages of a chunk, counted from its first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Part<V> {
+struct Piece<V> {
     start: u16,
     end: u16,
     value: V,
@@ -51,7 +51,7 @@ impl<V: Copy + PartialEq> PageMap<V> {
             let parts = self.chunks.entry(chunk).or_default();
             while let Some((_, start, end)) = all.next_if(|&(next, ..)| next == chunk) {
                 if parts.last().is_none_or(|last| last.end < start) {
-                    parts.push(Part { start, end, value });
+                    parts.push(Piece { start, end, value });
                     continue;
                 }
                 let next = parts.partition_point(|part| part.end <= start);
@@ -95,7 +95,7 @@ impl<V: Copy + PartialEq> PageMap<V> {
     pub fn parts(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, V)> {
         let chunks = self.chunks.range(chunks_of(pages));
         chunks.flat_map(move |(chunk, parts)| {
-            let range = move |part: &Part<V>| {
+            let range = move |part: &Piece<V>| {
                 GfnRange::from(chunk * CHUNK + u64::from(part.start)..chunk * CHUNK + u64::from(part.end))
             };
             let first = parts.partition_point(|part| range(part).end() <= pages.start());
@@ -121,7 +121,7 @@ impl<V: Copy + PartialEq> PageMap<V> {
 
     /// Whether it is more work to go over these than over the others. To find out is as much work as the lesser.
     pub fn outnumber(&self, others: &Self) -> bool {
-        let len = |parts: &Vec<Part<V>>| parts.len() as i64;
+        let len = |parts: &Vec<Piece<V>>| parts.len() as i64;
         let (mut ours, mut theirs) = (self.chunks.values().map(len), others.chunks.values().map(len));
         let mut more = 0;
         loop {
@@ -151,14 +151,14 @@ fn chunks(pages: GfnRange) -> impl Iterator<Item = (u64, u16, u16)> {
 }
 
 /// Gives pages of a chunk this value, or none.
-fn set<V: Copy + PartialEq>(parts: &mut Vec<Part<V>>, start: u16, end: u16, value: Option<V>) {
+fn set<V: Copy + PartialEq>(parts: &mut Vec<Piece<V>>, start: u16, end: u16, value: Option<V>) {
     // Those that overlap or touch.
     let first = parts.partition_point(|part| part.end < start);
     let last = first + parts[first..].partition_point(|part| part.start <= end);
     let touched = &parts[first..last];
-    let mut before = touched.first().filter(|part| part.start < start).map(|&part| Part { end: start, ..part });
-    let mut after = touched.last().filter(|part| part.end > end).map(|&part| Part { start: end, ..part });
-    let mut middle = value.map(|value| Part { start, end, value });
+    let mut before = touched.first().filter(|part| part.start < start).map(|&part| Piece { end: start, ..part });
+    let mut after = touched.last().filter(|part| part.end > end).map(|&part| Piece { start: end, ..part });
+    let mut middle = value.map(|value| Piece { start, end, value });
     if let Some(middle) = &mut middle {
         middle.start = before.take_if(|before| before.value == middle.value).map_or(start, |before| before.start);
         middle.end = after.take_if(|after| after.value == middle.value).map_or(end, |after| after.end);

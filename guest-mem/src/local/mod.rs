@@ -12,12 +12,12 @@ use crate::addr::{GfnRange, PageCount};
 use crate::ids::VmId;
 use crate::manager::{self, Evicted, Manager, SwapCounts};
 use crate::space::map::Protection;
-use crate::stats::Totals;
+use crate::stats::FamilyTotals;
 use crate::store::memfd::MemfdStores;
 use crate::swap::Swap;
 use crate::window::Failure;
 use crate::window::host::{HostWindow, WindowError};
-use owner::{FamilyThread, Request};
+use owner::{FamilyThread, OwnerRequest};
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -170,7 +170,7 @@ pub struct LocalStats {
     /// VMs there are.
     pub vms: u64,
     /// What they have in memory and in swap, as far as it is frozen.
-    pub totals: Totals,
+    pub totals: FamilyTotals,
     /// What went to swap and came back.
     pub swap: SwapCounts,
 }
@@ -202,7 +202,7 @@ pub struct LocalStats {
 pub struct Local {
     family: u64,
     /// `None` once it ends.
-    requests: Option<Sender<Request>>,
+    requests: Option<Sender<OwnerRequest>>,
     /// One for each request.
     bell: Arc<EventFd>,
     /// `None` once it has ended.
@@ -366,7 +366,7 @@ impl Local {
             return Err(Error::Observing);
         }
         let (answer, answers) = mpsc::channel();
-        let request: Request = Box::new(move |owner| {
+        let request: OwnerRequest = Box::new(move |owner| {
             let _ = answer.send(request(owner));
         });
         requests.send(request).map_err(|_| Error::Panicked)?;

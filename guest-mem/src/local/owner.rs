@@ -26,7 +26,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 /// What the thread is asked to do.
-pub(super) type Request = Box<dyn FnOnce(&mut FamilyThread) + Send>;
+pub(super) type OwnerRequest = Box<dyn FnOnce(&mut FamilyThread) + Send>;
 
 /// Whether the thread goes on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,7 @@ const BELL: u64 = u64::MAX;
 const SWAP: u64 = u64::MAX - 1;
 
 /// A VM of the family.
-struct Member {
+struct LocalMember {
     /// A duplicate of its window's descriptor: windows are mapped from one side and served from the other.
     traps: Userfaultfd,
     /// Host address of its guest frame 0.
@@ -65,11 +65,11 @@ pub(super) struct FamilyThread {
     ram: Vec<GfnRange>,
     /// What launched VMs share with those that descend from them.
     shared: Vec<GfnRange>,
-    members: BTreeMap<VmId, Member>,
+    members: BTreeMap<VmId, LocalMember>,
     swap: Option<LocalSwap>,
     observer: Option<Observer>,
     epoll: Epoll,
-    requests: Receiver<Request>,
+    requests: Receiver<OwnerRequest>,
     bell: Arc<EventFd>,
     /// Who waits until all pages have been written back.
     written_back: Vec<Sender<Result<(), Error>>>,
@@ -80,7 +80,7 @@ impl FamilyThread {
         family: u64,
         ram: Vec<GfnRange>,
         options: Options,
-        requests: Receiver<Request>,
+        requests: Receiver<OwnerRequest>,
         bell: Arc<EventFd>,
     ) -> Result<Self, Error> {
         let bounds = [GfnRange::from(0..MOST)];
@@ -235,7 +235,7 @@ impl FamilyThread {
     }
 
     /// The member that `vm` names.
-    fn find(&self, operation: &'static str, vm: LocalVm) -> Result<&Member, Error> {
+    fn find(&self, operation: &'static str, vm: LocalVm) -> Result<&LocalMember, Error> {
         let member = self.members.get(&vm.id).filter(|_| vm.family == self.family);
         member.ok_or(Error::NoSuchVm { operation, vm })
     }
@@ -305,7 +305,7 @@ impl FamilyThread {
         }
     }
 
-    fn map(&mut self, vm: VmId, huge: HugePages) -> Result<Member, WindowError> {
+    fn map(&mut self, vm: VmId, huge: HugePages) -> Result<LocalMember, WindowError> {
         let runs = self.manager.family().runs(vm).clone();
         let mut files = BTreeMap::new();
         for run in runs.iter() {
@@ -321,7 +321,7 @@ impl FamilyThread {
         read_only.iter().try_for_each(protect).map_err(WindowError::NoScratch)?;
         window.map(&runs, &stores, huge)?;
         let traps = window.userfaultfd().expect("asked for").try_clone_to_owned().map_err(WindowError::NoScratch)?;
-        let member = Member { traps: Userfaultfd::from_fd(traps), base: window.base(), failure: None };
+        let member = LocalMember { traps: Userfaultfd::from_fd(traps), base: window.base(), failure: None };
         self.watch(member.traps.as_raw_fd(), vm.0.into()).map_err(WindowError::NoScratch)?;
         Ok(member)
     }

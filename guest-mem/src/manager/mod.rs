@@ -376,7 +376,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Family::runs`], and protects what the
-    /// child's [map](crate::family::Vm::map) says.
+    /// child's [map](crate::family::VmBooks::map) says.
     pub fn fork(&mut self, parent: VmId, window: W) -> VmId {
         let child = self.family.fork(parent, self.max_runs);
         self.windows.insert(child, window);
@@ -414,7 +414,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// before anything that its window did later. Frames outside of its memory do not count.
     ///
     /// # Panics
-    /// If the VM [stands](crate::family::Vm::stands) for a freeze.
+    /// If the VM [stands](crate::family::VmBooks::stands) for a freeze.
     pub fn balloon(&mut self, vm: VmId, pages: &[GfnRange]) {
         let mut effects = Effects::default();
         self.family.balloon(vm, pages, &mut effects);

@@ -15,7 +15,7 @@ use std::io;
 use std::ops::Range;
 
 /// Where a job's bytes are now.
-enum Read {
+enum ReadOutcome {
     /// In the staging buffer.
     Here,
     /// On their way from swap, or about to be copied.
@@ -31,9 +31,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(WRITEBACK_BATCH.0)));
         let job = WritebackJob { pages, ..*job };
         let (placed, done) = match self.read(&job)? {
-            Read::Here => self.place(&job, to),
-            Read::Coming => return Ok(Fetch::Coming),
-            Read::Lost(loss) => (vec![(pages, Placed::Lost(loss))], Ok(())),
+            ReadOutcome::Here => self.place(&job, to),
+            ReadOutcome::Coming => return Ok(Fetch::Coming),
+            ReadOutcome::Lost(loss) => (vec![(pages, Placed::Lost(loss))], Ok(())),
         };
         let mut effects = Effects::default();
         self.family.written_back(&job, &placed, &mut effects);
@@ -92,21 +92,21 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Reads a job's bytes into the staging buffer.
-    fn read(&mut self, job: &WritebackJob) -> Result<Read, Error> {
+    fn read(&mut self, job: &WritebackJob) -> Result<ReadOutcome, Error> {
         let pages = job.pages;
         let buf = &mut self.staging[..pages.len_bytes()];
         match job.from {
-            CopyFrom::Lost(loss) => return Ok(Read::Lost(loss)),
+            CopyFrom::Lost(loss) => return Ok(ReadOutcome::Lost(loss)),
             CopyFrom::Zero => buf.fill(0),
             CopyFrom::Scratch(holder) => {
                 let gone = || Err(io::ErrorKind::NotFound.into());
                 let window = self.windows.get(&holder);
                 match window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
                     Ok(()) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Coming),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(ReadOutcome::Coming),
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {
                         log::error!("pages {pages:?} for store {:?} are lost: {error}", job.store);
-                        return Ok(Read::Lost(Loss::Process));
+                        return Ok(ReadOutcome::Lost(Loss::Process));
                     }
                     // Its holder lives, and so do the pages.
                     Err(source) => return Err(Error::Read { store: job.store, pages, source }),
@@ -118,10 +118,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                     // What has arrived is brought once: whoever needs it too asks again.
                     self.family.retry_put_off();
                 }
-                Ok(Fetch::Coming) => return Ok(Read::Coming),
+                Ok(Fetch::Coming) => return Ok(ReadOutcome::Coming),
                 Err(error) => {
                     self.lose(object, pages, &error);
-                    return Ok(Read::Lost(Loss::Swap));
+                    return Ok(ReadOutcome::Lost(Loss::Swap));
                 }
             },
             CopyFrom::Store { store: from, origin } => {
@@ -132,7 +132,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }?;
             }
         }
-        Ok(Read::Here)
+        Ok(ReadOutcome::Here)
     }
 
     /// Puts the staged pages of a job where they go, but for long stretches of zeros. What was placed, from the start,

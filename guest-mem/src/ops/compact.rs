@@ -22,7 +22,7 @@
 
 use crate::addr::extents::{push, without};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::family::{Family, Vm};
+use crate::family::{Family, VmBooks};
 use crate::ids::ObjectId;
 use crate::ids::VmId;
 use crate::ids::{Run, Source, StoreId};
@@ -63,7 +63,7 @@ pub(crate) struct Taking {
 
 /// What is known of a store of which a VM sees pages, all of which have been written back.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct SeenPages {
     /// How many pages it has.
     pages: u64,
     /// Nobody else sees any of them.
@@ -71,7 +71,7 @@ struct Seen {
 }
 
 /// Stores by what is known of them.
-type Stores = BTreeMap<StoreId, Seen>;
+type Stores = BTreeMap<StoreId, SeenPages>;
 
 /// So many objects of a chain are looked at: deeper ones have more than one VM above them.
 const LOOKED_AT: usize = 256;
@@ -93,7 +93,7 @@ impl Family {
             let save = books.child_runs - limits.runs / 2;
             let mut moves = self.most_cut(books, &stores, ZERO_CLUSTER, save, limits);
             if moves.is_empty() && books.child_runs > 2 * limits.runs {
-                let all = stores.iter().map(|(&store, &seen)| (store, Seen { own: true, ..seen })).collect();
+                let all = stores.iter().map(|(&store, &seen)| (store, SeenPages { own: true, ..seen })).collect();
                 moves = self.most_cut(books, &all, SHARED_MOST, save, limits);
             }
             if !moves.is_empty() {
@@ -148,9 +148,9 @@ impl Family {
         stores.into_iter().filter_map(|store| Some((store, self.seen_store(store, &own)?))).collect()
     }
 
-    fn seen_store(&self, store: StoreId, own: &BTreeSet<ObjectId>) -> Option<Seen> {
+    fn seen_store(&self, store: StoreId, own: &BTreeSet<ObjectId>) -> Option<SeenPages> {
         let account = &self.objects.accounts.stores[&store];
-        let mut seen = Seen { pages: 0, own: true };
+        let mut seen = SeenPages { pages: 0, own: true };
         for (id, pages) in self.objects.accounts.owners(store) {
             seen.pages += pages;
             seen.own &= own.contains(&id);
@@ -160,7 +160,7 @@ impl Family {
 
     /// All that `vm` sees of these stores. Its window goes on to keep what it keeps, and maps the freeze's store at `most`
     /// stretches of the others.
-    fn of_stores(&self, vm: &Vm, stores: &BTreeSet<StoreId>, most: usize) -> Taking {
+    fn of_stores(&self, vm: &VmBooks, stores: &BTreeSet<StoreId>, most: usize) -> Taking {
         let mut taking = Taking::default();
         if stores.is_empty() {
             return taking;
@@ -188,7 +188,7 @@ impl Family {
     }
 
     /// Whether one mapping may bridge these pages: a few of one entry that are zero, and are not kept.
-    fn only_zeros(&self, vm: &Vm, pages: GfnRange) -> bool {
+    fn only_zeros(&self, vm: &VmBooks, pages: GfnRange) -> bool {
         if pages.is_empty() {
             return true;
         }
@@ -203,7 +203,14 @@ impl Family {
 
     /// The neighbourhoods where the fewest pages for each mapping of a child are to be taken, `each` at most, until `save`
     /// mappings are saved.
-    fn most_cut(&self, vm: &Vm, stores: &Stores, each: PageCount, save: usize, limits: Compaction) -> Vec<GfnRange> {
+    fn most_cut(
+        &self,
+        vm: &VmBooks,
+        stores: &Stores,
+        each: PageCount,
+        save: usize,
+        limits: Compaction,
+    ) -> Vec<GfnRange> {
         let mut cut: Vec<(u64, Neighbourhood)> = Vec::new();
         let runs = vm.child.as_ref().map_or_else(|| self.stage2_runs(vm).into(), |window| Runs::clone(&window.runs));
         for (at, cuts) in neighbourhoods(&runs).into_iter().filter(|(_, cuts)| *cuts >= WORTHWHILE) {
@@ -216,7 +223,7 @@ impl Family {
     }
 
     /// The neighbourhoods where most stretches are kept, until `save` stretches less are.
-    fn most_kept(&self, vm: &Vm, stores: &Stores, save: usize, limits: Compaction) -> Vec<GfnRange> {
+    fn most_kept(&self, vm: &VmBooks, stores: &Stores, save: usize, limits: Compaction) -> Vec<GfnRange> {
         let mut kept: BTreeMap<u64, u64> = BTreeMap::new();
         vm.kept().for_each(|pages| *kept.entry(pages.start().0 / ZERO_CLUSTER.0).or_default() += 1);
         let mut kept: Vec<(u64, u64)> = kept.into_iter().filter(|(_, count)| *count >= WORTHWHILE).collect();
@@ -235,7 +242,7 @@ impl Family {
     /// The stretches of a neighbourhood in which nothing lies but zeros, what `vm` keeps, and what it alone sees.
     fn whole(
         &self,
-        vm: &Vm,
+        vm: &VmBooks,
         stores: &Stores,
         neighbourhood: u64,
         is_worth: impl Fn(&[GfnRange]) -> bool,
@@ -260,7 +267,7 @@ impl Family {
                 }
                 let seen = segment.found.and_then(|found| stores.get(&found.slot.store()?));
                 match seen {
-                    Some(Seen { own: true, .. }) => parts.push(segment.pages),
+                    Some(SeenPages { own: true, .. }) => parts.push(segment.pages),
                     Some(_) => {
                         // What is kept is in memory once more anyway.
                         let mut at = segment.pages.start();

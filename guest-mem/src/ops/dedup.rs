@@ -5,7 +5,7 @@
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
-use crate::family::{DedupProgress, Family, Vm};
+use crate::family::{DedupProgress, Family, VmBooks};
 use crate::ids::StoreId;
 use crate::ids::VmId;
 use crate::object::{Segment, Slot};
@@ -59,7 +59,7 @@ impl Family {
 
     /// The kept pages that are in `store`, or in swap for it, from where dedup goes on. In pieces: no more is looked at than
     /// is asked for.
-    fn placed<'a>(&'a self, vm: &'a Vm, store: StoreId) -> impl Iterator<Item = GfnRange> + 'a {
+    fn placed<'a>(&'a self, vm: &'a VmBooks, store: StoreId) -> impl Iterator<Item = GfnRange> + 'a {
         let from = vm.dedup.filter(|dedup| dedup.store == store).map_or(0, |dedup| dedup.next.0);
         let pieces = vm.map.iter().flat_map(move |(bounds, entry)| {
             let kept = vm.overlay.kept.parts(bounds.intersect((from..u64::MAX).into()));

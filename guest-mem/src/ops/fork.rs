@@ -1,6 +1,6 @@
 //! Fork: one more VM that sees what its parent saw at its last freeze.
 
-use crate::family::{Family, Vm};
+use crate::family::{Family, VmBooks};
 use crate::ids::VmId;
 use crate::ids::{Run, Source};
 use crate::space::overlay::{NewWindow, Overlay};
@@ -23,7 +23,7 @@ impl Family {
         let overlay = Overlay::new(window.zeros.clone());
         // As long as the child changes nothing, its children are like it.
         let (runs, child_runs) = (window.runs.clone().into(), window.runs.len());
-        self.insert_vm(Vm { overlay, runs, child_runs, child: Some(window), ..Vm::new(map, root) })
+        self.insert_vm(VmBooks { overlay, runs, child_runs, child: Some(window), ..VmBooks::new(map, root) })
     }
 
     /// The runs that a child of `vm` would have if it was forked now, without a freeze.
@@ -64,7 +64,7 @@ impl Family {
     }
 
     /// All that stage-2 shows a VM.
-    pub(crate) fn stage2_runs(&self, vm: &Vm) -> Vec<Run> {
+    pub(crate) fn stage2_runs(&self, vm: &VmBooks) -> Vec<Run> {
         let end = vm.map.iter().last().map_or(0, |(pages, _)| pages.end().0);
         self.stage2.runs(vm.root, (0..end).into())
     }

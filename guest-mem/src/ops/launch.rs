@@ -1,7 +1,7 @@
 //! Launch: a new VM over files, shared memory and fresh memory.
 
 use crate::addr::GfnRange;
-use crate::family::{Family, ObjectMapping, Vm};
+use crate::family::{Family, ObjectMapping, VmBooks};
 use crate::ids::VmId;
 use crate::ids::{Run, Source};
 use crate::object::{Found, ObjectKind};
@@ -25,7 +25,7 @@ impl Family {
             map.set(pages, MapEntry { object, origin, needs_copy, sharing, ..MapEntry::ANONYMOUS });
         }
         let root = self.stage2.new_root();
-        let mut vm = Vm::new(map, root);
+        let mut vm = VmBooks::new(map, root);
         for run in self.chain_runs(&vm.map) {
             Cursor::new(&mut self.stage2, &mut vm.root).set(run, &mut Vec::new());
         }

@@ -16,7 +16,7 @@ use crate::family::Family;
 use crate::ids::VmId;
 use crate::ids::{Run, StoreId};
 use crate::object::User;
-use crate::stage2::Looks;
+use crate::stage2::TableLooks;
 use rangemap::RangeSet;
 use std::ops::ControlFlow;
 
@@ -32,7 +32,7 @@ impl Family {
         pages: GfnRange,
         mut tell: impl FnMut(VmId, Run) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        let mut looks = Looks::new(&self.stage2, store);
+        let mut looks = TableLooks::new(&self.stage2, store);
         for (owner, _) in self.objects.accounts.owners(store) {
             if !self.objects.slots_in(owner, pages).any(|(_, slot)| slot.store() == Some(store)) {
                 continue;

@@ -29,7 +29,7 @@ pub(crate) struct ReclaimQueue {
     listed: HashMap<StoreId, BTreeMap<u64, QueuePlace>>,
     /// Clusters that are listed.
     count: usize,
-    queue: VecDeque<Entry>,
+    queue: VecDeque<QueueEntry>,
     /// Stores of which only idle VMs see pages, and those among them that have listed clusters.
     idle: BTreeSet<StoreId>,
     idle_listed: BTreeSet<StoreId>,
@@ -56,7 +56,7 @@ struct QueuePlace {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct QueueEntry {
     turn: Turn,
     store: StoreId,
     cluster: u64,
@@ -125,7 +125,7 @@ impl ReclaimQueue {
                 return None;
             }
             self.count_steps(1);
-            let Entry { store, cluster, turn } = entry;
+            let QueueEntry { store, cluster, turn } = entry;
             match self.listed.get(&store).and_then(|listed| listed.get(&cluster)) {
                 Some(place) if place.turn == turn && place.refaulted && self.has_many_refaults() => {
                     self.push(store, cluster, false);
@@ -193,7 +193,7 @@ impl ReclaimQueue {
         if self.idle.contains(&store) {
             self.idle_listed.insert(store);
         }
-        self.queue.push_back(Entry { turn, store, cluster });
+        self.queue.push_back(QueueEntry { turn, store, cluster });
         self.compact();
     }
 
@@ -216,7 +216,7 @@ impl ReclaimQueue {
         if self.queue.len() > 2 * self.count + 64 {
             self.count_steps(self.queue.len());
             let listed = &self.listed;
-            let turn = |entry: &Entry| listed.get(&entry.store)?.get(&entry.cluster).map(|place| place.turn);
+            let turn = |entry: &QueueEntry| listed.get(&entry.store)?.get(&entry.cluster).map(|place| place.turn);
             self.queue.retain(|entry| turn(entry) == Some(entry.turn));
         }
     }

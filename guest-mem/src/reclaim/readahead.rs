@@ -27,10 +27,10 @@ const STREAMS: usize = 4;
 
 /// The streams of a family.
 #[derive(Debug, Default)]
-pub(crate) struct Streams(HashMap<VmId, VecDeque<Stream>>);
+pub(crate) struct Streams(HashMap<VmId, VecDeque<TouchStream>>);
 
 #[derive(Debug)]
-struct Stream {
+struct TouchStream {
     start: u64,
     next: u64,
     read_to: u64,
@@ -57,13 +57,13 @@ impl Streams {
     /// nothing of a cluster is in swap only.
     pub fn touched(&mut self, vm: VmId, cluster: u64, most: u64, is_there: impl Fn(u64) -> bool) -> Next {
         let streams = self.0.entry(vm).or_default();
-        let goes_on = |stream: &Stream| {
+        let goes_on = |stream: &TouchStream| {
             let passed = stream.next..cluster;
             (stream.start..stream.next + LARGEST).contains(&cluster) && passed.clone().all(&is_there)
         };
         let Some(at) = streams.iter().position(goes_on) else {
             streams.truncate(STREAMS - 1);
-            streams.push_front(Stream::starting(cluster));
+            streams.push_front(TouchStream::starting(cluster));
             return Next::default();
         };
         let mut stream = streams.remove(at).expect("its place was just found");
@@ -88,7 +88,7 @@ impl Streams {
     }
 }
 
-impl Stream {
+impl TouchStream {
     fn starting(cluster: u64) -> Self {
         Self { start: cluster, next: cluster + 1, read_to: cluster + 1, window: 0, read: VecDeque::new() }
     }

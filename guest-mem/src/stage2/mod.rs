@@ -16,7 +16,7 @@ mod rmap;
 pub use cursor::Cursor;
 pub(crate) use entry::MAX_STORES;
 pub use entry::{Entry, TableId, View};
-pub(crate) use rmap::Looks;
+pub(crate) use rmap::TableLooks;
 
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::ids::Run;
@@ -66,7 +66,7 @@ pub(crate) struct Table {
 
 /// Whether more than one tree leads to a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sharing {
+pub(crate) enum TableSharing {
     Own,
     Shared,
 }
@@ -152,7 +152,7 @@ impl Stage2 {
     /// The same of many stretches: sorted, and apart from each other.
     pub fn runs_of(&self, root: TableId, all: &[GfnRange]) -> Vec<Run> {
         let mut runs = Vec::new();
-        self.for_each_leaf(root, all, Sharing::Own, &mut |run, _| push_run(&mut runs, run));
+        self.for_each_leaf(root, all, TableSharing::Own, &mut |run, _| push_run(&mut runs, run));
         runs
     }
 
@@ -162,11 +162,11 @@ impl Stage2 {
         &self,
         table: TableId,
         all: &[GfnRange],
-        above: Sharing,
-        out: &mut dyn FnMut(Run, Sharing),
+        above: TableSharing,
+        out: &mut dyn FnMut(Run, TableSharing),
     ) {
         let t = self.table(table);
-        let sharing = if t.uses > 1 { Sharing::Shared } else { above };
+        let sharing = if t.uses > 1 { TableSharing::Shared } else { above };
         let span = self.shape.entry_span(t.level).0;
         let end = Gfn(t.first.0 + self.shape.table_span(t.level).0);
         let (mut at, mut rest) = (t.first, all);

@@ -13,13 +13,13 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 /// Looks for pages of one store in many trees, at each distinct table once.
-pub(crate) struct Looks<'a> {
+pub(crate) struct TableLooks<'a> {
     stage2: &'a Stage2,
     store: StoreId,
     known: HashMap<(TableId, GfnRange), Rc<[Run]>>,
 }
 
-impl<'a> Looks<'a> {
+impl<'a> TableLooks<'a> {
     pub fn new(stage2: &'a Stage2, store: StoreId) -> Self {
         Self { stage2, store, known: HashMap::new() }
     }

@@ -29,10 +29,10 @@ pub struct MemfdStores {
 /// Closes files of stores. Whoever is the last to have one waits until all its pages are freed: that is a thread of its own,
 /// made with the first.
 #[derive(Debug, Default)]
-struct Closer(OnceLock<Option<Sender<Files>>>);
+struct Closer(OnceLock<Option<Sender<StoreFiles>>>);
 
 impl Closer {
-    fn close(&self, files: Files) {
+    fn close(&self, files: StoreFiles) {
         let start = || {
             let (closer, stores) = mpsc::channel();
             let thread = thread::Builder::new().name("closer".into());
@@ -60,7 +60,7 @@ enum Content {
 
 /// All by which this process holds on to a store's pages.
 #[derive(Debug)]
-struct Files {
+struct StoreFiles {
     file: Memfd,
     read_only: OwnedFd,
     /// Mapped while pages are filled in.
@@ -72,7 +72,7 @@ struct Files {
 pub struct MemfdStore {
     of: Content,
     /// There until the store is dropped.
-    files: Option<Files>,
+    files: Option<StoreFiles>,
     inode: u64,
     userfaultfd: Option<Arc<Userfaultfd>>,
     /// What was filled in, and is in our page tables still.
@@ -103,7 +103,7 @@ impl MemfdStores {
         let inode = fstat(&file)?.st_ino;
         Ok(MemfdStore {
             of,
-            files: Some(Files { file, read_only, alias: None }),
+            files: Some(StoreFiles { file, read_only, alias: None }),
             inode,
             userfaultfd: self.userfaultfd.clone(),
             filled: Vec::new(),
@@ -148,7 +148,7 @@ impl StoreFactory for MemfdStores {
 }
 
 impl MemfdStore {
-    fn files(&self) -> &Files {
+    fn files(&self) -> &StoreFiles {
         self.files.as_ref().expect("a store has files until it is dropped")
     }
 
@@ -196,7 +196,7 @@ impl Drop for MemfdStore {
 
 impl Store for MemfdStore {
     fn fill(&mut self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
-        let Files { file, alias, .. } = self.files.as_mut().expect("a store has files until it is dropped");
+        let StoreFiles { file, alias, .. } = self.files.as_mut().expect("a store has files until it is dropped");
         let Some(userfaultfd) = &self.userfaultfd else {
             return write_all(file, first, bytes);
         };

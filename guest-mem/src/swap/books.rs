@@ -1,6 +1,6 @@
 //! All clusters, and what can be told of them together.
 
-use super::cluster::{Class, Cluster, State, bits};
+use super::cluster::{Class, Cluster, ClusterState, bits};
 use super::extents::{DiskExtent, Extents};
 use super::packed::Packed;
 use crate::addr::PageCount;
@@ -76,13 +76,13 @@ impl Sums {
     fn apply(&mut self, cluster: &Cluster, change: impl Fn(&mut u64, u64)) {
         change(&mut self.slots, cluster.live.count_ones().into());
         match &cluster.state {
-            State::Zero | State::Disk(_) | State::Lost { .. } => {}
-            State::Memory(packed) => change(&mut self.dirty, packed.footprint()),
-            State::Writing { packed, .. } => {
+            ClusterState::Zero | ClusterState::Disk(_) | ClusterState::Lost { .. } => {}
+            ClusterState::Memory(packed) => change(&mut self.dirty, packed.footprint()),
+            ClusterState::Writing { packed, .. } => {
                 change(&mut self.writing, packed.footprint());
                 change(&mut self.writes, 1);
             }
-            State::Clean { packed, keep, .. } => match keep.class() {
+            ClusterState::Clean { packed, keep, .. } => match keep.class() {
                 Class::Written => change(&mut self.written, packed.footprint()),
                 Class::Read => change(&mut self.read, packed.footprint()),
                 Class::Wanted => {
@@ -90,8 +90,8 @@ impl Sums {
                     change(&mut self.wanted_clusters, 1);
                 }
             },
-            State::Reading { .. } => change(&mut self.reads, 1),
-            State::Dropped(_) => change(&mut self.dropped, 1),
+            ClusterState::Reading { .. } => change(&mut self.reads, 1),
+            ClusterState::Dropped(_) => change(&mut self.dropped, 1),
         }
     }
 
@@ -120,7 +120,7 @@ impl Books {
 
     /// A new cluster of `count` pages, and its key.
     pub fn insert(&mut self, sequence: u64, count: PageCount, packed: Packed) -> usize {
-        let state = if packed.is_zero() { State::Zero } else { State::Memory(Arc::new(packed)) };
+        let state = if packed.is_zero() { ClusterState::Zero } else { ClusterState::Memory(Arc::new(packed)) };
         let key = self.clusters.insert(Cluster { sequence, live: bits(0, count), state });
         self.link(key);
         key
@@ -135,7 +135,7 @@ impl Books {
 
     /// Changes a cluster's state. Its blocks must be the same before and after: see [`place`](Self::place) and
     /// [`release`](Self::release).
-    pub fn turn(&mut self, key: usize, state: State) {
+    pub fn turn(&mut self, key: usize, state: ClusterState) {
         self.unlink(key);
         self.clusters[key].state = state;
         self.link(key);
@@ -207,8 +207,8 @@ impl Books {
         let cluster = &self.clusters[key];
         self.sums.add(cluster);
         match &cluster.state {
-            State::Memory(_) => assert_eq!(self.dirty.insert(cluster.sequence, key), None),
-            State::Clean { keep, stamp, .. } => assert_eq!(self.clean.insert((keep.class(), *stamp), key), None),
+            ClusterState::Memory(_) => assert_eq!(self.dirty.insert(cluster.sequence, key), None),
+            ClusterState::Clean { keep, stamp, .. } => assert_eq!(self.clean.insert((keep.class(), *stamp), key), None),
             _ => {}
         }
     }
@@ -217,8 +217,10 @@ impl Books {
         let cluster = &self.clusters[key];
         self.sums.subtract(cluster);
         match &cluster.state {
-            State::Memory(_) => assert_eq!(self.dirty.remove(&cluster.sequence), Some(key)),
-            State::Clean { keep, stamp, .. } => assert_eq!(self.clean.remove(&(keep.class(), *stamp)), Some(key)),
+            ClusterState::Memory(_) => assert_eq!(self.dirty.remove(&cluster.sequence), Some(key)),
+            ClusterState::Clean { keep, stamp, .. } => {
+                assert_eq!(self.clean.remove(&(keep.class(), *stamp)), Some(key))
+            }
             _ => {}
         }
     }

@@ -1,7 +1,7 @@
 //! The invariants of a swap store.
 
 use super::books::Sums;
-use super::cluster::{Class, State};
+use super::cluster::{Class, ClusterState};
 use super::store::SwapStore;
 use std::collections::BTreeMap;
 
@@ -68,11 +68,11 @@ impl SwapStore {
         let (mut dirty, mut clean, mut placed) = (0, 0, 0);
         for (key, cluster) in &books.clusters {
             let queued = match &cluster.state {
-                State::Memory(_) => {
+                ClusterState::Memory(_) => {
                     dirty += 1;
                     books.dirty.get(&cluster.sequence) == Some(&key)
                 }
-                State::Clean { keep, stamp, .. } => {
+                ClusterState::Clean { keep, stamp, .. } => {
                     clean += 1;
                     books.clean.get(&(keep.class(), *stamp)) == Some(&key)
                 }
@@ -87,7 +87,7 @@ impl SwapStore {
                     broken.push(format!("2: {place:?} of cluster {key} is not known as its own"));
                 }
             }
-            if (cluster.live == 0) != matches!(cluster.state, State::Dropped(_)) {
+            if (cluster.live == 0) != matches!(cluster.state, ClusterState::Dropped(_)) {
                 broken.push(format!("5: cluster {key} has slots {:#x}: {:?}", cluster.live, cluster.state));
             }
         }

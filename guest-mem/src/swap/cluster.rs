@@ -15,12 +15,12 @@ pub struct Cluster {
     /// A bit for each page whose slot is in use.
     pub live: u16,
     /// Where its bytes are. Changed by the [books](super::books::Books) alone.
-    pub state: State,
+    pub state: ClusterState,
 }
 
 /// Where a cluster's bytes are.
 #[derive(Debug)]
-pub enum State {
+pub enum ClusterState {
     /// Nowhere: all live pages are zeros.
     Zero,
     /// In memory, and not on the disk.
@@ -117,7 +117,7 @@ pub fn slot(key: usize) -> SwapSlot {
     SwapSlot(key as u64 * super::CLUSTER.0)
 }
 
-impl State {
+impl ClusterState {
     /// The blocks that are taken for it.
     pub fn place(&self) -> Option<DiskExtent> {
         match self {

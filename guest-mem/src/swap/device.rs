@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What frames are written to, by several threads at a time. Buffers are whole blocks, and [aligned](Aligned).
-pub trait Device: Send + Sync {
+pub trait SwapDevice: Send + Sync {
     /// Reads from block `first` on.
     ///
     /// # Errors
@@ -140,7 +140,7 @@ impl FileDevice {
     }
 }
 
-impl Device for FileDevice {
+impl SwapDevice for FileDevice {
     fn read(&self, first: u64, buf: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buf, first * BLOCK as u64)
     }

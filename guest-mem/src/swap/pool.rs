@@ -1,6 +1,6 @@
 //! The threads that read and write.
 
-use super::device::{Aligned, Device};
+use super::device::{Aligned, SwapDevice};
 use super::extents::DiskExtent;
 use super::frame::{self, Tag};
 use super::packed::Packed;
@@ -39,7 +39,7 @@ pub enum Work {
 
 /// A job that is done.
 #[derive(Debug)]
-pub struct Done {
+pub struct DiskDone {
     /// The cluster.
     pub key: usize,
     /// What came of it.
@@ -59,16 +59,16 @@ pub enum Outcome {
 
 /// The threads, ended and joined when it is dropped; jobs that have not begun are forgotten then.
 #[derive(Debug)]
-pub struct Pool {
-    shared: Arc<Shared>,
+pub struct DiskPool {
+    shared: Arc<PoolShared>,
     threads: Vec<JoinHandle<()>>,
 }
 
-struct Shared {
-    device: Box<dyn Device>,
+struct PoolShared {
+    device: Box<dyn SwapDevice>,
     queue: Mutex<Queue>,
     wake: Condvar,
-    done: Mutex<Vec<Done>>,
+    done: Mutex<Vec<DiskDone>>,
     event: Arc<EventFd>,
 }
 
@@ -84,14 +84,14 @@ const MERGED: usize = 8;
 /// Jobs that are looked at for one that follows.
 const NEARBY: usize = 64;
 
-impl Pool {
+impl DiskPool {
     /// Starts `threads` threads, which write to `event` when something is done.
     ///
     /// # Errors
     /// The system has no threads left.
-    pub fn start(device: Box<dyn Device>, event: Arc<EventFd>, threads: usize) -> io::Result<Self> {
+    pub fn start(device: Box<dyn SwapDevice>, event: Arc<EventFd>, threads: usize) -> io::Result<Self> {
         let queue = Mutex::default();
-        let shared = Arc::new(Shared { device, queue, wake: Condvar::new(), done: Mutex::default(), event });
+        let shared = Arc::new(PoolShared { device, queue, wake: Condvar::new(), done: Mutex::default(), event });
         let mut pool = Self { shared, threads: Vec::new() };
         for _ in 0..threads {
             let shared = Arc::clone(&pool.shared);
@@ -107,12 +107,12 @@ impl Pool {
     }
 
     /// Takes what is done.
-    pub fn collect(&self) -> Vec<Done> {
+    pub fn collect(&self) -> Vec<DiskDone> {
         mem::take(&mut *lock(&self.shared.done))
     }
 }
 
-impl Drop for Pool {
+impl Drop for DiskPool {
     fn drop(&mut self) {
         lock(&self.shared.queue).closed = true;
         self.shared.wake.notify_all();
@@ -150,7 +150,7 @@ impl Queue {
     }
 }
 
-impl Shared {
+impl PoolShared {
     fn work(&self) {
         let mut buffer = Aligned::default();
         while let Some(run) = self.wait() {
@@ -181,7 +181,7 @@ impl Shared {
     }
 
     /// Reads all frames at once, and once more by itself each that did not come well.
-    fn read(&self, run: &[DiskJob], buffer: &mut Aligned) -> Vec<Done> {
+    fn read(&self, run: &[DiskJob], buffer: &mut Aligned) -> Vec<DiskDone> {
         let whole = buffer.slice(length(run));
         let mut got: Vec<Option<Packed>> = Vec::new();
         if self.device.read(run[0].place.start, whole).is_ok() {
@@ -191,14 +191,14 @@ impl Shared {
         got.resize_with(run.len(), || None);
         let done = |(job, got): (&DiskJob, Option<Packed>)| {
             let packed = got.map_or_else(|| self.read_one(job, buffer), Ok);
-            Done { key: job.key, outcome: Outcome::Read(packed) }
+            DiskDone { key: job.key, outcome: Outcome::Read(packed) }
         };
         run.iter().zip(got).map(done).collect()
     }
 
-    fn discard(&self, job: &DiskJob) -> Done {
+    fn discard(&self, job: &DiskJob) -> DiskDone {
         let done = self.device.discard(job.place.start, job.place.blocks);
-        Done { key: job.key, outcome: Outcome::Discarded(done) }
+        DiskDone { key: job.key, outcome: Outcome::Discarded(done) }
     }
 
     fn read_one(&self, job: &DiskJob, buffer: &mut Aligned) -> io::Result<Packed> {
@@ -208,7 +208,7 @@ impl Shared {
     }
 
     /// Writes all frames at once; if that fails, each by itself.
-    fn write(&self, run: &[DiskJob], buffer: &mut Aligned) -> Vec<Done> {
+    fn write(&self, run: &[DiskJob], buffer: &mut Aligned) -> Vec<DiskDone> {
         // A cluster that is gone still has its place: anything may be written there.
         let packed: Vec<Option<Arc<Packed>>> = run.iter().map(DiskJob::packed).collect();
         let whole = buffer.slice(length(run));
@@ -229,15 +229,15 @@ impl Shared {
                     alone.map_err(|error| context("write", job.place, &error))
                 }
             };
-            Done { key: job.key, outcome: Outcome::Written(result) }
+            DiskDone { key: job.key, outcome: Outcome::Written(result) }
         };
         run.iter().zip(split(run, whole)).map(done).collect()
     }
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for PoolShared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("queue", &self.queue).field("done", &self.done).finish_non_exhaustive()
+        f.debug_struct("PoolShared").field("queue", &self.queue).field("done", &self.done).finish_non_exhaustive()
     }
 }
 

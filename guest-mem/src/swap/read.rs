@@ -1,6 +1,6 @@
 //! The way back in: reads, read-ahead and the cache of what was read.
 
-use super::cluster::{Class, ClusterLoss, Keep, State};
+use super::cluster::{Class, ClusterLoss, ClusterState, Keep};
 use super::extents::DiskExtent;
 use super::packed::Packed;
 use super::pool::{DiskJob, Work};
@@ -68,17 +68,17 @@ impl SwapStore {
     pub(super) fn look_ahead(&mut self, key: usize) -> PageCount {
         let live = PageCount(self.books[key].live.count_ones().into());
         match &self.books[key].state {
-            &State::Disk(place) => {
+            &ClusterState::Disk(place) => {
                 self.counters.readahead_pages += live.0;
                 self.read(key, place, Keep::Expected);
             }
-            &State::Reading { place, keep: Keep::Ahead } => {
-                self.books.turn(key, State::Reading { place, keep: Keep::Expected });
+            &ClusterState::Reading { place, keep: Keep::Ahead } => {
+                self.books.turn(key, ClusterState::Reading { place, keep: Keep::Expected });
             }
-            State::Clean { packed, place, keep: Keep::Ahead, .. } => {
+            ClusterState::Clean { packed, place, keep: Keep::Ahead, .. } => {
                 let (packed, place) = (Arc::clone(packed), *place);
                 let stamp = self.books.stamp();
-                self.books.turn(key, State::Clean { packed, place, keep: Keep::Expected, stamp });
+                self.books.turn(key, ClusterState::Clean { packed, place, keep: Keep::Expected, stamp });
                 self.trim();
             }
             _ => return PageCount(0),
@@ -88,7 +88,7 @@ impl SwapStore {
 
     /// A cluster on its way in was asked for.
     pub(super) fn await_read(&mut self, key: usize, place: DiskExtent, keep: Keep) {
-        self.books.turn(key, State::Reading { place, keep: Keep::Wanted });
+        self.books.turn(key, ClusterState::Reading { place, keep: Keep::Wanted });
         if keep == Keep::Ahead {
             self.hit_ahead(key, place);
         }
@@ -96,11 +96,11 @@ impl SwapStore {
 
     /// A clean copy was asked for.
     pub(super) fn used(&mut self, key: usize) {
-        let State::Clean { packed, place, keep, .. } = &self.books[key].state else { return };
+        let ClusterState::Clean { packed, place, keep, .. } = &self.books[key].state else { return };
         let (packed, place, keep) = (Arc::clone(packed), *place, *keep);
         if keep != Keep::Written {
             let stamp = self.books.stamp();
-            self.books.turn(key, State::Clean { packed, place, keep: Keep::Asked, stamp });
+            self.books.turn(key, ClusterState::Clean { packed, place, keep: Keep::Asked, stamp });
         }
         if keep == Keep::Ahead {
             self.hit_ahead(key, place);
@@ -124,7 +124,7 @@ impl SwapStore {
             if self.books.sums.reads >= READS {
                 break;
             }
-            if let State::Disk(place) = self.books[key].state {
+            if let ClusterState::Disk(place) = self.books[key].state {
                 self.counters.readahead_pages += u64::from(self.books[key].live.count_ones());
                 self.read(key, place, Keep::Ahead);
             }
@@ -132,24 +132,24 @@ impl SwapStore {
     }
 
     fn read(&mut self, key: usize, place: DiskExtent, keep: Keep) {
-        self.books.turn(key, State::Reading { place, keep });
+        self.books.turn(key, ClusterState::Reading { place, keep });
         let work = if keep == Keep::Wanted { Work::Demand } else { Work::Ahead };
         self.submit(DiskJob { key, place, tag: self.tag(key), work });
     }
 
     /// A read is done; is somebody to come for it?
     pub(super) fn was_read(&mut self, key: usize, result: io::Result<Packed>) -> bool {
-        let State::Reading { place, keep } = self.books[key].state else {
+        let ClusterState::Reading { place, keep } = self.books[key].state else {
             self.dropped(key);
             return false;
         };
         let state = match result {
-            Ok(packed) => State::Clean { packed: Arc::new(packed), place, keep, stamp: self.books.stamp() },
+            Ok(packed) => ClusterState::Clean { packed: Arc::new(packed), place, keep, stamp: self.books.stamp() },
             // Whoever wants it will see for himself.
-            Err(_) if keep.is_ahead() => State::Disk(place),
+            Err(_) if keep.is_ahead() => ClusterState::Disk(place),
             Err(error) => {
                 log::error!("pages are lost: {error}");
-                State::Lost { place, loss: ClusterLoss::from(error) }
+                ClusterState::Lost { place, loss: ClusterLoss::from(error) }
             }
         };
         self.books.turn(key, state);
@@ -182,8 +182,10 @@ impl SwapStore {
 
     fn forget(&mut self, class: Class) {
         let key = self.books.coldest(class).expect("the sums say that there is one");
-        let State::Clean { place, keep, .. } = self.books[key].state else { unreachable!("{key} is a clean copy") };
-        self.books.turn(key, State::Disk(place));
+        let ClusterState::Clean { place, keep, .. } = self.books[key].state else {
+            unreachable!("{key} is a clean copy")
+        };
+        self.books.turn(key, ClusterState::Disk(place));
         if keep == Keep::Ahead {
             self.ahead.miss();
         }

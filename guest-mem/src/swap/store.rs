@@ -1,11 +1,11 @@
 //! The store: put, get, free.
 
 use super::books::Books;
-use super::cluster::{State, bits, slot};
-use super::device::{Device, FileDevice};
+use super::cluster::{ClusterState, bits, slot};
+use super::device::{FileDevice, SwapDevice};
 use super::extents::BLOCK;
 use super::packed::Packer;
-use super::pool::{Outcome, Pool};
+use super::pool::{DiskPool, Outcome};
 use super::read::ReadAhead;
 use super::{Fetch, Swap};
 use crate::addr::cluster::CLUSTER;
@@ -74,7 +74,7 @@ pub struct SwapCapacity {
 #[derive(Debug)]
 pub struct SwapStore {
     pub(super) books: Books,
-    pub(super) pool: Option<Pool>,
+    pub(super) pool: Option<DiskPool>,
     pub(super) limits: Limits,
     pub(super) ahead: ReadAhead,
     /// When the last write failed, unless one has succeeded since.
@@ -156,10 +156,10 @@ impl SwapStore {
     }
 
     /// A store on a device of so many blocks.
-    pub(super) fn new(disk: Option<(Box<dyn Device>, u64)>, limits: Limits) -> io::Result<Self> {
+    pub(super) fn new(disk: Option<(Box<dyn SwapDevice>, u64)>, limits: Limits) -> io::Result<Self> {
         let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let (pool, blocks) = match disk {
-            Some((device, blocks)) => (Some(Pool::start(device, Arc::clone(&event), limits.threads)?), blocks),
+            Some((device, blocks)) => (Some(DiskPool::start(device, Arc::clone(&event), limits.threads)?), blocks),
             None => (None, 0),
         };
         Ok(Self {
@@ -278,23 +278,23 @@ impl Swap for SwapStore {
             io::Error::new(io::ErrorKind::InvalidInput, message)
         })?;
         match &self.books[key].state {
-            State::Zero => buf.fill(0),
-            State::Memory(packed) | State::Writing { packed, .. } => packed.unpack(page as usize, buf)?,
-            State::Clean { packed, .. } => {
+            ClusterState::Zero => buf.fill(0),
+            ClusterState::Memory(packed) | ClusterState::Writing { packed, .. } => packed.unpack(page as usize, buf)?,
+            ClusterState::Clean { packed, .. } => {
                 packed.unpack(page as usize, buf)?;
                 self.used(key);
                 self.trim();
             }
-            &State::Disk(place) => {
+            &ClusterState::Disk(place) => {
                 self.demand(key, place);
                 return Ok(Fetch::Coming);
             }
-            &State::Reading { place, keep } => {
+            &ClusterState::Reading { place, keep } => {
                 self.await_read(key, place, keep);
                 return Ok(Fetch::Coming);
             }
-            State::Lost { loss, .. } => return Err(loss.error()),
-            State::Dropped(_) => unreachable!("slot {first:?} is in use"),
+            ClusterState::Lost { loss, .. } => return Err(loss.error()),
+            ClusterState::Dropped(_) => unreachable!("slot {first:?} is in use"),
         }
         self.counters.swap_in_pages += count.0;
         Ok(Fetch::Here)
@@ -307,8 +307,8 @@ impl Swap for SwapStore {
     fn get_expected(&mut self, first: SwapSlot, buf: &mut [u8]) -> io::Result<Fetch> {
         let found = self.books.find(first, whole_pages(buf.len())?);
         match found.map(|(key, _)| &self.books[key].state) {
-            None | Some(State::Disk(_) | State::Lost { .. }) => Err(io::ErrorKind::NotFound.into()),
-            Some(State::Reading { .. }) => Ok(Fetch::Coming),
+            None | Some(ClusterState::Disk(_) | ClusterState::Lost { .. }) => Err(io::ErrorKind::NotFound.into()),
+            Some(ClusterState::Reading { .. }) => Ok(Fetch::Coming),
             Some(_) => self.get(first, buf),
         }
     }
@@ -332,8 +332,8 @@ impl Swap for SwapStore {
             self.shrink(key);
         } else {
             match self.books[key].state {
-                State::Writing { place, .. } | State::Reading { place, .. } => {
-                    self.books.turn(key, State::Dropped(place));
+                ClusterState::Writing { place, .. } | ClusterState::Reading { place, .. } => {
+                    self.books.turn(key, ClusterState::Dropped(place));
                 }
                 _ => self.books.remove(key),
             }

@@ -1,6 +1,6 @@
 //! Write-out: the way from memory to the disk.
 
-use super::cluster::{Keep, State, slot};
+use super::cluster::{ClusterState, Keep, slot};
 use super::frame::{self, Tag};
 use super::packed::Packed;
 use super::pool::{DiskJob, Work};
@@ -55,26 +55,26 @@ impl SwapStore {
 
     fn write(&mut self, key: usize) -> Option<u64> {
         let cluster = &self.books[key];
-        let State::Memory(packed) = &cluster.state else { unreachable!("cluster {key} is in memory only") };
+        let ClusterState::Memory(packed) = &cluster.state else { unreachable!("cluster {key} is in memory only") };
         let live = cluster.live;
         let packed = match packed.live_bytes(live) {
             all if all == packed.bytes().len() => Arc::clone(packed),
             _ => Arc::new(packed.retain(live)),
         };
         if packed.is_zero() {
-            self.books.turn(key, State::Zero);
+            self.books.turn(key, ClusterState::Zero);
             return Some(0);
         }
         let place = self.books.place(key, frame::blocks(&packed))?;
         let work = Work::Write(Arc::downgrade(&packed));
-        self.books.turn(key, State::Writing { packed, place });
+        self.books.turn(key, ClusterState::Writing { packed, place });
         self.submit(DiskJob { key, place, tag: self.tag(key), work });
         Some(live.count_ones().into())
     }
 
     /// A write is done.
     pub(super) fn written(&mut self, key: usize, result: io::Result<()>) {
-        let State::Writing { packed, place } = &self.books[key].state else {
+        let ClusterState::Writing { packed, place } = &self.books[key].state else {
             return self.dropped(key);
         };
         let (packed, place) = (Arc::clone(packed), *place);
@@ -86,13 +86,13 @@ impl SwapStore {
                 }
                 self.counters.swap_write_pages += u64::from(self.books[key].live.count_ones());
                 let stamp = self.books.stamp();
-                self.books.turn(key, State::Clean { packed, place, keep: Keep::Written, stamp });
+                self.books.turn(key, ClusterState::Clean { packed, place, keep: Keep::Written, stamp });
             }
             Err(error) => {
                 if self.failing.replace(Instant::now()).is_none() {
                     log::error!("{error}; what should have gone to the disk stays in memory");
                 }
-                self.books.turn(key, State::Memory(packed));
+                self.books.turn(key, ClusterState::Memory(packed));
                 self.books.release(key, place);
             }
         }
@@ -101,7 +101,7 @@ impl SwapStore {
     /// The last job of a cluster that nobody needs is done.
     pub(super) fn dropped(&mut self, key: usize) {
         match self.books[key].state {
-            State::Dropped(_) => self.books.remove(key),
+            ClusterState::Dropped(_) => self.books.remove(key),
             ref state => unreachable!("a job of cluster {key} is done, which is {state:?}"),
         }
     }
@@ -109,11 +109,11 @@ impl SwapStore {
     /// Lets go of the bytes of dead pages once they are half of a cluster in memory.
     pub(super) fn shrink(&mut self, key: usize) {
         let cluster = &self.books[key];
-        if let State::Memory(packed) = &cluster.state {
+        if let ClusterState::Memory(packed) = &cluster.state {
             let live_bytes = packed.live_bytes(cluster.live);
             if live_bytes <= packed.bytes().len() / 2 {
                 let packed: Packed = packed.retain(cluster.live);
-                let state = if packed.is_zero() { State::Zero } else { State::Memory(Arc::new(packed)) };
+                let state = if packed.is_zero() { ClusterState::Zero } else { ClusterState::Memory(Arc::new(packed)) };
                 self.books.turn(key, state);
             }
         }

@@ -24,7 +24,7 @@ pub enum Place {
 
 /// What may be done with mapped pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum MapAccess {
     /// Nothing: a touch is an error.
     None,
     /// Reading.
@@ -152,7 +152,7 @@ impl Area {
         let (start, len) = self.host(range)?;
         match self.place {
             Place::Fixed(_) => unmap_raw(start, len),
-            Place::Anywhere => self.map(range, Access::None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
+            Place::Anywhere => self.map(range, MapAccess::None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
         }
     }
 
@@ -161,7 +161,7 @@ impl Area {
     /// # Errors
     /// Of `mmap`; nothing has changed.
     pub fn map_anonymous(&self, range: GfnRange) -> io::Result<()> {
-        self.map(range, Access::ReadWrite, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)
+        self.map(range, MapAccess::ReadWrite, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)
     }
 
     /// Maps `file` privately, its page `first` at the start of the range.
@@ -173,7 +173,7 @@ impl Area {
         range: GfnRange,
         file: BorrowedFd<'_>,
         first: PageIndex,
-        access: Access,
+        access: MapAccess,
     ) -> io::Result<()> {
         self.map(range, access, libc::MAP_PRIVATE, Some((file, first)))
     }
@@ -183,13 +183,13 @@ impl Area {
     /// # Errors
     /// Of `mmap`; nothing has changed.
     pub(crate) fn map_shared(&self, range: GfnRange, file: BorrowedFd<'_>, first: PageIndex) -> io::Result<()> {
-        self.map(range, Access::ReadWrite, libc::MAP_SHARED, Some((file, first)))
+        self.map(range, MapAccess::ReadWrite, libc::MAP_SHARED, Some((file, first)))
     }
 
     fn map(
         &self,
         range: GfnRange,
-        access: Access,
+        access: MapAccess,
         flags: i32,
         file: Option<(BorrowedFd<'_>, PageIndex)>,
     ) -> io::Result<()> {
@@ -207,7 +207,7 @@ impl Area {
     ///
     /// # Errors
     /// Of `mprotect`; part of the range may have changed.
-    pub fn protect(&self, range: GfnRange, access: Access) -> io::Result<()> {
+    pub fn protect(&self, range: GfnRange, access: MapAccess) -> io::Result<()> {
         let (start, len) = self.host(range)?;
         inject::check()?;
         // SAFETY: The range lies within this area; nobody holds a reference into it.
@@ -268,7 +268,7 @@ impl Area {
             // SAFETY: The range lies within this area, which stays for as long as the region is lent. That only mapped frames
             // are touched is the holder's duty, as documented: vm-memory makes no reference to guest bytes, an unmapped page
             // means a signal.
-            let region = unsafe { MmapRegion::build_raw(start as *mut u8, len, Access::ReadWrite.bits(), flags) };
+            let region = unsafe { MmapRegion::build_raw(start as *mut u8, len, MapAccess::ReadWrite.bits(), flags) };
             let region = Arc::new(region.map_err(io::Error::other)?);
             self.lent.push(Arc::clone(&region) as Lent);
             let region = GuestRegionMmap::with_arc(region, GuestAddress(range.start().gpa()));
@@ -337,7 +337,7 @@ impl Drop for Area {
     }
 }
 
-impl Access {
+impl MapAccess {
     fn bits(self) -> i32 {
         match self {
             Self::None => libc::PROT_NONE,

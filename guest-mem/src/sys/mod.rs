@@ -13,7 +13,7 @@ mod userfaultfd;
 mod written;
 
 pub use alias::{Alias, FillError};
-pub use area::{Access, Advice, Area, Place};
+pub use area::{Advice, Area, MapAccess, Place};
 pub use memfd::Memfd;
 pub use pagemap::{Pagemap, ScanMethod};
 pub use userfaultfd::{FaultEvent, Touch, Userfaultfd};

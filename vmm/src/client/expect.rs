@@ -28,7 +28,7 @@ impl Expectation<'_> {
             // A terminal ends its lines with both characters; patterns know one.
             let output = String::from_utf8_lossy(&printed).replace('\r', "");
             let found = find(&output, self.text, self.pattern);
-            if let Some(Found { lines, end: End::Final }) = found {
+            if let Some(MatchFound { lines, end: End::Final }) = found {
                 return Ok(lines);
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -61,7 +61,7 @@ fn wait(console: &Stream, patience: Duration) -> std::io::Result<bool> {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-struct Found {
+struct MatchFound {
     lines: String,
     end: End,
 }
@@ -74,7 +74,7 @@ enum End {
 }
 
 /// Looks for the pattern in what was printed, but not in the echo of what was typed.
-fn find(output: &str, typed: &str, pattern: &Regex) -> Option<Found> {
+fn find(output: &str, typed: &str, pattern: &Regex) -> Option<MatchFound> {
     let rest = after_echo(output, typed);
     let found = pattern.find(rest)?;
     let start = rest[..found.start()].rfind('\n').map_or(0, |at| at + 1);
@@ -83,7 +83,7 @@ fn find(output: &str, typed: &str, pattern: &Regex) -> Option<Found> {
     let ended = found.as_str().find('\n').is_some_and(|at| at + 1 == found.len());
     let end = if ended { found.end() } else { found.end() + after.find('\n').unwrap_or(after.len()) };
     let complete = if ended || after.contains('\n') { End::Final } else { End::Open };
-    Some(Found { lines: rest[start..end].trim_end().to_owned(), end: complete })
+    Some(MatchFound { lines: rest[start..end].trim_end().to_owned(), end: complete })
 }
 
 /// What follows the echo of the typed line, or, where there is none, all but what may be the beginning of it.

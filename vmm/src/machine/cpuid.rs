@@ -2,7 +2,7 @@
 //! one thread per core.
 
 use super::kvm::{KvmError, during};
-use crate::wire::{Machine, Shape};
+use crate::wire::{Machine, MachineShape};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
@@ -27,7 +27,7 @@ impl Supported {
 #[derive(Debug)]
 pub(super) struct Cpuid<'a> {
     supported: &'a Supported,
-    shape: Shape,
+    shape: MachineShape,
 }
 
 /// Feature bits, by register.
@@ -42,7 +42,7 @@ mod feature {
 
 impl<'a> Cpuid<'a> {
     /// What this host supports, for a machine of this shape.
-    pub fn new(supported: &'a Supported, shape: Shape) -> Self {
+    pub fn new(supported: &'a Supported, shape: MachineShape) -> Self {
         Self { supported, shape }
     }
 

@@ -5,7 +5,7 @@ use super::cpuid::{Cpuid, Supported};
 use super::kvm::KvmVm;
 use super::registers::Access;
 use super::vm::VmError;
-use crate::wire::{Machine, Shape};
+use crate::wire::{Machine, MachineShape};
 use guest_mem::PageCount;
 use kvm_ioctls::Kvm;
 
@@ -20,7 +20,7 @@ impl Facts {
     fn of(kvm: &Kvm, machine: Machine) -> Result<Self, VmError> {
         let cpuid = Supported::of_host(kvm)?;
         let vm = KvmVm::new(kvm, &[], 0, machine)?;
-        let shape = Shape { ram: PageCount(0), vcpus: 1, machine };
+        let shape = MachineShape { ram: PageCount(0), vcpus: 1, machine };
         let vcpu = vm.make_vcpu(0, &Cpuid::new(&cpuid, shape).of_vcpu(0))?;
         let access = Access::of_fresh(kvm, vm.fd(), &vcpu, machine)?;
         Ok(Self { cpuid, access })

@@ -13,7 +13,7 @@ use super::now_ns;
 use super::panic::PanicWatch;
 use super::state::VcpuState;
 use crate::devices::serial::Console;
-use crate::wire::{Activity, Ending, FromVm};
+use crate::wire::{Ending, FromVm, RunState};
 use desk::{Desk, Rest, Station, Wish};
 use guest_mem::GfnRange;
 use std::io;
@@ -36,7 +36,7 @@ pub(super) struct Floor {
 pub(super) struct Shared {
     desks: Vec<Desk>,
     /// What is to be said once all vCPUs are where they are told to be.
-    announce: Option<Activity>,
+    announce: Option<RunState>,
     /// What comes after that.
     next: NextNews,
     /// The monitor's mailbox.
@@ -105,7 +105,7 @@ pub(super) enum Task {
 #[derive(Debug)]
 pub(super) struct Stopped {
     /// What they were told to do.
-    pub before: Activity,
+    pub before: RunState,
     /// Those whose threads are to be interrupted: others see it by themselves.
     pub busy: Vec<usize>,
     /// None has run since its registers were last read.
@@ -205,7 +205,7 @@ impl Floor {
 
     /// Main thread: gives every vCPU what it starts from, then as [`ask`](Self::ask). That they run is told with what the
     /// guest has for the server then, if that is surely something: nobody is woken in between.
-    pub fn start_from(&self, loads: Vec<Load>, activity: Activity, next: NextNews) {
+    pub fn start_from(&self, loads: Vec<Load>, activity: RunState, next: NextNews) {
         let mut shared = self.lock();
         shared.load(loads);
         shared.next = next;
@@ -220,17 +220,17 @@ impl Floor {
 
     /// Main thread: has the vCPUs run or stand, and the server told when they do. Where they are to stand, the caller
     /// interrupts their threads.
-    pub fn ask(&self, activity: Activity) {
+    pub fn ask(&self, activity: RunState) {
         self.ask_locked(self.lock(), activity);
     }
 
-    fn ask_locked(&self, mut shared: MutexGuard<'_, Shared>, activity: Activity) {
+    fn ask_locked(&self, mut shared: MutexGuard<'_, Shared>, activity: RunState) {
         shared.wish(match activity {
-            Activity::Running => Wish::Run,
-            Activity::Paused => Wish::Stand,
+            RunState::Running => Wish::Run,
+            RunState::Paused => Wish::Stand,
         });
         shared.announce = Some(activity);
-        if activity == Activity::Running {
+        if activity == RunState::Running {
             shared.desks.iter_mut().for_each(|desk| desk.rest = Rest::Not);
         }
         let news = shared.announce_standing();
@@ -268,7 +268,7 @@ impl Floor {
         if !rested {
             self.wake(shared, false);
         }
-        Stopped { before: if running { Activity::Running } else { Activity::Paused }, busy, rested }
+        Stopped { before: if running { RunState::Running } else { RunState::Paused }, busy, rested }
     }
 
     /// Main thread: has a vCPU see to what the devices are asked for, when it runs. The caller interrupts its thread, the
@@ -283,13 +283,13 @@ impl Floor {
 
     /// Main thread: has the vCPUs do what they did before [`stop`](Self::stop) or
     /// [`stop_and_save`](Self::stop_and_save).
-    pub fn go_on(&self, before: Activity) {
+    pub fn go_on(&self, before: RunState) {
         let mut shared = self.lock();
         shared.wish(match before {
-            Activity::Running => Wish::Run,
-            Activity::Paused => Wish::Stand,
+            RunState::Running => Wish::Run,
+            RunState::Paused => Wish::Stand,
         });
-        if before == Activity::Running {
+        if before == RunState::Running {
             let since_ns = now_ns();
             let resting = shared.desks.iter_mut().filter(|desk| matches!(desk.rest, Rest::Resting(_)));
             resting.for_each(|desk| desk.at = Station::Running { since_ns });
@@ -463,7 +463,7 @@ impl Floor {
         }
         let since_ns = now_ns();
         desk.at = Station::Running { since_ns };
-        let news = shared.announce.take_if(|activity| *activity == Activity::Running).is_some();
+        let news = shared.announce.take_if(|activity| *activity == RunState::Running).is_some();
         if news {
             shared.out.push(FromVm::Running { at_ns: since_ns });
         }
@@ -536,7 +536,7 @@ impl Shared {
 
     /// Whether there is news for the server: that all stand, as asked.
     fn announce_standing(&mut self) -> bool {
-        let stand = self.all_stand() && self.announce.take_if(|activity| *activity == Activity::Paused).is_some();
+        let stand = self.all_stand() && self.announce.take_if(|activity| *activity == RunState::Paused).is_some();
         if stand {
             self.out.push(FromVm::Paused);
         }

@@ -8,7 +8,7 @@ use super::vm::{Freeze, Preparation, Vm, VmError};
 use super::voice;
 use crate::link::Link;
 use crate::nice;
-use crate::wire::{Activity, FromVm, SOME, ToVm};
+use crate::wire::{FromVm, RunState, SOME, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use guest_mem::window::host::Asked;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -258,8 +258,8 @@ impl Process<'_> {
                 vm.drop_scratch(store);
                 self.spare = Some(Instant::now());
             }
-            ToVm::Pause => self.ask(Activity::Paused),
-            ToVm::Resume => self.ask(Activity::Running),
+            ToVm::Pause => self.ask(RunState::Paused),
+            ToVm::Resume => self.ask(RunState::Running),
             ToVm::Input(line) => {
                 floor.lock().mailbox.post(line);
                 floor.notify();
@@ -321,7 +321,7 @@ impl Process<'_> {
         Ok(())
     }
 
-    fn ask(&mut self, activity: Activity) {
+    fn ask(&mut self, activity: RunState) {
         let asked = self.vm.as_mut().map(|vm| vm.ask(activity));
         if let Some(Err(error)) = asked {
             log::warn!("asked to be {activity:?}: {error}");

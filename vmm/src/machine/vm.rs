@@ -28,7 +28,7 @@ use crate::devices::serial::Console;
 use crate::host::system_call_filter;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
-use crate::wire::{Activity, Expect, FromVm, HostFeatures, Identity, Isolation, Machine, Origin, Shape, Start};
+use crate::wire::{Expect, FromVm, HostFeatures, Identity, Isolation, Machine, MachineShape, Origin, RunState, Start};
 use guest_mem::window::host::{Features, HostWindow, HugePages, Place, WindowError};
 use guest_mem::{Protection, Run, StoreId};
 use kvm_ioctls::Kvm;
@@ -46,7 +46,7 @@ use vmm_sys_util::errno;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum VmError {
     #[error("{0:?}: the built-in guest has one vCPU, a Linux guest from 1 to {MAX_VCPUS}")]
-    VcpuCount(Shape),
+    VcpuCount(MachineShape),
     #[error("/dev/kvm: {0}")]
     OpenKvm(errno::Error),
     #[error("signal handler: {0}")]
@@ -115,7 +115,7 @@ impl VmError {
 /// What to prepare.
 #[derive(Debug)]
 pub(super) struct Preparation<'a> {
-    pub shape: Shape,
+    pub shape: MachineShape,
     pub isolation: Isolation,
     pub features: HostFeatures,
     pub cage: &'a Path,
@@ -127,7 +127,7 @@ pub(super) struct Preparation<'a> {
 /// A KVM VM with its window, and the threads of its vCPUs.
 #[derive(Debug)]
 pub(super) struct Vm {
-    shape: Shape,
+    shape: MachineShape,
     traps: bool,
     tsc_khz: u64,
     kvm: KvmVm,
@@ -146,7 +146,7 @@ pub(super) struct Vm {
     way: Way,
     touched: Touched,
     /// What a fork that has not got its state yet does then.
-    becoming: Option<Activity>,
+    becoming: Option<RunState>,
     /// The log has every write since the last freeze.
     log_tells_all: bool,
 }
@@ -374,7 +374,7 @@ impl Vm {
         machine: &LinuxMachine,
         state: MachineState,
         beside: &LinuxState,
-        activity: Activity,
+        activity: RunState,
     ) -> Result<(), VmError> {
         self.floor.load(self.loads(state)?);
         drop(self.floor.await_standing()?);
@@ -430,7 +430,7 @@ impl Vm {
     }
 
     /// Has the vCPUs run or stand. The server is told when they do.
-    pub fn ask(&mut self, activity: Activity) -> Result<(), VmError> {
+    pub fn ask(&mut self, activity: RunState) -> Result<(), VmError> {
         if !self.started {
             return Err(VmError::NotStarted);
         }
@@ -439,7 +439,7 @@ impl Vm {
             return Ok(());
         }
         self.floor.ask(activity);
-        if activity == Activity::Paused {
+        if activity == RunState::Paused {
             self.interrupt();
         }
         Ok(())

@@ -20,7 +20,7 @@ use self::decide::{
 use super::Server;
 use super::aside::Holder;
 use super::look::Findings;
-use super::reclaim::{Evicted, NO_TRAPS};
+use super::reclaim::{EvictedPages, NO_TRAPS};
 use super::vm::{FamilyId, Generation, Hold, Phase, Vms};
 use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
 use crate::procfs;
@@ -418,10 +418,10 @@ impl Server {
         let (_, end) = self.evict(family, limit, now);
         let left = self.families[&family].family().resident();
         match end {
-            Evicted::Some => drop(self.budget.empty.remove(&family)),
-            Evicted::All => drop(self.budget.empty.insert(family, left)),
-            Evicted::Behind => return false,
-            Evicted::Full | Evicted::Failing => {
+            EvictedPages::Some => drop(self.budget.empty.remove(&family)),
+            EvictedPages::All => drop(self.budget.empty.insert(family, left)),
+            EvictedPages::Behind => return false,
+            EvictedPages::Full | EvictedPages::Failing => {
                 self.budget.full_until = Some(now + QUIET_LOOK);
                 return false;
             }

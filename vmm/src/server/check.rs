@@ -28,7 +28,7 @@ struct Check {
     client: ClientId,
     report: CheckReport,
     /// What is still to be looked at: a part in a round, since others wait meanwhile.
-    left: VecDeque<Part>,
+    left: VecDeque<CheckPart>,
     /// What the first of these parts has asked aside.
     asked: Option<Ticket>,
     /// VM processes that have still to tell how their attempts went.
@@ -36,19 +36,19 @@ struct Check {
 }
 
 #[derive(Clone, Debug)]
-enum Part {
+enum CheckPart {
     /// What the books say.
     Books(FamilyId, BooksPart),
     /// What a store has: the kernel lists it.
     Store(FamilyId, StoreId),
     Swap,
-    Window(Window),
+    CheckedWindow(CheckedWindow),
     Isolation,
 }
 
 /// What a VM's window shows, and its live layer.
 #[derive(Clone, Debug)]
-struct Window {
+struct CheckedWindow {
     vm: Generation,
     /// Not to be looked at before.
     at: Instant,
@@ -71,13 +71,13 @@ impl Server {
         let report = CheckReport::default();
         let mut left = VecDeque::new();
         for (&family, manager) in &self.families {
-            left.extend(manager.family().check_parts(FRAMES).into_iter().map(|part| Part::Books(family, part)));
-            left.extend(manager.stores().map(|store| Part::Store(family, store)));
+            left.extend(manager.family().check_parts(FRAMES).into_iter().map(|part| CheckPart::Books(family, part)));
+            left.extend(manager.stores().map(|store| CheckPart::Store(family, store)));
         }
-        left.push_back(Part::Swap);
-        let window = |vm: &Vm| Window { vm: vm.generation, at: Instant::now(), looks: LOOKS, told: None };
-        left.extend(self.vms.iter().map(|vm| Part::Window(window(vm))));
-        left.push_back(Part::Isolation);
+        left.push_back(CheckPart::Swap);
+        let window = |vm: &Vm| CheckedWindow { vm: vm.generation, at: Instant::now(), looks: LOOKS, told: None };
+        left.extend(self.vms.iter().map(|vm| CheckPart::CheckedWindow(window(vm))));
+        left.push_back(CheckPart::Isolation);
         self.checks.0.push(Check { client, report, left, asked: None, awaited: BTreeSet::new() });
     }
 
@@ -92,7 +92,7 @@ impl Server {
         let next = self.checks.0.iter().find(|check| !check.left.is_empty())?;
         match next.left.front()? {
             _ if next.asked.is_some() => None,
-            Part::Window(window) => Some(window.at),
+            CheckPart::CheckedWindow(window) => Some(window.at),
             _ => Some(now),
         }
     }
@@ -101,19 +101,19 @@ impl Server {
         let Check { report, left, asked, awaited, .. } = check;
         let Some(part) = left.front_mut().filter(|_| asked.is_none()) else { return };
         match part {
-            Part::Books(family, part) => {
+            CheckPart::Books(family, part) => {
                 if let Some(manager) = self.families.get(family) {
                     manager.family().check_part(*part, &mut report.broken);
                 }
             }
-            Part::Store(family, store) => *asked = self.ask_extents(*family, *store),
-            Part::Swap => self.check_swap(report),
-            Part::Window(window) if window.at > now => return,
-            Part::Window(window) => match self.ask_mappings(window.vm) {
+            CheckPart::Store(family, store) => *asked = self.ask_extents(*family, *store),
+            CheckPart::Swap => self.check_swap(report),
+            CheckPart::CheckedWindow(window) if window.at > now => return,
+            CheckPart::CheckedWindow(window) => match self.ask_mappings(window.vm) {
                 Some((ticket, told)) => (*asked, window.told) = (Some(ticket), Some(told)),
                 None => report.vms += u64::from(self.steady(window.vm).is_some()),
             },
-            Part::Isolation => *awaited = self.probe_isolation(),
+            CheckPart::Isolation => *awaited = self.probe_isolation(),
         }
         if asked.is_none() {
             left.pop_front();
@@ -121,7 +121,7 @@ impl Server {
     }
 
     /// Takes out the part that asked this.
-    fn take_asked(&mut self, ticket: Ticket) -> Option<Part> {
+    fn take_asked(&mut self, ticket: Ticket) -> Option<CheckPart> {
         let check = self.checks.0.iter_mut().find(|check| check.asked == Some(ticket))?;
         check.asked = None;
         check.left.pop_front()
@@ -142,7 +142,7 @@ impl Server {
 
     /// What is in a store has been listed.
     pub(super) fn extents_came(&mut self, ticket: Ticket, extents: io::Result<Vec<GfnRange>>) {
-        let Some(Part::Store(family, store)) = self.take_asked(ticket) else { return };
+        let Some(CheckPart::Store(family, store)) = self.take_asked(ticket) else { return };
         let mut broken = Vec::new();
         match (self.families.get_mut(&family), extents) {
             (None, _) => {}
@@ -190,8 +190,8 @@ impl Server {
 
     /// What a VM process maps has been listed.
     pub(super) fn window_seen(&mut self, ticket: Ticket, mappings: io::Result<Vec<Mapping>>, live: u64) {
-        let Some(Part::Window(window)) = self.take_asked(ticket) else { return };
-        let again = Window { at: Instant::now() + PAUSE, ..window.clone() };
+        let Some(CheckPart::CheckedWindow(window)) = self.take_asked(ticket) else { return };
+        let again = CheckedWindow { at: Instant::now() + PAUSE, ..window.clone() };
         let Some(vm) = self.steady(window.vm) else { return };
         let told = vm.memory.map(|(family, member)| self.families[&family].family().runs(member).clone());
         let one = match (&told, mappings) {
@@ -203,11 +203,11 @@ impl Server {
             (true, _) => None,
             // Its window has changed meanwhile.
             (false, false) => Some(again),
-            (false, true) => (window.looks > 1).then(|| Window { looks: window.looks - 1, ..again }),
+            (false, true) => (window.looks > 1).then(|| CheckedWindow { looks: window.looks - 1, ..again }),
         };
         let Some(check) = self.current_check() else { return };
         match again {
-            Some(again) => check.left.push_front(Part::Window(again)),
+            Some(again) => check.left.push_front(CheckPart::CheckedWindow(again)),
             None => {
                 check.report.vms += one.vms;
                 check.report.mappings += one.mappings;

@@ -17,7 +17,7 @@ use super::launch::stores_of;
 use super::process::{Parcel, ProcessId, Role};
 use super::vm::{FamilyId, Generation};
 use crate::machine::state::PackedState;
-use crate::wire::{Expect, Machine, Shape, ToVm};
+use crate::wire::{Expect, Machine, MachineShape, ToVm};
 use firmware::abi::EVENT_PAGE;
 use guest_mem::space::runs::{Runs, changed};
 use guest_mem::{GfnRange, PAGE_SIZE, Run, Source};
@@ -155,7 +155,7 @@ impl Server {
     /// Tells one prepared process what to expect, if there is one that is to expect something else, and no other gets ready
     /// meanwhile. Whether there was.
     pub(super) fn tell_what_to_expect(&mut self) -> bool {
-        let to_tell = |(shape, favourites): (Shape, &Favourites)| {
+        let to_tell = |(shape, favourites): (MachineShape, &Favourites)| {
             let ready: Vec<ProcessId> = self.pool.ready(shape).collect();
             let expected: Vec<_> = ready.iter().map(|id| self.processes[id].expectation.parent).collect();
             favourites.to_tell(&expected).map(|(at, parent)| (shape, parent, ready[at]))
@@ -169,7 +169,7 @@ impl Server {
     }
 
     /// Tells a process whose child it most likely becomes. Whether there is something that it is to get ready.
-    fn expect(&mut self, shape: Shape, parent: Generation, process: ProcessId) -> bool {
+    fn expect(&mut self, shape: MachineShape, parent: Generation, process: ProcessId) -> bool {
         let memory = self.vms.get(parent).and_then(|parent| parent.memory);
         let process = self.processes.get_mut(&process).expect("a process of the pool");
         process.expectation = Expectation { parent: Some(parent), ..Expectation::default() };

@@ -12,7 +12,7 @@ use crate::clock::monotonic_ns;
 use crate::host::latency::LEASE;
 use crate::machine::state::PackedState;
 use crate::name::check_name;
-use crate::wire::{self, Activity, Frozen, Machine, ToVm};
+use crate::wire::{self, Frozen, Machine, RunState, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
 use guest_mem::window::host::SmallExtents;
 use guest_mem::{Destination, GfnRange, PageCount, StoreId, VmId};
@@ -296,13 +296,13 @@ impl Server {
         }
         let op = self.forks.get_mut(&fork).expect("a queued fork");
         op.state_due = true;
-        op.pause_due = frozen.activity == Activity::Running;
+        op.pause_due = frozen.activity == RunState::Running;
         op.copies_due = frozen.copied.is_some();
         op.moved = frozen.harvest.count().0;
         if !self.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
         }
-        if frozen.activity == Activity::Paused && !was_paused {
+        if frozen.activity == RunState::Paused && !was_paused {
             self.resume_settled(parent, fork, &frozen);
         }
         self.start_children(fork, (family, member));
@@ -323,7 +323,7 @@ impl Server {
         let Some(parent_vm) = self.vms.get(op.parent) else { return };
         let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
         let (asked_balloon, idle) = (op.asked_balloon, op.idle.of_child(Instant::now()));
-        let activity = if op.paused { Activity::Paused } else { Activity::Running };
+        let activity = if op.paused { RunState::Paused } else { RunState::Running };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for (index, generation) in (1..).zip(children) {
             let Some(process) = self.vms.get(generation).and_then(|vm| vm.process) else { continue };
@@ -333,7 +333,7 @@ impl Server {
             let runs = manager.family().runs(child).len() as u64;
             let vm = self.vms.get_mut(generation).expect("a child of the fork");
             vm.memory = Some((family, child));
-            vm.paused = activity == Activity::Paused;
+            vm.paused = activity == RunState::Paused;
             vm.born = Some((parent_generation, ahead.clone()));
             self.working_sets.inherit(parent_generation, generation);
             (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);

@@ -9,7 +9,7 @@ use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
 use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
-use crate::wire::{self, Activity, FEW, Identity, Machine, Shape, Start, ToVm};
+use crate::wire::{self, FEW, Identity, Machine, MachineShape, RunState, Start, ToVm};
 use firmware::abi;
 use guest_mem::stage2;
 use guest_mem::store::file::MemfdFile;
@@ -28,19 +28,19 @@ pub(super) struct Beginning {
     pub origin: wire::Origin,
     /// The file of a Linux guest's kernel.
     pub kernel: Option<OwnedFd>,
-    pub activity: Activity,
+    pub activity: RunState,
     /// Pages to copy ahead.
     pub ahead: Vec<GfnRange>,
 }
 
 impl Beginning {
     fn monitor() -> Self {
-        Self { origin: wire::Origin::Monitor, kernel: None, activity: Activity::Running, ahead: Vec::new() }
+        Self { origin: wire::Origin::Monitor, kernel: None, activity: RunState::Running, ahead: Vec::new() }
     }
 
     fn linux(plan: Plan, kernel: File) -> Self {
         let origin = wire::Origin::Linux(Box::new(plan));
-        Self { origin, kernel: Some(kernel.into()), activity: Activity::Running, ahead: Vec::new() }
+        Self { origin, kernel: Some(kernel.into()), activity: RunState::Running, ahead: Vec::new() }
     }
 }
 
@@ -53,7 +53,7 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    fn open(linux: &Linux, shape: Shape) -> Result<Self, Failure> {
+    fn open(linux: &Linux, shape: MachineShape) -> Result<Self, Failure> {
         let (kernel, initrd) = linux.open().map_err(Failure::bad_input)?;
         let request =
             linux::Request { ram: shape.ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &linux.cmdline };
@@ -130,7 +130,7 @@ impl Server {
         Ok(())
     }
 
-    fn check_launch(&self, launch: &Launch) -> Result<Shape, Failure> {
+    fn check_launch(&self, launch: &Launch) -> Result<MachineShape, Failure> {
         let bad = |why: String| Err(Failure::bad_input(why));
         if let Some(name) = &launch.name {
             check_name(name).map_err(|e| Failure::bad_input(e.to_string()))?;
@@ -157,7 +157,7 @@ impl Server {
         if launch.mem_bytes > available {
             return bad(format!("memory of {} bytes: this host can promise {available}", launch.mem_bytes));
         }
-        Ok(Shape { ram: PageCount::covering(launch.mem_bytes), vcpus: launch.vcpus, machine })
+        Ok(MachineShape { ram: PageCount::covering(launch.mem_bytes), vcpus: launch.vcpus, machine })
     }
 
     /// Lists a VM whose process is chosen.
@@ -165,7 +165,7 @@ impl Server {
         &mut self,
         name: String,
         parent: Option<String>,
-        shape: Shape,
+        shape: MachineShape,
         phase: Phase,
         process: ProcessId,
         memory: impl Into<Option<(FamilyId, VmId)>>,

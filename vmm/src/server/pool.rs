@@ -9,7 +9,7 @@ use super::process::{ProcessId, Role, VmProcess};
 use super::vm::Generation;
 use super::window::RemoteWindow;
 use crate::machine::state::PackedState;
-use crate::wire::{Bounds, Shape, ToVm};
+use crate::wire::{Bounds, MachineShape, ToVm};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::rc::Rc;
@@ -25,7 +25,7 @@ const REST: Duration = Duration::from_secs(1);
 
 /// Prepared processes of all shapes, and until when none is made.
 #[derive(Debug, Default)]
-pub struct Pool(BTreeMap<Shape, Shelf>, Option<Instant>);
+pub struct Pool(BTreeMap<MachineShape, Shelf>, Option<Instant>);
 
 #[derive(Debug)]
 struct Shelf {
@@ -38,7 +38,7 @@ struct Shelf {
 
 impl Pool {
     /// There is a VM of this shape.
-    pub fn used(&mut self, shape: Shape) {
+    pub fn used(&mut self, shape: MachineShape) {
         self.0.entry(shape).or_insert_with(|| Shelf {
             ready: VecDeque::new(),
             preparing: 0,
@@ -49,14 +49,14 @@ impl Pool {
     }
 
     /// `parent`, a VM of this shape, is forked.
-    pub fn forked(&mut self, shape: Shape, parent: Generation) {
+    pub fn forked(&mut self, shape: MachineShape, parent: Generation) {
         if let Some(shelf) = self.0.get_mut(&shape) {
             shelf.favourites.forked(parent);
         }
     }
 
     /// A process has prepared itself. Whether there is a place for it.
-    pub fn put(&mut self, shape: Shape, process: ProcessId) -> bool {
+    pub fn put(&mut self, shape: MachineShape, process: ProcessId) -> bool {
         let Some(shelf) = self.0.get_mut(&shape) else { return false };
         shelf.preparing = shelf.preparing.saturating_sub(1);
         shelf.ready.push_back(process);
@@ -64,7 +64,7 @@ impl Pool {
     }
 
     /// A prepared process is to get something ready first.
-    pub fn withdraw(&mut self, shape: Shape, process: ProcessId) {
+    pub fn withdraw(&mut self, shape: MachineShape, process: ProcessId) {
         self.lost(shape, process);
         if let Some(shelf) = self.0.get_mut(&shape) {
             shelf.preparing += 1;
@@ -72,21 +72,21 @@ impl Pool {
     }
 
     /// A process that was to be put here ends instead.
-    pub fn ended(&mut self, shape: Shape) {
+    pub fn ended(&mut self, shape: MachineShape) {
         if let Some(shelf) = self.0.get_mut(&shape) {
             shelf.preparing = shelf.preparing.saturating_sub(1);
         }
     }
 
     /// A prepared process has died.
-    pub fn lost(&mut self, shape: Shape, process: ProcessId) {
+    pub fn lost(&mut self, shape: MachineShape, process: ProcessId) {
         if let Some(shelf) = self.0.get_mut(&shape) {
             shelf.ready.retain(|&id| id != process);
         }
     }
 
     /// A process could not prepare itself: the pool stays empty until a process is taken from it again.
-    pub fn failed(&mut self, shape: Shape) {
+    pub fn failed(&mut self, shape: MachineShape) {
         self.ended(shape);
         if let Some(shelf) = self.0.get_mut(&shape) {
             shelf.wanted = 0;
@@ -95,12 +95,12 @@ impl Pool {
 
     /// VMs whose children prepared processes are to expect, by their shapes, but for those of which processes are on their
     /// way.
-    pub fn favourites(&self) -> impl Iterator<Item = (Shape, &Favourites)> {
+    pub fn favourites(&self) -> impl Iterator<Item = (MachineShape, &Favourites)> {
         self.0.iter().filter(|(_, shelf)| shelf.preparing == 0).map(|(&shape, shelf)| (shape, &shelf.favourites))
     }
 
     /// The children of `parent`, a VM of this shape, begin as this.
-    pub fn saved(&mut self, shape: Shape, parent: Generation, state: PackedState) {
+    pub fn saved(&mut self, shape: MachineShape, parent: Generation, state: PackedState) {
         if let Some(shelf) = self.0.get_mut(&shape) {
             shelf.favourites.saved(parent, state);
         }
@@ -112,19 +112,19 @@ impl Pool {
     }
 
     /// Prepared processes of a shape are to expect nothing, until a VM has been forked again and again anew.
-    pub fn forget_favourites(&mut self, shape: Shape) {
+    pub fn forget_favourites(&mut self, shape: MachineShape) {
         if let Some(shelf) = self.0.get_mut(&shape) {
             shelf.favourites = Favourites::default();
         }
     }
 
     /// The state that prepared processes of a shape are to expect as children of `parent`.
-    pub fn state_to_expect(&self, shape: Shape, parent: Generation) -> Option<Rc<PackedState>> {
+    pub fn state_to_expect(&self, shape: MachineShape, parent: Generation) -> Option<Rc<PackedState>> {
         self.0.get(&shape).and_then(|shelf| shelf.favourites.state(parent))
     }
 
     /// Prepared processes of a shape, the next to be taken first.
-    pub fn ready(&self, shape: Shape) -> impl Iterator<Item = ProcessId> {
+    pub fn ready(&self, shape: MachineShape) -> impl Iterator<Item = ProcessId> {
         self.0.get(&shape).into_iter().flat_map(|shelf| shelf.ready.iter().copied())
     }
 
@@ -138,7 +138,7 @@ impl Pool {
 impl Server {
     /// A process for a VM of this shape, a child of `parent`: a prepared one, best one that expects that, or one that starts to
     /// prepare itself now.
-    pub(super) fn take_process(&mut self, shape: Shape, parent: Option<Generation>) -> io::Result<ProcessId> {
+    pub(super) fn take_process(&mut self, shape: MachineShape, parent: Option<Generation>) -> io::Result<ProcessId> {
         if let Some(shelf) = self.pool.0.get_mut(&shape) {
             shelf.used = Instant::now();
             let expected = shelf.ready.iter().map(|id| self.processes[id].expectation.parent);
@@ -150,7 +150,7 @@ impl Server {
         self.spawn_process(shape)
     }
 
-    fn spawn_process(&mut self, shape: Shape) -> io::Result<ProcessId> {
+    fn spawn_process(&mut self, shape: MachineShape) -> io::Result<ProcessId> {
         let id = ProcessId(self.fresh_id());
         let prepare = ToVm::Prepare {
             shape,
@@ -228,7 +228,7 @@ impl Server {
 
     /// Ends the prepared processes of shapes that no VM has any more, and those on their way.
     pub(super) fn end_unused(&mut self) {
-        let unused: Vec<Shape> = self.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
+        let unused: Vec<MachineShape> = self.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
         for shape in unused {
             self.pool.0.remove(&shape);
             let spare =
@@ -238,7 +238,7 @@ impl Server {
         }
     }
 
-    fn is_used(&self, shape: Shape) -> bool {
+    fn is_used(&self, shape: MachineShape) -> bool {
         self.stopping.is_none() && self.vms.iter().any(|vm| vm.is_alive() && vm.shape == shape)
     }
 

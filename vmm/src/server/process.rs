@@ -8,7 +8,7 @@ use super::zygote::Zygote;
 use crate::link::Link;
 use crate::machine::state::PackedState;
 use crate::procfs;
-use crate::wire::{Bounds, Shape, ToVm};
+use crate::wire::{Bounds, MachineShape, ToVm};
 use guest_mem::StoreId;
 use guest_mem::sys::FaultEvent;
 use nix::sys::signal::{Signal, kill};
@@ -78,7 +78,7 @@ pub struct VmProcess {
     /// Its name.
     pub id: ProcessId,
     /// What fits it.
-    pub shape: Shape,
+    pub shape: MachineShape,
     /// What it is for.
     pub role: Role,
     /// The VM that it is, or was.
@@ -127,7 +127,7 @@ impl VmProcess {
     pub fn spawn(
         zygote: &mut Zygote,
         id: ProcessId,
-        (shape, bounds): (Shape, Rc<Bounds>),
+        (shape, bounds): (MachineShape, Rc<Bounds>),
         prepare: &ToVm,
         wants: Wants,
     ) -> io::Result<Self> {

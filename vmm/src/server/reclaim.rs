@@ -24,7 +24,7 @@ const SWAP_RETRY: Duration = Duration::from_millis(100);
 
 /// Why an eviction came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Evicted {
+pub(super) enum EvictedPages {
     /// All that was wanted is done, or its time is over.
     Some,
     /// There is nothing in stores any more.
@@ -49,7 +49,7 @@ struct Settling {
 
 /// A request to take memory out.
 #[derive(Debug)]
-struct Asked {
+struct AskedFreeze {
     client: ClientId,
     /// The one family whose memory it is about.
     only: Option<FamilyId>,
@@ -74,7 +74,7 @@ enum Layers {
     #[default]
     Unknown,
     /// Some VMs have been asked about, and others are to be.
-    Asked { ticket: Ticket, left: Vec<Generation>, sizes: Vec<Size> },
+    AskedFreeze { ticket: Ticket, left: Vec<Generation>, sizes: Vec<Size> },
     /// All that were not empty; the next one is the last.
     Known(Vec<Size>),
 }
@@ -88,7 +88,7 @@ const ASKED: usize = 64;
 /// What is under way.
 #[derive(Debug, Default)]
 pub struct Reclaims {
-    asked: VecDeque<Asked>,
+    asked: VecDeque<AskedFreeze>,
     settling: Vec<Settling>,
     /// Swap is not asked to take more before then.
     rest_until: Option<Instant>,
@@ -130,7 +130,7 @@ impl Server {
         if !self.features.userfaultfd {
             return self.reply(client, Err(Failure::failed(NO_TRAPS)));
         }
-        self.reclaims.asked.push_back(Asked {
+        self.reclaims.asked.push_back(AskedFreeze {
             client,
             only,
             requested: bytes,
@@ -162,7 +162,7 @@ impl Server {
         !self.reclaims.asked.is_empty()
     }
 
-    fn go_on_reclaiming(&mut self, asked: &mut Asked, now: Instant) -> Going {
+    fn go_on_reclaiming(&mut self, asked: &mut AskedFreeze, now: Instant) -> Going {
         if asked.taken >= asked.wanted {
             return Going::Done;
         }
@@ -171,12 +171,12 @@ impl Server {
             let (pages, end) = self.evict(family, limit, now);
             asked.taken.0 += pages.0;
             match end {
-                Evicted::Some => return Going::On,
-                Evicted::Behind => return Going::Waits,
+                EvictedPages::Some => return Going::On,
+                EvictedPages::Behind => return Going::Waits,
                 // What has not settled yet can be evicted when it has.
-                Evicted::All if self.has_writeback(family) => return Going::Waits,
-                Evicted::All => {}
-                Evicted::Full | Evicted::Failing => asked.full = true,
+                EvictedPages::All if self.has_writeback(family) => return Going::Waits,
+                EvictedPages::All => {}
+                EvictedPages::Full | EvictedPages::Failing => asked.full = true,
             }
             asked.left.pop();
             return Going::On;
@@ -196,7 +196,7 @@ impl Server {
                 asked.layers = self.ask_sizes(left, Vec::new());
                 return Going::Waits;
             }
-            waits @ Layers::Asked { .. } => {
+            waits @ Layers::AskedFreeze { .. } => {
                 asked.layers = waits;
                 return Going::Waits;
             }
@@ -220,7 +220,7 @@ impl Server {
     }
 
     /// VMs whose live layers could be taken, and have not been.
-    fn may_give_layers(&self, asked: &Asked) -> impl Iterator<Item = Generation> {
+    fn may_give_layers(&self, asked: &AskedFreeze) -> impl Iterator<Item = Generation> {
         let mine = |vm: &&super::vm::Vm| {
             let mine = vm.memory.is_some_and(|(family, _)| asked.only.is_none_or(|only| only == family));
             mine && self.may_freeze(vm.generation) && !asked.frozen.contains(&vm.generation)
@@ -230,14 +230,14 @@ impl Server {
 
     fn ask_sizes(&mut self, mut left: Vec<Generation>, sizes: Vec<Size>) -> Layers {
         let some = left.split_off(left.len().saturating_sub(ASKED));
-        Layers::Asked { ticket: self.ask_live_layers(&some), left, sizes }
+        Layers::AskedFreeze { ticket: self.ask_live_layers(&some), left, sizes }
     }
 
     /// It has been found out how large some live layers are.
     pub(super) fn sizes_came(&mut self, ticket: Ticket, layers: Vec<(Generation, RangeSet<u64>)>) {
         let Some(mut asked) = self.reclaims.asked.pop_front() else { return };
         asked.layers = match std::mem::take(&mut asked.layers) {
-            Layers::Asked { ticket: awaited, left, mut sizes } if awaited == ticket => {
+            Layers::AskedFreeze { ticket: awaited, left, mut sizes } if awaited == ticket => {
                 let size = |(vm, live): (Generation, RangeSet<u64>)| {
                     let pages = live.iter().map(|part| part.end - part.start).sum();
                     Some((self.vms.get(vm)?.paused, pages, vm))
@@ -256,13 +256,13 @@ impl Server {
     }
 
     /// Evicts frozen pages of a family for a moment.
-    pub(super) fn evict(&mut self, family: FamilyId, limit: PageCount, now: Instant) -> (PageCount, Evicted) {
-        let Some(manager) = self.families.get_mut(&family) else { return (PageCount(0), Evicted::All) };
+    pub(super) fn evict(&mut self, family: FamilyId, limit: PageCount, now: Instant) -> (PageCount, EvictedPages) {
+        let Some(manager) = self.families.get_mut(&family) else { return (PageCount(0), EvictedPages::All) };
         let (pages, end) = evict_for(manager, limit, Instant::now() + SLICE);
-        if end == Evicted::Full && self.reclaim_swap_cache(family) {
-            return (pages, Evicted::Some);
+        if end == EvictedPages::Full && self.reclaim_swap_cache(family) {
+            return (pages, EvictedPages::Some);
         }
-        if matches!(end, Evicted::Behind | Evicted::Full | Evicted::Failing) {
+        if matches!(end, EvictedPages::Behind | EvictedPages::Full | EvictedPages::Failing) {
             self.reclaims.rest_until = Some(now + SWAP_RETRY);
         }
         (pages, end)
@@ -377,23 +377,23 @@ enum Going {
 pub(super) const NO_TRAPS: &str =
     "nothing can be taken out of memory on this host: it has no userfaultfd (see `offshoot doctor`)";
 
-fn evict_for(manager: &mut FamilyManager, limit: PageCount, deadline: Instant) -> (PageCount, Evicted) {
+fn evict_for(manager: &mut FamilyManager, limit: PageCount, deadline: Instant) -> (PageCount, EvictedPages) {
     let mut pages = PageCount(0);
     while pages < limit && Instant::now() < deadline {
         let done = manager.evict_some(PageCount(BATCH.0.min(limit.0 - pages.0)));
         pages.0 += done.pages.0;
         match done.stopped {
             Some(guest_mem::manager::Error::PutSwap { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
-                return (pages, Evicted::Behind);
+                return (pages, EvictedPages::Behind);
             }
             Some(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
                 log::info!("{error}: {cause}");
-                return (pages, if error.is_full() { Evicted::Full } else { Evicted::Failing });
+                return (pages, if error.is_full() { EvictedPages::Full } else { EvictedPages::Failing });
             }
-            None if done.pages.0 == 0 => return (pages, Evicted::All),
+            None if done.pages.0 == 0 => return (pages, EvictedPages::All),
             None => {}
         }
     }
-    (pages, Evicted::Some)
+    (pages, EvictedPages::Some)
 }

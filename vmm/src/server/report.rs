@@ -73,7 +73,7 @@ impl Server {
     }
 
     fn totals(&self, seen: &Findings) -> Totals {
-        let mut sum = guest_mem::stats::Totals::default();
+        let mut sum = guest_mem::stats::FamilyTotals::default();
         for manager in self.families.values() {
             let family = manager.family().totals();
             sum.objects += family.objects;

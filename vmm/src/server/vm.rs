@@ -7,7 +7,7 @@ use super::idle::IdleBalloon;
 use super::names::Names;
 use super::process::ProcessId;
 use crate::api::{VmState, VmSummary};
-use crate::wire::{Machine, Shape};
+use crate::wire::{Machine, MachineShape};
 use guest_mem::{GfnRange, PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -81,7 +81,7 @@ pub struct Vm {
     /// Its number.
     pub generation: Generation,
     /// Its size.
-    pub shape: Shape,
+    pub shape: MachineShape,
     /// Where it is on its way.
     pub phase: Phase,
     /// Whether its vCPUs stand still because somebody asked for it.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 use vmm::machine::state::{MachineState, PackedState, VcpuState};
-use vmm::wire::{Activity, Ending, Expect, FromVm, HostFeatures, Isolation, Origin, Start, ToVm};
+use vmm::wire::{Ending, Expect, FromVm, HostFeatures, Isolation, Origin, RunState, Start, ToVm};
 
 const MEM: u64 = 64 << 20;
 
@@ -75,7 +75,7 @@ pub fn a_touch_of_what_has_not_settled_waits() {
     let mut parent = family.launch();
     parent.worker.ok("fill 1000 100 1");
     let frozen = family.freeze(&mut parent);
-    assert_eq!(frozen.activity, Activity::Running);
+    assert_eq!(frozen.activity, RunState::Running);
     let tag = parent.worker.post("verify 1000 100 1");
     let early = parent.worker.try_recv(Duration::from_millis(200));
     assert!(early.is_none(), "{early:?}");
@@ -100,7 +100,7 @@ pub fn a_fork_finds_its_window_as_expected() {
     family.settle(&mut parent, &second);
     let news: Vec<Run> = parent.runs.iter().filter(|run| !before.contains(run)).copied().collect();
     assert!(news.len() < parent.runs.len());
-    let (start, fds) = family.start("child", &news, Origin::Fork { index: 1 }, Activity::Running);
+    let (start, fds) = family.start("child", &news, Origin::Fork { index: 1 }, RunState::Running);
     worker.start(start, &fds);
     assert!(worker.try_recv(Duration::from_millis(50)).is_none(), "it has nothing to start from");
     worker.load(&second.state);
@@ -135,7 +135,7 @@ pub fn touched_pages_are_told_when_they_are_written() {
     family.settle(&mut parent, &frozen);
     let mut worker = family.prepare();
     family.expect(&mut worker, &parent.runs, vec![(1040..1060).into(), (1070..1071).into()], &frozen.state);
-    let (start, fds) = family.start("child", &[], Origin::Fork { index: 1 }, Activity::Running);
+    let (start, fds) = family.start("child", &[], Origin::Fork { index: 1 }, RunState::Running);
     worker.start(start, &fds);
     worker.tell(&ToVm::LoadExpected, &[]);
     worker.first_sign();
@@ -169,7 +169,7 @@ pub fn a_fork_starts_from_its_own_registers_whatever_was_expected() {
         for vcpu in &expected {
             family.expect(&mut worker, &parent.runs, vec![(1..2).into(), (200..210).into()], &state(vcpu));
         }
-        let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Paused);
+        let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, RunState::Paused);
         worker.start(start, &fds);
         match expected.last() {
             Some(last) if *last == given => worker.tell(&ToVm::LoadExpected, &[]),
@@ -203,11 +203,11 @@ pub fn msrs_other_than_this_hosts_are_refused() {
         };
         let mut expecting = family.prepare();
         let (Start { runs, stores, .. }, fds) =
-            family.start("nobody", &parent.runs, Origin::Monitor, Activity::Running);
+            family.start("nobody", &parent.runs, Origin::Monitor, RunState::Running);
         let expected = Expect { runs, stores, ahead: Vec::new(), state: Some(PackedState::pack(&state)) };
         expecting.tell(&ToVm::Expect(Box::new(expected)), &fds);
         let mut loading = family.prepare();
-        let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Paused);
+        let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, RunState::Paused);
         loading.start(start, &fds);
         loading.load(&state);
         for worker in [&mut expecting, &mut loading] {
@@ -292,14 +292,14 @@ pub fn a_paused_machine_stands_still() {
     let tag = root.worker.post("mem");
     assert!(root.worker.try_recv(Duration::from_millis(100)).is_none());
     let frozen = family.freeze(&mut root);
-    assert_eq!(frozen.activity, Activity::Paused);
+    assert_eq!(frozen.activity, RunState::Paused);
     family.settle(&mut root, &frozen);
     root.worker.tell(&ToVm::Resume, &[]);
     root.worker.running();
     assert!(root.worker.answer(tag).starts_with("ok"));
 
     let mut worker = family.prepare();
-    let (start, fds) = family.start("asleep", &root.runs, Origin::Fork { index: 1 }, Activity::Paused);
+    let (start, fds) = family.start("asleep", &root.runs, Origin::Fork { index: 1 }, RunState::Paused);
     worker.start(start, &fds);
     worker.load(&frozen.state);
     worker.expect(paused);
@@ -352,7 +352,7 @@ pub fn off_is_off_and_a_crash_is_told() {
     let mut family = Family::with_image(MEM, &garbage);
     let mut worker = family.prepare();
     let runs = family.launch_runs();
-    let (start, fds) = family.start("crash", &runs, Origin::Monitor, Activity::Running);
+    let (start, fds) = family.start("crash", &runs, Origin::Monitor, RunState::Running);
     worker.start(start, &fds);
     let Ending::Dead(why) = worker.expect(ending) else { panic!("it is off") };
     println!("  {why}");
@@ -423,7 +423,7 @@ pub fn without_traps_the_parent_waits_for_its_pages() {
     let mut parent = family.launch();
     parent.worker.ok("fill 1000 100 4");
     let frozen = family.freeze(&mut parent);
-    assert_eq!(frozen.activity, Activity::Paused);
+    assert_eq!(frozen.activity, RunState::Paused);
     family.settle(&mut parent, &frozen);
     parent.worker.tell(&ToVm::Resume, &[]);
     parent.worker.running();
@@ -520,7 +520,7 @@ pub fn relatives_see_each_others_writes_in_shared_memory() {
     // A descriptor for reading only is not enough, and nothing is written through it.
     let mut stranger = family.prepare();
     let runs = parent.runs.clone();
-    let (start, fds) = family.start("stranger", &runs, Origin::Monitor, Activity::Running);
+    let (start, fds) = family.start("stranger", &runs, Origin::Monitor, RunState::Running);
     let open = |fd: &BorrowedFd<'_>| fs::File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
     let read_only: Vec<fs::File> = fds.iter().map(open).collect();
     stranger.start(start, &read_only.iter().map(AsFd::as_fd).collect::<Vec<_>>());

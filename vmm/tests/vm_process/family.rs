@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vmm::layout::ram_ranges;
 use vmm::machine::state::{MachineState, PackedState};
-use vmm::wire::{Activity, Expect, FromVm, Frozen, HostFeatures, Identity, Isolation, Origin, Start, ToVm};
+use vmm::wire::{Expect, FromVm, Frozen, HostFeatures, Identity, Isolation, Origin, RunState, Start, ToVm};
 
 struct Store {
     file: Memfd,
@@ -96,7 +96,7 @@ impl Family {
         name: &str,
         runs: &[Run],
         origin: Origin,
-        activity: Activity,
+        activity: RunState,
     ) -> (Start, Vec<BorrowedFd<'_>>) {
         self.generation += 1;
         let mut stores: Vec<StoreId> =
@@ -111,7 +111,7 @@ impl Family {
 
     /// Tells a prepared process what to expect, and waits until it does.
     pub fn expect(&mut self, worker: &mut Worker, runs: &[Run], ahead: Vec<GfnRange>, state: &MachineState) {
-        let (Start { runs, stores, .. }, fds) = self.start("nobody", runs, Origin::Monitor, Activity::Running);
+        let (Start { runs, stores, .. }, fds) = self.start("nobody", runs, Origin::Monitor, RunState::Running);
         let expected = Expect { runs, stores, ahead, state: Some(PackedState::pack(state)) };
         worker.tell(&ToVm::Expect(Box::new(expected)), &fds);
         worker.expect(|message| matches!(message, FromVm::Expecting).then_some(()));
@@ -130,7 +130,7 @@ impl Family {
     pub fn launch(&mut self) -> Machine {
         let mut worker = self.prepare();
         let runs = self.launch_runs();
-        let (start, fds) = self.start("root", &runs, Origin::Monitor, Activity::Running);
+        let (start, fds) = self.start("root", &runs, Origin::Monitor, RunState::Running);
         worker.start(start, &fds);
         worker.running();
         worker.first_sign();
@@ -171,7 +171,7 @@ impl Family {
 
     pub fn child(&mut self, name: &str, runs: &[Run], state: &MachineState, index: u32) -> Machine {
         let mut worker = self.prepare();
-        let (start, fds) = self.start(name, runs, Origin::Fork { index }, Activity::Running);
+        let (start, fds) = self.start(name, runs, Origin::Fork { index }, RunState::Running);
         worker.start(start, &fds);
         worker.load(state);
         worker.running();

@@ -3,7 +3,7 @@
 use crate::family::{Family, Machine};
 use nix::time::{ClockId, clock_gettime};
 use std::time::Instant;
-use vmm::wire::{Activity, Origin};
+use vmm::wire::{Origin, RunState};
 
 const MEM: u64 = 256 << 20;
 
@@ -47,7 +47,7 @@ pub fn figures() {
                 family.settle(&mut parent, &frozen);
             }
             let mut worker = family.prepare();
-            let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, Activity::Running);
+            let (start, fds) = family.start("child", &parent.runs, Origin::Fork { index: 1 }, RunState::Running);
             let asked = now_ns();
             worker.start(start, &fds);
             worker.load(&frozen.state);

@@ -19,7 +19,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmm::link::Link;
 use vmm::machine::state::{MachineState, PackedState};
-use vmm::wire::{Activity, FromVm, Frozen, HostFeatures, Isolation, Line, Said, Shape, Start, ToVm};
+use vmm::wire::{FromVm, Frozen, HostFeatures, Isolation, Line, MachineShape, RunState, Said, Start, ToVm};
 
 pub const CHILD: &str = "OFFSHOOT_TEST_VM_PROCESS";
 pub const SOCKET: i32 = 3;
@@ -65,7 +65,7 @@ impl Worker {
         let (mut link, child) = Self::spawn();
         let cage = std::env::temp_dir().join(format!("offshoot-cage-{}", child.id()));
         std::fs::create_dir(&cage).unwrap();
-        let shape = Shape { ram, vcpus: 1, machine: vmm::wire::Machine::Monitor };
+        let shape = MachineShape { ram, vcpus: 1, machine: vmm::wire::Machine::Monitor };
         link.send(
             &ToVm::Prepare {
                 shape,
@@ -227,7 +227,7 @@ impl Worker {
                 _ => None,
             })
         };
-        let pause_ns = (frozen.activity == Activity::Running).then(&mut pause_ns);
+        let pause_ns = (frozen.activity == RunState::Running).then(&mut pause_ns);
         Taken { frozen, state, pause_ns }
     }
 

@@ -4,7 +4,7 @@ mod manager;
 mod model;
 mod rig;
 
-use super::cluster::State;
+use super::cluster::ClusterState;
 use super::extents::BLOCK;
 use super::store::Limits;
 use super::*;
@@ -229,7 +229,7 @@ fn what_is_on_its_way_out_is_read_from_memory() {
     disk.hold_writes();
     let mut swap = store(&disk, tiny());
     let slots: Vec<_> = (0..4).map(|seed| swap.put(&cluster(seed)).unwrap()).collect();
-    assert!(matches!(swap.books[0].state, State::Writing { .. }));
+    assert!(matches!(swap.books[0].state, ClusterState::Writing { .. }));
     assert_eq!(swap.put(&cluster(9)).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     let mut buf = vec![0; CLUSTER.bytes() as usize];
     for (seed, &first) in slots.iter().enumerate() {
@@ -238,7 +238,7 @@ fn what_is_on_its_way_out_is_read_from_memory() {
     }
     // Freed meanwhile: the blocks stay taken until the write is over.
     swap.free(slots[0], CLUSTER);
-    assert!(matches!(swap.books[0].state, State::Dropped(_)));
+    assert!(matches!(swap.books[0].state, ClusterState::Dropped(_)));
     assert!(swap.stats().disk_bytes > 0);
     assert_sound(&swap);
     disk.let_writes_go();

@@ -1,6 +1,6 @@
 //! A disk that fails to order, and what tests of the store do again and again.
 
-use super::super::device::Device;
+use super::super::device::SwapDevice;
 use super::super::extents::BLOCK;
 use super::super::store::Limits;
 use super::super::*;
@@ -65,7 +65,7 @@ impl Disk {
     }
 }
 
-impl Device for Arc<Disk> {
+impl SwapDevice for Arc<Disk> {
     fn read(&self, first: u64, buf: &mut [u8]) -> io::Result<()> {
         assert_eq!(buf.as_ptr().align_offset(BLOCK), 0);
         Disk::fail(&self.bad_reads, first, buf.len())?;

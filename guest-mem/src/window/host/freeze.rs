@@ -2,12 +2,12 @@
 //! copies them.
 
 use super::dirty::{Candidate, Cleanness, Density};
-use super::moves::{COPIED_MOST, Plan, SHORT, SmallExtents, plan};
+use super::moves::{COPIED_MOST, MovePlan, SHORT, SmallExtents, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::extents::{merged, push, union, without};
 use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
 use crate::ids::{Source, StoreId};
-use crate::sys::{Access, Advice, Area};
+use crate::sys::{Advice, Area, MapAccess};
 use crate::window::{Along, Harvest};
 use std::io;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use std::os::fd::BorrowedFd;
 
 /// What a freeze took out of a window.
 #[derive(Debug, Default)]
-pub struct Frozen {
+pub struct FrozenPages {
     /// Which pages.
     pub harvest: Harvest,
     /// Host address where guest-physical address 0 would stand in the scratch range. 0 where nothing was taken.
@@ -30,7 +30,7 @@ pub struct Frozen {
 #[must_use = "the moved pages are known to nobody until they are harvested"]
 pub struct MovedOut {
     store: StoreId,
-    plan: Plan,
+    plan: MovePlan,
     /// Private pages that were found before the move.
     found: Vec<GfnRange>,
     /// Pages that are private if the log told the truth, and nobody has dropped them since.
@@ -90,13 +90,13 @@ impl HostWindow {
         store: StoreId,
         file: BorrowedFd<'_>,
         asked: Asked<'_>,
-    ) -> Result<Frozen, WindowError> {
+    ) -> Result<FrozenPages, WindowError> {
         match self.move_out(dirty, store, file, asked)? {
             Some(moved) => {
                 self.copy(store, moved.copies())?;
                 self.harvest(&moved)
             }
-            None => Ok(Frozen::default()),
+            None => Ok(FrozenPages::default()),
         }
     }
 
@@ -230,7 +230,7 @@ impl HostWindow {
     ///
     /// # Errors
     /// The pagemap cannot be read: the moved pages are lost, and the VM must not run on.
-    pub fn harvest(&mut self, out: &MovedOut) -> Result<Frozen, WindowError> {
+    pub fn harvest(&mut self, out: &MovedOut) -> Result<FrozenPages, WindowError> {
         let frozen = self.look(out)?;
         self.keep(&frozen.harvest);
         self.scratches.harvested(out.store, frozen.harvest.private());
@@ -241,7 +241,7 @@ impl HostWindow {
     ///
     /// # Errors
     /// As [`harvest`](Self::harvest).
-    pub fn look(&self, out: &MovedOut) -> Result<Frozen, WindowError> {
+    pub fn look(&self, out: &MovedOut) -> Result<FrozenPages, WindowError> {
         let MovedOut { store, plan, found, told } = out;
         // What was copied was found, and is all private.
         let mut private: Vec<GfnRange> =
@@ -259,7 +259,7 @@ impl HostWindow {
         private.into_iter().for_each(|range| push(&mut moved_private, range));
         let (moved, copied) = (plan.moves.clone(), plan.copies.clone());
         let harvest = Harvest { moved, copied, moved_private };
-        Ok(Frozen { harvest, scratch_base: area.base(), copies: self.scratches.copies() })
+        Ok(FrozenPages { harvest, scratch_base: area.base(), copies: self.scratches.copies() })
     }
 
     /// Takes note of what a freeze took: what was copied has stayed, unless it was given back meanwhile.
@@ -353,14 +353,14 @@ impl HostWindow {
         for pages in moves {
             self.map_shut(*pages, file).map_err(during("mmap", *pages))?;
             self.register(*pages).map_err(during("UFFDIO_REGISTER", *pages))?;
-            let opened = self.area.protect(*pages, Access::ReadWrite).and_then(|()| self.shut(*pages));
+            let opened = self.area.protect(*pages, MapAccess::ReadWrite).and_then(|()| self.shut(*pages));
             opened.map_err(during("mprotect", *pages))?;
         }
         Ok(())
     }
 
     fn map_shut(&self, pages: GfnRange, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.area.map_private(pages, file, PageIndex(pages.start().0), Access::None)
+        self.area.map_private(pages, file, PageIndex(pages.start().0), MapAccess::None)
     }
 
     /// Undoes [`lift`](Self::lift), over whatever part of the store was mapped, and traps again.

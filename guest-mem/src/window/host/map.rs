@@ -3,7 +3,7 @@
 use super::{HostWindow, HugePages, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PageIndex};
 use crate::ids::{Run, Source, StoreId};
-use crate::sys::{Access, Advice};
+use crate::sys::{Advice, MapAccess};
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -66,7 +66,7 @@ impl HostWindow {
             }
             Source::Store { store, origin } => {
                 let (file, first) = place(store, origin)?;
-                let map = self.area.map_private(run.pages, file, first, Access::ReadWrite);
+                let map = self.area.map_private(run.pages, file, first, MapAccess::ReadWrite);
                 map.map_err(during("mmap", run.pages))?;
             }
             Source::Shared { store, origin } => {

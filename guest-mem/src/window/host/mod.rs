@@ -24,7 +24,7 @@ mod tests;
 
 pub use crate::sys::Place;
 pub use dirty::{Dirty, SlotLog};
-pub use freeze::{Asked, Frozen, MovedOut};
+pub use freeze::{Asked, FrozenPages, MovedOut};
 pub use moves::SmallExtents;
 pub use scratch::ScratchRow;
 pub use snapshot::Deduped;

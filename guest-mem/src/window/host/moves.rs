@@ -20,7 +20,7 @@ pub enum SmallExtents {
 
 /// What a freeze does with every private page: sorted ranges, apart from each other.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Plan {
+pub(super) struct MovePlan {
     /// Stretches to move, clean pages between private ones included.
     pub moves: Vec<GfnRange>,
     /// Private pages to copy.
@@ -30,9 +30,9 @@ pub(super) struct Plan {
 /// Plans for `private` (sorted, not adjacent, each within one RAM range): short stretches are copied, the shortest
 /// first, and the others [joined](join) and moved. Where there are more than `limit` stretches, nothing is copied: copies
 /// cannot be joined, and every stretch is a mapping of the VM's children.
-pub(super) fn plan(private: &[GfnRange], ram: &[GfnRange], limit: usize, short: SmallExtents) -> Plan {
+pub(super) fn plan(private: &[GfnRange], ram: &[GfnRange], limit: usize, short: SmallExtents) -> MovePlan {
     if short == SmallExtents::Remap || private.len() > limit {
-        return Plan { moves: join(private, ram, limit), copies: Vec::new() };
+        return MovePlan { moves: join(private, ram, limit), copies: Vec::new() };
     }
     let mut by_length = [0; SHORT as usize + 1];
     for range in private.iter().filter(|range| range.count().0 <= SHORT) {
@@ -50,7 +50,7 @@ pub(super) fn plan(private: &[GfnRange], ram: &[GfnRange], limit: usize, short: 
         let next = moves.partition_point(|range| range.end() <= copy.start());
         moves.get(next).is_none_or(|range| range.start() >= copy.end())
     });
-    Plan { moves, copies }
+    MovePlan { moves, copies }
 }
 
 /// Clean pages that are moved along for the sake of fewer mappings, in percent of the private ones.
@@ -126,9 +126,9 @@ mod tests {
     fn short_stretches_are_copied_unless_they_lie_within_a_move_or_are_too_many() {
         let private = ranges(&[0..500, 520..521, 540..1000, 2000..2016, 3000..3017]);
         let plan_with = |limit, short| plan(&private, &everywhere(), limit, short);
-        let want = Plan { moves: ranges(&[0..1000, 3000..3017]), copies: vec![(2000..2016).into()] };
+        let want = MovePlan { moves: ranges(&[0..1000, 3000..3017]), copies: vec![(2000..2016).into()] };
         assert_eq!(plan_with(5, SmallExtents::CopyInPlace), want);
-        let moved = Plan { moves: ranges(&[0..1000, 2000..2016, 3000..3017]), copies: Vec::new() };
+        let moved = MovePlan { moves: ranges(&[0..1000, 2000..2016, 3000..3017]), copies: Vec::new() };
         assert_eq!(plan_with(4, SmallExtents::CopyInPlace), moved);
         assert_eq!(plan_with(5, SmallExtents::Remap), moved);
     }
@@ -202,7 +202,7 @@ mod tests {
             }
             let limit = random(40) as usize;
             for short in [SmallExtents::CopyInPlace, SmallExtents::Remap] {
-                let Plan { moves, copies } = plan(&private, &ram, limit, short);
+                let MovePlan { moves, copies } = plan(&private, &ram, limit, short);
                 let parts = moves.iter().flat_map(|to| private.iter().map(|range| range.intersect(*to)));
                 let moved_private = parts.filter(|part| !part.is_empty()).collect();
                 let harvest = crate::Harvest { moved: moves, copied: copies, moved_private };

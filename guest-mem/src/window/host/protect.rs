@@ -4,7 +4,7 @@ use super::HostWindow;
 use crate::addr::GfnRange;
 use crate::ids::Source;
 use crate::space::map::Protection;
-use crate::sys::Access;
+use crate::sys::MapAccess;
 use std::io;
 
 impl HostWindow {
@@ -12,11 +12,11 @@ impl HostWindow {
     pub(super) fn set_protection(&mut self, pages: GfnRange, protection: Protection) -> io::Result<()> {
         let parts: Vec<_> = self.ram.iter().flat_map(|ram| self.runs.within(ram.intersect(pages))).collect();
         let access = match protection {
-            Protection::ReadOnly => Access::Read,
-            Protection::ReadWrite => Access::ReadWrite,
+            Protection::ReadOnly => MapAccess::Read,
+            Protection::ReadWrite => MapAccess::ReadWrite,
         };
         if let Err(error) = parts.iter().try_for_each(|(part, _)| self.area.protect(*part, access)) {
-            let undone = parts.iter().try_for_each(|(part, _)| self.area.protect(*part, Access::ReadWrite));
+            let undone = parts.iter().try_for_each(|(part, _)| self.area.protect(*part, MapAccess::ReadWrite));
             if let Err(undone) = undone.and_then(|()| self.shut(pages)) {
                 log::error!("the protection of guest pages {pages:?} is not what it was: {undone}");
             }
@@ -43,6 +43,6 @@ impl HostWindow {
 
     /// Takes the right to write what is read-only from mappings that were just made.
     pub(super) fn shut(&self, pages: GfnRange) -> io::Result<()> {
-        self.read_only.within(pages).try_for_each(|part| self.area.protect(part, Access::Read))
+        self.read_only.within(pages).try_for_each(|part| self.area.protect(part, MapAccess::Read))
     }
 }

@@ -10,12 +10,12 @@ use rangemap::RangeMap;
 /// entry: the kernel keeps them apart when each has private pages of its own. Every mapping call gets a number for that.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RunMap {
-    map: RangeMap<u64, Mapping>,
+    map: RangeMap<u64, RunMapping>,
     calls: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mapping {
+struct RunMapping {
     source: Source,
     call: u32,
 }
@@ -24,7 +24,7 @@ impl RunMap {
     /// One call has mapped `pages`.
     pub fn mapped(&mut self, pages: GfnRange, source: Source) {
         self.calls = self.calls.wrapping_add(1);
-        self.map.insert(pages.raw(), Mapping { source, call: self.calls });
+        self.map.insert(pages.raw(), RunMapping { source, call: self.calls });
     }
 
     /// How many mappings there are, at most.

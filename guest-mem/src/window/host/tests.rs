@@ -63,11 +63,17 @@ impl Rig {
         self.window.memory().read_obj(GuestAddress(frame << 12)).unwrap()
     }
 
-    fn freeze(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32) -> (Frozen, Memfd) {
+    fn freeze(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32) -> (FrozenPages, Memfd) {
         self.freeze_with(dirty, store, max_runs, SmallExtents::Remap)
     }
 
-    fn freeze_with(&mut self, dirty: Dirty<'_>, store: u32, max_runs: u32, short: SmallExtents) -> (Frozen, Memfd) {
+    fn freeze_with(
+        &mut self,
+        dirty: Dirty<'_>,
+        store: u32,
+        max_runs: u32,
+        short: SmallExtents,
+    ) -> (FrozenPages, Memfd) {
         let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
         let frozen = self.window.freeze(dirty, StoreId(store), file.as_fd(), asked(max_runs, short)).unwrap();
         (frozen, file)

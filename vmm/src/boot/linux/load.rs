@@ -6,7 +6,7 @@ use super::registers::GDT;
 use crate::boot::acpi;
 use crate::layout::devices::{RESET, RESET_VALUE};
 use crate::layout::linux;
-use crate::wire::Shape;
+use crate::wire::MachineShape;
 use linux_loader::loader::bootparam::boot_params;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use std::fs::File;
@@ -43,7 +43,12 @@ const RESET_CODE: [u8; 7] = [0xba, RESET.to_le_bytes()[0], RESET.to_le_bytes()[1
 ///
 /// # Errors
 /// The file is no longer what the plan was made for, or the memory is too small for it.
-pub fn load(memory: &impl GuestMemoryBackend, shape: Shape, kernel: &mut File, plan: &Plan) -> Result<u64, LoadError> {
+pub fn load(
+    memory: &impl GuestMemoryBackend,
+    shape: MachineShape,
+    kernel: &mut File,
+    plan: &Plan,
+) -> Result<u64, LoadError> {
     let low = |what| move |cause| LoadError::Low { what, cause };
     let high_start = Some(GuestAddress(linux::HIGH_START));
     let mut params = boot_params::default();

@@ -3,7 +3,7 @@
 use super::load::load;
 use super::*;
 use crate::layout::linux as place;
-use crate::wire::{Machine, Shape};
+use crate::wire::{Machine, MachineShape};
 use guest_mem::PageCount;
 use linux_loader::loader::bootparam::{boot_params, setup_header};
 use std::fs::File;
@@ -96,7 +96,7 @@ fn a_kernel_is_put_where_it_belongs_with_all_it_is_told() {
     let kernel = bzimage(4096);
     let plan = plan(&kernel, Some(b"initrd"), 64 * MIB, "quiet").unwrap();
     let memory: GuestMemoryMmap<()> = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
-    let shape = Shape { ram: PageCount::covering(64 * MIB), vcpus: 2, machine: Machine::Linux };
+    let shape = MachineShape { ram: PageCount::covering(64 * MIB), vcpus: 2, machine: Machine::Linux };
     let entry = load(&memory, shape, &mut file(&kernel), &plan).unwrap();
     assert_eq!(entry, 0x10_0200);
     let params: boot_params = memory.read_obj(GuestAddress(place::BOOT_PARAMS)).unwrap();

@@ -28,10 +28,10 @@ fn pages_are_taken_before_their_vcpu_stands() {
             floor.saved(0, Err("as the test has it".into()));
             given
         });
-        floor.ask(Activity::Running);
+        floor.ask(RunState::Running);
         floor.await_running().unwrap();
         let Stopped { before, busy, .. } = floor.stop_and_save();
-        assert_eq!((before, busy), (Activity::Running, vec![0]));
+        assert_eq!((before, busy), (RunState::Running, vec![0]));
         stopped.send(()).unwrap();
         let mut offered = Vec::new();
         let shared = floor.await_standing_and_accept(|pages| {
@@ -57,7 +57,7 @@ fn an_errand_is_run_between_two_runs() {
             assert!(matches!(floor.next_task(0), Task::Run));
         });
         drop(floor.await_standing().unwrap());
-        floor.ask(Activity::Running);
+        floor.ask(RunState::Running);
         floor.await_running().unwrap();
     });
 }
@@ -97,19 +97,19 @@ fn with_waiting_guest(tsc: Tsc, act: impl FnOnce(&Floor)) -> Wakeup {
     let floor = &Floor::new([StopSwitch::of_nobody()], Console::default()).unwrap();
     thread::scope(|scope| {
         let vcpu = scope.spawn(|| run_waiting_guest(floor, &registers(tsc)));
-        floor.ask(Activity::Running);
+        floor.ask(RunState::Running);
         floor.await_running().unwrap();
         act(floor);
         vcpu.join().unwrap()
     })
 }
 
-fn freeze(floor: &Floor) -> (Activity, VcpuState) {
+fn freeze(floor: &Floor) -> (RunState, VcpuState) {
     let Stopped { before, .. } = floor.stop_and_save();
     drop(floor.await_standing().unwrap());
     let saved = floor.await_saved().unwrap().remove(0).unwrap();
     floor.go_on(before);
-    if before == Activity::Running {
+    if before == RunState::Running {
         floor.await_running().unwrap();
     }
     (before, saved)
@@ -119,11 +119,11 @@ fn freeze(floor: &Floor) -> (Activity, VcpuState) {
 fn a_guest_that_waits_runs_no_more_until_there_is_something() {
     let woken = with_waiting_guest(Tsc::Offset(7), |floor| {
         for _ in 0..3 {
-            assert_eq!(freeze(floor), (Activity::Running, registers(Tsc::Offset(7))));
+            assert_eq!(freeze(floor), (RunState::Running, registers(Tsc::Offset(7))));
             assert!(matches!(floor.lock().desks[0].rest, Rest::Resting(_)));
         }
         assert!(floor.stop().rested);
-        floor.go_on(Activity::Running);
+        floor.go_on(RunState::Running);
         floor.lock().mailbox.post(Line { tag: 1, text: "mem".into() });
         floor.notify();
     });
@@ -139,7 +139,7 @@ fn what_comes_while_a_resting_guest_is_frozen_is_not_lost() {
         floor.notify();
         drop(floor.await_standing().unwrap());
         floor.await_saved().unwrap();
-        floor.go_on(Activity::Running);
+        floor.go_on(RunState::Running);
     });
     assert_ne!(woken, Wakeup::default());
 }
@@ -149,10 +149,10 @@ fn what_comes_while_a_resting_guest_is_frozen_is_not_lost() {
 fn a_resting_guest_can_be_paused_and_resumed() {
     with_waiting_guest(Tsc::Offset(7), |floor| {
         freeze(floor);
-        floor.ask(Activity::Paused);
+        floor.ask(RunState::Paused);
         drop(floor.await_standing().unwrap());
-        assert_eq!(freeze(floor).0, Activity::Paused);
-        floor.ask(Activity::Running);
+        assert_eq!(freeze(floor).0, RunState::Paused);
+        floor.ask(RunState::Running);
         floor.await_running().unwrap();
         let told = floor.lock().take_messages();
         let [FromVm::Running { .. }, FromVm::Paused, FromVm::Running { .. }] = &told[..] else {

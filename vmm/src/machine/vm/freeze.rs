@@ -11,7 +11,7 @@ use super::super::outbox::Outbox;
 use super::super::state::{LinuxState, MachineState, MailboxState, PackedState};
 use super::{Vm, VmError};
 use crate::devices::serial;
-use crate::wire::{Activity, FromVm, Frozen, SOME};
+use crate::wire::{FromVm, Frozen, RunState, SOME};
 use guest_mem::window::host::{Asked, Deduped, Dirty, HostWindow, MovedOut, SlotLog, SmallExtents};
 use guest_mem::{Gfn, GfnRange, Harvest, PAGE_SIZE, PageCount, Protection, StoreId, Window};
 use nix::unistd::Pid;
@@ -79,7 +79,7 @@ impl Vm {
         let Stopped { before, busy, rested } = self.floor.stop_and_save();
         self.interrupt_those(&busy);
         self.linux.iter().for_each(LinuxMachine::end_hinting);
-        let activity = if self.traps { before } else { Activity::Paused };
+        let activity = if self.traps { before } else { RunState::Paused };
         let (harvest, scratch_base, copies, copied, copy) = (Harvest::default(), 0, Gfn(0), None, None);
         let begun = Frozen { store, harvest, scratch_base, copies, copied, copy, activity, kicked_ns };
         let standing = self.freeze_standing(&begun, freeze, rested, out);
@@ -102,7 +102,7 @@ impl Vm {
             told = self.tell_taken(&begun, taken, &state, rested, out);
         }
         told?;
-        if activity == Activity::Running {
+        if activity == RunState::Running {
             let pause_ns = self.floor.await_running().map_err(VmError::GoOn)?.saturating_sub(kicked_ns);
             out.hold(FromVm::WentOn { store, pause_ns });
         }
@@ -174,14 +174,14 @@ impl Vm {
         self.kvm.log() == DirtyLog::On && cleared().inspect_err(warn).is_ok()
     }
 
-    fn saved(&self, store: StoreId, activity: Activity, state: &MachineState) -> FromVm {
+    fn saved(&self, store: StoreId, activity: RunState, state: &MachineState) -> FromVm {
         FromVm::Saved { store, state: PackedState::pack(state), still: self.is_still(activity, state) }
     }
 
     /// Whether the guest does nothing before the server has something for it, and `state` stays what it is meanwhile: the
     /// clocks of a Linux guest go on, and on hosts that keep no offset of it the time stamp counter does.
-    fn is_still(&self, activity: Activity, state: &MachineState) -> bool {
-        let stands = activity == Activity::Paused || self.floor.rests();
+    fn is_still(&self, activity: RunState, state: &MachineState) -> bool {
+        let stands = activity == RunState::Paused || self.floor.rests();
         let clocks_stand = self.linux.is_none() && state.vcpus.iter().all(|vcpu| vcpu.tsc.stands_still());
         stands && clocks_stand && self.traps
     }
