@@ -132,7 +132,8 @@ mod tests {
             assert_eq!(pages, [(0..2 * PIECE).into()]);
             steps
         };
-        assert_eq!(cost(8), cost(4096));
+        let (short, long) = (cost(8), cost(4096));
+        assert!(long <= 2 * short, "{short} steps, {long} in a long stretch");
     }
 
     /// Each of many batches looked at all that stayed.
