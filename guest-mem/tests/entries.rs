@@ -1,8 +1,11 @@
 //! Map entries on real windows: what is protected, shared and moved, as threads of this process see it.
 
 use guest_mem::local::{Error, Options};
-use guest_mem::{GfnRange, Local, LocalVm, PageCount, Protection};
+use guest_mem::manager::Error as Cause;
+use guest_mem::{GfnRange, Local, LocalVm, PageCount, Protection, Sharing};
 use std::fs::File;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 256;
@@ -144,5 +147,102 @@ fn shared_memory_is_a_part_of_memory() {
     assert!(shared(&[(0, PAGES)]).is_ok());
     for pages in [&[(PAGES - 1, PAGES + 1)][..], &[(10, 10)], &[(10, 20), (15, 25)]] {
         assert!(matches!(shared(pages), Err(Error::BadMemory(_))), "{pages:?}");
+    }
+}
+
+fn pages(range: Range<u64>) -> GfnRange {
+    range.into()
+}
+
+/// Whether the page is there, as a device finds that writes it to a file.
+fn is_there(family: &Local, vm: LocalVm, page: u64) -> bool {
+    // The kernel looks at what is written to a pipe, and not at what goes to the null device.
+    let (_out, into) = std::io::pipe().expect("a pipe");
+    let mut into = File::from(OwnedFd::from(into));
+    family.memory(vm).unwrap().write_all_volatile_to(at(page), &mut into, 4096).is_ok()
+}
+
+/// What is unmapped is gone for that VM alone, and freed with the last who sees it; what is mapped there is fresh, or shared
+/// with those that are forked from then on.
+#[test]
+fn a_vm_unmaps_and_maps_parts_of_its_memory() {
+    let family = Local::new(vec![pages(0..PAGES)]).expect("this test needs userfaultfd");
+    let parent = family.launch().unwrap();
+    (0..PAGES).for_each(|page| assert!(write(&family, parent, page, page + 1)));
+    let child = family.fork(parent).unwrap();
+    family.write_back().unwrap();
+    assert_eq!(resident(&family), PAGES);
+    family.unmap(child, pages(10..20)).unwrap();
+    family.unmap(child, pages(100..140)).unwrap();
+    for page in [9, 10, 19, 20, 99, 100, 139, 140] {
+        let gone = (10..20).contains(&page) || (100..140).contains(&page);
+        assert_eq!(is_there(&family, child, page), !gone, "page {page}");
+        assert_eq!(read(&family, parent, page), page + 1);
+    }
+    assert_eq!(resident(&family), PAGES, "the parent sees all of them");
+    // Freezes take what is around, and nothing across.
+    (90..150).filter(|page| !(100..140).contains(page)).for_each(|page| assert!(write(&family, child, page, page)));
+    let grandchild = family.fork(child).unwrap();
+    family.write_back().unwrap();
+    assert!(!is_there(&family, grandchild, 120) && read(&family, grandchild, 99) == 99);
+    sound(&family);
+    family.map(child, pages(100..120), Sharing::Shared).unwrap();
+    family.map(child, pages(120..140), Sharing::CopyOnWrite).unwrap();
+    assert_eq!(
+        [100, 119, 120, 139].map(|page| read(&family, child, page)),
+        [0; 4],
+        "nothing of its parent shows again"
+    );
+    (100..140).for_each(|page| assert!(write(&family, child, page, 1000 + page)));
+    let sibling = family.fork(child).unwrap();
+    family.write_back().unwrap();
+    (100..140).for_each(|page| assert_eq!(read(&family, sibling, page), 1000 + page));
+    (100..140).for_each(|page| assert!(write(&family, sibling, page, 2000 + page)));
+    assert_eq!([100, 119, 120, 139].map(|page| read(&family, child, page)), [2100, 2119, 1120, 1139]);
+    assert!(!is_there(&family, grandchild, 110), "who was forked before has none of it");
+    sound(&family);
+    // A part of what is shared goes with the last who has it.
+    let shared = || family.inspect(|manager| manager.shared_resident()).unwrap();
+    family.unmap(child, pages(105..110)).unwrap();
+    assert_eq!((shared(), read(&family, sibling, 107)), (PageCount(20), 2107));
+    family.unmap(sibling, pages(100..108)).unwrap();
+    assert_eq!((shared(), read(&family, child, 104)), (PageCount(17), 2104));
+    sound(&family);
+    family.exit(child).unwrap();
+    family.exit(grandchild).unwrap();
+    family.unmap(parent, pages(0..PAGES)).unwrap();
+    family.map(parent, pages(0..PAGES), Sharing::CopyOnWrite).unwrap();
+    family.write_back().unwrap();
+    assert_eq!((read(&family, parent, 15), shared()), (0, PageCount(12)));
+    sound(&family);
+}
+
+#[test]
+fn what_cannot_be_mapped_or_unmapped_is_told() {
+    let family = Local::new(vec![pages(0..100), pages(200..PAGES)]).expect("this test needs userfaultfd");
+    let vm = family.launch().unwrap();
+    family.unmap(vm, pages(40..50)).unwrap();
+    let map = |range| family.map(vm, pages(range), Sharing::Shared).map_err(cause);
+    let unmap = |range| family.unmap(vm, pages(range)).map_err(cause);
+    let overlap = pages(50..60);
+    assert!(matches!(map(45..60), Err(Cause::Overlaps { with, .. }) if with == overlap));
+    assert!(matches!(map(120..130), Err(Cause::Map { .. })), "no memory of this family's");
+    for error in [map(PAGES..PAGES + 1), map(40..40), unmap(250..PAGES + 1), unmap(7..7)] {
+        assert!(matches!(error, Err(Cause::OutOfBounds { .. })), "{error:?}");
+    }
+    for error in [unmap(45..46), unmap(30..45), unmap(90..210)] {
+        assert!(matches!(error, Err(Cause::NotMapped { .. })), "{error:?}");
+    }
+    let before = family.inspect(|manager| manager.shared_resident()).unwrap();
+    assert_eq!(before, PageCount(0));
+    assert_eq!((read(&family, vm, 30), read(&family, vm, 55)), (0, 0));
+    map(40..50).unwrap();
+    sound(&family);
+}
+
+fn cause(error: Error) -> Cause {
+    match error {
+        Error::Memory { cause, .. } => cause,
+        other => panic!("{other}"),
     }
 }

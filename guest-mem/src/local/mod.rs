@@ -11,7 +11,7 @@ mod tests;
 use crate::addr::{GfnRange, PageCount};
 use crate::ids::VmId;
 use crate::manager::{self, Evicted, Manager, SwapCounts};
-use crate::space::map::Protection;
+use crate::space::map::{Protection, Sharing};
 use crate::stats::FamilyTotals;
 use crate::store::memfd::MemfdStores;
 use crate::swap::Swap;
@@ -322,6 +322,27 @@ impl Local {
     /// [`Error::NoSuchVm`], [`Error::Failed`], [`Error::Memory`].
     pub fn protect(&self, vm: LocalVm, pages: GfnRange, protection: Protection) -> Result<(), Error> {
         self.ask(move |owner| owner.protect(vm, pages, protection))?
+    }
+
+    /// `vm` has new memory of zeros at `pages`, where it has [unmapped](Self::unmap) what it had: its own, or
+    /// [shared](Sharing::Shared) with all that are forked from it from now on.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`], [`Error::Failed`]; [`Error::Memory`] where something is there already, the family has no memory
+    /// there, or the host had none for it. Nothing has changed.
+    pub fn map(&self, vm: LocalVm, pages: GfnRange, sharing: Sharing) -> Result<(), Error> {
+        self.ask(move |owner| owner.map_pages(vm, pages, sharing))?
+    }
+
+    /// `vm` has nothing at `pages` any more, and what only it saw there is freed. A thread that touches one of them gets a
+    /// SIGSEGV, and `KVM_RUN` returns `EFAULT`: whoever holds the VM's [memory](Self::memory) keeps out. Children have nothing
+    /// there either.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`], [`Error::Failed`]; [`Error::Memory`] where it has nothing at one of them, or they lie in more than
+    /// one range of the family's memory. Nothing has changed.
+    pub fn unmap(&self, vm: LocalVm, pages: GfnRange) -> Result<(), Error> {
+        self.ask(move |owner| owner.unmap_pages(vm, pages))?
     }
 
     /// Takes a VM out. What only it saw is freed.

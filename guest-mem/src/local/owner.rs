@@ -2,13 +2,13 @@
 
 use super::{Error, Event, LocalSwap, LocalVm, Observer, Options};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::ids::StoreId;
 use crate::ids::VmId;
+use crate::ids::{Run, StoreId};
 use crate::manager::{Evicted, MAX_RUNS, Manager, WRITEBACK_BATCH};
 use crate::ops::Destination;
-use crate::space::map::Protection;
+use crate::space::map::{Protection, Sharing};
 use crate::stage2::Shape;
-use crate::store::memfd::MemfdStores;
+use crate::store::memfd::{MemfdStore, MemfdStores};
 use crate::swap::Swap;
 use crate::swap::handle::SharedSwap;
 use crate::sys::{Touch, Userfaultfd};
@@ -356,6 +356,23 @@ impl FamilyThread {
         let vm = self.find_whole("protect", vm)?;
         let protected = self.manager.protect(vm, pages, protection);
         protected.map_err(|cause| Error::Memory { operation: "protect", cause })
+    }
+
+    pub fn map_pages(&mut self, vm: LocalVm, pages: GfnRange, sharing: Sharing) -> Result<(), Error> {
+        let vm = self.find_whole("map", vm)?;
+        let show = |window: &mut HostWindow, run: Run, store: Option<&MemfdStore>| {
+            let store = run.source.store().map(|(id, _)| id).zip(store.map(MemfdStore::for_windows));
+            let mapped = window.map(&[run], store.as_slice(), HugePages::Never);
+            // What was half mapped is not there.
+            mapped.inspect_err(|_| drop(window.unmap(pages))).map_err(io::Error::other)
+        };
+        self.manager.map(vm, pages, sharing, show).map_err(|cause| Error::Memory { operation: "map", cause })
+    }
+
+    pub fn unmap_pages(&mut self, vm: LocalVm, pages: GfnRange) -> Result<(), Error> {
+        let vm = self.find_whole("unmap", vm)?;
+        let hide = |window: &mut HostWindow| window.unmap(pages).map_err(io::Error::other);
+        self.manager.unmap(vm, pages, hide).map_err(|cause| Error::Memory { operation: "unmap", cause })
     }
 
     pub fn exit(&mut self, vm: LocalVm) -> Result<(), Error> {

@@ -57,6 +57,37 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The VM is being frozen: nothing has changed, and can once that is over.
+    #[error("{0:?} is being frozen")]
+    Freezing(VmId),
+    /// No VM can have memory there: nothing has changed.
+    #[error("pages {pages:?} are none, or lie outside of what can be mapped")]
+    OutOfBounds {
+        /// The pages.
+        pages: GfnRange,
+    },
+    /// The VM has something there: nothing has changed.
+    #[error("pages {pages:?} overlap what is mapped at {with:?}")]
+    Overlaps {
+        /// The pages.
+        pages: GfnRange,
+        /// Those of them that are mapped, from the first on.
+        with: GfnRange,
+    },
+    /// The VM has nothing at some of the pages: nothing has changed.
+    #[error("pages {pages:?} are not mapped, or not all of them")]
+    NotMapped {
+        /// The pages.
+        pages: GfnRange,
+    },
+    /// A window could not change what it maps: nothing has changed.
+    #[error("cannot change what is mapped at pages {pages:?}")]
+    Map {
+        /// The pages.
+        pages: GfnRange,
+        /// Why.
+        source: io::Error,
+    },
     /// Swap did not take pages: they stay where they are.
     #[error("cannot put pages {pages:?} into swap")]
     PutSwap {
@@ -85,7 +116,7 @@ mod tests {
     use crate::Manager;
     use crate::addr::Gfn;
     use crate::ops::Destination;
-    use crate::space::map::Protection;
+    use crate::space::map::{Protection, Sharing};
     use crate::stage2::Shape;
     use crate::store::memfd::MemfdStores;
     use crate::sys::Touch;
@@ -101,6 +132,8 @@ mod tests {
             manager.fault(gone, Gfn(0), Touch::Read).map(drop),
             manager.write_ahead(gone, Gfn(0)),
             manager.protect(gone, GfnRange::from(0..1), Protection::ReadOnly),
+            manager.map(gone, GfnRange::from(0..1), Sharing::Shared, |_, _, _| Ok(())),
+            manager.unmap(gone, GfnRange::from(0..1), |_| Ok(())),
         ];
         assert!(errors.iter().all(|error| matches!(error, Err(Error::NoSuchVm(vm)) if *vm == gone)), "{errors:?}");
     }

@@ -2,6 +2,7 @@
 
 mod check;
 mod error;
+mod map;
 mod readahead;
 mod reclaim;
 mod waiters;
@@ -199,8 +200,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         }
         for (&pages, store) in shared.iter().zip(stores) {
             let (object, id) = self.family.add_shared(pages.count());
-            self.stores.insert(id, store);
-            self.shared.insert(id);
+            self.insert_shared(id, store);
             mappings.push(ObjectMapping { pages, object });
         }
         let vm = self.family.launch(ram, &mappings);
@@ -293,6 +293,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let (mut rest, mut slots) = (Effects::default(), PageCount(0));
         for effect in effects.0 {
             match effect {
+                // What is there of shared memory is not known, but to its store.
+                Effect::Punch(store, pages) if self.shared.contains(&store) => self.punch(store, pages),
                 Effect::Punch(store, pages) => self.hidden.entry(store).or_default().push(pages),
                 Effect::FreeSwap(first, count) if slots >= SLOTS_BATCH => self.unneeded.push((first, count)),
                 effect => {

@@ -10,6 +10,7 @@ mod freeze;
 #[cfg(test)]
 mod growth;
 mod launch;
+mod map;
 mod protect;
 mod rmap_walk;
 mod writeback;
@@ -21,10 +22,10 @@ pub use freeze::Destination;
 pub use writeback::{CopyFrom, Placed, WritebackJob};
 
 use crate::addr::GfnRange;
-use crate::effect::Effects;
+use crate::effect::{Effect, Effects};
 use crate::family::Family;
 use crate::ids::ObjectId;
-use crate::ids::{Run, Source, StoreId};
+use crate::ids::{Run, StoreId};
 use crate::object::ObjectKind;
 use crate::space::runs::merge_runs;
 use std::collections::BTreeSet;
@@ -34,11 +35,8 @@ impl Family {
     /// a copy-up kept. The last thing an operation does, once the tables say who sees what.
     pub(crate) fn free_unseen(&mut self, replaced: Vec<Run>, effects: &mut Effects) {
         let mut suspects = self.objects.writeback.take_unneeded();
-        suspects.extend(merge_runs(replaced).into_iter().filter_map(|run| match run.source {
-            Source::Store { store, .. } => Some((store, run.pages)),
-            // Shared memory goes with the last who maps it.
-            Source::Anonymous | Source::Shared { .. } => None,
-        }));
+        let stored = |run: Run| Some((run.source.store()?.0, run.indexes()?));
+        suspects.extend(merge_runs(replaced).into_iter().filter_map(stored));
         self.free_suspects(suspects, effects);
     }
 
@@ -65,9 +63,16 @@ impl Family {
         lighter: &mut BTreeSet<ObjectId>,
         effects: &mut Effects,
     ) {
-        if self.objects.accounts.stores.get(&store).is_none_or(|account| account.kind != ObjectKind::Anonymous) {
+        let Some(kind) = self
+            .objects
+            .accounts
+            .stores
+            .get(&store)
+            .map(|account| account.kind)
+            .filter(|&kind| kind != ObjectKind::File)
+        else {
             return;
-        }
+        };
         let owners: Vec<ObjectId> = self.objects.accounts.owners(store).map(|(object, _)| object).collect();
         let seen = self.seen(store, pages, None);
         for unseen in seen.gaps(&pages.raw()) {
@@ -77,6 +82,9 @@ impl Family {
                     held.filter(|(_, s)| s.store() == Some(store)).map(|(part, _)| part).collect();
                 for part in held {
                     for free in self.objects.pending_copy_sources(object, part).gaps(&part.raw()) {
+                        if kind == ObjectKind::Shared {
+                            effects.push(Effect::Punch(store, free.clone().into()));
+                        }
                         self.objects.vacate(object, free.into(), effects);
                         lighter.insert(object);
                     }

@@ -92,6 +92,13 @@ impl AddressMap {
         }
     }
 
+    /// Shows nothing at `pages` any more: entries that reach beyond are cut, and one that reaches beyond both ends becomes two.
+    pub(crate) fn clear(&mut self, pages: GfnRange) {
+        if !pages.is_empty() {
+            self.0.remove(pages.raw());
+        }
+    }
+
     /// The entry at a frame, and all its frames.
     pub fn get(&self, gfn: Gfn) -> Option<(GfnRange, MapEntry)> {
         self.0.get_key_value(&gfn.0).map(|(pages, &entry)| (pages.clone().into(), entry))
@@ -173,6 +180,19 @@ mod tests {
         protect(&mut map, 8..16, Protection::ReadOnly);
         assert_eq!(map.protected(Protection::ReadOnly).map(GfnRange::raw).collect::<Vec<_>>(), [8..10, 10..12, 15..16]);
         assert_eq!(map.get(Gfn(12)), None);
+    }
+
+    #[test]
+    fn to_clear_the_middle_makes_two_that_continue_each_other() {
+        let mut map = AddressMap::default();
+        map.set((0..20).into(), OBJECT);
+        map.clear((8..12).into());
+        map.clear((30..40).into());
+        assert_eq!(all(&map), [(0..8, OBJECT), (12..20, OBJECT)]);
+        map.set((8..12).into(), MapEntry::ANONYMOUS);
+        assert_eq!(map.iter().count(), 3);
+        map.set((8..12).into(), OBJECT);
+        assert_eq!(all(&map), [(0..20, OBJECT)]);
     }
 
     /// The same object at another distance is not continued: origin and index differ.

@@ -24,14 +24,24 @@ impl<'a> Cursor<'a> {
 
     /// The same of many stretches: sorted, and apart from each other.
     pub fn set_all(&mut self, all: &[GfnRange], source: Source, replaced: &mut Vec<Run>) {
+        self.write_all(all, View::Leaf(source), replaced);
+    }
+
+    /// Nothing is at `pages` any more.
+    pub fn clear(&mut self, pages: GfnRange, replaced: &mut Vec<Run>) {
+        self.write_all(&[pages], View::Empty, replaced);
+    }
+
+    /// `view` is no table.
+    fn write_all(&mut self, all: &[GfnRange], view: View, replaced: &mut Vec<Run>) {
         if all.iter().any(|pages| !pages.is_empty()) {
             *self.root = self.own(*self.root);
-            self.set_below(*self.root, all, source, replaced);
+            self.set_below(*self.root, all, view, replaced);
         }
     }
 
     /// Goes over the entries that `all` touches, each of which lies in this table at least in part.
-    fn set_below(&mut self, table: TableId, all: &[GfnRange], source: Source, replaced: &mut Vec<Run>) {
+    fn set_below(&mut self, table: TableId, all: &[GfnRange], new: View, replaced: &mut Vec<Run>) {
         let shape = self.stage2.shape();
         let t = self.stage2.table(table);
         let (level, first, count) = (t.level, t.first, t.entries.len() as u64);
@@ -44,29 +54,29 @@ impl<'a> Cursor<'a> {
             let index = (next.start().max(at).0 - first.0) / span;
             let pages = GfnRange::new(Gfn(first.0 + index * span), PageCount(span));
             let view = self.stage2.table(table).entries[index as usize].view(pages.start());
-            if next.intersect(pages) == pages && level <= shape.leaf_levels {
+            if next.intersect(pages) == pages && (level <= shape.leaf_levels || new == View::Empty) {
                 match view {
                     View::Empty => {}
                     View::Leaf(source) => push_run(replaced, Run { pages, source }),
                     View::Table(below) => self.stage2.release(below, replaced),
                 }
-                self.write(table, pages.start(), View::Leaf(source));
+                self.write(table, pages.start(), new);
             } else {
                 let within = rest.partition_point(|other| other.start() < pages.end());
-                self.set_in_entry(table, pages.start(), view, &rest[..within], source, replaced);
+                self.set_in_entry(table, pages.start(), view, &rest[..within], new, replaced);
             }
             at = pages.end();
         }
     }
 
-    /// Makes `source` supply a part of what the entry at `first` covers.
+    /// Sets a part of what the entry at `first`, which holds `view`, covers.
     fn set_in_entry(
         &mut self,
         table: TableId,
         first: Gfn,
         view: View,
         all: &[GfnRange],
-        source: Source,
+        new: View,
         replaced: &mut Vec<Run>,
     ) {
         let level = self.stage2.table(table).level;
@@ -75,12 +85,12 @@ impl<'a> Cursor<'a> {
             leaf => self.stage2.insert_run(level - 1, first, leaf),
         };
         self.write(table, first, View::Table(below));
-        self.set_below(below, all, source, replaced);
-        if let Some(source) = self.uniform(below)
-            && level <= self.stage2.shape().leaf_levels
+        self.set_below(below, all, new, replaced);
+        if let Some(view) = self.uniform(below)
+            && (level <= self.stage2.shape().leaf_levels || view == View::Empty)
         {
             self.stage2.release(below, &mut Vec::new());
-            self.write(table, first, View::Leaf(source));
+            self.write(table, first, view);
         }
     }
 
@@ -101,11 +111,12 @@ impl<'a> Cursor<'a> {
         self.stage2.insert(level, first, entries, starts)
     }
 
-    /// The one source of all frames below a table, if they have one.
-    fn uniform(&self, table: TableId) -> Option<Source> {
+    /// What all frames below a table have in common, if they do: one source, or none.
+    fn uniform(&self, table: TableId) -> Option<View> {
         let t = self.stage2.table(table);
-        let View::Leaf(source) = t.entries[0].view(t.first) else { return None };
-        (t.run_end(0) == t.entries.len()).then_some(source)
+        let view = t.entries[0].view(t.first);
+        let is_uniform = !matches!(view, View::Table(_)) && t.run_end(0) == t.entries.len();
+        is_uniform.then_some(view)
     }
 
     fn write(&mut self, table: TableId, first: Gfn, view: View) {
@@ -195,6 +206,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What is cleared is known no more, of this VM alone, and tables that know nothing go.
+    #[test]
+    fn what_is_cleared_takes_no_tables() {
+        let mut s = Stage2::new(TINY);
+        let mut parent = s.new_root();
+        set(&mut s, &mut parent, run(0, 64, Some(1)));
+        let mut child = s.share(parent);
+        let mut replaced = Vec::new();
+        Cursor::new(&mut s, &mut child).clear((3..9).into(), &mut replaced);
+        assert_eq!(replaced, [run(3, 6, Some(1))]);
+        assert_eq!(s.runs(child, (0..64).into()), [run(0, 3, Some(1)), run(9, 55, Some(1))]);
+        assert_eq!(s.runs(parent, (0..64).into()), [run(0, 64, Some(1))]);
+        check_starts(&s);
+        Cursor::new(&mut s, &mut child).clear((0..64).into(), &mut Vec::new());
+        assert_eq!(s.runs(child, (0..64).into()), []);
+        set(&mut s, &mut child, run(20, 1, Some(2)));
+        Cursor::new(&mut s, &mut child).clear((20..21).into(), &mut Vec::new());
+        assert_eq!(s.tables(), 1 + 1 + 4, "a root of its own, beside that of the parent and its tables");
+        check_starts(&s);
     }
 
     #[test]

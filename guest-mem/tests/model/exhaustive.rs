@@ -4,7 +4,7 @@ use crate::fakes::Gaps;
 use crate::swap::Reads;
 use crate::world::{Half, Layout, Shedding, What, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
-use guest_mem::{Destination, Protection, Touch, VmId};
+use guest_mem::{Destination, Protection, Sharing, Touch, VmId};
 
 /// One operation; VMs by their age among those that live.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +17,9 @@ enum Op {
     Exit(usize),
     /// Of the last page: it may not be written, or may be again.
     Protect(usize, Protection),
+    /// There is nothing, or new memory.
+    Unmap(usize),
+    Map(usize, Sharing),
     WriteBack,
     /// All there is.
     Evict,
@@ -96,7 +99,11 @@ impl Scope {
                 }
             }
             if self.ops == Ops::Entries {
-                choices.extend(PROTECTIONS.map(|protection| Op::Protect(vm, protection)));
+                choices.extend(match world.has(*id, Gfn(pages - 1)) {
+                    true => PROTECTIONS.map(|protection| Op::Protect(vm, protection)).to_vec(),
+                    false => SHARINGS.map(|sharing| Op::Map(vm, sharing)).to_vec(),
+                });
+                choices.extend(Some(Op::Unmap(vm)).filter(|_| world.has(*id, Gfn(pages - 1))));
             }
             if self.ops == Ops::Pressure {
                 choices.extend((0..pages).map(|page| Op::Touch(vm, page)).chain([Op::FreezeToSwap(vm)]));
@@ -151,6 +158,14 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         Op::Protect(vm, protection) => {
             let last = world.frames().last().expect("RAM");
             world.protect(ids[vm], GfnRange::new(last, PageCount(1)), protection);
+        }
+        Op::Unmap(vm) => {
+            let last = world.frames().last().expect("RAM");
+            world.try_unmap(ids[vm], GfnRange::new(last, PageCount(1))).expect("it is there");
+        }
+        Op::Map(vm, sharing) => {
+            let last = world.frames().last().expect("RAM");
+            world.try_map(ids[vm], GfnRange::new(last, PageCount(1)), sharing).expect("nothing is there");
         }
         Op::WriteBack => {
             world.write_back();
@@ -211,6 +226,7 @@ fn explore(scope: &Scope, ops: &mut Vec<Op>, depth: usize) -> u64 {
 }
 
 const PROTECTIONS: [Protection; 2] = [Protection::ReadOnly, Protection::ReadWrite];
+const SHARINGS: [Sharing; 2] = [Sharing::CopyOnWrite, Sharing::Shared];
 const GAPS: [Gaps; 3] = [Gaps::None, Gaps::All, Gaps::Stay];
 
 #[test]

@@ -40,6 +40,7 @@ pub enum Call {
     ReadScratch,
     ReadFile,
     Protect,
+    Map,
     PutSwap,
     GetSwap,
     Supply,
@@ -158,6 +159,8 @@ impl VecStores {
 pub struct VecStore {
     pages: Pages,
     size: PageCount,
+    /// Whoever maps it writes it: the manager does not know which pages are there.
+    is_shared: bool,
     /// Where a fill failed half way.
     torn: Option<GfnRange>,
     /// Pages that could not be freed.
@@ -175,11 +178,14 @@ impl StoreFactory for VecStores {
         ledger.check(Call::Create)?;
         ledger.stores.set(ledger.stores.get() + 1);
         let inode = Inode { pages: RefCell::default(), stuck: Cell::default(), ledger: Rc::clone(&ledger) };
-        Ok(VecStore { pages: Rc::new(inode), size: pages, torn: None, stuck: BTreeSet::new(), ledger })
+        let (is_shared, torn, stuck) = (false, None, BTreeSet::new());
+        Ok(VecStore { pages: Rc::new(inode), size: pages, is_shared, torn, stuck, ledger })
     }
 
     fn create_shared(&mut self, pages: PageCount) -> io::Result<VecStore> {
-        self.create(pages)
+        let mut store = self.create(pages)?;
+        store.is_shared = true;
+        Ok(store)
     }
 
     fn swap(&mut self) -> &mut SharedSwap {
@@ -221,6 +227,12 @@ impl Store for VecStore {
     fn punch(&mut self, first: PageIndex, count: PageCount) {
         self.ledger.punches.set(self.ledger.punches.get() + 1);
         let range = GfnRange::new(Gfn(first.0), count);
+        if self.is_shared {
+            let before = self.pages.borrow().len();
+            self.pages.borrow_mut().retain(|page, _| !range.contains(Gfn(*page)));
+            let freed = before - self.pages.borrow().len();
+            return self.ledger.pages.set(self.ledger.pages.get() - freed as u64);
+        }
         let torn = self.torn.take() == Some(range);
         let fails = self.ledger.check(Call::Punch).is_err();
         for index in range.raw() {
@@ -437,18 +449,37 @@ impl FakeWindow {
         }
     }
 
-    /// RAM without shared memory.
+    /// What is mapped of RAM, without shared memory.
     fn own_ram(&self) -> Vec<GfnRange> {
-        let mut own: RangeSet<u64> = RangeSet::new();
-        let mut all = Vec::new();
-        for ram in &self.ram {
-            own.insert(ram.raw());
-            let shared = self.runs.overlapping(ram.raw()).filter(|(_, source)| matches!(source, Source::Shared { .. }));
-            shared.for_each(|(pages, _)| own.remove(pages.clone()));
+        let own = |ram: &GfnRange| {
+            let runs = self.runs.overlapping(ram.raw()).filter(|(_, source)| !matches!(source, Source::Shared { .. }));
             // Ranges of RAM that lie side by side are two.
-            all.extend(own.overlapping(ram.raw()).map(|pages| GfnRange::from(pages.clone()).intersect(*ram)));
-        }
-        all
+            runs.map(|(pages, _)| ram.intersect(pages.clone().into()).raw()).collect::<RangeSet<u64>>()
+        };
+        self.ram.iter().flat_map(own).map(GfnRange::from).collect()
+    }
+
+    /// Maps a run where nothing is mapped; or fails, and nothing is.
+    pub fn show(&mut self, run: Run, mapped: Option<Mapped>) -> io::Result<()> {
+        self.ledger.check(Call::Map)?;
+        self.map(run, mapped);
+        Ok(())
+    }
+
+    /// Nothing is mapped at these pages any more; or all is as it was.
+    pub fn hide(&mut self, pages: GfnRange) -> io::Result<()> {
+        self.ledger.check(Call::Map)?;
+        let shared = self.runs.overlapping(pages.raw()).filter(|(_, source)| matches!(source, Source::Shared { .. }));
+        let shared: Vec<StoreId> = shared.filter_map(|(_, source)| source.store()).map(|(store, _)| store).collect();
+        self.runs.remove(pages.raw());
+        // Its pages go with the last mapping.
+        let names = |store| self.runs.iter().any(|(_, source)| source.store().is_some_and(|(id, _)| id == store));
+        let gone: Vec<StoreId> = shared.into_iter().filter(|&store| !names(store)).collect();
+        gone.iter().for_each(|store| drop(self.mapped.remove(store)));
+        self.present.retain(|page, _| !pages.contains(Gfn(*page)));
+        self.stayed.remove(pages.raw());
+        self.read_only.retain(|page| !pages.contains(Gfn(*page)));
+        Ok(())
     }
 
     fn beneath(&self, gfn: Gfn) -> Result<Stamp, Trapped> {
@@ -710,7 +741,10 @@ impl Window for FakeWindow {
     fn protect(&mut self, pages: GfnRange, protection: Protection) -> io::Result<()> {
         self.ledger.check(Call::Protect)?;
         match protection {
-            Protection::ReadOnly => self.read_only.extend(self.ram.iter().flat_map(|ram| ram.intersect(pages).raw())),
+            Protection::ReadOnly => {
+                let mapped: Vec<_> = self.runs.overlapping(pages.raw()).map(|(run, _)| run.clone()).collect();
+                self.read_only.extend(mapped.into_iter().flat_map(|run| pages.intersect(run.into()).raw()));
+            }
             Protection::ReadWrite => self.read_only.retain(|page| !pages.contains(Gfn(*page))),
         }
         Ok(())

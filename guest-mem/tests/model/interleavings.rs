@@ -9,7 +9,7 @@ use super::swap::WorldSwap;
 use super::world::{Half, Layout, Shedding, What, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::manager::Error;
-use guest_mem::{Activity, Destination, Protection, Touch, VmId};
+use guest_mem::{Activity, Destination, Protection, Sharing, Touch, VmId};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -29,6 +29,7 @@ pub enum Op {
     CopyClean(u64, u64),
     Balloon(u64, u64, u64),
     Protect(u64, u64, u64, Protection),
+    Remap(u64, u64, u64, Sharing),
     Begin(u64, Destination),
     Stand(u64),
     Take(u64, Gaps),
@@ -113,8 +114,8 @@ impl Stage {
 
     fn call(&self, rng: &mut Rng) -> Call {
         use Call::*;
-        let harmless = [Create, Fill, Read, ReadFile, PutSwap, Supply, Protect];
-        let deadly = [Create, Fill, Read, ReadFile, PutSwap, Supply, Protect, ReadScratch, GetSwap];
+        let harmless = [Create, Fill, Read, ReadFile, PutSwap, Supply, Protect, Map];
+        let deadly = [Create, Fill, Read, ReadFile, PutSwap, Supply, Protect, Map, ReadScratch, GetSwap];
         rng.pick(if self.deadly { &deadly[..] } else { &harmless[..] })
     }
 
@@ -158,6 +159,7 @@ impl Stage {
             93..95 => Op::Retry,
             95 | 96 if self.failing => Op::Fail(self.call(rng), 1 + rng.below(4)),
             97 => Op::Mend,
+            98 if rng.below(2) == 0 => Op::Remap(vm, page, count, rng.pick(&[Sharing::CopyOnWrite, Sharing::Shared])),
             98 => Op::Protect(vm, page, count, rng.pick(&[Protection::ReadOnly, Protection::ReadWrite])),
             99 => Op::Look,
             _ => Op::Write(vm, page, 1),
@@ -249,6 +251,15 @@ impl<'a, S: WorldSwap> Player<'a, S> {
                     for part in stretch.chunk_by(|a, b| a.0 + 1 == b.0) {
                         self.world.balloon(vm, GfnRange::new(part[0], PageCount(part.len() as u64)));
                     }
+                }
+            }
+            Op::Remap(vm, page, count, sharing) => {
+                let (vm, stretch) = (self.vm(vm), self.stretch(page, count));
+                let done = self.world.try_remap(vm, &stretch, sharing);
+                match self.world.halves.contains_key(&vm) {
+                    // One after the other: what is there may have been moved out.
+                    true => assert!(matches!(done, Ok(()) | Err(Error::Freezing(_))), "{done:?}"),
+                    false => self.may_fail(done),
                 }
             }
             Op::Protect(vm, page, count, protection) => {

@@ -7,7 +7,7 @@ use crate::rng::Rng;
 use crate::swap::Reads;
 use crate::world::{Layout, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
-use guest_mem::{Activity, Protection, Touch, VmId};
+use guest_mem::{Activity, Protection, Sharing, Touch, VmId};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// More VMs than this make no new ones.
@@ -174,7 +174,10 @@ impl Player {
                 }
             }
             71 => self.dedup(vm),
-            72 => self.protect(vm),
+            72 => match self.rng.below(3) {
+                0 => self.protect(vm),
+                _ => self.remap(vm),
+            },
             73 => self.world.freeze_in_vain(vm),
             74..80 => {
                 if self.world.vms.len() > 1 {
@@ -203,6 +206,12 @@ impl Player {
         let pages = GfnRange::between(stretch[0], Gfn(stretch[stretch.len() - 1].0 + 1));
         let protection = self.rng.pick(&[Protection::ReadOnly, Protection::ReadWrite]);
         self.world.protect(vm, pages, protection);
+    }
+
+    fn remap(&mut self, vm: VmId) {
+        let stretch = self.stretch();
+        let sharing = self.rng.pick(&[Sharing::CopyOnWrite, Sharing::Shared]);
+        self.world.try_remap(vm, &stretch, sharing).expect("nothing is to fail");
     }
 
     fn dedup(&mut self, vm: VmId) {

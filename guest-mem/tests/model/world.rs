@@ -1,6 +1,6 @@
 //! A family of VMs on fakes, and beside it what each of them must see.
 
-use super::fakes::{FakeFile, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStores, Write};
+use super::fakes::{FakeFile, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStore, VecStores, Write};
 use super::swap::{FakeSwap, WorldSwap};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::check::check_swap;
@@ -10,7 +10,7 @@ use guest_mem::object::{Found, Slot};
 use guest_mem::ops::Compaction;
 use guest_mem::stage2::Shape;
 use guest_mem::stats::PageCounts;
-use guest_mem::{Along, Destination, Harvest, Manager, Protection, Source, StoreId, Touch, VmId};
+use guest_mem::{Along, Destination, Harvest, Manager, Protection, Sharing, Source, StoreId, Touch, VmId};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -100,6 +100,9 @@ pub struct World<S = FakeSwap> {
     /// Regions of shared memory, and who has which where.
     regions: BTreeMap<u64, Memory>,
     shares: BTreeMap<VmId, Shares>,
+    next_region: u64,
+    /// Where VMs have nothing.
+    holes: BTreeMap<VmId, BTreeSet<u64>>,
     /// What VMs may not write.
     read_only: BTreeMap<VmId, BTreeSet<u64>>,
     /// What a child would see: the memory of each VM as of its last freeze.
@@ -158,6 +161,8 @@ impl<S: WorldSwap> World<S> {
             ram,
             regions: (0..).zip(&shared).map(|(region, _)| (region, Memory::new())).collect(),
             shares: BTreeMap::from([(vm, shares)]),
+            next_region: shared.len() as u64,
+            holes: BTreeMap::from([(vm, BTreeSet::new())]),
             read_only: BTreeMap::new(),
             frozen: vms.clone(),
             vms,
@@ -216,6 +221,9 @@ impl<S: WorldSwap> World<S> {
         touch: Touch,
         mut action: impl FnMut(&mut FakeWindow) -> Result<R, Trapped>,
     ) -> Result<Option<R>, Error> {
+        if !self.has(vm, gfn) {
+            return Ok(None);
+        }
         for _ in 0..2 {
             if let Ok(done) = action(self.window_mut(vm)) {
                 return Ok(Some(done));
@@ -243,6 +251,9 @@ impl<S: WorldSwap> World<S> {
         touch: Touch,
         mut action: impl FnMut(&mut FakeWindow) -> Result<R, Trapped>,
     ) -> Result<Option<R>, Error> {
+        if !self.has(vm, gfn) {
+            return Ok(None);
+        }
         for _ in 0..3 {
             if let Ok(done) = action(self.window_mut(vm)) {
                 return Ok(Some(done));
@@ -356,7 +367,7 @@ impl<S: WorldSwap> World<S> {
 
     /// A guest touches a page, and is left waiting if that is in swap.
     pub fn prefetch(&mut self, vm: VmId, gfn: Gfn, touch: Touch) {
-        if self.window(vm).read(gfn).is_err() {
+        if self.has(vm, gfn) && self.window(vm).read(gfn).is_err() {
             self.window_mut(vm).wait(gfn);
             self.manager.fault(vm, gfn, touch).expect("nothing is to fail");
         }
@@ -444,7 +455,8 @@ impl<S: WorldSwap> World<S> {
     /// A VM may write a part of its memory no more, or again.
     pub fn try_protect(&mut self, vm: VmId, pages: GfnRange, protection: Protection) -> Result<(), Error> {
         self.manager.protect(vm, pages, protection)?;
-        let frames = self.frames().filter(|gfn| pages.contains(*gfn)).map(|gfn| gfn.0);
+        let frames = self.frames().filter(|gfn| pages.contains(*gfn) && self.has(vm, *gfn));
+        let frames: Vec<u64> = frames.map(|gfn| gfn.0).collect();
         let read_only = self.read_only.entry(vm).or_default();
         match protection {
             Protection::ReadOnly => read_only.extend(frames),
@@ -455,6 +467,68 @@ impl<S: WorldSwap> World<S> {
 
     pub fn protect(&mut self, vm: VmId, pages: GfnRange, protection: Protection) {
         self.try_protect(vm, pages, protection).expect("nothing is to fail");
+    }
+
+    /// Whether a VM has something at a frame: a guest that touches what is not there is over, and plays no part.
+    pub fn has(&self, vm: VmId, gfn: Gfn) -> bool {
+        !self.holes[&vm].contains(&gfn.0)
+    }
+
+    /// A VM gets new memory where it has nothing. What stands in its way is told.
+    pub fn try_map(&mut self, vm: VmId, pages: GfnRange, sharing: Sharing) -> Result<(), Error> {
+        let show = |window: &mut FakeWindow, run, store: Option<&VecStore>| window.show(run, store.map(Mapped::store));
+        let done = self.manager.map(vm, pages, sharing, show);
+        let is_free = pages.iter().all(|gfn| !self.has(vm, gfn));
+        assert_eq!(matches!(done, Err(Error::Overlaps { .. })), !is_free && !self.halves.contains_key(&vm), "{done:?}");
+        done?;
+        self.holes.get_mut(&vm).expect("a VM of the model").retain(|page| !pages.contains(Gfn(*page)));
+        if sharing == Sharing::Shared {
+            let region = self.next_region;
+            self.next_region += 1;
+            self.regions.insert(region, Memory::new());
+            self.shares.get_mut(&vm).expect("a VM of the model").extend(shares(region, pages));
+        }
+        Ok(())
+    }
+
+    /// A VM has nothing at these pages any more. Whatever its window has done before is told first.
+    pub fn try_unmap(&mut self, vm: VmId, pages: GfnRange) -> Result<(), Error> {
+        self.tell_shed(vm);
+        let done = self.manager.unmap(vm, pages, |window| window.hide(pages));
+        let is_there = pages.iter().all(|gfn| self.has(vm, gfn) && self.frames().any(|frame| frame == gfn));
+        assert_eq!(
+            matches!(done, Err(Error::NotMapped { .. })),
+            !is_there && !self.halves.contains_key(&vm),
+            "{done:?}"
+        );
+        done?;
+        self.holes.get_mut(&vm).expect("a VM of the model").extend(pages.raw());
+        self.shares.get_mut(&vm).expect("a VM of the model").retain(|page, _| !pages.contains(Gfn(*page)));
+        for memory in [&mut self.vms, &mut self.frozen] {
+            memory.get_mut(&vm).expect("a VM of the model").retain(|page, _| !pages.contains(Gfn(*page)));
+        }
+        if let Some(read_only) = self.read_only.get_mut(&vm) {
+            read_only.retain(|page| !pages.contains(Gfn(*page)));
+        }
+        Ok(())
+    }
+
+    /// Unmaps pages, or, where one is not there, maps all that are not, and changes nothing of what is.
+    pub fn try_remap(&mut self, vm: VmId, frames: &[Gfn], sharing: Sharing) -> Result<(), Error> {
+        let apart = |a: &Gfn, b: &Gfn| self.has(vm, *a) == self.has(vm, *b) && a.0 + 1 == b.0;
+        let parts: Vec<(GfnRange, bool)> = frames
+            .chunk_by(apart)
+            .map(|part| (GfnRange::new(part[0], PageCount(part.len() as u64)), self.has(vm, part[0])))
+            .collect();
+        let all_there = parts.iter().all(|(_, is_there)| *is_there);
+        for (pages, is_there) in parts {
+            match is_there {
+                true if all_there => self.try_unmap(vm, pages)?,
+                true => {}
+                false => self.try_map(vm, pages, sharing)?,
+            }
+        }
+        Ok(())
     }
 
     /// KVM makes a private copy of a page that the guest only reads.
@@ -660,6 +734,7 @@ impl<S: WorldSwap> World<S> {
         self.vms.insert(child, seen.clone());
         self.frozen.insert(child, seen);
         self.shares.insert(child, self.shares[&parent].clone());
+        self.holes.insert(child, self.holes[&parent].clone());
         if let Some(read_only) = self.read_only.get(&parent).cloned() {
             self.read_only.insert(child, read_only);
         }
@@ -672,6 +747,7 @@ impl<S: WorldSwap> World<S> {
         self.vms.remove(&vm);
         self.frozen.remove(&vm);
         self.shares.remove(&vm);
+        self.holes.remove(&vm);
         self.halves.remove(&vm);
         self.sheddings.remove(&vm);
         self.manager.exit(vm);
@@ -802,7 +878,7 @@ impl<S: WorldSwap> World<S> {
         let family = self.manager.family();
         let mut viewers: BTreeMap<(StoreId, u64), u64> = BTreeMap::new();
         for vm in self.ids() {
-            for gfn in self.frames() {
+            for gfn in self.frames().filter(|gfn| self.has(vm, *gfn)) {
                 if let Some(page) = self.stored(vm, gfn) {
                     *viewers.entry(page).or_default() += 1;
                 }
@@ -811,7 +887,7 @@ impl<S: WorldSwap> World<S> {
         for vm in self.ids() {
             let live = self.window(vm).live();
             let mut want = PageCounts::default();
-            for gfn in self.frames() {
+            for gfn in self.frames().filter(|gfn| self.has(vm, *gfn)) {
                 let found = self.find(vm, gfn);
                 want.swapped += u64::from(found.is_some_and(|found| matches!(found.slot, Slot::Swapped(..))));
                 want.in_flight += u64::from(found.is_some_and(|found| found.slot.is_pending()));

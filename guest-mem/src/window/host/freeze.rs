@@ -200,8 +200,9 @@ impl HostWindow {
             }
         };
         self.pending.take_writes(&self.memory);
-        // Logs tell of shared memory, too.
-        self.shared.iter().for_each(|pages| self.pending.unmark(pages.clone().into()));
+        // Logs tell of shared memory, too, and of what was there before it was unmapped.
+        let others: Vec<GfnRange> = self.not_own().collect();
+        others.into_iter().for_each(|pages| self.pending.unmark(pages));
         trust
     }
 

@@ -4,6 +4,7 @@ use super::{HostWindow, HugePages, WindowError, during};
 use crate::addr::{Gfn, GfnRange, PageIndex};
 use crate::ids::{Run, Source, StoreId};
 use crate::sys::{Advice, MapAccess};
+use crate::window::Window;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -41,6 +42,27 @@ impl HostWindow {
                 self.map_run(run, stores, huge)?;
             }
         }
+        Ok(())
+    }
+
+    /// Unmaps pages of RAM: a touch of one is an error from now on, which a vCPU's `KVM_RUN` returns (`EFAULT`), and a thread
+    /// dies of (`SIGSEGV`). What the guest has written there is gone, and may be written again once something is mapped.
+    ///
+    /// # Errors
+    /// They are not in one range of RAM, or the system call failed: nothing has changed.
+    pub fn unmap(&mut self, pages: GfnRange) -> Result<(), WindowError> {
+        if !self.has_room(pages) {
+            return Err(WindowError::BadRun(Run { pages, source: Source::Anonymous }));
+        }
+        self.area.clear(pages).map_err(during("munmap", pages))?;
+        self.runs.unmapped(pages);
+        self.shared.remove(pages.raw());
+        self.unmapped.insert(pages.raw());
+        self.kept.remove(pages);
+        self.read_only.remove(pages);
+        self.given_back.add(pages);
+        // Who waits there would wait for ever.
+        self.wake(pages);
         Ok(())
     }
 

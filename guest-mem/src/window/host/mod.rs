@@ -131,6 +131,8 @@ pub struct HostWindow {
     read_only: PageSet,
     /// Where shared memory is mapped: nothing of it is private, and whatever freezes, gives back or moves leaves it alone.
     shared: RangeSet<u64>,
+    /// Where nothing is mapped any more.
+    unmapped: RangeSet<u64>,
     /// Pages dirty since the last successful freeze, as far as we were told and have not used it.
     pending: DirtyMap,
     /// Pages given back since the last successful freeze: what a log says of them may be of the time before.
@@ -164,6 +166,7 @@ impl HostWindow {
             kept: PageSet::default(),
             read_only: PageSet::default(),
             shared: RangeSet::new(),
+            unmapped: RangeSet::new(),
             given_back: PageSet::default(),
             ram: ram.to_vec(),
             runs: RunMap::default(),
@@ -227,7 +230,7 @@ impl HostWindow {
         }
         self.kept.clear();
         self.read_only.clear();
-        self.shared = RangeSet::new();
+        (self.shared, self.unmapped) = Default::default();
         self.retired = true;
         self.wake(GfnRange::between(Gfn(0), self.ram.last().map_or(Gfn(0), |ram| ram.end())));
         Ok(())
@@ -238,9 +241,16 @@ impl HostWindow {
         self.shared.iter().map(|pages| pages.clone().into())
     }
 
-    /// RAM without shared memory.
+    /// Where nothing is private, whatever a log says: shared memory, and what is not mapped.
+    fn not_own(&self) -> impl Iterator<Item = GfnRange> {
+        self.shared.iter().chain(self.unmapped.iter()).map(|pages| pages.clone().into())
+    }
+
+    /// The rest of RAM.
     fn own_ram(&self) -> Vec<GfnRange> {
-        without(&self.ram, &self.shared().collect::<Vec<_>>())
+        let mut others: Vec<GfnRange> = self.not_own().collect();
+        others.sort_unstable_by_key(|pages| pages.start());
+        without(&self.ram, &others)
     }
 
     /// What is mapped, sorted; neighbours that continue each other are one.

@@ -23,7 +23,11 @@ impl HostWindow {
             return Err(error);
         }
         match protection {
-            Protection::ReadOnly => self.read_only.add(pages),
+            Protection::ReadOnly => {
+                self.read_only.add(pages);
+                // What is mapped there one day is something new.
+                self.unmapped.overlapping(pages.raw()).for_each(|hole| self.read_only.remove(hole.clone().into()));
+            }
             Protection::ReadWrite => self.read_only.remove(pages),
         }
         parts.into_iter().for_each(|(part, source)| self.mapped(part, source));
@@ -37,6 +41,7 @@ impl HostWindow {
             Source::Shared { .. } => self.shared.insert(pages.raw()),
             Source::Anonymous | Source::Store { .. } => self.shared.remove(pages.raw()),
         }
+        self.unmapped.remove(pages.raw());
         self.runs.mapped(pages, source);
         self.read_only.within(pages).for_each(|part| self.runs.mapped(part, source));
     }

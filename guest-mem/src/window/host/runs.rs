@@ -27,6 +27,11 @@ impl RunMap {
         self.map.insert(pages.raw(), RunMapping { source, call: self.calls });
     }
 
+    /// Nothing is mapped at `pages` any more.
+    pub fn unmapped(&mut self, pages: GfnRange) {
+        self.map.remove(pages.raw());
+    }
+
     /// How many mappings there are, at most.
     pub fn count(&self) -> usize {
         self.map.len()

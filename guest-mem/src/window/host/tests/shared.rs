@@ -1,4 +1,4 @@
-//! Shared memory in windows.
+//! Shared memory in windows, and parts of RAM where nothing is mapped.
 
 use super::*;
 
@@ -81,4 +81,41 @@ fn what_is_shared_can_be_read_only_for_one() {
     one.window.protect(frames(AT), Protection::ReadWrite).unwrap();
     one.write(AT.start + 15, 5);
     assert_eq!(other.word(AT.start + 15), 5);
+}
+
+/// A log may tell of what was there before, and a stretch of private pages begins before it and ends behind it.
+#[test]
+fn no_freeze_maps_what_is_unmapped() {
+    for everything in [false, true] {
+        let Some(mut rig) = Rig::new(ALL) else { return };
+        (0..2 * PAGES).for_each(|frame| rig.write(frame, frame + 7));
+        let holes = [100..400, PAGES - 3..PAGES + 70].map(frames);
+        holes.iter().for_each(|pages| rig.window.unmap(*pages).unwrap());
+        let log = log_of(0..2 * PAGES);
+        let dirty = if everything { Dirty::Every } else { Dirty::Logged(&log) };
+        let (frozen, _file) = rig.freeze(dirty, 1, 1000);
+        let rest = [0..100, 400..PAGES - 3, PAGES + 70..2 * PAGES].map(frames);
+        assert_eq!(frozen.harvest.private(), rest);
+        let mapped = rig.window.runs().map(|run| run.pages).collect::<Vec<_>>();
+        assert!(mapped.iter().all(|run| holes.iter().all(|hole| hole.intersect(*run).is_empty())), "{mapped:?}");
+        let run = Run { pages: holes[0], source: Source::Anonymous };
+        rig.window.map(&[run], &[], HugePages::Never).unwrap();
+        assert_eq!((rig.word(100), rig.word(399)), (0, 0));
+        rig.write(200, 5);
+        let again = rig.freeze(dirty, 2, 1000).0;
+        assert_eq!(again.harvest.private(), [frames(200..201)]);
+    }
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    rig.window.unmap(frames(50..60)).unwrap();
+    rig.window.protect(frames(40..70), Protection::ReadOnly).unwrap();
+    let run = Run { pages: frames(50..60), source: Source::Anonymous };
+    rig.window.map(&[run], &[], HugePages::Never).unwrap();
+    rig.write(55, 3);
+    assert_eq!((rig.word(55), rig.word(45)), (3, 45), "what is new is not what was protected");
+    let Some(mut rig) = Rig::new(ALL) else { return };
+    assert!(rig.window.unmap(frames(2 * PAGES - 1..2 * PAGES + 1)).is_err(), "beyond RAM");
+    inject::fail_after(0);
+    assert!(rig.window.unmap(frames(5..6)).is_err());
+    inject::stop();
+    assert_eq!(rig.word(5), 5);
 }
