@@ -2,9 +2,8 @@
 //! a file. What they share goes there once, and comes back once.
 
 use guest_mem::local::{Local, LocalVm, Options};
-use guest_mem::manager;
 use guest_mem::swap::{SwapOptions, SwapStore};
-use guest_mem::{Gfn, GfnRange, PageCount};
+use guest_mem::{Gfn, GfnRange, PageCount, manager};
 use std::error::Error;
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex};

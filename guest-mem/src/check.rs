@@ -3,10 +3,7 @@
 use crate::addr::cluster::clusters;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, VmBooks};
-use crate::ids::ObjectId;
-use crate::ids::SwapSlot;
-use crate::ids::{Activity, VmId};
-use crate::ids::{Run, Source, StoreId};
+use crate::ids::{Activity, ObjectId, Run, Source, StoreId, SwapSlot, VmId};
 use crate::object::{Found, ObjectKind, Slot, shift_down};
 use crate::space::map::AddressMap;
 use crate::space::runs::{among, over};

@@ -5,9 +5,7 @@
 //! them can fail in a way that would have to be undone: what can fail is reserved before the data changes.
 
 use crate::addr::{GfnRange, PageCount};
-use crate::ids::StoreId;
-use crate::ids::SwapSlot;
-use crate::ids::VmId;
+use crate::ids::{StoreId, SwapSlot, VmId};
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]

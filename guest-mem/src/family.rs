@@ -9,9 +9,7 @@
 
 use crate::addr::page_set::joined;
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::ids::ObjectId;
-use crate::ids::{Activity, VmId};
-use crate::ids::{Run, Source, StoreId};
+use crate::ids::{Activity, ObjectId, Run, Source, StoreId, VmId};
 use crate::object::{Objects, Slot};
 use crate::ops::Taking;
 use crate::space::map::AddressMap;

@@ -2,8 +2,7 @@
 
 use crate::addr::{GfnRange, PageCount};
 use crate::family::Family;
-use crate::ids::StoreId;
-use crate::ids::VmId;
+use crate::ids::{StoreId, VmId};
 use crate::object::{ObjectKind, Slot, shift_down};
 use crate::space::runs::push_run;
 use crate::stage2::TableSharing;

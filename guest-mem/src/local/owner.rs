@@ -2,8 +2,7 @@
 
 use super::{Error, Event, LocalSwap, LocalVm, Observer, Options};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::ids::VmId;
-use crate::ids::{Run, StoreId};
+use crate::ids::{Run, StoreId, VmId};
 use crate::manager::{Evicted, MAX_RUNS, Manager, WRITEBACK_BATCH};
 use crate::ops::Destination;
 use crate::space::map::{Protection, Sharing};

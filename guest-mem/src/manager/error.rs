@@ -1,8 +1,7 @@
 //! What can go wrong with a family's memory.
 
 use crate::addr::{GfnRange, PageCount};
-use crate::ids::StoreId;
-use crate::ids::VmId;
+use crate::ids::{StoreId, VmId};
 use std::io;
 
 /// What went wrong.

@@ -1,14 +1,11 @@
 //! Pages that are brought before anybody touches them, since those before them were touched in order.
 
 use super::{Manager, WRITEBACK_BATCH};
-use crate::addr::cluster::CLUSTER;
-use crate::addr::cluster::{clusters, frames};
+use crate::addr::cluster::{CLUSTER, clusters, frames};
 use crate::addr::{Gfn, GfnRange, PageCount};
-use crate::ids::StoreId;
-use crate::ids::VmId;
-use crate::reclaim::Return;
-use crate::reclaim::SwapIn;
+use crate::ids::{StoreId, VmId};
 use crate::reclaim::readahead::Streams;
+use crate::reclaim::{Return, SwapIn};
 use crate::store::StoreFactory;
 use crate::swap::{Fetch, Swap};
 use crate::window::Window;

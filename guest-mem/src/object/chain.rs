@@ -3,8 +3,7 @@
 use super::{Objects, Slot};
 use crate::addr::extents::without;
 use crate::addr::{Gfn, GfnRange};
-use crate::ids::ObjectId;
-use crate::ids::StoreId;
+use crate::ids::{ObjectId, StoreId};
 
 /// What the chain says of a stretch of guest frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,10 @@
 //! Keeping the forest small. There are exactly two ways (as in FreeBSD's `vm_object_collapse`):
 //!
-//! * **absorb**: an object that no map entry shows and that has one shadow gives that shadow what it does not hide. The
-//!   stores stay as they are: nothing is copied, and no window is touched.
-//! * **bypass**: a shadow that hides everything its backing object has is stacked on what lies beneath that.
+//! * **merge** (Lokier 2000: an only child takes over its parent; FreeBSD's collapse): an object that no map entry shows and
+//!   that has one shadow gives that shadow what it does not hide. The stores stay as they are: nothing is copied, and no
+//!   window is touched.
+//! * **cut** (Lokier: all pages have been modified; FreeBSD's bypass): a shadow that hides everything its backing object has
+//!   is stacked on what lies beneath that.
 //!
 //! Neither is done over a shadow with copy-ups: those pages are still to be copied from below.
 
@@ -10,8 +12,7 @@ use super::{Backing, ObjectKind, Objects, Slot};
 use crate::addr::GfnRange;
 use crate::addr::extents::without;
 use crate::effect::Effects;
-use crate::ids::ObjectId;
-use crate::ids::{Activity, VmId};
+use crate::ids::{Activity, ObjectId, VmId};
 
 impl Objects {
     /// One map entry less, of this VM of this pace, shows `id`.
@@ -197,8 +198,7 @@ impl Objects {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::StoreId;
-    use crate::ids::VmId;
+    use crate::ids::{StoreId, VmId};
     use crate::steps::steps;
 
     /// Steps to absorb an object of two stores, page by page, into one that has as many stretches between.

@@ -1,9 +1,7 @@
 //! Where a page of an object is: a closed set of states, and the only place that knows.
 
 use crate::addr::Gfn;
-use crate::ids::Batch;
-use crate::ids::SwapSlot;
-use crate::ids::{Source, StoreId};
+use crate::ids::{Batch, Source, StoreId, SwapSlot};
 
 /// State of one page of an object. A page without a slot is *absent*: look further down the chain.
 ///

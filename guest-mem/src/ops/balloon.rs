@@ -7,8 +7,7 @@
 use crate::addr::GfnRange;
 use crate::effect::Effects;
 use crate::family::Family;
-use crate::ids::VmId;
-use crate::ids::{Run, Source};
+use crate::ids::{Run, Source, VmId};
 use crate::object::Slot;
 use crate::space::map::MapEntry;
 use crate::space::runs::outside;

@@ -23,9 +23,7 @@
 use crate::addr::extents::{push, without};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, VmBooks};
-use crate::ids::ObjectId;
-use crate::ids::VmId;
-use crate::ids::{Run, Source, StoreId};
+use crate::ids::{ObjectId, Run, Source, StoreId, VmId};
 use crate::object::{ObjectKind, Segment, Slot, ZERO_CLUSTER};
 use crate::space::runs::Runs;
 use std::collections::{BTreeMap, BTreeSet};

@@ -6,8 +6,7 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{DedupProgress, Family, VmBooks};
-use crate::ids::StoreId;
-use crate::ids::VmId;
+use crate::ids::{StoreId, VmId};
 use crate::object::{Segment, Slot};
 use crate::steps::step;
 

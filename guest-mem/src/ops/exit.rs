@@ -3,8 +3,7 @@
 use crate::addr::Gfn;
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
-use crate::ids::VmId;
-use crate::ids::{Run, Source};
+use crate::ids::{Run, Source, VmId};
 
 impl Family {
     /// Takes `vm` out of the books. Its window stays for as long as pages that others see wait in its scratch ranges. What

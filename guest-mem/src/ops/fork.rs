@@ -1,8 +1,7 @@
 //! Fork: one more VM that sees what its parent saw at its last freeze.
 
 use crate::family::{Family, VmBooks};
-use crate::ids::VmId;
-use crate::ids::{Run, Source};
+use crate::ids::{Run, Source, VmId};
 use crate::space::overlay::{NewWindow, Overlay};
 use crate::space::runs::{Runs, changed, over};
 

@@ -7,14 +7,11 @@ use crate::addr::extents::{merged, push, within, without};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, Freezing};
-use crate::ids::ObjectId;
-use crate::ids::VmId;
-use crate::ids::{Run, Source, StoreId};
+use crate::ids::{ObjectId, Run, Source, StoreId, VmId};
 use crate::object::{Backing, Segment, Slot};
 use crate::ops::Taking;
 use crate::space::map::MapEntry;
-use crate::space::runs::push_run;
-use crate::space::runs::{among, outside, over};
+use crate::space::runs::{among, outside, over, push_run};
 use crate::stage2::Cursor;
 use crate::window::Harvest;
 

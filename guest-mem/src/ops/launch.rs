@@ -2,8 +2,7 @@
 
 use crate::addr::GfnRange;
 use crate::family::{Family, ObjectMapping, VmBooks};
-use crate::ids::VmId;
-use crate::ids::{Run, Source};
+use crate::ids::{Run, Source, VmId};
 use crate::object::{Found, ObjectKind};
 use crate::space::map::{AddressMap, MapEntry, Sharing};
 use crate::stage2::Cursor;

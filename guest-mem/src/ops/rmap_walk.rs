@@ -13,8 +13,7 @@
 use crate::addr::extents::without;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::Family;
-use crate::ids::VmId;
-use crate::ids::{Run, StoreId};
+use crate::ids::{Run, StoreId, VmId};
 use crate::object::User;
 use crate::stage2::TableLooks;
 use rangemap::RangeSet;

@@ -3,10 +3,7 @@
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
-use crate::ids::ObjectId;
-use crate::ids::SwapSlot;
-use crate::ids::VmId;
-use crate::ids::{Run, Source, StoreId};
+use crate::ids::{ObjectId, Run, Source, StoreId, SwapSlot, VmId};
 use crate::object::accounts::StoreAccount;
 use crate::object::{Found, Loss, Segment, Slot, SwapBase};
 use std::ops::ControlFlow;

@@ -8,9 +8,7 @@ use crate::addr::cluster::{cluster_of, frames};
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
-use crate::ids::StoreId;
-use crate::ids::SwapSlot;
-use crate::ids::{Batch, ObjectId};
+use crate::ids::{Batch, ObjectId, StoreId, SwapSlot};
 use crate::object::{ObjectKind, Slot, SwapBase};
 use crate::reclaim::queue::Turn;
 

@@ -12,8 +12,7 @@
 
 use crate::addr::GfnRange;
 use crate::addr::cluster::{clusters, frames};
-use crate::ids::Batch;
-use crate::ids::StoreId;
+use crate::ids::{Batch, StoreId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// Evictions at least this recent are too recent, however little is left in memory.

@@ -4,10 +4,9 @@ use crate::addr::PageCount;
 use crate::ids::SwapSlot;
 use crate::swap::{Fetch, Swap};
 use std::cell::RefCell;
-use std::fmt;
-use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{fmt, io};
 use vmm_sys_util::eventfd::EventFd;
 
 /// For users without swap: nothing is ever evicted.

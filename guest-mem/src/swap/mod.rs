@@ -2,7 +2,8 @@
 //!
 //! One [`SwapStore`] serves all families of a server. It knows slots and bytes, and not whose they are or when to evict.
 //! It has one owner and no locks of its own; it never waits for the disk. Reads and writes are done by a few threads,
-//! and an event says that some have ended.
+//! and an event says that some have ended. What is on its way out or in, or both in memory and on the disk, is found by its slot:
+//! it is Tweedie's *swap cache* (1998), in which a page that many share stays one.
 //!
 //! ```text
 //!   put ──► Memory ─────write-out────► Writing ───────────► Clean ──cache is full──► Disk

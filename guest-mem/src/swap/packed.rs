@@ -67,7 +67,7 @@ impl Packed {
         &self.lengths
     }
 
-    /// The stored pages, without copy-ups.
+    /// The stored pages, without gaps.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }

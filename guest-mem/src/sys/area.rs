@@ -5,10 +5,9 @@ use super::inject;
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
 use std::any::Any;
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{io, ptr};
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice};
 

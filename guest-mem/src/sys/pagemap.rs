@@ -6,11 +6,10 @@ use linux_raw_sys::general::{
     PAGE_IS_FILE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, page_region, pm_scan_arg,
 };
 use std::fs::File;
-use std::io;
-use std::mem;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::{io, mem};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 /// How the pagemap is asked.

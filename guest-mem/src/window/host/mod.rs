@@ -35,15 +35,13 @@ use crate::addr::page_set::PageSet;
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::ids::{Run, Source, StoreId};
 use crate::space::map::Protection;
-use crate::sys::Written;
-use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd};
+use crate::sys::{Advice, Area, Pagemap, ScanMethod, Userfaultfd, Written};
 use dirty::DirtyMap;
 use rangemap::RangeSet;
 use runs::RunMap;
 use scratch::ScratchPool;
-use std::fmt;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::{fmt, io};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
