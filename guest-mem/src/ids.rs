@@ -22,7 +22,7 @@ pub struct StoreId(pub u32);
 pub struct SwapSlot(pub u64);
 
 impl SwapSlot {
-    /// The slot of the page that is `pages` further on in the same [`put`](Swap::put).
+    /// The slot of the page that is `pages` further on in the same [`put`](crate::swap::Swap::put).
     pub fn nth(self, pages: u64) -> Self {
         Self(self.0 + pages)
     }

@@ -13,7 +13,7 @@ pub enum Slot {
     /// Moved out of a window by the freeze into this store, and still in that window's scratch range.
     InFlight(StoreId),
     /// A clean page between moved ones: windows map this store here, which is to get a copy of what its VM saw there before:
-    /// this, at the same guest frame. What is [named](super::Objects::stored) so stays the same, whatever becomes of the chain.
+    /// this, at the same guest frame. What is named so stays the same, whatever becomes of the chain.
     CopyUp(StoreId, Source),
     /// In the store.
     Resident(StoreId),

@@ -1,7 +1,7 @@
 //! The window: one VM's guest-physical space as a range of some process's addresses, and the only way by which the
 //! manager touches a real address space (BSD's pmap layer, for host mappings).
 //!
-//! A window is made of *runs*: stretches of guest frames that one [`Source`] supplies. A run of a store is a private
+//! A window is made of *runs*: stretches of guest frames that one [`Source`](crate::ids::Source) supplies. A run of a store is a private
 //! (`MAP_PRIVATE`) mapping of the store's file, registered for traps; an anonymous run is plain private memory that
 //! never traps. What the guest writes becomes private pages of the process that holds the window, the VM's *live layer*,
 //! which only [a freeze](host::HostWindow::freeze) takes out. A run of shared memory is a `MAP_SHARED` mapping of its store,
