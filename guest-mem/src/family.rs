@@ -234,12 +234,12 @@ impl Family {
         let sources = sources.chain(self.left.replaced.iter().map(|run| run.source));
         let stores = sources.filter_map(|source| source.store().map(|(store, _)| store));
         let freezing = self.vms.values().filter_map(|vm| vm.freezing.map(Freezing::store));
-        let gaps = self.objects.iter().filter(|(_, object)| object.copy_ups > 0).flat_map(|(_, o)| o.slots.iter());
-        let gaps = gaps.filter_map(|(_, slot)| match slot {
+        let copied = self.objects.iter().filter(|(_, object)| object.copy_ups > 0).flat_map(|(_, o)| o.slots.iter());
+        let copied = copied.filter_map(|(_, slot)| match slot {
             Slot::CopyUp(_, Source::Store { store, .. }) => Some(store),
             _ => None,
         });
-        stores.chain(gaps).chain(self.objects.accounts.stores.keys().copied()).chain(freezing).collect()
+        stores.chain(copied).chain(self.objects.accounts.stores.keys().copied()).chain(freezing).collect()
     }
 }
 

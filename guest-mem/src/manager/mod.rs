@@ -1,7 +1,9 @@
 //! One family's memory manager: the books, and the hands that carry out what they say.
 
 mod check;
+mod effects;
 mod error;
+mod fault;
 mod map;
 mod readahead;
 mod reclaim;
@@ -13,29 +15,24 @@ use readahead::Readahead;
 pub use reclaim::{Evicted, SwapCounts};
 use waiters::{Reason, Waiters};
 
-use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
-use crate::effect::{Effect, Effects};
+use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::effect::Effects;
 use crate::family::{Family, ObjectMapping};
 use crate::ids::{StoreId, SwapSlot, VmId};
-use crate::object::{Loss, ZERO_CLUSTER};
-use crate::ops::{Compaction, Destination, Fault};
+use crate::object::ZERO_CLUSTER;
+use crate::ops::{Compaction, Destination};
 use crate::space::map::Protection;
 use crate::space::runs::Runs;
 use crate::stage2::Shape;
-use crate::store::{FileStore, Store, StoreFactory};
-use crate::swap::{Fetch, Swap};
-use crate::sys::Touch;
-use crate::window::{Along, Failure, Harvest, Window};
+use crate::store::{Store, StoreFactory};
+use crate::swap::Fetch;
+use crate::window::{Along, Harvest, Window};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::rc::Rc;
 
 /// Most pages written back at a time: few enough that whoever owns the manager soon gets to a waiting trap.
 pub const WRITEBACK_BATCH: PageCount = PageCount(64);
-/// Pages of stores freed at a time, where nobody waits for it.
-const FREED_BATCH: PageCount = PageCount(512);
-/// Slots of swap given back at a time.
-const SLOTS_BATCH: PageCount = PageCount(2048);
 /// Pages whose memory a scratch range gives back at a time.
 const LEFT_BATCH: PageCount = PageCount(512);
 /// A stretch of zero pages takes no storage from this length on. Shorter ones are stored: each would cost a trap.
@@ -285,84 +282,6 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.wake_frozen(vm);
     }
 
-    /// Carries out what cannot wait: pages are freed bit by bit, but for those that go with their store, and so are slots of
-    /// swap where they are many.
-    fn carry_out_in_time(&mut self, effects: Effects) {
-        let (mut rest, mut slots) = (Effects::default(), PageCount(0));
-        for effect in effects.0 {
-            match effect {
-                // What is there of shared memory is not known, but to its store.
-                Effect::Punch(store, pages) if self.shared.contains(&store) => self.punch(store, pages),
-                Effect::Punch(store, pages) => self.hidden.entry(store).or_default().push(pages),
-                Effect::FreeSwap(first, count) if slots >= SLOTS_BATCH => self.unneeded.push((first, count)),
-                effect => {
-                    if let Effect::FreeSwap(_, count) = effect {
-                        slots.0 += count.0;
-                    }
-                    rest.push(effect);
-                }
-            }
-        }
-        self.carry_out(rest);
-    }
-
-    /// Finds out about some of what freezes have hidden whether anybody sees it.
-    fn tidy(&mut self) {
-        let mut effects = Effects::default();
-        self.family.tidy(&mut effects);
-        self.carry_out_in_time(effects);
-    }
-
-    /// Frees some pages that are hidden from everybody, in stores and in swap. Whether more are left.
-    fn free_hidden(&mut self) -> bool {
-        self.give_slots_back(SLOTS_BATCH);
-        if !self.family.is_tidy() {
-            self.tidy();
-        }
-        let mut most = FREED_BATCH.0;
-        while most > 0
-            && let Some(mut entry) = self.hidden.first_entry()
-        {
-            let store = *entry.key();
-            let Some(pages) = entry.get_mut().pop() else {
-                entry.remove();
-                if !self.family.objects().accounts.stores.contains_key(&store) {
-                    self.drop_store(store);
-                }
-                continue;
-            };
-            let part = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + most)));
-            if part.end() < pages.end() {
-                entry.get_mut().push(GfnRange::between(part.end(), pages.end()));
-            }
-            most -= part.count().0;
-            self.punch(store, part);
-        }
-        !self.hidden.is_empty() || !self.unneeded.is_empty() || !self.family.is_tidy()
-    }
-
-    fn drop_store(&mut self, store: StoreId) {
-        self.hidden.remove(&store);
-        self.to_swap.remove(&store);
-        self.watched.remove(&store);
-        self.stores.remove(&store);
-        self.shared.remove(&store);
-        self.copied.remove(&store);
-        self.files.remove(&store);
-    }
-
-    fn punch(&mut self, store: StoreId, pages: GfnRange) {
-        self.touches(store, pages);
-        if let Some(store) = self.stores.get_mut(&store) {
-            store.punch(PageIndex(pages.start().0), pages.count());
-        }
-    }
-
-    /// Pages in stores that are about to be freed.
-    pub fn hidden(&self) -> PageCount {
-        PageCount(self.hidden.values().flatten().map(|pages| pages.count().0).sum())
-    }
-
     /// Who waited for the end of a freeze touches its page again.
     fn wake_frozen(&mut self, vm: VmId) {
         self.wake_all(|waiter, _, reason| waiter == vm && reason == Reason::Freeze);
@@ -450,98 +369,6 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.carry_out_in_time(effects);
     }
 
-    /// A guest waits for the page at `gfn`: gets it there and wakes the guest, now or when its page has been read from
-    /// swap. Whether it goes on in order, so that it most likely needs the pages that are written back next.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchVm`]. Otherwise the page could not be filled in: the guest waits on, and is served by the next
-    /// [`retry`](Self::retry).
-    pub fn fault(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<bool, Error> {
-        self.find(vm)?;
-        self.in_order = false;
-        let served = self.serve(vm, gfn, touch);
-        match served {
-            Ok(None) => drop(self.waiters.take(vm, GfnRange::new(gfn, PageCount(1)))),
-            Ok(Some(reason)) => self.waiters.add(vm, gfn, touch, reason),
-            Err(_) => self.waiters.add(vm, gfn, touch, Reason::Retry),
-        }
-        served.map(|_| self.in_order)
-    }
-
-    /// Answers a trap, if that can be done now; otherwise what its guest waits for.
-    fn serve(&mut self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<Option<Reason>, Error> {
-        match self.exclusive_swap_in(vm, gfn, touch)? {
-            None => {}
-            Some(Fetch::Here) => return Ok(None),
-            Some(Fetch::Coming) => return Ok(Some(Reason::Page)),
-        }
-        let answer = match self.write_back_at(vm, gfn, Family::fault)? {
-            Fault::File { store, pages, wake } => {
-                self.files[&store].ensure(pages).map_err(|source| Error::File { pages, source })?;
-                Fault::Wake(wake)
-            }
-            answer => answer,
-        };
-        let Some(window) = self.windows.get_mut(&vm) else { return Ok(None) };
-        let mut wake = |window: &mut W, pages| {
-            self.waiters.take(vm, pages);
-            window.wake(pages);
-        };
-        match answer {
-            Fault::Zero(zeros) => {
-                let page = GfnRange::new(gfn, PageCount(1));
-                if zeros.iter().any(|pages| pages.contains(gfn)) {
-                    // Whatever becomes of the others.
-                    window.zero(page);
-                }
-                zeros.iter().for_each(|&pages| window.zero(pages));
-                zeros.iter().chain([&page]).for_each(|&pages| wake(window, pages));
-            }
-            Fault::Lost(loss) => window.fail(lost(gfn, loss)),
-            Fault::Outside => window.fail(Failure::Outside(gfn)),
-            Fault::Wake(pages) | Fault::File { wake: pages, .. } => wake(window, pages),
-            Fault::Wait => return Ok(Some(Reason::Freeze)),
-            Fault::WriteBack(_) | Fault::SwapIn(_) => return Ok(Some(Reason::Page)),
-        }
-        Ok(None)
-    }
-
-    /// Writes back what `vm` sees around `gfn`, if it has not been written back, and has it read if it is in swap: its
-    /// children are about to need it.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchVm`]. Otherwise a page could not be filled in.
-    pub fn write_ahead(&mut self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
-        self.find(vm)?;
-        self.write_back_at(vm, gfn, Family::beneath).map(drop)
-    }
-
-    /// Does what `look` says until nothing is left but for who waits there; [`Fault::WriteBack`] and [`Fault::SwapIn`] where a
-    /// read is under way.
-    fn write_back_at(
-        &mut self,
-        vm: VmId,
-        gfn: Gfn,
-        look: impl Fn(&Family, VmId, Gfn) -> Fault,
-    ) -> Result<Fault, Error> {
-        loop {
-            match look(&self.family, vm, gfn) {
-                Fault::WriteBack(job) => match self.run_job(&job, Destination::Store)? {
-                    Fetch::Here => self.in_order = self.family.continue_after(&job),
-                    Fetch::Coming => return Ok(Fault::WriteBack(job)),
-                },
-                Fault::SwapIn(read) => {
-                    let order = self.look_ahead(vm, gfn);
-                    match self.swap_in(&read, order)? {
-                        Fetch::Here => {}
-                        Fetch::Coming => return Ok(Fault::SwapIn(read)),
-                    }
-                }
-                answer => return Ok(answer),
-            }
-        }
-    }
-
     /// Writes back one batch of pages, at most `limit` and [`WRITEBACK_BATCH`]. Whether more are left, those apart that are on
     /// their way: they are done after [`retry`](Self::retry).
     ///
@@ -579,60 +406,6 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         if let Some(window) = self.windows.get_mut(&vm) {
             action(window);
         }
-    }
-
-    fn carry_out(&mut self, effects: Effects) {
-        for effect in effects.0 {
-            match effect {
-                Effect::Punch(store, pages) => self.punch(store, pages),
-                Effect::FreeSwap(first, count) => self.factory.swap().free(first, count),
-                Effect::DropStore(store) => {
-                    // Windows of others may hold on to it beneath copies of their own, and must not to its pages.
-                    if !self.hidden.contains_key(&store) || self.family.vms.is_empty() {
-                        self.drop_store(store);
-                    }
-                }
-                Effect::DropScratch(holder, store) => {
-                    self.left.remove(&store);
-                    self.window_do(holder, |window| window.drop_scratch(store));
-                    if self.family.window_is_done(holder) {
-                        self.windows.remove(&holder);
-                    }
-                }
-                Effect::Zero(vm, pages) => {
-                    let waited = self.waiters.take(vm, pages);
-                    self.window_do(vm, |window| {
-                        window.zero(pages);
-                        if waited {
-                            window.wake(pages);
-                        }
-                    });
-                }
-                Effect::DropWindow(vm) => {
-                    self.windows.remove(&vm);
-                }
-                Effect::Fail(vm, pages) => self.window_do(vm, |window| window.fail(lost(pages.start(), Loss::Process))),
-            }
-        }
-    }
-}
-
-fn lost(gfn: Gfn, loss: Loss) -> Failure {
-    match loss {
-        Loss::Process => Failure::LostWithProcess(gfn),
-        Loss::Swap => Failure::LostInSwap(gfn),
-    }
-}
-
-/// What the family has in swap goes with it.
-impl<S: StoreFactory, W> Drop for Manager<S, W> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            // Books that may not be in order give nothing back.
-            return;
-        }
-        let slots: Vec<(SwapSlot, PageCount)> = self.family.swap_slots().chain(self.unneeded.drain(..)).collect();
-        slots.into_iter().for_each(|(first, count)| self.factory.swap().free(first, count));
     }
 }
 

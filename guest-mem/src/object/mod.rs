@@ -320,9 +320,9 @@ impl Objects {
     pub(crate) fn pending_copy_sources(&self, object: ObjectId, pages: GfnRange) -> RangeSet<u64> {
         let mut waited = RangeSet::new();
         for &above in self.writeback.pending.iter().filter(|&&above| self.has_copy_ups(above)) {
-            for (gap, slot) in self.slots_in(above, pages) {
+            for (copied, slot) in self.slots_in(above, pages) {
                 let Slot::CopyUp(_, source) = slot else { continue };
-                let sources = self.copy_up_sources(source, gap).filter(|(found, _)| found.object == object);
+                let sources = self.copy_up_sources(source, copied).filter(|(found, _)| found.object == object);
                 waited.extend(sources.map(|(_, part)| part.raw()));
             }
         }

@@ -98,10 +98,10 @@ impl Family {
                 Some(top) if !entry.needs_copy && taken == private => top,
                 _ => self.stack_top(vm, pages, entry),
             };
-            let gaps = without(&without(&taken, &private), &zeros);
-            let gaps = self.stage2.runs_of(self.vm(vm).root, &gaps);
+            let clean = without(&without(&taken, &private), &zeros);
+            let copy_ups = self.stage2.runs_of(self.vm(vm).root, &clean);
             self.fill_top(top, &Filling { taken: &taken, private: &private, zeros: &zeros }, store, effects);
-            for runs in gaps.chunk_by(|a, b| a.source == b.source) {
+            for runs in copy_ups.chunk_by(|a, b| a.source == b.source) {
                 self.objects.put_all(top, runs.iter().map(|run| run.pages), Slot::CopyUp(store, runs[0].source));
             }
             if let Some(below) = entry.object.filter(|&below| below != top) {

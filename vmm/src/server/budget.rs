@@ -304,9 +304,9 @@ impl Server {
             };
     }
 
-    fn set_activity(&mut self, vm: Generation, pace: Activity) {
+    fn set_activity(&mut self, vm: Generation, activity: Activity) {
         if let Some((family, member)) = self.vms.get(vm).and_then(|vm| vm.memory) {
-            self.families.get_mut(&family).expect("a VM has a family").set_activity(member, pace);
+            self.families.get_mut(&family).expect("a VM has a family").set_activity(member, activity);
         }
     }
 

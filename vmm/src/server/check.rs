@@ -42,7 +42,7 @@ enum CheckPart {
     /// What a store has: the kernel lists it.
     Store(FamilyId, StoreId),
     Swap,
-    CheckedWindow(CheckedWindow),
+    Window(CheckedWindow),
     Isolation,
 }
 
@@ -76,7 +76,7 @@ impl Server {
         }
         left.push_back(CheckPart::Swap);
         let window = |vm: &Vm| CheckedWindow { vm: vm.generation, at: Instant::now(), looks: LOOKS, told: None };
-        left.extend(self.vms.iter().map(|vm| CheckPart::CheckedWindow(window(vm))));
+        left.extend(self.vms.iter().map(|vm| CheckPart::Window(window(vm))));
         left.push_back(CheckPart::Isolation);
         self.checks.0.push(Check { client, report, left, asked: None, awaited: BTreeSet::new() });
     }
@@ -92,7 +92,7 @@ impl Server {
         let next = self.checks.0.iter().find(|check| !check.left.is_empty())?;
         match next.left.front()? {
             _ if next.asked.is_some() => None,
-            CheckPart::CheckedWindow(window) => Some(window.at),
+            CheckPart::Window(window) => Some(window.at),
             _ => Some(now),
         }
     }
@@ -108,8 +108,8 @@ impl Server {
             }
             CheckPart::Store(family, store) => *asked = self.ask_extents(*family, *store),
             CheckPart::Swap => self.check_swap(report),
-            CheckPart::CheckedWindow(window) if window.at > now => return,
-            CheckPart::CheckedWindow(window) => match self.ask_mappings(window.vm) {
+            CheckPart::Window(window) if window.at > now => return,
+            CheckPart::Window(window) => match self.ask_mappings(window.vm) {
                 Some((ticket, told)) => (*asked, window.told) = (Some(ticket), Some(told)),
                 None => report.vms += u64::from(self.steady(window.vm).is_some()),
             },
@@ -190,7 +190,7 @@ impl Server {
 
     /// What a VM process maps has been listed.
     pub(super) fn window_seen(&mut self, ticket: Ticket, mappings: io::Result<Vec<Mapping>>, live: u64) {
-        let Some(CheckPart::CheckedWindow(window)) = self.take_asked(ticket) else { return };
+        let Some(CheckPart::Window(window)) = self.take_asked(ticket) else { return };
         let again = CheckedWindow { at: Instant::now() + PAUSE, ..window.clone() };
         let Some(vm) = self.steady(window.vm) else { return };
         let told = vm.memory.map(|(family, member)| self.families[&family].family().runs(member).clone());
@@ -207,7 +207,7 @@ impl Server {
         };
         let Some(check) = self.current_check() else { return };
         match again {
-            Some(again) => check.left.push_front(CheckPart::CheckedWindow(again)),
+            Some(again) => check.left.push_front(CheckPart::Window(again)),
             None => {
                 check.report.vms += one.vms;
                 check.report.mappings += one.mappings;

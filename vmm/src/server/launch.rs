@@ -277,7 +277,8 @@ pub(super) fn stores_of(manager: &FamilyManager, runs: &[Run]) -> io::Result<(Ve
     Ok((stores.into_iter().collect(), descriptors))
 }
 
-/// A duplicate, which can be written through where the store is shared memory: a store may be gone by the time a process is prepared, and its descriptor with it.
+/// A duplicate, which can be written through where the store is shared memory: a store may be gone by the time a process is
+/// prepared, and its descriptor with it.
 fn descriptor(manager: &FamilyManager, id: StoreId) -> io::Result<OwnedFd> {
     if let Some(store) = manager.store(id) {
         return store.for_windows().try_clone_to_owned();

@@ -1,6 +1,8 @@
 //! The invariants, numbered as in the design. Run after every step of every model test, and on live servers.
 
-use crate::addr::cluster::clusters;
+mod accounts;
+mod viewers;
+
 use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::family::{Family, VmBooks};
 use crate::ids::{Activity, ObjectId, Run, Source, StoreId, SwapSlot, VmId};
@@ -9,9 +11,9 @@ use crate::space::map::AddressMap;
 use crate::space::runs::{among, over};
 use crate::stage2::{TableId, View, entries};
 use crate::swap::Swap;
-use rangemap::{RangeMap, RangeSet};
+use rangemap::RangeMap;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
 /// 4: no slot of swap is owned twice, and if `swap` can tell, every slot that is in use is owned: `owned` are those of all who
 /// use it.
@@ -47,29 +49,6 @@ fn joined_slots(slots: impl IntoIterator<Item = (SwapSlot, PageCount)>) -> (Vec<
         }
     }
     (joined, twice)
-}
-
-/// Pages of a store, by what they are.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    held: u64,
-    resident: u64,
-    copy_ups: u64,
-    in_flight: u64,
-    swapped: u64,
-}
-
-impl Counts {
-    fn add(&mut self, slot: Slot, pages: u64) {
-        self.held += pages;
-        match slot {
-            Slot::Resident(_) | Slot::Clean(..) => self.resident += pages,
-            Slot::CopyUp(..) => self.copy_ups += pages,
-            Slot::InFlight(_) => self.in_flight += pages,
-            Slot::Swapped(..) => self.swapped += pages,
-            Slot::Zero | Slot::Lost(..) => {}
-        }
-    }
 }
 
 /// What the chains of a VM have, by frames.
@@ -368,189 +347,6 @@ impl Family {
             if told != counted {
                 broken.push(format!("2: {id:?} counts {told} uses, {counted} exist"));
             }
-        }
-    }
-
-    /// 3: what an object's slots say of its pages, and the accounts of stores of them.
-    fn check_pages(&self, id: ObjectId, broken: &mut Vec<String>) {
-        let object = self.objects.get(id);
-        let mut gaps = 0;
-        let mut counts: BTreeMap<StoreId, Counts> = BTreeMap::new();
-        for (pages, slot) in object.slots.iter() {
-            let Some(store) = slot.store() else { continue };
-            counts.entry(store).or_default().add(slot, pages.count().0);
-            if let Slot::CopyUp(..) = slot {
-                gaps += pages.count().0;
-            }
-            if object.kind == ObjectKind::Anonymous
-                && slot.resident().is_some()
-                && !self.objects.accounts.queue.has(store, pages)
-            {
-                broken.push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
-            }
-            if let Slot::Clean(store, _) = slot
-                && !clusters(pages).all(|cluster| self.objects.accounts.clean.contains(&(store, cluster)))
-            {
-                broken.push(format!("3: copies in swap of pages {pages:?} of {store:?} would never be given up"));
-            }
-            if slot.is_pending() && !self.objects.writeback.pending.contains(&id) {
-                broken.push(format!("3: {id:?} has pending pages and is not listed"));
-            }
-        }
-        if gaps != object.copy_ups {
-            broken.push(format!("3: {id:?} counts {} gaps, and has {gaps}", object.copy_ups));
-        }
-        let known: BTreeSet<StoreId> = self.objects.stores_of(id).collect();
-        for &store in known.iter().chain(counts.keys().filter(|store| !known.contains(store))) {
-            let counted = counts.get(&store).copied().unwrap_or_default();
-            let owners: Vec<(ObjectId, u64)> = self.objects.accounts.owners(store).collect();
-            let told = owners.iter().find(|(owner, _)| *owner == id).map_or(0, |(_, held)| *held);
-            if told != counted.held {
-                broken.push(format!("3: {store:?} has {told} pages of {id:?}, its slots say {}", counted.held));
-            }
-            // What several have is counted by itself.
-            if owners.len() == 1 {
-                self.check_account(store, counted, broken);
-            }
-        }
-    }
-
-    /// 3: a page of a store is in one place only, and all objects that have some are those that its account knows.
-    fn check_shared_store(&self, store: StoreId, broken: &mut Vec<String>) {
-        if !self.objects.accounts.stores.contains_key(&store) {
-            return;
-        }
-        let (mut owned, mut counts) = (RangeSet::<u64>::new(), Counts::default());
-        for (id, _) in self.objects.accounts.owners(store) {
-            for (pages, slot) in self.objects.get(id).slots.iter().filter(|(_, slot)| slot.store() == Some(store)) {
-                if owned.overlaps(&pages.raw()) {
-                    broken.push(format!("3: pages {pages:?} of {store:?} belong to {id:?} and to another object"));
-                }
-                owned.insert(pages.raw());
-                counts.add(slot, pages.count().0);
-            }
-        }
-        self.check_account(store, counts, broken);
-    }
-
-    fn check_account(&self, store: StoreId, counted: Counts, broken: &mut Vec<String>) {
-        let Some(account) = self.objects.accounts.stores.get(&store) else {
-            return broken.push(format!("3: {store:?} has pages and no account"));
-        };
-        let left = account.scratch.map_or(0, |scratch| scratch.left);
-        let told = [account.resident, account.copy_ups, left, account.swapped];
-        let counted = [counted.resident, counted.copy_ups, counted.in_flight, counted.swapped];
-        if told != counted {
-            broken.push(format!("3: the account of {store:?} says {told:?}, its slots {counted:?}"));
-        }
-    }
-
-    /// 3 and 11: the accounts among each other.
-    fn check_accounts(&self, broken: &mut Vec<String>) {
-        for id in self.objects.writeback.put_off.difference(&self.objects.writeback.pending) {
-            broken.push(format!("3: {id:?} waits for swap, and has nothing pending"));
-        }
-        let anonymous =
-            self.objects.accounts.stores.iter().filter(|(_, account)| account.kind == ObjectKind::Anonymous);
-        let resident: u64 = anonymous.clone().map(|(_, account)| account.resident).sum();
-        if resident != self.objects.accounts.resident_pages {
-            broken.push(format!("3: {resident} pages are in stores, not {}", self.objects.accounts.resident_pages));
-        }
-        let is_idle =
-            |store: &StoreId| !self.objects.accounts.owners(*store).any(|(id, _)| self.objects.get(id).active > 0);
-        let idle: BTreeSet<StoreId> = anonymous.map(|(&store, _)| store).filter(is_idle).collect();
-        if !self.objects.accounts.queue.idle_is_sound(&idle) {
-            broken.push(format!("3: {idle:?} are the stores that only idle VMs see"));
-        }
-        for (&store, account) in &self.objects.accounts.stores {
-            let active = self.objects.accounts.owners(store).filter(|(id, _)| self.objects.get(*id).active > 0).count();
-            if active as u32 != account.active {
-                broken
-                    .push(format!("3: {store:?} counts {} active objects, {active} have pages of it", account.active));
-            }
-            let strangers =
-                self.objects.accounts.owners(store).filter(|(id, _)| self.objects.stores_of(*id).all(|of| of != store));
-            for (id, held) in strangers {
-                broken.push(format!("3: {store:?} has {held} pages of {id:?}, which knows nothing of it"));
-            }
-            if account.scratch.is_some_and(|scratch| scratch.left == 0) {
-                broken.push(format!("11: the scratch range of {store:?} is kept for nothing"));
-            }
-        }
-    }
-
-    /// 6 and 7: every page in a store or in swap is seen by some VM (or waited for by a copy-up), and the reverse map finds who
-    /// sees it, neither more nor fewer than a scan of all VMs does.
-    fn check_viewers(
-        &self,
-        chains: &BTreeMap<VmId, Chains>,
-        origins: &HashMap<ObjectId, Gfn>,
-        frames: GfnRange,
-        broken: &mut Vec<String>,
-    ) {
-        type Viewers = BTreeMap<(StoreId, VmId), RangeSet<u64>>;
-        let (mut scanned, mut found) = (Viewers::new(), Viewers::new());
-        let mut seen: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
-        for (&vm, chains) in chains {
-            for (frames, Found { origin, slot, .. }) in chains.iter() {
-                let Some(store) = slot.store() else { continue };
-                let pages = shift_down(frames.clone().into(), *origin).raw();
-                seen.entry(store).or_default().insert(pages.clone());
-                scanned.entry((store, vm)).or_default().insert(pages);
-            }
-        }
-        // Anonymous objects stand at frame 0, whether anybody sees them or not; files and shared memory where they are seen.
-        let indexes = |id: ObjectId| {
-            let origin = match (origins.get(&id), self.objects.get(id).kind) {
-                (Some(&origin), _) => origin,
-                (None, ObjectKind::Anonymous) => Gfn(0),
-                (None, ObjectKind::File | ObjectKind::Shared) => return GfnRange::default(),
-            };
-            let frames = frames.intersect(GfnRange::between(origin, Gfn(u64::MAX)));
-            if frames.is_empty() { frames } else { shift_down(frames, origin) }
-        };
-        let mut awaited: HashMap<ObjectId, RangeSet<u64>> = HashMap::new();
-        for (id, object) in self.objects.iter().filter(|(_, object)| object.copy_ups > 0) {
-            for (gap, slot) in object.slots.within(indexes(id)) {
-                let Slot::CopyUp(_, source) = slot else { continue };
-                let sources: Vec<(Found, GfnRange)> = self.objects.copy_up_sources(source, gap).collect();
-                for (found, pages) in &sources {
-                    awaited.entry(found.object).or_default().insert(pages.raw());
-                }
-                let below = self.objects.get(id).backing.map(|below| (Some(below.object), Gfn(below.origin)));
-                let (below, origin) = below.unwrap_or_default();
-                let below = self.objects.resolve(below, origin, gap).into_iter().filter_map(|segment| {
-                    segment.found.filter(|found| found.slot != Slot::Zero).map(|f| (f, f.indexes(segment.pages)))
-                });
-                let below: Vec<(Found, GfnRange)> = below.collect();
-                if below != sources {
-                    broken.push(format!("3: the gap {gap:?} of {id:?} is over {sources:?}, its chain has {below:?}"));
-                }
-            }
-        }
-        for (id, object) in self.objects.iter() {
-            for (pages, slot) in object.slots.within(indexes(id)) {
-                let Some(store) = slot.store() else { continue };
-                let _ = self.viewers(store, pages, |vm, run| {
-                    let pages = run.indexes().expect("a run of a store").raw();
-                    found.entry((store, vm)).or_default().insert(pages);
-                    ControlFlow::Continue(())
-                });
-                if object.kind == ObjectKind::File || !self.is_tidy() {
-                    continue;
-                }
-                let awaited = awaited.entry(id).or_default();
-                for hidden in seen.entry(store).or_default().gaps(&pages.raw()) {
-                    awaited.gaps(&hidden).for_each(|part| {
-                        broken.push(format!("6: nobody sees pages {part:?} of {store:?}, state {slot:?}"));
-                    });
-                }
-            }
-        }
-        if found != scanned {
-            let differ = |(a, b): &(_, _)| a != b;
-            let first = found.iter().zip(&scanned).find(differ);
-            broken.push(format!("7: the reverse map and a scan of all VMs differ, first at {first:?}"));
         }
     }
 }
