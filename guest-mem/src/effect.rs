@@ -4,14 +4,14 @@
 //! [`Manager`](crate::manager::Manager) is the one place that carries them out, in the order they were collected. None of
 //! them can fail in a way that would have to be undone: what can fail is reserved before the data changes.
 
-use crate::addr::{GfnRange, PageCount};
+use crate::addr::{GfnRange, PageCount, PageRange};
 use crate::ids::{StoreId, SwapSlot, VmId};
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Free these pages of a store: nobody sees them. (Page indexes, as frames of the family.)
-    Punch(StoreId, GfnRange),
+    /// Free these pages of a store: nobody sees them.
+    Punch(StoreId, PageRange),
     /// Nobody needs what is in these slots of swap.
     FreeSwap(SwapSlot, PageCount),
     /// Nothing refers to the store any more.

@@ -2,13 +2,13 @@
 //!
 //! A family is the VMs that descend from one launch: Torvalds' *group* (2004), which exec makes and fork joins, and which
 //! lists its address spaces. A page of anonymous memory has the same index in all of them, so the reverse map looks at that
-//! one address in each that may have it.
+//! one address in each that may have it; of one that was moved, the map entry tells where it is now.
 //!
 //! Objects and stage-2 tables do not know each other; they meet in the operations of [`ops`](crate::ops), each of which
 //! changes the books and collects effects. Nothing here touches memory, waits, or can fail half way.
 
 use crate::addr::page_set::joined;
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
 use crate::ids::{Activity, ObjectId, Run, Source, StoreId, VmId};
 use crate::object::{Objects, Slot};
 use crate::ops::Taking;
@@ -155,6 +155,12 @@ impl Family {
     /// What the window of `vm` maps at a frame.
     pub(crate) fn window_at(&self, vm: VmId, gfn: Gfn) -> Option<Source> {
         self.window_runs(vm, GfnRange::new(gfn, PageCount(1))).first().map(|run| run.source)
+    }
+
+    /// Which page of its store stage-2 shows `vm` at a frame.
+    pub(crate) fn page_at(&self, vm: VmId, gfn: Gfn) -> Option<PageIndex> {
+        let shown = self.stage2.runs(self.vm(vm).root, GfnRange::one(gfn));
+        shown.first().and_then(|run| run.source.page(gfn)).map(|(_, page)| page)
     }
 
     pub(crate) fn vm_mut(&mut self, id: VmId) -> &mut VmBooks {

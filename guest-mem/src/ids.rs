@@ -1,7 +1,7 @@
 //! The names by which parts of a family speak of each other, and what a run of guest frames shows. Nothing here knows what it
 //! names, so every module may use all of it.
 
-use crate::addr::{Gfn, GfnRange, PageIndex};
+use crate::addr::{Distance, Gfn, GfnRange, PageIndex, PageOrigin};
 use serde::{Deserialize, Serialize};
 
 /// Names a VM of its family. It may be another's when the VM, and all that waits in its window, is gone, and all other ids have
@@ -48,30 +48,30 @@ pub enum Activity {
 pub enum Source {
     /// Nothing lies beneath: private zero-filled memory.
     Anonymous,
-    /// A store, whose page 0 would stand at guest frame `origin`.
+    /// A store.
     Store {
         /// The store.
         store: StoreId,
-        /// Guest frame of the store's page 0.
-        origin: Gfn,
+        /// Where its pages stand.
+        origin: PageOrigin,
     },
     /// Shared memory: its store, which the guest writes.
     Shared {
         /// The store.
         store: StoreId,
-        /// Guest frame of the store's page 0.
-        origin: Gfn,
+        /// Where its pages stand.
+        origin: PageOrigin,
     },
 }
 
 impl Source {
     /// The store's page that stands at `gfn`, if a store supplies it.
     pub fn page(self, gfn: Gfn) -> Option<(StoreId, PageIndex)> {
-        self.store().map(|(store, origin)| (store, PageIndex(gfn.0 - origin.0)))
+        self.store().map(|(store, origin)| (store, origin.page(gfn)))
     }
 
-    /// The store that supplies it, if one does, and the guest frame of its page 0.
-    pub fn store(self) -> Option<(StoreId, Gfn)> {
+    /// The store that supplies it, if one does, and where its pages stand.
+    pub fn store(self) -> Option<(StoreId, PageOrigin)> {
         match self {
             Self::Anonymous => None,
             Self::Store { store, origin } | Self::Shared { store, origin } => Some((store, origin)),
@@ -80,6 +80,15 @@ impl Source {
 }
 
 impl Source {
+    /// What supplies the same pages once they have moved.
+    pub fn moved(self, by: Distance) -> Self {
+        match self {
+            Self::Anonymous => self,
+            Self::Store { store, origin } => Self::Store { store, origin: origin.moved(by) },
+            Self::Shared { store, origin } => Self::Shared { store, origin: origin.moved(by) },
+        }
+    }
+
     /// Whether a page of this source is `store`'s page at the same place.
     pub(crate) fn is_store(self, store: StoreId) -> bool {
         self.store().is_some_and(|(id, _)| id == store)
@@ -93,4 +102,11 @@ pub struct Run {
     pub pages: GfnRange,
     /// What lies beneath them.
     pub source: Source,
+}
+
+impl Run {
+    /// The same pages once they have moved.
+    pub fn moved(self, by: Distance) -> Self {
+        Self { pages: self.pages.moved(by), source: self.source.moved(by) }
+    }
 }

@@ -51,7 +51,7 @@ pub mod window;
 #[cfg(test)]
 extern crate self as guest_mem;
 
-pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex};
+pub use addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex, PageOrigin, PageRange};
 pub use ids::{Activity, Run, Source, StoreId, VmId};
 pub use local::{Local, LocalVm};
 pub use manager::Manager;

@@ -3,7 +3,7 @@
 use crate::addr::{GfnRange, PageCount};
 use crate::family::Family;
 use crate::ids::{StoreId, VmId};
-use crate::object::{ObjectKind, Slot, shift_down};
+use crate::object::{ObjectKind, Slot};
 use crate::space::runs::push_run;
 use crate::stage2::TableSharing;
 use rangemap::RangeSet;
@@ -88,7 +88,7 @@ impl Family {
         let own = own.into_iter().map(|run| (run, TableSharing::Own));
         for (run, sharing) in own.chain(shared.into_iter().map(|run| (run, TableSharing::Shared))) {
             let Some((store, origin)) = run.source.store() else { continue };
-            let indexes = shift_down(run.pages, origin);
+            let indexes = origin.pages(run.pages);
             let by_others = match sharing {
                 TableSharing::Own => self.seen(store, indexes, Some(id)),
                 TableSharing::Shared => RangeSet::from_iter([indexes.raw()]),
@@ -101,7 +101,7 @@ impl Family {
                     _ => {}
                 }
                 for frozen in live.gaps(&segment.pages.raw()) {
-                    let pages = shift_down(frozen.clone().into(), origin).raw();
+                    let pages = origin.pages(frozen.clone().into()).raw();
                     let own: u64 = by_others.gaps(&pages).map(|part| count(&part)).sum();
                     counts.private += own;
                     counts.shared += count(&pages) - own;

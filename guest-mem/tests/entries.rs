@@ -2,10 +2,12 @@
 
 use guest_mem::local::{Error, Options};
 use guest_mem::manager::Error as Cause;
-use guest_mem::{GfnRange, Local, LocalVm, PageCount, Protection, Sharing};
+use guest_mem::swap::{SwapOptions, SwapStore};
+use guest_mem::{Gfn, GfnRange, Local, LocalVm, PageCount, Protection, Sharing};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 256;
@@ -237,6 +239,87 @@ fn what_cannot_be_mapped_or_unmapped_is_told() {
     assert_eq!(before, PageCount(0));
     assert_eq!((read(&family, vm, 30), read(&family, vm, 55)), (0, 0));
     map(40..50).unwrap();
+    sound(&family);
+}
+
+/// What is shared with relatives, written, protected, given back and in swap moves, and none of it is copied; relatives have
+/// theirs where they had it. What was moved is frozen, inherited and evicted like all.
+#[test]
+fn a_vm_moves_parts_of_its_memory() {
+    let swap = SwapStore::open(SwapOptions { path: None, size: None, compressed: 8 << 20 }).unwrap();
+    let options = Options::default().shared(vec![pages(60..70)]).swap(Arc::new(Mutex::new(swap)));
+    let family = Local::with_options(vec![pages(0..PAGES)], options).expect("this test needs userfaultfd");
+    let parent = family.launch().unwrap();
+    (0..PAGES).for_each(|page| assert!(write(&family, parent, page, page + 1)));
+    family.unmap(parent, pages(150..PAGES)).unwrap();
+    let child = family.fork(parent).unwrap();
+    family.write_back().unwrap();
+    let stored = resident(&family);
+    (20..30).for_each(|page| assert!(write(&family, child, page, 1000 + page)));
+    family.protect(child, pages(30..35), Protection::ReadOnly).unwrap();
+    assert_eq!(family.balloon(child, &[pages(40..45)]).unwrap(), [pages(40..45)]);
+    family.evict_some(PageCount(80)).unwrap();
+    family.move_pages(child, pages(10..110), Gfn(150)).unwrap();
+    let word = |page: u64| match page {
+        20..30 => 1000 + page,
+        40..45 => 0,
+        _ => page + 1,
+    };
+    let seen = |vm, from: u64| (10..110).all(|page| read(&family, vm, from + page - 10) == word(page));
+    let old = |vm| (0..150).all(|page| read(&family, vm, page) == page + 1);
+    assert!(seen(child, 150) && old(parent));
+    assert!([10, 60, 109].iter().all(|&page| !is_there(&family, child, page)) && is_there(&family, child, 9));
+    assert!(!write(&family, child, 170, 0) && write(&family, child, 169, 1029));
+    assert_eq!(resident(&family), stored, "nothing is copied");
+    assert!(write(&family, child, 200, 61) && write(&family, parent, 61, 62), "it is shared as before");
+    assert_eq!((read(&family, parent, 60), read(&family, child, 201)), (61, 62));
+    sound(&family);
+    // Something else is where it was, and children have both where their parent has them.
+    family.map(child, pages(10..60), Sharing::CopyOnWrite).unwrap();
+    (10..60).for_each(|page| assert!(write(&family, child, page, 2000 + page)));
+    let grandchild = family.fork(child).unwrap();
+    family.write_back().unwrap();
+    for vm in [child, grandchild] {
+        assert!(seen(vm, 150) && (10..60).all(|page| read(&family, vm, page) == 2000 + page));
+    }
+    sound(&family);
+    // Down, and home again, over what was frozen elsewhere.
+    family.unmap(grandchild, pages(0..60)).unwrap();
+    family.move_pages(grandchild, pages(150..250), Gfn(10)).unwrap();
+    assert!(seen(grandchild, 10) && old(parent) && seen(child, 150));
+    family.evict_some(PageCount(1000)).unwrap();
+    let last = family.fork(grandchild).unwrap();
+    family.exit(parent).unwrap();
+    family.exit(child).unwrap();
+    family.write_back().unwrap();
+    assert!(seen(grandchild, 10) && seen(last, 10));
+    sound(&family);
+    family.exit(grandchild).unwrap();
+    family.exit(last).unwrap();
+    family.write_back().unwrap();
+    let totals = family.stats().unwrap().totals;
+    assert_eq!((totals.objects, totals.stores, totals.tables), (0, 0, 0));
+}
+
+#[test]
+fn what_cannot_be_moved_is_told() {
+    let family = Local::new(vec![pages(0..100), pages(200..PAGES)]).expect("this test needs userfaultfd");
+    let vm = family.launch().unwrap();
+    (0..100).for_each(|page| assert!(write(&family, vm, page, page)));
+    family.unmap(vm, pages(40..50)).unwrap();
+    family.unmap(vm, pages(210..220)).unwrap();
+    let go = |range, to| family.move_pages(vm, pages(range), Gfn(to)).map_err(cause);
+    assert!(matches!(go(0..11, 40), Err(Cause::Overlaps { with, .. }) if with == pages(50..51)));
+    assert!(matches!(go(50..60, 45), Err(Cause::Overlaps { with, .. }) if with == pages(50..55)));
+    assert!(matches!(go(35..45, 210), Err(Cause::NotMapped { .. })));
+    assert!(matches!(go(0..10, 120), Err(Cause::Map { .. })), "no memory of this family's");
+    for error in [go(0..0, 40), go(0..5, PAGES - 2), go(0..5, PAGES), go(0..5, u64::MAX), go(250..PAGES + 1, 40)] {
+        assert!(matches!(error, Err(Cause::OutOfBounds { .. })), "{error:?}");
+    }
+    (0..40).for_each(|page| assert_eq!(read(&family, vm, page), page));
+    go(0..10, 40).unwrap();
+    go(40..50, 210).unwrap();
+    assert_eq!((read(&family, vm, 215), is_there(&family, vm, 45)), (5, false));
     sound(&family);
 }
 

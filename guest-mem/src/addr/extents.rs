@@ -1,10 +1,10 @@
 //! Sorted lists of page ranges.
 
-use crate::addr::GfnRange;
+use crate::addr::{PageNumber, RangeOf};
 use crate::steps::step;
 
 /// The parts of sorted ranges that lie within `bounds`.
-pub(crate) fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Item = GfnRange> {
+pub(crate) fn within<I: PageNumber>(ranges: &[RangeOf<I>], bounds: RangeOf<I>) -> impl Iterator<Item = RangeOf<I>> {
     let first = ranges.partition_point(move |range| range.end() <= bounds.start());
     ranges[first..]
         .iter()
@@ -13,23 +13,23 @@ pub(crate) fn within(ranges: &[GfnRange], bounds: GfnRange) -> impl Iterator<Ite
 }
 
 /// What sorted `ranges` have besides sorted `holes`.
-pub(crate) fn without(ranges: &[GfnRange], holes: &[GfnRange]) -> Vec<GfnRange> {
+pub(crate) fn without<I: PageNumber>(ranges: &[RangeOf<I>], holes: &[RangeOf<I>]) -> Vec<RangeOf<I>> {
     let (mut rest, mut holes) = (Vec::new(), holes);
     for range in ranges {
         holes = &holes[holes.iter().take_while(|hole| hole.end() <= range.start()).inspect(|_| step()).count()..];
         let mut start = range.start();
         for hole in holes.iter().take_while(|hole| hole.start() < range.end()) {
-            rest.push(GfnRange::between(start, hole.start()));
+            rest.push(RangeOf::between(start, hole.start()));
             start = hole.end();
         }
-        rest.push(GfnRange::between(start, range.end()));
+        rest.push(RangeOf::between(start, range.end()));
     }
     rest.retain(|range| !range.is_empty());
     rest
 }
 
 /// All of two sorted lists, sorted.
-pub(crate) fn merged(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
+pub(crate) fn merged<I: PageNumber>(one: &[RangeOf<I>], other: &[RangeOf<I>]) -> Vec<RangeOf<I>> {
     let mut all = [one, other].concat();
     if !one.is_empty() && !other.is_empty() {
         // Stable, it knows two sorted parts for what they are.
@@ -39,12 +39,12 @@ pub(crate) fn merged(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
 }
 
 /// What lies in one of two sorted lists at least, sorted; ranges that overlap are one.
-pub(crate) fn union(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
-    let mut all: Vec<GfnRange> = Vec::with_capacity(one.len() + other.len());
+pub(crate) fn union<I: PageNumber>(one: &[RangeOf<I>], other: &[RangeOf<I>]) -> Vec<RangeOf<I>> {
+    let mut all: Vec<RangeOf<I>> = Vec::with_capacity(one.len() + other.len());
     for pages in merged(one, other) {
         match all.last_mut() {
             Some(last) if pages.start() < last.end() => {
-                *last = GfnRange::between(last.start(), last.end().max(pages.end()));
+                *last = RangeOf::between(last.start(), last.end().max(pages.end()));
             }
             _ => all.push(pages),
         }
@@ -53,9 +53,9 @@ pub(crate) fn union(one: &[GfnRange], other: &[GfnRange]) -> Vec<GfnRange> {
 }
 
 /// Appends `pages` to sorted ranges, joining it to the last where it continues that.
-pub(crate) fn push(ranges: &mut Vec<GfnRange>, pages: GfnRange) {
+pub(crate) fn push<I: PageNumber>(ranges: &mut Vec<RangeOf<I>>, pages: RangeOf<I>) {
     match ranges.last_mut() {
-        Some(last) if last.end() == pages.start() => *last = GfnRange::between(last.start(), pages.end()),
+        Some(last) if last.end() == pages.start() => *last = RangeOf::between(last.start(), pages.end()),
         _ => ranges.push(pages),
     }
 }

@@ -1,9 +1,10 @@
 //! What is said of pages, stretch by stretch.
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{PageNumber, RangeOf};
 use crate::steps::step;
 use std::collections::BTreeMap;
 use std::iter;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Pages of a chunk.
@@ -14,14 +15,15 @@ const CHUNK: u64 = 512;
 /// Stretches are cut at the borders of chunks, and those of a chunk stand in one list: a guest writes single pages by the
 /// thousand, near each other, and each is a stretch of its own.
 #[derive(Debug)]
-pub(crate) struct PageMap<V> {
+pub(crate) struct PageMap<I, V> {
     /// Chunks with pages. Their parts are sorted, and neighbours that continue each other are one.
     chunks: BTreeMap<u64, Vec<Piece<V>>>,
+    numbered: PhantomData<I>,
 }
 
-impl<V> Default for PageMap<V> {
+impl<I, V> Default for PageMap<I, V> {
     fn default() -> Self {
-        Self { chunks: BTreeMap::new() }
+        Self { chunks: BTreeMap::new(), numbered: PhantomData }
     }
 }
 
@@ -33,9 +35,9 @@ struct Piece<V> {
     value: V,
 }
 
-impl<V: Copy + PartialEq> PageMap<V> {
+impl<I: PageNumber, V: Copy + PartialEq> PageMap<I, V> {
     /// Gives pages this value, whatever they had.
-    pub fn replace(&mut self, pages: GfnRange, value: V) {
+    pub fn replace(&mut self, pages: RangeOf<I>, value: V) {
         for (chunk, start, end) in chunks(pages) {
             set(self.chunks.entry(chunk).or_default(), start, end, Some(value));
         }
@@ -45,7 +47,7 @@ impl<V: Copy + PartialEq> PageMap<V> {
     ///
     /// # Panics
     /// If one of them has a value: what it says of the page would be forgotten.
-    pub fn insert(&mut self, all: impl IntoIterator<Item = GfnRange>, value: V) {
+    pub fn insert(&mut self, all: impl IntoIterator<Item = RangeOf<I>>, value: V) {
         let mut all = all.into_iter().flat_map(chunks).peekable();
         while let Some(&(chunk, ..)) = all.peek() {
             let parts = self.chunks.entry(chunk).or_default();
@@ -63,7 +65,7 @@ impl<V: Copy + PartialEq> PageMap<V> {
     }
 
     /// Makes pages absent.
-    pub fn remove(&mut self, pages: GfnRange) {
+    pub fn remove(&mut self, pages: RangeOf<I>) {
         for (chunk, start, end) in chunks(pages) {
             if let Some(parts) = self.chunks.get_mut(&chunk) {
                 set(parts, start, end, None);
@@ -75,28 +77,28 @@ impl<V: Copy + PartialEq> PageMap<V> {
     }
 
     /// The value of a page; none of one that is absent.
-    pub fn get(&self, page: Gfn) -> Option<V> {
-        self.parts(GfnRange::between(page, Gfn(page.0 + 1))).next().map(|(_, value)| value)
+    pub fn get(&self, page: I) -> Option<V> {
+        self.parts(RangeOf::one(page)).next().map(|(_, value)| value)
     }
 
     /// The stretches among `pages`, cut to them.
-    pub fn within(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, V)> {
+    pub fn within(&self, pages: RangeOf<I>) -> impl Iterator<Item = (RangeOf<I>, V)> {
         let mut parts = self.parts(pages).peekable();
         iter::from_fn(move || {
             let (mut pages, value) = parts.next()?;
             while let Some((next, _)) = parts.next_if(|&(next, of)| next.start() == pages.end() && of == value) {
-                pages = GfnRange::between(pages.start(), next.end());
+                pages = RangeOf::between(pages.start(), next.end());
             }
             Some((pages, value))
         })
     }
 
     /// The same, cut at the borders of chunks besides.
-    pub fn parts(&self, pages: GfnRange) -> impl Iterator<Item = (GfnRange, V)> {
+    pub fn parts(&self, pages: RangeOf<I>) -> impl Iterator<Item = (RangeOf<I>, V)> {
         let chunks = self.chunks.range(chunks_of(pages));
         chunks.flat_map(move |(chunk, parts)| {
             let range = move |part: &Piece<V>| {
-                GfnRange::from(chunk * CHUNK + u64::from(part.start)..chunk * CHUNK + u64::from(part.end))
+                RangeOf::<I>::from(chunk * CHUNK + u64::from(part.start)..chunk * CHUNK + u64::from(part.end))
             };
             let first = parts.partition_point(|part| range(part).end() <= pages.start());
             let parts = parts[first..].iter().take_while(move |part| range(part).start() < pages.end());
@@ -105,13 +107,18 @@ impl<V: Copy + PartialEq> PageMap<V> {
     }
 
     /// All stretches.
-    pub fn iter(&self) -> impl Iterator<Item = (GfnRange, V)> {
+    pub fn iter(&self) -> impl Iterator<Item = (RangeOf<I>, V)> {
         self.within((0..u64::MAX).into())
     }
 
     /// Whether each of these pages has a value.
-    pub fn covers(&self, pages: GfnRange) -> bool {
+    pub fn covers(&self, pages: RangeOf<I>) -> bool {
         self.parts(pages).map(|(part, _)| part.count().0).sum::<u64>() == pages.count().0
+    }
+
+    /// A number behind that of each page that has a value.
+    pub fn end(&self) -> u64 {
+        self.chunks.last_key_value().map_or(0, |(chunk, _)| (chunk + 1) * CHUNK)
     }
 
     /// Whether all pages are absent.
@@ -137,13 +144,13 @@ impl<V: Copy + PartialEq> PageMap<V> {
     }
 }
 
-fn chunks_of(pages: GfnRange) -> Range<u64> {
-    if pages.is_empty() { 0..0 } else { pages.start().0 / CHUNK..pages.end().0.div_ceil(CHUNK) }
+fn chunks_of<I: PageNumber>(pages: RangeOf<I>) -> Range<u64> {
+    if pages.is_empty() { 0..0 } else { pages.start().raw() / CHUNK..pages.end().raw().div_ceil(CHUNK) }
 }
 
 /// The chunks of `pages`, and which pages of each.
-fn chunks(pages: GfnRange) -> impl Iterator<Item = (u64, u16, u16)> {
-    let (start, end) = (pages.start().0, pages.end().0);
+fn chunks<I: PageNumber>(pages: RangeOf<I>) -> impl Iterator<Item = (u64, u16, u16)> {
+    let (start, end) = (pages.start().raw(), pages.end().raw());
     chunks_of(pages).map(move |chunk| {
         let base = chunk * CHUNK;
         (chunk, (start.max(base) - base) as u16, (end.min(base + CHUNK) - base) as u16)
@@ -169,6 +176,7 @@ fn set<V: Copy + PartialEq>(parts: &mut Vec<Piece<V>>, start: u16, end: u16, val
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::{PageIndex, PageRange};
     use crate::ids::StoreId;
     use crate::object::Slot;
 
@@ -182,7 +190,7 @@ mod tests {
         for step in 0..4000 {
             let start = random(PAGES);
             let most = if random(4) == 0 { PAGES } else { 4 };
-            let pages = GfnRange::from(start..(start + random(most)).min(PAGES));
+            let pages = PageRange::from(start..(start + random(most)).min(PAGES));
             let slot = [None, Some(Slot::Zero), Some(Slot::Resident(StoreId(1))), Some(Slot::InFlight(StoreId(2)))];
             let slot = slot[random(4) as usize];
             match slot {
@@ -191,7 +199,7 @@ mod tests {
                 None => slots.remove(pages),
             }
             model[pages.start().0 as usize..pages.end().0 as usize].fill(slot);
-            let asked = GfnRange::from(random(PAGES)..random(PAGES));
+            let asked = PageRange::from(random(PAGES)..random(PAGES));
             let of_model = &model[asked.start().0 as usize..asked.end().0 as usize];
             assert_eq!(slots.covers(asked), of_model.iter().all(Option::is_some), "step {step}");
             let told = slots.within(asked);
@@ -199,7 +207,7 @@ mod tests {
             let want = asked.iter().zip(of_model).filter_map(|(page, slot)| Some((page, (*slot)?)));
             assert!(pages.eq(want), "step {step}");
             let all: Vec<_> = slots.iter().collect();
-            let apart = |pair: &[(GfnRange, Slot)]| pair[0].0.end() < pair[1].0.start() || pair[0].1 != pair[1].1;
+            let apart = |pair: &[(PageRange, Slot)]| pair[0].0.end() < pair[1].0.start() || pair[0].1 != pair[1].1;
             assert!(
                 all.windows(2).all(apart) && all.iter().all(|(pages, _)| !pages.is_empty()),
                 "step {step}: {all:?}"
@@ -212,7 +220,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "not overwritten")]
     fn a_slot_is_not_overwritten_by_accident() {
-        let mut slots = PageMap::default();
+        let mut slots = PageMap::<PageIndex, _>::default();
         slots.insert([(10..20).into(), (20..30).into()], Slot::Zero);
         slots.insert([(0..11).into()], Slot::Zero);
     }

@@ -3,10 +3,10 @@
 mod accounts;
 mod viewers;
 
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageOrigin};
 use crate::family::{Family, VmBooks};
 use crate::ids::{Activity, ObjectId, Run, Source, StoreId, SwapSlot, VmId};
-use crate::object::{Found, ObjectKind, Slot, shift_down};
+use crate::object::{Found, ObjectKind, Slot};
 use crate::space::map::AddressMap;
 use crate::space::runs::{among, over};
 use crate::stage2::{TableId, View, entries};
@@ -57,7 +57,7 @@ type Chains = RangeMap<u64, Found>;
 /// What can be checked by itself, at any time: each part takes as long as what it names is large.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// 1, 6, 7 and 8 at these frames: what all VMs see there.
+    /// 1, 7 and 8 at these frames: what all VMs see there. 3 and 6 of pages that have these numbers.
     Frames(GfnRange),
     /// 3 of an object's pages.
     Pages(ObjectId),
@@ -87,6 +87,8 @@ impl Family {
     /// many frames at a time.
     pub fn check_parts(&self, frames: PageCount) -> Vec<Part> {
         let ends = self.vms.values().filter_map(|vm| vm.map.iter().last()).map(|(pages, _)| pages.end().0);
+        // Pages keep their numbers where memory is moved down, or has gone.
+        let ends = ends.chain(self.objects.iter().map(|(_, object)| object.slots.end()));
         let starts = (0..ends.max().unwrap_or(0)).step_by(frames.0 as usize);
         let parts = starts.map(|start| Part::Frames(GfnRange::new(Gfn(start), frames)));
         parts.chain(self.parts_but_frames()).collect()
@@ -116,10 +118,7 @@ impl Family {
     }
 
     fn check_frames(&self, frames: GfnRange, broken: &mut Vec<String>) {
-        let (mut chains, mut origins) = (BTreeMap::new(), HashMap::new());
-        for (&id, vm) in &self.vms {
-            chains.insert(id, self.chains(&vm.map, frames, &mut origins));
-        }
+        let chains: BTreeMap<_, _> = self.vms.iter().map(|(&id, vm)| (id, self.chains(&vm.map, frames))).collect();
         for (&id, vm) in &self.vms {
             let end = vm.map.iter().last().map_or(0, |(pages, _)| pages.end().0);
             let frames = frames.intersect((0..end).into());
@@ -131,13 +130,14 @@ impl Family {
             self.check_overlay(id, vm, &chains[&id], &shown, frames, broken);
             self.check_shown(id, &chains[&id], frames, broken);
         }
-        self.check_viewers(&chains, &origins, frames, broken);
+        self.check_viewers(&chains, frames, broken);
+        // Pages of these numbers: each has its turn in one part, wherever it is seen.
+        self.check_seen(PageOrigin(0).pages(frames), broken);
     }
 
     /// What the chains behind a map have, frame by frame: object by object, from the top down. This is how the books say what
-    /// a VM sees without stage-2, and it has nothing in common with the looks that are compared with it. Where the objects
-    /// stand goes to `origins`.
-    fn chains(&self, map: &AddressMap, frames: GfnRange, origins: &mut HashMap<ObjectId, Gfn>) -> Chains {
+    /// a VM sees without stage-2, and it has nothing in common with the looks that are compared with it.
+    fn chains(&self, map: &AddressMap, frames: GfnRange) -> Chains {
         let mut chains = Chains::new();
         for (bounds, entry) in map.iter() {
             let bounds = bounds.intersect(frames);
@@ -147,14 +147,12 @@ impl Family {
             let mut origin = entry.origin;
             for id in self.objects.chain(entry.object) {
                 let object = self.objects.get(id);
-                origins.insert(id, origin);
-                let own = shift_down(bounds.intersect(GfnRange::between(origin, Gfn(u64::MAX))), origin);
-                for (pages, slot) in object.slots.within(own) {
-                    let frames = pages.start().0 + origin.0..pages.end().0 + origin.0;
+                for (pages, slot) in object.slots.within(origin.pages(bounds)) {
+                    let frames = origin.frames(pages).raw();
                     let new: Vec<_> = chains.gaps(&frames).collect();
                     new.into_iter().for_each(|part| chains.insert(part, Found { object: id, origin, slot }));
                 }
-                origin = Gfn(origin.0 + object.backing.map_or(0, |backing| backing.origin));
+                origin = origin + object.backing.map_or(PageOrigin(0), |backing| backing.origin);
             }
         }
         chains
@@ -291,9 +289,8 @@ impl Family {
             if active != object.active {
                 broken.push(format!("2: {id:?} counts {} active ones that show it, there are {active}", object.active));
             }
-            let absorbable = object.shadows.len() == 1
-                && object.kind == ObjectKind::Anonymous
-                && object.shadows.iter().all(|&shadow| !self.objects.has_copy_ups(shadow));
+            let absorbable =
+                object.shadows.len() == 1 && object.shadows.iter().all(|&shadow| self.objects.may_merge(id, shadow));
             if self.is_tidy() && object.mappings.is_empty() && (object.shadows.is_empty() || absorbable) {
                 broken.push(format!("2: {id:?} should have been collapsed"));
             }

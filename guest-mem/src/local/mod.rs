@@ -8,7 +8,7 @@ mod owner;
 #[cfg(test)]
 mod tests;
 
-use crate::addr::{GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount};
 use crate::ids::VmId;
 use crate::manager::{self, Evicted, Manager, SwapCounts};
 use crate::space::map::{Protection, Sharing};
@@ -343,6 +343,18 @@ impl Local {
     /// one range of the family's memory. Nothing has changed.
     pub fn unmap(&self, vm: LocalVm, pages: GfnRange) -> Result<(), Error> {
         self.ask(move |owner| owner.unmap_pages(vm, pages))?
+    }
+
+    /// `vm` has from frame `to` on, where it has [nothing](Self::unmap), what it has at `from`, and nothing there any more. Nothing
+    /// is copied, and relatives have it where they had it: see [`Manager::move_pages`]. Whoever holds the VM's
+    /// [memory](Self::memory) keeps out of both places meanwhile, and out of `from` afterwards.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`], [`Error::Failed`]; [`Error::Memory`] where it does not have all of `from`, something is in the way,
+    /// or one of the places lies in more than one range of the family's memory. Nothing has changed, unless the VM has
+    /// [failed](Self::failure).
+    pub fn move_pages(&self, vm: LocalVm, from: GfnRange, to: Gfn) -> Result<(), Error> {
+        self.ask(move |owner| owner.move_pages(vm, from, to))?
     }
 
     /// Takes a VM out. What only it saw is freed.

@@ -48,6 +48,9 @@ const AGAIN: i32 = 10;
 const BELL: u64 = u64::MAX;
 const SWAP: u64 = u64::MAX - 1;
 
+/// Why the manager cannot say that there is no such VM.
+const MEMBER: &str = "the manager knows all members";
+
 /// A VM of the family.
 struct LocalMember {
     /// A duplicate of its window's descriptor: windows are mapped from one side and served from the other.
@@ -260,18 +263,15 @@ impl FamilyThread {
         let store = self.manager.begin_freeze(vm, Destination::Store);
         let store = store.map_err(|cause| Error::Memory { operation: "fork", cause })?;
         match self.freeze(vm, store) {
-            Ok(harvest) => self.manager.finish_freeze(vm, &harvest),
+            Ok(harvest) => self.manager.finish_freeze(vm, &harvest).expect(MEMBER),
             Err(cause) => {
-                self.manager.abort_freeze(vm);
-                if matches!(cause, WindowError::Torn { .. }) {
-                    self.retire(vm);
-                    self.fail(vm, Failure::Torn);
-                }
+                self.manager.abort_freeze(vm).expect(MEMBER);
+                self.see_torn(vm, &cause);
                 return Err(in_window(cause));
             }
         }
         let window = self.reserve("fork")?;
-        let child = self.manager.fork(vm, window);
+        let child = self.manager.fork(vm, window).expect(MEMBER);
         self.open("fork", child, HugePages::Never)
     }
 
@@ -282,7 +282,7 @@ impl FamilyThread {
     }
 
     fn freeze(&mut self, vm: VmId, store: StoreId) -> Result<Harvest, WindowError> {
-        let along = self.manager.takes_along(vm);
+        let along = self.manager.takes_along(vm).expect(MEMBER);
         let file = self.manager.store(store).expect("just made").read_only();
         let file = file.try_clone_to_owned().map_err(WindowError::NoScratch)?;
         let window = self.manager.window_mut(vm).expect("a VM has a window");
@@ -298,7 +298,7 @@ impl FamilyThread {
                 Ok(LocalVm { family: self.family, id: vm })
             }
             Err(cause) => {
-                self.manager.exit(vm);
+                self.manager.exit(vm).expect(MEMBER);
                 Err(Error::Window { operation, cause })
             }
         }
@@ -347,7 +347,7 @@ impl FamilyThread {
         let vm = self.find_whole("balloon", vm)?;
         let window = self.manager.window_mut(vm).expect("a VM has a window");
         let given = window.balloon(pages, MAX_RUNS);
-        self.manager.balloon(vm, &given);
+        self.manager.balloon(vm, &given).expect(MEMBER);
         Ok(given)
     }
 
@@ -374,6 +374,30 @@ impl FamilyThread {
         self.manager.unmap(vm, pages, hide).map_err(|cause| Error::Memory { operation: "unmap", cause })
     }
 
+    pub fn move_pages(&mut self, vm: LocalVm, from: GfnRange, to: Gfn) -> Result<(), Error> {
+        let vm = self.find_whole("move", vm)?;
+        let mut torn = None;
+        let carry = |window: &mut HostWindow| {
+            let carried = window.move_pages(from, to);
+            carried.map_err(|error| {
+                let what = io::Error::other(error.to_string());
+                torn = Some(error);
+                what
+            })
+        };
+        let moved = self.manager.move_pages(vm, from, to, carry);
+        torn.into_iter().for_each(|error| self.see_torn(vm, &error));
+        moved.map_err(|cause| Error::Memory { operation: "move", cause })
+    }
+
+    /// A VM whose window is torn must not run on.
+    fn see_torn(&mut self, vm: VmId, error: &WindowError) {
+        if matches!(error, WindowError::Torn { .. }) {
+            self.retire(vm);
+            self.fail(vm, Failure::Torn);
+        }
+    }
+
     pub fn exit(&mut self, vm: LocalVm) -> Result<(), Error> {
         self.find("exit of", vm)?;
         let vm = vm.id;
@@ -384,7 +408,7 @@ impl FamilyThread {
         {
             log::error!("the traps of {vm:?}: {error}");
         }
-        self.manager.exit(vm);
+        self.manager.exit(vm).expect(MEMBER);
         Ok(())
     }
 

@@ -33,6 +33,40 @@ fn check(family: &Local) {
     assert_eq!(broken.unwrap(), Vec::<String>::new());
 }
 
+/// One that is gone, and one of another family: no call about them changes anything.
+#[test]
+fn a_vm_that_is_not_there_is_an_error_of_every_call() {
+    let (local, other) = (family(16), family(16));
+    let vm = local.launch().unwrap();
+    write(&local, vm, 3, 4);
+    let gone = local.fork(vm).unwrap();
+    local.exit(gone).unwrap();
+    local.write_back().unwrap();
+    let stranger = other.launch().unwrap();
+    let before = format!("{:?}", local.stats().unwrap());
+    for of in [gone, stranger] {
+        let pages = GfnRange::from(0..1);
+        let errors = [
+            local.fork(of).map(drop),
+            local.memory(of).map(drop),
+            local.failure(of).map(drop),
+            local.balloon(of, &[pages]).map(drop),
+            local.protect(of, pages, Protection::ReadOnly),
+            local.map(of, pages, Sharing::Shared),
+            local.unmap(of, pages),
+            local.move_pages(of, pages, Gfn(5)),
+            local.exit(of),
+        ];
+        for (call, error) in errors.iter().enumerate() {
+            assert!(matches!(error, Err(Error::NoSuchVm { vm, .. }) if *vm == of), "call {call}: {error:?}");
+        }
+    }
+    assert_eq!(format!("{:?}", local.stats().unwrap()), before);
+    assert_eq!((read(&local, vm, 3), read(&other, stranger, 3)), (4, 0));
+    check(&local);
+    check(&other);
+}
+
 /// A child reads pages that have not been written back yet.
 #[test]
 fn a_page_is_there_when_it_is_needed() {

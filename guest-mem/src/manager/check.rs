@@ -1,7 +1,7 @@
 //! The stores, held against the books.
 
 use super::Manager;
-use crate::addr::GfnRange;
+use crate::addr::PageRange;
 use crate::addr::extents::{push, without};
 use crate::ids::StoreId;
 use crate::store::{Store, StoreFactory};
@@ -32,7 +32,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Holds what was listed since [`watch_store`](Self::watch_store) against the books, but for pages that have come or gone
     /// since. Of a store that has gone there is nothing to say.
-    pub fn check_store(&mut self, id: StoreId, extents: &[GfnRange], broken: &mut Vec<String>) {
+    pub fn check_store(&mut self, id: StoreId, extents: &[PageRange], broken: &mut Vec<String>) {
         let Some(touched) = self.watched.remove(&id) else { return };
         if self.stores.contains_key(&id) {
             self.hold_against_books(id, extents, &sorted(touched), broken);
@@ -40,13 +40,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// These pages come into a store, or go.
-    pub(super) fn touches(&mut self, store: StoreId, pages: GfnRange) {
+    pub(super) fn touches(&mut self, store: StoreId, pages: PageRange) {
         if let Some(touched) = self.watched.get_mut(&store) {
             push(touched, pages);
         }
     }
 
-    fn hold_against_books(&self, id: StoreId, extents: &[GfnRange], touched: &[GfnRange], broken: &mut Vec<String>) {
+    fn hold_against_books(&self, id: StoreId, extents: &[PageRange], touched: &[PageRange], broken: &mut Vec<String>) {
         let hidden = sorted(self.hidden.get(&id).cloned().unwrap_or_default());
         let there = sorted(without(&without(extents, &hidden), touched));
         let told = sorted(without(&sorted(self.family.objects().resident_in(id)), touched));
@@ -57,13 +57,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 }
 
 /// The same pages in order, and as few ranges as can be.
-fn sorted(mut ranges: Vec<GfnRange>) -> Vec<GfnRange> {
+fn sorted(mut ranges: Vec<PageRange>) -> Vec<PageRange> {
     ranges.sort_unstable_by_key(|range| range.start());
-    let mut joined: Vec<GfnRange> = Vec::with_capacity(ranges.len());
+    let mut joined: Vec<PageRange> = Vec::with_capacity(ranges.len());
     for range in ranges {
         match joined.last_mut() {
             Some(last) if last.end() >= range.start() => {
-                *last = GfnRange::between(last.start(), last.end().max(range.end()));
+                *last = PageRange::between(last.start(), last.end().max(range.end()));
             }
             _ => joined.push(range),
         }
@@ -74,11 +74,11 @@ fn sorted(mut ranges: Vec<GfnRange>) -> Vec<GfnRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::PageCount;
+    use crate::addr::{GfnRange, PageCount};
     use crate::ops::Destination;
     use crate::stage2::Shape;
     use crate::store::memfd::MemfdStores;
-    use crate::testing::{Ones, ranges};
+    use crate::testing::Ones;
     use crate::window::Harvest;
 
     /// Pages of a store are written back, and others are freed, while a thread lists what it has.
@@ -89,9 +89,9 @@ mod tests {
         let vm = manager.launch(&[ram], &[], &[], Ones).unwrap();
         let store = manager.begin_freeze(vm, Destination::Store).unwrap();
         let harvest = Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() };
-        manager.finish_freeze(vm, &harvest);
+        manager.finish_freeze(vm, &harvest).unwrap();
         let listed = |manager: &Manager<MemfdStores, Ones>| manager.store(store).unwrap().extents().unwrap();
-        let judged = |manager: &mut Manager<MemfdStores, Ones>, extents: &[GfnRange]| {
+        let judged = |manager: &mut Manager<MemfdStores, Ones>, extents: &[PageRange]| {
             let mut broken = Vec::new();
             manager.check_store(store, extents, &mut broken);
             broken
@@ -100,7 +100,7 @@ mod tests {
         manager.watch_store(store);
         let extents = listed(&manager);
         manager.write_back(PageCount(64)).unwrap();
-        manager.balloon(vm, &[(10..20).into()]);
+        manager.balloon(vm, &[(10..20).into()]).unwrap();
         assert!(manager.hidden() > PageCount(0));
         while manager.write_back(PageCount(64)).unwrap() {}
         assert_eq!(manager.hidden(), PageCount(0));
@@ -112,12 +112,13 @@ mod tests {
         let extents = listed(&manager);
         assert_eq!(judged(&mut manager, &extents), Vec::<String>::new());
         manager.watch_store(store);
-        manager.exit(vm);
+        manager.exit(vm).unwrap();
         assert_eq!(judged(&mut manager, &[]), Vec::<String>::new(), "it has gone");
     }
 
     #[test]
     fn ranges_are_joined() {
-        assert_eq!(sorted(ranges(&[(4, 6), (0, 2), (2, 3), (5, 8)])), ranges(&[(0, 3), (4, 8)]));
+        let ranges = [4..6, 0..2, 2..3, 5..8].map(PageRange::from);
+        assert_eq!(sorted(ranges.to_vec()), [0..3, 4..8].map(PageRange::from));
     }
 }

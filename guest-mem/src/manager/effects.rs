@@ -1,7 +1,7 @@
 //! The one place that carries out what the books want done. What takes long is done bit by bit, in the rounds that follow.
 
 use super::Manager;
-use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::addr::{Gfn, PageCount, PageIndex, PageRange};
 use crate::effect::{Effect, Effects};
 use crate::ids::{StoreId, SwapSlot};
 use crate::object::Loss;
@@ -96,9 +96,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }
                 continue;
             };
-            let part = GfnRange::between(pages.start(), pages.end().min(Gfn(pages.start().0 + most)));
+            let part = PageRange::between(pages.start(), pages.end().min(PageIndex(pages.start().0 + most)));
             if part.end() < pages.end() {
-                entry.get_mut().push(GfnRange::between(part.end(), pages.end()));
+                entry.get_mut().push(PageRange::between(part.end(), pages.end()));
             }
             most -= part.count().0;
             self.punch(store, part);
@@ -116,10 +116,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         self.files.remove(&store);
     }
 
-    pub(super) fn punch(&mut self, store: StoreId, pages: GfnRange) {
+    pub(super) fn punch(&mut self, store: StoreId, pages: PageRange) {
         self.touches(store, pages);
         if let Some(store) = self.stores.get_mut(&store) {
-            store.punch(PageIndex(pages.start().0), pages.count());
+            store.punch(pages.start(), pages.count());
         }
     }
 

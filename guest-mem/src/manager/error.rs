@@ -1,6 +1,6 @@
 //! What can go wrong with a family's memory.
 
-use crate::addr::{GfnRange, PageCount};
+use crate::addr::{GfnRange, PageCount, PageRange};
 use crate::ids::{StoreId, VmId};
 use std::io;
 
@@ -25,7 +25,7 @@ pub enum Error {
         /// The store.
         store: StoreId,
         /// The pages.
-        pages: GfnRange,
+        pages: PageRange,
         /// Why.
         source: io::Error,
     },
@@ -36,7 +36,7 @@ pub enum Error {
         /// The store.
         store: StoreId,
         /// The pages.
-        pages: GfnRange,
+        pages: PageRange,
         /// Why.
         source: io::Error,
     },
@@ -44,7 +44,7 @@ pub enum Error {
     #[error("cannot read pages {pages:?} of a file")]
     File {
         /// The pages.
-        pages: GfnRange,
+        pages: PageRange,
         /// Why.
         source: io::Error,
     },
@@ -91,7 +91,7 @@ pub enum Error {
     #[error("cannot put pages {pages:?} into swap")]
     PutSwap {
         /// The pages.
-        pages: GfnRange,
+        pages: PageRange,
         /// Why.
         source: io::Error,
     },
@@ -114,26 +114,61 @@ mod tests {
     use super::*;
     use crate::Manager;
     use crate::addr::Gfn;
+    use crate::ids::Activity;
     use crate::ops::Destination;
     use crate::space::map::{Protection, Sharing};
     use crate::stage2::Shape;
     use crate::store::memfd::MemfdStores;
     use crate::sys::Touch;
-    use crate::window::host::HostWindow;
+    use crate::testing::Ones;
+    use crate::window::Harvest;
 
-    /// Each of them panicked.
+    /// Each of them panicked. One VM is gone, and one is of another family; both have a relative who goes on.
     #[test]
-    fn a_vm_that_is_gone_is_an_error() {
-        let mut manager = Manager::<_, HostWindow>::new(Shape::X86_64, PageCount(16), MemfdStores::new(None));
-        let gone = VmId(7);
-        let errors = [
-            manager.begin_freeze(gone, Destination::Store).map(drop),
-            manager.fault(gone, Gfn(0), Touch::Read).map(drop),
-            manager.write_ahead(gone, Gfn(0)),
-            manager.protect(gone, GfnRange::from(0..1), Protection::ReadOnly),
-            manager.map(gone, GfnRange::from(0..1), Sharing::Shared, |_, _, _| Ok(())),
-            manager.unmap(gone, GfnRange::from(0..1), |_| Ok(())),
-        ];
-        assert!(errors.iter().all(|error| matches!(error, Err(Error::NoSuchVm(vm)) if *vm == gone)), "{errors:?}");
+    fn a_vm_that_is_not_there_is_an_error_and_nothing_changes() {
+        let ram = GfnRange::from(0..64);
+        let mut manager = Manager::new(Shape::X86_64, PageCount(128), MemfdStores::new(None));
+        let vm = manager.launch(&[ram], &[], &[], Ones).unwrap();
+        let store = manager.begin_freeze(vm, Destination::Store).unwrap();
+        let harvest = Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() };
+        manager.finish_freeze(vm, &harvest).unwrap();
+        let gone = manager.fork(vm, Ones).unwrap();
+        manager.exit(gone).unwrap();
+        while manager.write_back(PageCount(64)).unwrap() {}
+        let state = |manager: &Manager<MemfdStores, Ones>| {
+            let vms: Vec<_> = manager.family().vms().map(|(id, vm)| (id, format!("{vm:?}"))).collect();
+            (manager.family().totals(), manager.windows(), manager.has_writeback(), vms)
+        };
+        let before = state(&manager);
+        for stranger in [gone, VmId(77)] {
+            let pages = GfnRange::from(0..1);
+            let errors = [
+                manager.begin_freeze(stranger, Destination::Store).map(drop),
+                manager.takes_along(stranger).map(drop),
+                manager.mends(stranger).map(drop),
+                manager.stands(stranger),
+                manager.abort_freeze(stranger),
+                manager.finish_freeze(stranger, &harvest),
+                manager.fork(stranger, Ones).map(drop),
+                manager.runs_of_child(stranger).map(drop),
+                manager.balloon(stranger, &[pages]),
+                manager.to_dedup(stranger, store, PageCount(1), PageCount(1)).map(drop),
+                manager.dedup(stranger, store, &[pages]),
+                manager.set_activity(stranger, Activity::Idle),
+                manager.fault(stranger, Gfn(0), Touch::Read).map(drop),
+                manager.write_ahead(stranger, Gfn(0)),
+                manager.protect(stranger, pages, Protection::ReadOnly),
+                manager.map(stranger, (64..65).into(), Sharing::Shared, |_, _, _| Ok(())),
+                manager.unmap(stranger, pages, |_| Ok(())),
+                manager.move_pages(stranger, pages, Gfn(64), |_| Ok(())),
+                manager.exit(stranger),
+            ];
+            for (call, error) in errors.iter().enumerate() {
+                assert!(matches!(error, Err(Error::NoSuchVm(of)) if *of == stranger), "call {call}: {error:?}");
+            }
+            assert!(manager.window(stranger).is_none() && manager.window_mut(stranger).is_none());
+            assert_eq!(state(&manager), before);
+            manager.family().check_invariants().unwrap();
+        }
     }
 }

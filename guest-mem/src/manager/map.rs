@@ -1,7 +1,7 @@
-//! What a VM maps and unmaps after its launch.
+//! What a VM maps, unmaps and moves after its launch.
 
 use super::{Error, Manager};
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Distance, Gfn, GfnRange};
 use crate::effect::Effects;
 use crate::ids::{Run, StoreId, VmId};
 use crate::space::map::Sharing;
@@ -73,11 +73,53 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         let mut effects = Effects::default();
         self.family.unmap(vm, pages, &mut effects);
         self.carry_out_in_time(effects);
-        // Who waited for one of them is told by the kernel that there is none.
+        self.wake_gone(vm, pages);
+        Ok(())
+    }
+
+    /// `vm` has from `to` on, where it had nothing, what it has at `from`, and nothing there any more: its window is to `carry` it.
+    /// Whatever it is, it stays what it is: private, frozen and wherever it has got since, given back, protected, shared with
+    /// relatives. Nothing is copied. Children have it where their parent has it when they are forked, and relatives where they
+    /// had it. Whoever touches `from` from now on touches memory that is not there.
+    ///
+    /// While the VM is being frozen it cannot be done: what its window has taken, it tells by where it was.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`], [`Error::Freezing`], [`Error::OutOfBounds`], [`Error::NotMapped`]; [`Error::Overlaps`] also where
+    /// `from` itself is in the way; [`Error::Map`] where the window could not. Nothing has changed.
+    pub fn move_pages(
+        &mut self,
+        vm: VmId,
+        from: GfnRange,
+        to: Gfn,
+        carry: impl FnOnce(&mut W) -> io::Result<()>,
+    ) -> Result<(), Error> {
+        self.may_remap(vm, from)?;
+        let by = Distance::between(from.start(), to);
+        // Beyond all that there can be, it ends where it starts.
+        let there = if to < Gfn(self.span.0) { from.moved(by) } else { GfnRange::between(to, to) };
+        self.may_remap(vm, there)?;
+        let map = self.family.vm(vm).map();
+        if !map.covers(from) {
+            return Err(Error::NotMapped { pages: from });
+        }
+        if let Some((with, _)) = map.within(there).next() {
+            return Err(Error::Overlaps { pages: there, with });
+        }
+        let window = self.windows.get_mut(&vm).expect("a VM has a window");
+        carry(window).map_err(|source| Error::Map { pages: from, source })?;
+        let mut effects = Effects::default();
+        self.family.move_pages(vm, from, by, &mut effects);
+        self.carry_out(effects);
+        self.wake_gone(vm, from);
+        Ok(())
+    }
+
+    /// Who waited for one of these pages is told by the kernel that there is none.
+    fn wake_gone(&mut self, vm: VmId, pages: GfnRange) {
         if self.waiters.take(vm, pages) {
             self.window_do(vm, |window| window.wake(pages));
         }
-        Ok(())
     }
 
     /// A store of shared memory that somebody maps.

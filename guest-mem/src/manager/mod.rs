@@ -15,7 +15,7 @@ use readahead::Readahead;
 pub use reclaim::{Evicted, SwapCounts};
 use waiters::{Reason, Waiters};
 
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageRange};
 use crate::effect::Effects;
 use crate::family::{Family, ObjectMapping};
 use crate::ids::{StoreId, SwapSlot, VmId};
@@ -53,8 +53,8 @@ pub struct Copied {
 /// One family's memory. Single owner, no locks, and no method waits.
 ///
 /// It owns the family's stores and the windows of its VMs; file stores are shared. When a VM exits, its window lives on until
-/// the last of its moved-out pages that others see has been written back. A call that cannot fail panics where it is asked
-/// about a VM that is gone: see [`Local`](crate::Local) for VMs that may be.
+/// the last of its moved-out pages that others see has been written back. A call about a VM that is gone, or was never of this
+/// family, is [an error](Error::NoSuchVm) and changes nothing.
 pub struct Manager<S: StoreFactory, W> {
     family: Family,
     factory: S,
@@ -75,14 +75,14 @@ pub struct Manager<S: StoreFactory, W> {
     to_swap: HashSet<StoreId>,
     /// Pages that nobody sees any more and that are still in their stores: to free them takes time, and guests that wait come
     /// first.
-    hidden: BTreeMap<StoreId, Vec<GfnRange>>,
+    hidden: BTreeMap<StoreId, Vec<PageRange>>,
     /// Pages of a scratch range that have been written back, and whose memory has not been given back.
-    left: HashMap<StoreId, GfnRange>,
+    left: HashMap<StoreId, PageRange>,
     swap_counts: SwapCounts,
     /// Slots of swap that nobody needs any more, and that have not been given back.
     unneeded: Vec<(SwapSlot, PageCount)>,
     /// Stores whose pages are being listed, and which of them have come or gone meanwhile.
-    watched: HashMap<StoreId, Vec<GfnRange>>,
+    watched: HashMap<StoreId, Vec<PageRange>>,
     staging: Vec<u8>,
     /// A stretch of zero pages takes no storage from this length on.
     zero_run: u64,
@@ -236,20 +236,27 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// What the window of `vm` is to take along in the freeze that has begun, written or not: of small old stores, and
     /// what is [lost](Self::mends) but for the copy that the window keeps.
-    pub fn takes_along(&mut self, vm: VmId) -> Along {
-        let copies = self.mends(vm);
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn takes_along(&mut self, vm: VmId) -> Result<Along, Error> {
+        let copies = self.mends(vm)?;
         let moves = match copies.is_empty() && self.zero_run < u64::MAX {
             true => self.family.compact(vm, self.compaction),
             false => Vec::new(),
         };
-        Along { copies, moves }
+        Ok(Along { copies, moves })
     }
 
     /// Pages of `vm` that are lost to its children, and that its window has a copy of. What a copy of its process had is lost
     /// with it, whether anybody has asked for it or not.
-    pub fn mends(&mut self, vm: VmId) -> Vec<GfnRange> {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn mends(&mut self, vm: VmId) -> Result<Vec<GfnRange>, Error> {
+        self.find(vm)?;
         self.find_lost(vm);
-        self.family.to_mend(vm)
+        Ok(self.family.to_mend(vm))
     }
 
     /// Nothing else is to be done: gets ready for the next freeze.
@@ -260,26 +267,50 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// The VM that is being frozen stands still. Whoever holds its window says so before it moves the first page, and
     /// whoever owns the manager hears it before any trap that comes afterwards: what is zero in the books may have been
     /// written and moved out, and must not be supplied any more.
-    pub fn stands(&mut self, vm: VmId) {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    ///
+    /// # Panics
+    /// If no freeze of it is under way.
+    pub fn stands(&mut self, vm: VmId) -> Result<(), Error> {
+        self.find(vm)?;
         self.family.stands(vm);
+        Ok(())
     }
 
     /// The window could not freeze, and has changed nothing.
-    pub fn abort_freeze(&mut self, vm: VmId) {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    ///
+    /// # Panics
+    /// If no freeze of it is under way.
+    pub fn abort_freeze(&mut self, vm: VmId) -> Result<(), Error> {
+        self.find(vm)?;
         let mut effects = Effects::default();
         self.family.abort_freeze(vm, &mut effects);
         self.carry_out(effects);
         self.wake_frozen(vm);
+        Ok(())
     }
 
     /// Second half of a freeze: the window has moved pages out.
-    pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest) {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    ///
+    /// # Panics
+    /// If no freeze of it is under way.
+    pub fn finish_freeze(&mut self, vm: VmId, harvest: &Harvest) -> Result<(), Error> {
+        self.find(vm)?;
         let mut effects = Effects::default();
         // Without traps a hole in a store would be filled by whoever reads it.
         let bridge = if self.zero_run == u64::MAX { PageCount(0) } else { ZERO_CLUSTER };
         self.family.finish_freeze(vm, harvest, bridge, &mut effects);
         self.carry_out_in_time(effects);
         self.wake_frozen(vm);
+        Ok(())
     }
 
     /// Who waited for the end of a freeze touches its page again.
@@ -296,10 +327,14 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// A child of `parent`, whose live layer is empty. The caller makes the window map [`Family::runs`], and protects what the
     /// child's [map](crate::family::VmBooks::map) says.
-    pub fn fork(&mut self, parent: VmId, window: W) -> VmId {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn fork(&mut self, parent: VmId, window: W) -> Result<VmId, Error> {
+        self.find(parent)?;
         let child = self.family.fork(parent, self.max_runs);
         self.windows.insert(child, window);
-        child
+        Ok(child)
     }
 
     /// From now on `vm` has this protection at `pages`, for as long as it lives or until it is changed; children inherit it.
@@ -325,16 +360,24 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// What the window of a child of `parent` will most likely show: all of it, if the parent has written nothing since its
     /// last freeze.
-    pub fn runs_of_child(&mut self, parent: VmId) -> Runs {
-        self.family.runs_of_child(parent, self.max_runs)
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn runs_of_child(&mut self, parent: VmId) -> Result<Runs, Error> {
+        self.find(parent)?;
+        Ok(self.family.runs_of_child(parent, self.max_runs))
     }
 
     /// `vm` has given pages back: its window shows nothing there any more, as anonymous memory does, and this is told
     /// before anything that its window did later. Frames outside of its memory do not count.
     ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    ///
     /// # Panics
     /// If the VM [stands](crate::family::VmBooks::stands) for a freeze.
-    pub fn balloon(&mut self, vm: VmId, pages: &[GfnRange]) {
+    pub fn balloon(&mut self, vm: VmId, pages: &[GfnRange]) -> Result<(), Error> {
+        self.find(vm)?;
         let mut effects = Effects::default();
         self.family.balloon(vm, pages, &mut effects);
         self.carry_out_in_time(effects);
@@ -344,29 +387,50 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 window.wake(pages);
             }
         }
+        Ok(())
     }
 
     /// Pages that the window of `vm` keeps from a freeze into `store`, and could [give up](Self::dedup): see
     /// [`Family::to_dedup`].
-    pub fn to_dedup(&self, vm: VmId, store: StoreId, least: PageCount, limit: PageCount) -> Vec<GfnRange> {
-        self.family.to_dedup(vm, store, least, limit, self.max_runs)
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn to_dedup(
+        &self,
+        vm: VmId,
+        store: StoreId,
+        least: PageCount,
+        limit: PageCount,
+    ) -> Result<Vec<GfnRange>, Error> {
+        self.find(vm)?;
+        Ok(self.family.to_dedup(vm, store, least, limit, self.max_runs))
     }
 
     /// The window of `vm` keeps these pages no longer, and maps `store` there; this is told before anything that its
     /// window did later.
-    pub fn dedup(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange]) {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn dedup(&mut self, vm: VmId, store: StoreId, pages: &[GfnRange]) -> Result<(), Error> {
+        self.find(vm)?;
         let mut effects = Effects::default();
         self.family.dedup(vm, store, pages, &mut effects);
         self.carry_out(effects);
+        Ok(())
     }
 
     /// Takes a VM out.
-    pub fn exit(&mut self, vm: VmId) {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn exit(&mut self, vm: VmId) -> Result<(), Error> {
+        self.find(vm)?;
         let mut effects = Effects::default();
         self.family.exit(vm, &mut effects);
         self.waiters.forget(vm);
         self.ahead.streams.forget(vm);
         self.carry_out_in_time(effects);
+        Ok(())
     }
 
     /// Writes back one batch of pages, at most `limit` and [`WRITEBACK_BATCH`]. Whether more are left, those apart that are on

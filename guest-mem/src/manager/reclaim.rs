@@ -3,10 +3,10 @@
 use super::waiters::Reason;
 use super::{Error, Manager};
 use crate::addr::cluster::by_clusters;
-use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::addr::{Gfn, GfnRange, PageCount, PageRange};
 use crate::effect::Effects;
 use crate::ids::{Activity, ObjectId, StoreId, SwapSlot, VmId};
-use crate::manager::readahead::{StagedPart, SwapInOrder};
+use crate::manager::readahead::{StagedPart, SwapInOrder, WaitedPage};
 use crate::ops::Placed;
 use crate::reclaim::evict::count;
 use crate::reclaim::{Return, SwapIn, Victim};
@@ -78,8 +78,13 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Says whether a VM needs its memory soon.
-    pub fn set_activity(&mut self, vm: VmId, activity: Activity) {
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn set_activity(&mut self, vm: VmId, activity: Activity) -> Result<(), Error> {
+        self.find(vm)?;
         self.family.set_activity(vm, activity);
+        Ok(())
     }
 
     /// Evicts about `limit` pages: those that only idle VMs see, then the oldest. A call looks at no page twice.
@@ -145,9 +150,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Evicts what is in stores of these pages of an object, cluster by cluster.
-    pub fn evict(&mut self, object: ObjectId, pages: GfnRange) -> Evicted {
+    pub fn evict(&mut self, object: ObjectId, pages: PageRange) -> Evicted {
         let mut all = Evicted::default();
-        let pages = if self.may_evict() { pages } else { GfnRange::default() };
+        let pages = if self.may_evict() { pages } else { PageRange::default() };
         for part in by_clusters(pages) {
             match self.evict_cluster(object, part) {
                 Ok(freed) => all.pages.0 += freed.0,
@@ -163,7 +168,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Evicts pages of one cluster, all or none.
-    fn evict_cluster(&mut self, object: ObjectId, pages: GfnRange) -> Result<PageCount, Error> {
+    fn evict_cluster(&mut self, object: ObjectId, pages: PageRange) -> Result<PageCount, Error> {
         let (victims, put) = loop {
             let victims = self.family.victims(object, pages);
             match self.put_victims(pages, &victims) {
@@ -180,12 +185,12 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Writes those of the victims to swap that are not there, and counts all.
-    fn put_victims(&mut self, pages: GfnRange, victims: &[Victim]) -> Result<Option<SwapSlot>, Error> {
+    fn put_victims(&mut self, pages: PageRange, victims: &[Victim]) -> Result<Option<SwapSlot>, Error> {
         let mut end = 0;
         for victim in victims.iter().filter(|victim| !victim.is_clean()) {
             let buf = &mut self.staging[end..end + victim.pages.len_bytes()];
             let (store, pages) = (victim.store, victim.pages);
-            let read = self.stores[&store].read(PageIndex(pages.start().0), buf);
+            let read = self.stores[&store].read(pages.start(), buf);
             read.map_err(|source| Error::Read { store, pages, source })?;
             end += victim.pages.len_bytes();
         }
@@ -228,9 +233,9 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub(super) fn place_read(&mut self, read: &SwapIn, order: SwapInOrder, how: Return) -> Result<(), Error> {
         self.swap_counts.swap_in_pages += read.count.0;
         for StagedPart { pages, store, staged } in order.parts(&self.family.swapping_in(read)) {
-            let waits = order.first().filter(|(_, page)| pages.contains(*page));
+            let waits = order.first().filter(|waited| pages.contains(waited.page));
             let supplied = match (order, waits) {
-                (SwapInOrder::Live(..), Some((vm, page))) => self.supply(vm, page, staged.clone()),
+                (SwapInOrder::Live(_), Some(waited)) => self.supply(waited.vm, waited.gfn, staged.clone()),
                 _ => false,
             };
             if !supplied {
@@ -241,7 +246,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 self.doze(store);
                 self.wake_for_pages(store, pages);
             }
-            if let Some((vm, gfn)) = waits {
+            if let Some(WaitedPage { vm, gfn, .. }) = waits {
                 wake(&mut self.windows, vm, gfn);
             }
         }
@@ -261,7 +266,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
         };
         let Some(read) = read else { return Ok(None) };
         self.look_ahead(vm, gfn);
-        match self.swap_in(&read, SwapInOrder::Live(vm, gfn))? {
+        match self.swap_in(&read, SwapInOrder::Live(self.waited(vm, gfn)))? {
             Fetch::Coming => Ok(Some(Fetch::Coming)),
             // In the books it is where it was, unless it was lost, or its window did not take it.
             Fetch::Here => Ok(self.family.exclusive_swap_in(vm, gfn).map(|_| Fetch::Here)),
@@ -299,7 +304,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Guests that wait for these pages look again.
-    fn wake_for_pages(&mut self, store: StoreId, pages: GfnRange) {
+    fn wake_for_pages(&mut self, store: StoreId, pages: PageRange) {
         let family = &self.family;
         for (vm, gfn, _) in self.waiters.take_all(|vm, gfn, _| family.maps(vm, gfn, store, pages)) {
             wake(&mut self.windows, vm, gfn);
@@ -327,7 +332,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Pages that are in swap only cannot be read from there.
-    pub(super) fn lose(&mut self, object: ObjectId, pages: GfnRange, why: &io::Error) {
+    pub(super) fn lose(&mut self, object: ObjectId, pages: PageRange, why: &io::Error) {
         log::error!("pages {pages:?} of {object:?} are lost in swap: {why}");
         self.swap_counts.lost_pages += pages.count().0;
         let mut effects = Effects::default();
@@ -338,7 +343,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Puts staged pages of one cluster that have not been written back into swap, if swap takes them.
-    pub(super) fn put_staged(&mut self, pages: GfnRange, staged: Range<usize>) -> Option<Placed> {
+    pub(super) fn put_staged(&mut self, pages: PageRange, staged: Range<usize>) -> Option<Placed> {
         let put = loop {
             match self.factory.swap().put(&self.staging[staged.clone()]) {
                 Err(error) if error.kind() == io::ErrorKind::StorageFull && self.reclaim_swap_cache(COPIES).0 > 0 => {}
@@ -412,7 +417,7 @@ mod tests {
         let vm = manager.launch(&[ram], &[], &[], Ones).unwrap();
         manager.begin_freeze(vm, Destination::Swap).unwrap();
         let harvest = Harvest { moved: vec![ram], moved_private: vec![ram], ..Harvest::default() };
-        manager.finish_freeze(vm, &harvest);
+        manager.finish_freeze(vm, &harvest).unwrap();
         while manager.write_back(PageCount(64)).unwrap() {}
         assert_eq!(swap.borrow().has, PAGES);
         (swap, manager, vm)
@@ -422,7 +427,7 @@ mod tests {
     #[test]
     fn slots_of_a_vm_that_is_gone_are_given_back_bit_by_bit() {
         let (swap, mut manager, vm) = swapped();
-        manager.exit(vm);
+        manager.exit(vm).unwrap();
         let mut left = swap.borrow().has;
         assert!(PAGES - left <= 2048, "{left} pages are left");
         assert_eq!(manager.unneeded_slots(), PageCount(left));
@@ -441,7 +446,7 @@ mod tests {
     #[test]
     fn slots_that_nobody_needs_are_given_back_before_copies_are_given_up_and_with_their_family() {
         let (swap, mut manager, vm) = swapped();
-        manager.exit(vm);
+        manager.exit(vm).unwrap();
         let before = swap.borrow().has;
         assert_eq!(manager.reclaim_swap_cache(PageCount(64)), PageCount(64));
         assert_eq!(swap.borrow().has, before - 64);

@@ -2,7 +2,7 @@
 
 use super::{Error, LEFT_BATCH, Manager, WRITEBACK_BATCH};
 use crate::addr::cluster::by_clusters;
-use crate::addr::{GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use crate::addr::{GfnRange, PAGE_SIZE, PageCount, PageOrigin, PageRange};
 use crate::effect::Effects;
 use crate::ids::{StoreId, VmId};
 use crate::object::Loss;
@@ -27,7 +27,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     /// Brings a job's pages where they belong: `to` is where those go that are not zero. Nothing is done where they are
     /// coming.
     pub(super) fn run_job(&mut self, job: &WritebackJob, to: Destination) -> Result<Fetch, Error> {
-        let pages = GfnRange::new(job.pages.start(), PageCount(job.pages.count().0.min(WRITEBACK_BATCH.0)));
+        let pages = PageRange::new(job.pages.start(), PageCount(job.pages.count().0.min(WRITEBACK_BATCH.0)));
         let job = WritebackJob { pages, ..*job };
         let (placed, done) = match self.read(&job)? {
             ReadOutcome::Here => self.place(&job, to),
@@ -48,11 +48,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     pub(super) fn find_lost(&mut self, vm: VmId) {
         let Some(window) = self.windows.get(&vm) else { return };
         let jobs = self.family.jobs_of(vm).into_iter();
-        let first = |job: &WritebackJob| GfnRange::new(job.pages.start(), PageCount(1));
         let gone: Vec<WritebackJob> = jobs
             .filter(|job| {
                 let page = &mut self.staging[..PAGE_SIZE];
-                let read = window.read_scratch(job.store, first(job).start(), page);
+                let read = window.read_scratch(job.store, in_scratch(job.pages).start(), page);
                 read.is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock)
             })
             .collect();
@@ -64,20 +63,20 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Pages have been written back: what they had in a scratch range is given back as it becomes much.
-    fn leave_scratch(&mut self, holder: VmId, store: StoreId, pages: GfnRange) {
+    fn leave_scratch(&mut self, holder: VmId, store: StoreId, pages: PageRange) {
         if self.family.objects().accounts.stores.get(&store).is_none_or(|account| account.scratch.is_none()) {
             return;
         }
         let left = self.left.entry(store).or_insert(pages);
         if left.end() == pages.start() {
-            *left = GfnRange::between(left.start(), pages.end());
+            *left = PageRange::between(left.start(), pages.end());
         } else if *left != pages {
             // Few pages here and there go with the rest, at the end.
             *left = pages;
         }
         if left.count() >= LEFT_BATCH {
             let left = self.left.remove(&store).expect("looked at above");
-            self.window_do(holder, |window| window.leave_scratch(store, left));
+            self.window_do(holder, |window| window.leave_scratch(store, in_scratch(left)));
         }
     }
 
@@ -100,7 +99,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             CopyFrom::Scratch(holder) => {
                 let gone = || Err(io::ErrorKind::NotFound.into());
                 let window = self.windows.get(&holder);
-                match window.map_or_else(gone, |w| w.read_scratch(job.store, pages.start(), buf)) {
+                match window.map_or_else(gone, |w| w.read_scratch(job.store, in_scratch(pages).start(), buf)) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(ReadOutcome::Coming),
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -111,7 +110,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                     Err(source) => return Err(Error::Read { store: job.store, pages, source }),
                 }
             }
-            CopyFrom::Swap { object, first } => match self.factory.swap().get(first, buf) {
+            CopyFrom::Swap { object, page, first } => match self.factory.swap().get(first, buf) {
                 Ok(Fetch::Here) => {
                     self.swap_counts.swap_in_pages += pages.count().0;
                     // What has arrived is brought once: whoever needs it too asks again.
@@ -119,12 +118,11 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 }
                 Ok(Fetch::Coming) => return Ok(ReadOutcome::Coming),
                 Err(error) => {
-                    self.lose(object, pages, &error);
+                    self.lose(object, PageRange::new(page, pages.count()), &error);
                     return Ok(ReadOutcome::Lost(Loss::Swap));
                 }
             },
-            CopyFrom::Store { store: from, origin } => {
-                let first = PageIndex(pages.start().0 - origin.0);
+            CopyFrom::Store(from, first) => {
                 match self.stores.get(&from) {
                     Some(store) => store.read(first, buf).map_err(|source| Error::Read { store: from, pages, source }),
                     None => self.files[&from].read(first, buf).map_err(|source| Error::File { pages, source }),
@@ -136,8 +134,8 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
 
     /// Puts the staged pages of a job where they go, but for long stretches of zeros. What was placed, from the start,
     /// and why not all of it.
-    fn place(&mut self, job: &WritebackJob, to: Destination) -> (Vec<(GfnRange, Placed)>, Result<(), Error>) {
-        let bytes = |part: GfnRange| {
+    fn place(&mut self, job: &WritebackJob, to: Destination) -> (Vec<(PageRange, Placed)>, Result<(), Error>) {
+        let bytes = |part: PageRange| {
             let from = (part.start().0 - job.pages.start().0) as usize * PAGE_SIZE;
             from..from + part.len_bytes()
         };
@@ -147,7 +145,7 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
                 placed.push((pages, outcome));
                 continue;
             }
-            let parts: Vec<GfnRange> = match to {
+            let parts: Vec<PageRange> = match to {
                 Destination::Store => vec![pages],
                 Destination::Swap => by_clusters(pages).collect(),
             };
@@ -173,10 +171,10 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 
     /// Puts staged pages into their store.
-    pub(super) fn fill(&mut self, id: StoreId, pages: GfnRange, staged: Range<usize>) -> Result<(), Error> {
+    pub(super) fn fill(&mut self, id: StoreId, pages: PageRange, staged: Range<usize>) -> Result<(), Error> {
         self.touches(id, pages);
         let store = self.stores.get_mut(&id).expect("a slot names a store that is there");
-        let first = PageIndex(pages.start().0);
+        let first = pages.start();
         store.fill(first, &self.staging[staged]).map_err(|source| {
             if source.kind() != io::ErrorKind::AlreadyExists {
                 // What did get in would be in the way of the next try.
@@ -187,19 +185,24 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
     }
 }
 
+/// Where a scratch range has these pages of the freeze's store: at the frames where they were then.
+fn in_scratch(pages: PageRange) -> GfnRange {
+    PageOrigin(0).frames(pages)
+}
+
 /// Cuts a batch into what is to be stored and long stretches of zeros.
-fn split_zeros(pages: GfnRange, bytes: &[u8], zero_run: u64) -> Vec<(GfnRange, Placed)> {
+fn split_zeros(pages: PageRange, bytes: &[u8], zero_run: u64) -> Vec<(PageRange, Placed)> {
     let zero: Vec<bool> = bytes.chunks_exact(PAGE_SIZE).map(is_zero).collect();
-    let mut placed: Vec<(GfnRange, Placed)> = Vec::new();
+    let mut placed: Vec<(PageRange, Placed)> = Vec::new();
     let mut at = pages.start();
     for stretch in zero.chunk_by(|a, b| a == b) {
         let count = stretch.len() as u64;
-        let range = GfnRange::new(at, PageCount(count));
+        let range = PageRange::new(at, PageCount(count));
         at = range.end();
         let outcome = if stretch[0] && count >= zero_run { Placed::Zero } else { Placed::Stored };
         match placed.last_mut() {
             Some((last, Placed::Stored)) if outcome == Placed::Stored => {
-                *last = GfnRange::between(last.start(), range.end());
+                *last = PageRange::between(last.start(), range.end());
             }
             _ => placed.push((range, outcome)),
         }

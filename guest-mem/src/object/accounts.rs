@@ -1,10 +1,9 @@
 //! The accounts of stores: a store ends with the last slot that names it, and a scratch range with the last page that waits in
 //! it. What is counted here is counted where a slot changes, and nowhere else.
 
-use super::chain::shift_down;
 use super::zeros::ZeroRuns;
 use super::{ObjectKind, Slot};
-use crate::addr::GfnRange;
+use crate::addr::PageRange;
 use crate::effect::{Effect, Effects};
 use crate::ids::{Activity, ObjectId, Run, Source, StoreId, VmId};
 use crate::reclaim::queue::ReclaimQueue;
@@ -131,7 +130,7 @@ impl Accounts {
     }
 
     /// Pages where windows map `store` are zero.
-    pub(super) fn turned_zero(&mut self, store: StoreId, pages: GfnRange) {
+    pub(super) fn turned_zero(&mut self, store: StoreId, pages: PageRange) {
         let account = self.stores.get_mut(&store).expect("a slot names a store with an account");
         self.hollowed += u64::from(account.zeros.add(pages));
     }
@@ -259,7 +258,7 @@ impl Accounts {
         match run.source {
             Source::Anonymous => true,
             Source::Store { store, origin } => {
-                self.zeros(store).is_none_or(|zeros| zeros.covers(shift_down(run.pages, origin)))
+                self.zeros(store).is_none_or(|zeros| zeros.covers(origin.pages(run.pages)))
             }
             Source::Shared { .. } => false,
         }

@@ -2,7 +2,7 @@
 
 use super::{Objects, Slot};
 use crate::addr::extents::without;
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{GfnRange, PageOrigin, PageRange};
 use crate::ids::{ObjectId, StoreId};
 
 /// What the chain says of a stretch of guest frames.
@@ -19,8 +19,8 @@ pub struct Segment {
 pub struct Found {
     /// The object.
     pub object: ObjectId,
-    /// Guest frame of the object's page 0.
-    pub origin: Gfn,
+    /// Where its pages stand.
+    pub origin: PageOrigin,
     /// The state of the pages.
     pub slot: Slot,
 }
@@ -34,21 +34,16 @@ impl Segment {
 
 impl Found {
     /// Indexes, in the object, of guest frames.
-    pub fn indexes(&self, pages: GfnRange) -> GfnRange {
-        shift_down(pages, self.origin)
+    pub fn indexes(&self, frames: GfnRange) -> PageRange {
+        self.origin.pages(frames)
     }
 }
 
-/// Frames, counted from `origin`.
-pub(crate) fn shift_down(pages: GfnRange, origin: Gfn) -> GfnRange {
-    GfnRange::between(Gfn(pages.start().0 - origin.0), Gfn(pages.end().0 - origin.0))
-}
-
 impl Objects {
-    /// What the chain from `top` down, its page 0 at guest frame `origin`, says of `pages`; in order of the frames.
+    /// What the chain from `top` down, whose pages stand at `origin`, says of `pages`; in order of the frames.
     ///
     /// Depth is the number of live generations, without bound: a list of what is still looked for goes down, no recursion.
-    pub fn resolve(&self, top: Option<ObjectId>, origin: Gfn, pages: GfnRange) -> Vec<Segment> {
+    pub fn resolve(&self, top: Option<ObjectId>, origin: PageOrigin, pages: GfnRange) -> Vec<Segment> {
         let mut segments = Vec::new();
         let (mut rest, mut left) = (vec![pages], Vec::new());
         let (mut next, mut origin) = (top, origin);
@@ -67,27 +62,25 @@ impl Objects {
             std::mem::swap(&mut rest, &mut left);
             let backing = self.get(id).backing;
             next = backing.map(|backing| backing.object);
-            origin = Gfn(origin.0 + backing.map_or(0, |backing| backing.origin));
+            origin = origin + backing.map_or(PageOrigin(0), |backing| backing.origin);
         }
         segments.extend(rest.into_iter().map(|pages| Segment { pages, found: None }));
         segments.sort_unstable_by_key(|segment| segment.pages.start());
         segments
     }
 
-    /// What one object, its page 0 at guest frame `origin`, has of `pages`.
-    fn segments_of(&self, object: ObjectId, origin: Gfn, pages: GfnRange) -> impl Iterator<Item = Segment> {
-        // Frames before the object's first page are not its own.
-        let own = pages.intersect(GfnRange::between(origin, Gfn(u64::MAX)));
-        let indexes = if own.is_empty() { own } else { shift_down(own, origin) };
-        self.slots_in(object, indexes).map(move |(part, slot)| {
-            let pages = GfnRange::between(Gfn(part.start().0 + origin.0), Gfn(part.end().0 + origin.0));
-            Segment { pages, found: Some(Found { object, origin, slot }) }
+    /// What one object, whose pages stand at `origin`, has of `pages`.
+    fn segments_of(&self, object: ObjectId, origin: PageOrigin, pages: GfnRange) -> impl Iterator<Item = Segment> {
+        let slots = self.slots_in(object, origin.pages(pages));
+        slots.map(move |(part, slot)| Segment {
+            pages: origin.frames(part),
+            found: Some(Found { object, origin, slot }),
         })
     }
 
-    /// What these frames are whose leaves name `store`, its page 0 at `origin`: the slots that name it, whosever they are
+    /// What these frames are whose leaves name `store`, its pages at `origin`: the slots that name it, whosever they are
     /// now, and zero where none does. No chain is asked: this costs the same at any depth.
-    pub(crate) fn stored(&self, store: StoreId, origin: Gfn, pages: GfnRange) -> Vec<Segment> {
+    pub(crate) fn stored(&self, store: StoreId, origin: PageOrigin, pages: GfnRange) -> Vec<Segment> {
         let owners = self.accounts.owners(store).flat_map(|(object, _)| self.segments_of(object, origin, pages));
         let names = |segment: &Segment| segment.found.and_then(|found| found.slot.store()) == Some(store);
         let mut segments: Vec<Segment> = owners.filter(names).collect();

@@ -6,11 +6,12 @@
 //! * **cut** (Lokier: all pages have been modified; FreeBSD's bypass): a shadow that hides everything its backing object has
 //!   is stacked on what lies beneath that.
 //!
-//! Neither is done over a shadow with copy-ups: those pages are still to be copied from below.
+//! Neither is done over a shadow with copy-ups: those pages are still to be copied from below. Nor is an object merged into one
+//! in which its pages have other numbers, since they were moved: a page has one number in its object and in its store.
 
 use super::{Backing, ObjectKind, Objects, Slot};
-use crate::addr::GfnRange;
 use crate::addr::extents::without;
+use crate::addr::{PageOrigin, PageRange};
 use crate::effect::Effects;
 use crate::ids::{Activity, ObjectId, VmId};
 
@@ -42,12 +43,16 @@ impl Objects {
             let mut shadows = object.shadows.iter();
             next = match (shadows.next(), shadows.next()) {
                 (None, _) => self.remove(id, effects),
-                (Some(&shadow), None) if object.kind == ObjectKind::Anonymous && !self.has_copy_ups(shadow) => {
-                    self.merge(id, shadow, effects)
-                }
+                (Some(&shadow), None) if self.may_merge(id, shadow) => self.merge(id, shadow, effects),
                 _ => None,
             };
         }
+    }
+
+    /// Whether an object that no entry shows can be merged into `shadow`, its only one.
+    pub(crate) fn may_merge(&self, id: ObjectId, shadow: ObjectId) -> bool {
+        let is_same_space = self.get(shadow).backing.is_some_and(|backing| backing.origin == PageOrigin(0));
+        self.get(id).kind == ObjectKind::Anonymous && is_same_space && !self.has_copy_ups(shadow)
     }
 
     /// Removes an object that nothing needs. Returns what lies beneath.
@@ -70,8 +75,6 @@ impl Objects {
     /// Gives `shadow` what it does not hide of `id`, and its place in the chain. Returns what lies beneath. Costs as much
     /// as the smaller of the two: a small change often merges all memory of a machine.
     fn merge(&mut self, id: ObjectId, shadow: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
-        let origin = self.get(shadow).backing.expect("a shadow has a backing object").origin;
-        assert_eq!(origin, 0, "anonymous objects of a family share one index space");
         let backing = self.get(id).backing;
         self.get_mut(shadow).backing = backing;
         if let Some(Backing { object: below, .. }) = backing {
@@ -86,7 +89,7 @@ impl Objects {
             slots.iter().flat_map(|(pages, _)| pages).for_each(|&pages| self.vacate(shadow, pages, effects));
         }
         for (pages, slot) in slots {
-            let hidden: Vec<GfnRange> =
+            let hidden: Vec<PageRange> =
                 pages.iter().flat_map(|&part| self.slots_in(shadow, part)).map(|(part, _)| part).collect();
             let shown = without(&pages, &hidden);
             let count: u64 = shown.iter().map(|part| part.count().0).sum();
@@ -105,8 +108,8 @@ impl Objects {
     }
 
     /// All slots of an object, which has none from now on, with the pages of each in a row; the accounts do not know yet.
-    fn take_slots(&mut self, id: ObjectId) -> Vec<(Vec<GfnRange>, Slot)> {
-        let all: Vec<(GfnRange, Slot)> = std::mem::take(&mut self.get_mut(id).slots).iter().collect();
+    fn take_slots(&mut self, id: ObjectId) -> Vec<(Vec<PageRange>, Slot)> {
+        let all: Vec<(PageRange, Slot)> = std::mem::take(&mut self.get_mut(id).slots).iter().collect();
         let same = all.chunk_by(|(_, a), (_, b)| a == b);
         same.map(|parts| (parts.iter().map(|(pages, _)| *pages).collect(), parts[0].1)).collect()
     }
@@ -142,11 +145,7 @@ impl Objects {
         while self.contains(id) && !self.has_copy_ups(id) {
             let Some(Backing { object: below, origin }) = self.get(id).backing else { return };
             let top = &self.get(id).slots;
-            let hidden = self
-                .get(below)
-                .slots
-                .iter()
-                .all(|(p, _)| top.covers((p.start().0 + origin..p.end().0 + origin).into()));
+            let hidden = self.get(below).slots.iter().all(|(pages, _)| top.covers(origin.over(pages)));
             if !hidden {
                 return;
             }
@@ -207,7 +206,7 @@ mod tests {
         let stores = [StoreId(1), StoreId(2)];
         stores.iter().for_each(|&store| objects.accounts.open_store(store, VmId(1)));
         let below = objects.stack(None);
-        let top = objects.stack(Some(Backing { object: below, origin: 0 }));
+        let top = objects.stack(Some(Backing { object: below, origin: PageOrigin(0) }));
         objects.map(top, VmId(1), Activity::Running);
         for at in (0..stretches).map(|stretch| stretch * 8) {
             for (page, store) in (at..).zip(stores) {

@@ -16,7 +16,6 @@ mod users;
 mod zeros;
 
 use accounts::{Accounts, SlotsId};
-pub(crate) use chain::shift_down;
 pub use chain::{Found, Segment};
 use pending::WritebackQueue;
 pub use slot::{Loss, Slot, SwapBase};
@@ -25,20 +24,20 @@ pub(crate) use zeros::ZERO_CLUSTER;
 
 use crate::addr::cluster::clusters;
 use crate::addr::page_map::PageMap;
-use crate::addr::{GfnRange, PageCount};
+use crate::addr::{PageCount, PageIndex, PageOrigin, PageRange};
 use crate::effect::{Effect, Effects};
 use crate::ids::{Activity, ObjectId, Source, StoreId, VmId};
 use crate::steps::step;
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What lies beneath an object: its page `i` over page `i - origin` of the other.
+/// What lies beneath an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backing {
     /// The object beneath.
     pub object: ObjectId,
-    /// Index, in the object on top, of the page over page 0 of the one beneath.
-    pub origin: u64,
+    /// Page `i + origin` of the object on top lies over its page `i`.
+    pub origin: PageOrigin,
 }
 
 /// Kinds of objects.
@@ -64,7 +63,7 @@ pub struct Object {
     pub(crate) mappings: BTreeMap<VmId, u32>,
     /// Entries of VMs that run, and shadows that are active: somebody may need a page of it soon.
     pub(crate) active: u32,
-    pub(crate) slots: PageMap<Slot>,
+    pub(crate) slots: PageMap<PageIndex, Slot>,
     /// What the accounts of stores call these slots.
     slots_id: SlotsId,
     /// Slots that are copy-ups.
@@ -194,10 +193,11 @@ impl Objects {
 
     /// Slots of `id` have got this state.
     fn charge(&mut self, id: ObjectId, slot: Slot, count: u64) {
-        let object = self.get_mut(id);
-        if let Slot::CopyUp(..) = slot {
-            object.copy_ups += count;
+        if let Slot::CopyUp(_, source) = slot {
+            self.get_mut(id).copy_ups += count;
+            self.writeback.note_distance(source, count);
         }
+        let object = self.get(id);
         let (slots_id, activity) = (object.slots_id, object.activity());
         self.accounts.charge(slots_id, activity, slot, count);
     }
@@ -208,10 +208,11 @@ impl Objects {
             // It may be one of these pages that the object was put off for: nobody will tell of it any more.
             self.writeback.put_off.remove(&id);
         }
-        let object = self.get_mut(id);
-        if let Slot::CopyUp(..) = slot {
-            object.copy_ups -= count;
+        if let Slot::CopyUp(_, source) = slot {
+            self.get_mut(id).copy_ups -= count;
+            self.writeback.forget_distance(source, count);
         }
+        let object = self.get(id);
         let (slots_id, activity) = (object.slots_id, object.activity());
         self.accounts.discharge(slots_id, activity, slot, count, effects);
     }
@@ -222,12 +223,12 @@ impl Objects {
     }
 
     /// Gives absent pages a slot.
-    pub(crate) fn put(&mut self, id: ObjectId, pages: GfnRange, slot: Slot) {
+    pub(crate) fn put(&mut self, id: ObjectId, pages: PageRange, slot: Slot) {
         self.put_all(id, [pages], slot);
     }
 
     /// Gives many absent stretches a slot of this kind.
-    pub(crate) fn put_all(&mut self, id: ObjectId, all: impl IntoIterator<Item = GfnRange>, slot: Slot) {
+    pub(crate) fn put_all(&mut self, id: ObjectId, all: impl IntoIterator<Item = PageRange>, slot: Slot) {
         let mut count = 0;
         let counted = all.into_iter().inspect(|pages| count += pages.count().0);
         self.get_mut(id).slots.insert(counted, slot);
@@ -241,14 +242,16 @@ impl Objects {
     }
 
     /// Says of absent pages that they are zero, which windows map `store` at.
-    pub(crate) fn put_zeros(&mut self, id: ObjectId, pages: &[GfnRange], store: StoreId) {
-        pages.iter().for_each(|&pages| self.accounts.turned_zero(store, pages));
-        self.put_all(id, pages.iter().copied(), Slot::Zero);
+    pub(crate) fn put_zeros(&mut self, id: ObjectId, all: impl IntoIterator<Item = PageRange>, store: StoreId) {
+        for pages in all {
+            self.accounts.turned_zero(store, pages);
+            self.put(id, pages, Slot::Zero);
+        }
     }
 
     /// Moves pages from one state to the next. Their storage goes with them where it stays the same store.
-    pub(crate) fn advance(&mut self, id: ObjectId, pages: GfnRange, to: Slot, effects: &mut Effects) {
-        let old: Vec<(GfnRange, Slot)> = self.slots_in(id, pages).collect();
+    pub(crate) fn advance(&mut self, id: ObjectId, pages: PageRange, to: Slot, effects: &mut Effects) {
+        let old: Vec<(PageRange, Slot)> = self.slots_in(id, pages).collect();
         let held: u64 = old.iter().map(|(part, _)| part.count().0).sum();
         assert_eq!(held, pages.count().0, "only pages that have a slot move on");
         self.charge(id, to, held);
@@ -271,8 +274,8 @@ impl Objects {
     }
 
     /// Makes pages absent and frees their storage: nobody sees them.
-    pub(crate) fn vacate(&mut self, id: ObjectId, pages: GfnRange, effects: &mut Effects) {
-        let old: Vec<(GfnRange, Slot)> = self.slots_in(id, pages).collect();
+    pub(crate) fn vacate(&mut self, id: ObjectId, pages: PageRange, effects: &mut Effects) {
+        let old: Vec<(PageRange, Slot)> = self.slots_in(id, pages).collect();
         if old.is_empty() {
             return;
         }
@@ -281,7 +284,7 @@ impl Objects {
     }
 
     /// Frees the storage of pages that had `slot`.
-    fn free(&mut self, id: ObjectId, all: impl IntoIterator<Item = GfnRange>, slot: Slot, effects: &mut Effects) {
+    fn free(&mut self, id: ObjectId, all: impl IntoIterator<Item = PageRange>, slot: Slot, effects: &mut Effects) {
         let of_family = |store: &StoreId| self.accounts.stores[store].kind == ObjectKind::Anonymous;
         let (stored, swapped) = (slot.resident().filter(of_family), slot.swap());
         let mut count = 0;
@@ -300,16 +303,16 @@ impl Objects {
     }
 
     /// These pages are not copy-ups any more.
-    fn end_copy_up(&mut self, source: Source, pages: GfnRange) {
+    fn end_copy_up(&mut self, source: Source, pages: PageRange) {
         let sources = self.copy_up_sources(source, pages).filter_map(|(found, part)| Some((found.slot.store()?, part)));
         let sources: Vec<_> = sources.collect();
         self.writeback.unneeded.extend(sources);
     }
 
     /// What copy-ups over `source` are to be copied from, and which pages of that.
-    pub(crate) fn copy_up_sources(&self, source: Source, pages: GfnRange) -> impl Iterator<Item = (Found, GfnRange)> {
+    pub(crate) fn copy_up_sources(&self, source: Source, pages: PageRange) -> impl Iterator<Item = (Found, PageRange)> {
         let segments = match source {
-            Source::Store { store, origin } => self.stored(store, origin, pages),
+            Source::Store { store, origin } => self.stored(store, origin, PageOrigin(0).frames(pages)),
             // No freeze takes shared memory, so nothing is copied up from it.
             Source::Anonymous | Source::Shared { .. } => Vec::new(),
         };
@@ -317,13 +320,15 @@ impl Objects {
     }
 
     /// The part of an object's pages that a copy-up above is to be copied from.
-    pub(crate) fn pending_copy_sources(&self, object: ObjectId, pages: GfnRange) -> RangeSet<u64> {
+    pub(crate) fn pending_copy_sources(&self, object: ObjectId, pages: PageRange) -> RangeSet<u64> {
         let mut waited = RangeSet::new();
         for &above in self.writeback.pending.iter().filter(|&&above| self.has_copy_ups(above)) {
-            for (copied, slot) in self.slots_in(above, pages) {
-                let Slot::CopyUp(_, source) = slot else { continue };
-                let sources = self.copy_up_sources(source, copied).filter(|(found, _)| found.object == object);
-                waited.extend(sources.map(|(_, part)| part.raw()));
+            for &distance in self.writeback.distances.keys() {
+                for (copied, slot) in self.slots_in(above, distance.over(pages)) {
+                    let Slot::CopyUp(_, source) = slot else { continue };
+                    let sources = self.copy_up_sources(source, copied).filter(|(found, _)| found.object == object);
+                    waited.extend(sources.map(|(_, part)| part.raw()));
+                }
             }
         }
         waited
@@ -335,13 +340,13 @@ impl Objects {
     }
 
     /// The slots of `pages`, cut to them.
-    pub(crate) fn slots_in(&self, id: ObjectId, pages: GfnRange) -> impl Iterator<Item = (GfnRange, Slot)> {
+    pub(crate) fn slots_in(&self, id: ObjectId, pages: PageRange) -> impl Iterator<Item = (PageRange, Slot)> {
         self.get(id).slots.within(pages)
     }
 
     /// The pending slot of `id` that is to be written back next, and its pages, at most `limit`: the first one from where
     /// somebody waited last, or else the first one.
-    pub(crate) fn next_pending(&mut self, id: ObjectId, limit: PageCount) -> Option<(GfnRange, Slot)> {
+    pub(crate) fn next_pending(&mut self, id: ObjectId, limit: PageCount) -> Option<(PageRange, Slot)> {
         let object = self.get_mut(id);
         let from = object.writeback_from;
         let first = |pages: std::ops::Range<u64>| object.slots.parts(pages.into()).find(|(_, slot)| slot.is_pending());
@@ -352,7 +357,7 @@ impl Objects {
             return None;
         };
         object.writeback_from = pages.start().0;
-        object.slots.within(GfnRange::new(pages.start(), limit)).next()
+        object.slots.within(PageRange::new(pages.start(), limit)).next()
     }
 
     /// Somebody has waited for these pages of `id`, and most likely needs the next ones soon. Whether they are those that
@@ -366,7 +371,7 @@ impl Objects {
     }
 
     /// The pages that are in a store, object by object.
-    pub(crate) fn resident_in(&self, store: StoreId) -> Vec<GfnRange> {
+    pub(crate) fn resident_in(&self, store: StoreId) -> Vec<PageRange> {
         let slots = self.accounts.owners(store).flat_map(|(object, _)| self.get(object).slots.iter());
         slots.filter(|(_, slot)| slot.resident() == Some(store)).map(|(pages, _)| pages).collect()
     }

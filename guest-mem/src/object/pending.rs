@@ -1,8 +1,8 @@
 //! The write-back queue: objects with pages that are in flight or to be copied up, and whose turn it is.
 
-use crate::addr::GfnRange;
-use crate::ids::{ObjectId, StoreId};
-use std::collections::BTreeSet;
+use crate::addr::{PageOrigin, PageRange};
+use crate::ids::{ObjectId, Source, StoreId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What has still to get into its store.
 #[derive(Debug, Default)]
@@ -13,8 +13,10 @@ pub(crate) struct WritebackQueue {
     pub(crate) put_off: BTreeSet<ObjectId>,
     /// The object of which somebody waited for a page last.
     pub(crate) last_faulted: Option<ObjectId>,
+    /// How far from what they are to be copied from copy-ups lie, and how many so far.
+    pub(crate) distances: BTreeMap<PageOrigin, u64>,
     /// Pages that copy-ups were to be copied from and are not any more: perhaps nobody needs them.
-    pub(crate) unneeded: Vec<(StoreId, GfnRange)>,
+    pub(crate) unneeded: Vec<(StoreId, PageRange)>,
 }
 
 impl WritebackQueue {
@@ -25,8 +27,26 @@ impl WritebackQueue {
         last_faulted.or_else(|| self.pending.difference(&self.put_off).next().copied())
     }
 
+    /// So many pages more are to be copied up from a source.
+    pub(super) fn note_distance(&mut self, source: Source, count: u64) {
+        if let Some((_, distance)) = source.store() {
+            *self.distances.entry(distance).or_default() += count;
+        }
+    }
+
+    /// So many less are.
+    pub(super) fn forget_distance(&mut self, source: Source, count: u64) {
+        if let Some((_, distance)) = source.store() {
+            let left = self.distances.get_mut(&distance).expect("copy-ups are counted");
+            *left -= count;
+            if *left == 0 {
+                self.distances.remove(&distance);
+            }
+        }
+    }
+
     /// Pages that no copy-up is to be copied from any more, since it was last asked.
-    pub(crate) fn take_unneeded(&mut self) -> Vec<(StoreId, GfnRange)> {
+    pub(crate) fn take_unneeded(&mut self) -> Vec<(StoreId, PageRange)> {
         std::mem::take(&mut self.unneeded)
     }
 }

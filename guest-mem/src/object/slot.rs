@@ -1,6 +1,6 @@
 //! Where a page of an object is: a closed set of states, and the only place that knows.
 
-use crate::addr::Gfn;
+use crate::addr::PageIndex;
 use crate::ids::{Batch, Source, StoreId, SwapSlot};
 
 /// State of one page of an object. A page without a slot is *absent*: look further down the chain.
@@ -44,12 +44,12 @@ pub struct SwapBase {
 
 impl SwapBase {
     /// Page `first` of an object is in `slot`, and its neighbours in the slots around.
-    pub(crate) fn new(slot: SwapSlot, first: Gfn, batch: Batch) -> Self {
+    pub(crate) fn new(slot: SwapSlot, first: PageIndex, batch: Batch) -> Self {
         Self { base: slot.0.wrapping_sub(first.0), batch }
     }
 
     /// The slot of a page.
-    pub fn slot(self, page: Gfn) -> SwapSlot {
+    pub fn slot(self, page: PageIndex) -> SwapSlot {
         SwapSlot(self.base.wrapping_add(page.0))
     }
 

@@ -1,7 +1,7 @@
 //! Who uses an object.
 
 use super::Objects;
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::PageRange;
 use crate::ids::ObjectId;
 use std::collections::btree_set;
 
@@ -10,21 +10,21 @@ use std::collections::btree_set;
 pub(crate) struct User {
     pub object: ObjectId,
     /// The same pages, as they count in it; none if it hides them all, and so do all that are stacked on it.
-    pub pages: Option<GfnRange>,
+    pub pages: Option<PageRange>,
 }
 
 /// Looks up the forest from an object, from shadow to shadow, no further than pages are hidden.
 pub(crate) struct Users<'a> {
     objects: &'a Objects,
     /// From where we are down to where we came from: shadows not looked at yet, and the pages, as they count beneath.
-    path: Vec<(btree_set::Iter<'a, ObjectId>, GfnRange)>,
+    path: Vec<(btree_set::Iter<'a, ObjectId>, PageRange)>,
     first: Option<User>,
 }
 
 impl Objects {
     /// The objects through which VMs may see these pages of `id`: itself, and what is stacked on it and does not hide them.
     /// Whoever takes one step at a time pays for no more.
-    pub(crate) fn users(&self, id: ObjectId, pages: GfnRange) -> Users<'_> {
+    pub(crate) fn users(&self, id: ObjectId, pages: PageRange) -> Users<'_> {
         let first = Some(User { object: id, pages: Some(pages) });
         Users { objects: self, path: vec![(self.get(id).shadows.iter(), pages)], first }
     }
@@ -45,7 +45,7 @@ impl Iterator for Users<'_> {
             };
             let shadow = self.objects.get(object);
             let origin = shadow.backing.expect("a shadow has a backing object").origin;
-            let pages = GfnRange::between(Gfn(below.start().0 + origin), Gfn(below.end().0 + origin));
+            let pages = origin.over(*below);
             if shadow.slots.covers(pages) {
                 return Some(User { object, pages: None });
             }

@@ -1,6 +1,6 @@
 //! Pages that were bound for a store and have turned out zero.
 
-use crate::addr::{GfnRange, PageCount};
+use crate::addr::{PageCount, PageRange};
 use rangemap::RangeSet;
 
 /// Zero pages are supplied together with all others around, of so many pages (2 MiB). Whoever has fewer in a row waits once
@@ -17,7 +17,7 @@ pub(crate) struct ZeroRuns {
 
 impl ZeroRuns {
     /// These pages are zero. Whether a long stretch is one, or longer, by that.
-    pub fn add(&mut self, pages: GfnRange) -> bool {
+    pub fn add(&mut self, pages: PageRange) -> bool {
         self.all.insert(pages.raw());
         let stretch = self.all.get(&pages.start().0).expect("just put in").clone();
         let is_long = stretch.end - stretch.start >= ZERO_CLUSTER.0;
@@ -28,13 +28,13 @@ impl ZeroRuns {
     }
 
     /// Long stretches among `pages`.
-    pub fn long(&self, pages: GfnRange) -> impl Iterator<Item = GfnRange> {
+    pub fn long(&self, pages: PageRange) -> impl Iterator<Item = PageRange> {
         let stretches = self.long.overlapping(pages.raw()).map(move |run| pages.intersect(run.clone().into()));
         stretches.filter(|run| run.count() >= ZERO_CLUSTER)
     }
 
     /// Whether all of `pages` are zero.
-    pub fn covers(&self, pages: GfnRange) -> bool {
+    pub fn covers(&self, pages: PageRange) -> bool {
         self.all.gaps(&pages.raw()).next().is_none()
     }
 }

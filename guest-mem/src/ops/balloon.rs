@@ -4,7 +4,7 @@
 //! zeros. To drop its private pages alone would bring the bytes of an ancestor back. What lies beneath goes with its last
 //! viewer, at once.
 
-use crate::addr::GfnRange;
+use crate::addr::{GfnRange, PageOrigin};
 use crate::effect::Effects;
 use crate::family::Family;
 use crate::ids::{Run, Source, VmId};
@@ -58,13 +58,13 @@ impl Family {
         if shown.is_empty() {
             return;
         }
-        let top = match entry.object {
-            Some(top) if !entry.needs_copy => top,
-            _ => self.stack_top(vm, bounds, entry),
+        let (top, origin) = match entry.object {
+            Some(top) if !entry.needs_copy => (top, entry.origin),
+            _ => (self.stack_top(vm, bounds, entry), PageOrigin(0)),
         };
-        for pages in shown.iter() {
-            self.objects.vacate(top, pages.clone().into(), effects);
-            self.objects.put(top, pages.clone().into(), Slot::Zero);
+        for pages in shown.iter().map(|frames| origin.pages(frames.clone().into())) {
+            self.objects.vacate(top, pages, effects);
+            self.objects.put(top, pages, Slot::Zero);
         }
         if let Some(below) = entry.object.filter(|&below| below != top) {
             let activity = self.vm(vm).activity;

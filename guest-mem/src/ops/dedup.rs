@@ -3,10 +3,10 @@
 //! A freeze may leave pages where they are, and have copies of them written back. As long as the window keeps them they are in
 //! memory twice, and no others can share this VM's.
 
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageOrigin};
 use crate::effect::{Effect, Effects};
 use crate::family::{DedupProgress, Family, VmBooks};
-use crate::ids::{StoreId, VmId};
+use crate::ids::{Source, StoreId, VmId};
 use crate::object::{Segment, Slot};
 use crate::steps::step;
 
@@ -66,7 +66,9 @@ impl Family {
         });
         pieces.flat_map(move |(piece, entry)| {
             step();
-            let runs = self.stage2.runs(vm.root, piece).into_iter().filter(|run| run.source.is_store(store));
+            // What has moved has other numbers in the store than a window would map there.
+            let source = Source::Store { store, origin: PageOrigin(0) };
+            let runs = self.stage2.runs(vm.root, piece).into_iter().filter(|run| run.source == source);
             let runs: Vec<GfnRange> = runs.map(|run| run.pages).collect();
             let segments =
                 runs.into_iter().flat_map(move |pages| self.objects.resolve(entry.object, entry.origin, pages));

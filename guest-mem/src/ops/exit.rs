@@ -1,6 +1,6 @@
 //! Exit: a VM goes, and everything that only it saw.
 
-use crate::addr::Gfn;
+use crate::addr::PageOrigin;
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
 use crate::ids::{Run, Source, VmId};
@@ -23,7 +23,8 @@ impl Family {
         }
         self.left.replaced.append(&mut dropped);
         let unneeded = self.objects.writeback.take_unneeded().into_iter();
-        let of_store = |(store, pages)| Run { pages, source: Source::Store { store, origin: Gfn(0) } };
+        let origin = PageOrigin(0);
+        let of_store = |(store, pages)| Run { pages: origin.frames(pages), source: Source::Store { store, origin } };
         self.left.replaced.extend(unneeded.map(of_store));
         if !self.objects.accounts.waits_for(vm) {
             effects.push(Effect::DropWindow(vm));

@@ -2,7 +2,7 @@
 
 use crate::addr::cluster::CLUSTER;
 use crate::addr::extents::push;
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageRange};
 use crate::family::{Family, Freezing};
 use crate::ids::{Source, StoreId, VmId};
 use crate::object::{Loss, ObjectKind, Segment, Slot, ZERO_CLUSTER};
@@ -28,7 +28,7 @@ pub enum Fault {
         /// The file's store.
         store: StoreId,
         /// Its pages.
-        pages: GfnRange,
+        pages: PageRange,
         /// The same pages, as guest frames.
         wake: GfnRange,
     },
@@ -68,7 +68,7 @@ impl Family {
                 Fault::WriteBack(self.job(found.object, found.indexes(segment.pages), found.slot))
             }
             Slot::Swapped(_, base) => {
-                let page = found.indexes(GfnRange::new(gfn, PageCount(1))).start();
+                let page = found.origin.page(gfn);
                 Fault::SwapIn(self.swap_in(found.object, page, base))
             }
             Slot::Resident(store) | Slot::Clean(store, _) => match self.objects.get(found.object).kind {

@@ -44,9 +44,12 @@ impl Family {
         let (mut gone, mut zeros) = (Vec::new(), Vec::new());
         let anonymous = |pages| Run { pages, source: Source::Anonymous };
         for run in &bridged {
-            let Source::Store { store, .. } = run.source else { continue };
+            let Source::Store { store, origin } = run.source else { continue };
             match self.objects.accounts.zeros(store) {
-                Some(of_store) => zeros.extend(of_store.long(run.pages).map(anonymous)),
+                Some(of_store) => {
+                    let long = of_store.long(origin.pages(run.pages)).map(|pages| origin.frames(pages));
+                    zeros.extend(long.map(anonymous));
+                }
                 None => gone.push(anonymous(run.pages)),
             }
         }
@@ -72,7 +75,7 @@ impl Family {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::{Gfn, GfnRange, PageCount};
+    use crate::addr::{Gfn, GfnRange, PageCount, PageIndex, PageRange};
     use crate::effect::Effects;
     use crate::ops::Placed;
     use crate::stage2::Shape;
@@ -97,9 +100,9 @@ mod tests {
             &mut effects,
         );
         while let Some(job) = family.next_job(PageCount(1024)) {
-            let middle = Gfn(job.pages.start().0 + 512);
-            let zero = GfnRange::between(job.pages.start(), middle);
-            let stored = GfnRange::between(middle, job.pages.end());
+            let middle = PageIndex(job.pages.start().0 + 512);
+            let zero = PageRange::between(job.pages.start(), middle);
+            let stored = PageRange::between(middle, job.pages.end());
             family.written_back(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut effects);
         }
         let small = family.fork(parent, 16);
@@ -126,9 +129,9 @@ mod tests {
             let parent = family.launch(&[ram], &[]);
             freeze(&mut family, parent, vec![ram]);
             while let Some(job) = family.next_job(PageCount(32)) {
-                let middle = Gfn(job.pages.start().0 + 16);
-                let zero = GfnRange::between(job.pages.start(), middle);
-                let stored = GfnRange::between(middle, job.pages.end());
+                let middle = PageIndex(job.pages.start().0 + 16);
+                let zero = PageRange::between(job.pages.start(), middle);
+                let stored = PageRange::between(middle, job.pages.end());
                 family.written_back(&job, &[(zero, Placed::Zero), (stored, Placed::Stored)], &mut Effects::default());
             }
             let (_, first) = steps(|| family.fork(parent, 1000));

@@ -4,7 +4,7 @@
 //! [`finish`](Family::finish_freeze) cannot fail, [`abort`](Family::abort_freeze) leaves no trace.
 
 use crate::addr::extents::{merged, push, within, without};
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageOrigin, PageRange};
 use crate::effect::{Effect, Effects};
 use crate::family::{Family, Freezing};
 use crate::ids::{ObjectId, Run, Source, StoreId, VmId};
@@ -37,6 +37,11 @@ struct Filling<'a> {
     private: &'a [GfnRange],
     /// What is known to be zero.
     zeros: &'a [GfnRange],
+}
+
+/// Where these frames are in the store of a freeze, and in an object that it stacks: each at its own number.
+fn in_store(frames: GfnRange) -> PageRange {
+    PageOrigin(0).pages(frames)
 }
 
 impl Family {
@@ -81,7 +86,7 @@ impl Family {
             return;
         }
         self.objects.accounts.open_store(store, vm);
-        let source = Source::Store { store, origin: Gfn(0) };
+        let source = Source::Store { store, origin: PageOrigin(0) };
         let before = self.vm(vm).map.clone();
         let mut replaced = Vec::new();
         let (harvest_taken, all_private) = (harvest.taken(), harvest.private());
@@ -95,14 +100,15 @@ impl Family {
             let private: Vec<GfnRange> = within(&all_private, pages).collect();
             let zeros = self.clean_zeros(entry, &within(&moves, pages).collect::<Vec<_>>(), &private);
             let top = match entry.object {
-                Some(top) if !entry.needs_copy && taken == private => top,
+                Some(top) if !entry.needs_copy && entry.origin == PageOrigin(0) && taken == private => top,
                 _ => self.stack_top(vm, pages, entry),
             };
             let clean = without(&without(&taken, &private), &zeros);
             let copy_ups = self.stage2.runs_of(self.vm(vm).root, &clean);
             self.fill_top(top, &Filling { taken: &taken, private: &private, zeros: &zeros }, store, effects);
             for runs in copy_ups.chunk_by(|a, b| a.source == b.source) {
-                self.objects.put_all(top, runs.iter().map(|run| run.pages), Slot::CopyUp(store, runs[0].source));
+                let pages = runs.iter().map(|run| in_store(run.pages));
+                self.objects.put_all(top, pages, Slot::CopyUp(store, runs[0].source));
             }
             if let Some(below) = entry.object.filter(|&below| below != top) {
                 let activity = self.vm(vm).activity;
@@ -172,10 +178,10 @@ impl Family {
 
     /// A new object over what `entry` shows, and shown by the entry at `pages` from now on.
     pub(super) fn stack_top(&mut self, vm: VmId, pages: GfnRange, entry: MapEntry) -> ObjectId {
-        let top = self.objects.stack(entry.object.map(|object| Backing { object, origin: entry.origin.0 }));
+        let top = self.objects.stack(entry.object.map(|object| Backing { object, origin: entry.origin }));
         let activity = self.vm(vm).activity;
         self.objects.map(top, vm, activity);
-        let entry = MapEntry { object: Some(top), origin: Gfn(0), needs_copy: false, ..entry };
+        let entry = MapEntry { object: Some(top), origin: PageOrigin(0), needs_copy: false, ..entry };
         self.vm_mut(vm).map.set(pages, entry);
         top
     }
@@ -184,10 +190,10 @@ impl Family {
         let &Filling { taken, private, zeros } = filling;
         // Only an object that is this VM's alone has slots here: what they held is hidden from everybody now.
         if !self.objects.get(top).slots.is_empty() {
-            taken.iter().for_each(|&pages| self.objects.vacate(top, pages, effects));
+            taken.iter().for_each(|&pages| self.objects.vacate(top, in_store(pages), effects));
         }
-        self.objects.put_all(top, private.iter().copied(), Slot::InFlight(store));
-        self.objects.put_zeros(top, zeros, store);
+        self.objects.put_all(top, private.iter().copied().map(in_store), Slot::InFlight(store));
+        self.objects.put_zeros(top, zeros.iter().copied().map(in_store), store);
     }
 
     /// Where windows of children map `of`, the store of a freeze, though it has nothing there: zeros, fewer than `most` of them
@@ -268,7 +274,7 @@ mod tests {
         // The same pages once more, with the child there: all is in the new store.
         let again = freeze(&mut family, parent, &[], &[(100, 101), (110, 112), (620, 621)]);
         assert_eq!(child_runs(&mut family, parent)[1], (100, 621, Some(again)));
-        assert_eq!(family.runs(child)[1].source, Source::Store { store, origin: Gfn(0) });
+        assert_eq!(family.runs(child)[1].source, Source::Store { store, origin: PageOrigin(0) });
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What grows with what: steps are looks at objects and at tables, and nothing here takes the time.
 
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex, PageOrigin, PageRange};
 use crate::check::Part;
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
@@ -39,9 +39,9 @@ fn write_back(family: &mut Family) {
 
 /// Takes the page that a VM sees to swap.
 fn evict(family: &mut Family, vm: VmId, gfn: u64) {
-    let page = GfnRange::from(gfn..gfn + 1);
+    let page = GfnRange::one(Gfn(gfn));
     let found = family.shown(vm, page)[0].found.expect("a page");
-    let victims = family.victims(found.object, page);
+    let victims = family.victims(found.object, found.indexes(page));
     family.evicted(&victims, Some(SwapSlot(1 << 20 | gfn)), &mut Effects::default());
 }
 
@@ -119,7 +119,7 @@ fn a_copy_up_costs_the_same_at_any_depth() {
                 family.written_back(&job, &[(job.pages, Placed::Stored)], &mut Effects::default());
             }
         });
-        assert_eq!(copied[0], CopyFrom::Store { store: StoreId(0), origin: Gfn(0) });
+        assert_eq!(copied[0], CopyFrom::Store(StoreId(0), PageIndex(0)));
         family.tidy(&mut Effects::default());
         family.check_invariants().unwrap();
         steps
@@ -147,7 +147,7 @@ fn exclusive_swap_in_gives_up_after_a_few_looks() {
 fn what_concerns_one_vm_costs_the_same_in_any_company() {
     let costs = |children| {
         let (mut family, _, child) = wide(children, GIB);
-        let whole = GfnRange::from(0..512);
+        let whole = PageRange::from(0..512);
         let (counts, counting) = steps(|| family.page_counts(child, &RangeSet::new()));
         assert_eq!((counts.private, counts.shared), (32, 32));
         let store = freeze(&mut family, child, (64..128).into());
@@ -251,24 +251,29 @@ fn a_look_down_a_chain_is_no_recursion() {
         for page in 0..DEPTH {
             let store = StoreId(page as u32);
             objects.accounts.open_store(store, VmId(1));
-            let object = objects.stack(top.map(|object| Backing { object, origin: 0 }));
+            let object = objects.stack(top.map(|object| Backing { object, origin: PageOrigin(0) }));
             objects.put(object, (page..page + 1).into(), Slot::InFlight(store));
             // A copy-up over a copy-up, and so on: all that is to be copied is at the bottom.
-            let below = |page| Source::Store { store: StoreId(page as u32), origin: Gfn(0) };
+            let below = |page| Source::Store { store: StoreId(page as u32), origin: PageOrigin(0) };
             let last = page.checked_sub(1).map_or(Slot::InFlight(store), |page| Slot::CopyUp(store, below(page)));
             objects.put(object, (DEPTH..DEPTH + 1).into(), last);
             top = Some(object);
         }
         let all = GfnRange::from(0..DEPTH + 2);
-        let segments = objects.resolve(top, Gfn(0), all);
+        let segments = objects.resolve(top, PageOrigin(0), all);
         assert_eq!(segments.len() as u64, DEPTH + 2);
         assert!(segments.iter().zip(all.iter()).all(|(segment, page)| segment.pages.start() == page));
         let gap = segments[DEPTH as usize];
-        let job = family.job(top.unwrap(), gap.pages, gap.found.unwrap().slot);
+        let job = family.job(top.unwrap(), (DEPTH..DEPTH + 1).into(), gap.found.unwrap().slot);
         let bottom = WritebackJob { object: segments[0].found.unwrap().object, store: StoreId(0), ..job };
         assert_eq!(
             job,
-            WritebackJob { from: CopyFrom::Scratch(VmId(1)), pages: gap.pages, needed_by: top.unwrap(), ..bottom }
+            WritebackJob {
+                from: CopyFrom::Scratch(VmId(1)),
+                pages: (DEPTH..DEPTH + 1).into(),
+                needed_by: top.unwrap(),
+                ..bottom
+            }
         );
         // Families are dropped, too.
         drop(family);

@@ -1,6 +1,6 @@
 //! Launch: a new VM over files, shared memory and fresh memory.
 
-use crate::addr::GfnRange;
+use crate::addr::{GfnRange, PageOrigin};
 use crate::family::{Family, ObjectMapping, VmBooks};
 use crate::ids::{Run, Source, VmId};
 use crate::object::{Found, ObjectKind};
@@ -20,7 +20,7 @@ impl Family {
                 ObjectKind::Anonymous | ObjectKind::File => Sharing::CopyOnWrite,
             };
             let needs_copy = sharing == Sharing::CopyOnWrite;
-            let (object, origin) = (Some(object), pages.start());
+            let (object, origin) = (Some(object), PageOrigin::at(pages.start()));
             map.set(pages, MapEntry { object, origin, needs_copy, sharing, ..MapEntry::ANONYMOUS });
         }
         let root = self.stage2.new_root();

@@ -21,7 +21,7 @@ pub use fault::Fault;
 pub use freeze::Destination;
 pub use writeback::{CopyFrom, Placed, WritebackJob};
 
-use crate::addr::GfnRange;
+use crate::addr::PageRange;
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
 use crate::ids::{ObjectId, Run, StoreId};
@@ -40,7 +40,7 @@ impl Family {
     }
 
     /// Frees those of these pages that nobody sees, and what only copy-ups in their place had kept.
-    pub(crate) fn free_suspects(&mut self, mut suspects: Vec<(StoreId, GfnRange)>, effects: &mut Effects) {
+    pub(crate) fn free_suspects(&mut self, mut suspects: Vec<(StoreId, PageRange)>, effects: &mut Effects) {
         while !suspects.is_empty() {
             let mut lighter = BTreeSet::new();
             for (store, pages) in suspects {
@@ -58,7 +58,7 @@ impl Family {
     pub(crate) fn free_pages(
         &mut self,
         store: StoreId,
-        pages: GfnRange,
+        pages: PageRange,
         lighter: &mut BTreeSet<ObjectId>,
         effects: &mut Effects,
     ) {
@@ -77,7 +77,7 @@ impl Family {
         for unseen in seen.gaps(&pages.raw()) {
             for &object in &owners {
                 let held = self.objects.slots_in(object, unseen.clone().into());
-                let held: Vec<GfnRange> =
+                let held: Vec<PageRange> =
                     held.filter(|(_, s)| s.store() == Some(store)).map(|(part, _)| part).collect();
                 for part in held {
                     for free in self.objects.pending_copy_sources(object, part).gaps(&part.raw()) {

@@ -11,7 +11,7 @@
 //! two viewers stops there.
 
 use crate::addr::extents::without;
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageRange};
 use crate::family::Family;
 use crate::ids::{Run, StoreId, VmId};
 use crate::object::User;
@@ -28,7 +28,7 @@ impl Family {
     pub(crate) fn viewers(
         &self,
         store: StoreId,
-        pages: GfnRange,
+        pages: PageRange,
         mut tell: impl FnMut(VmId, Run) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         let mut looks = TableLooks::new(&self.stage2, store);
@@ -37,13 +37,16 @@ impl Family {
                 continue;
             }
             let users = self.objects.users(owner, pages).filter_map(|User { object, pages }| Some((object, pages?)));
-            for (object, pages) in users {
+            for (object, in_object) in users {
                 for &vm in self.objects.get(object).mappings.keys() {
                     let books = self.vm(vm);
                     for (bounds, entry) in books.map.iter().filter(|(_, entry)| entry.object == Some(object)) {
-                        let [start, end] = [pages.start(), pages.end()].map(|page| Gfn(page.0 + entry.origin.0));
-                        let shown = looks.below(books.root, GfnRange::between(start, end));
-                        let shown = shown.iter().map(|run| Run { pages: run.pages.intersect(bounds), ..*run });
+                        let shown = looks.below(books.root, entry.origin.frames(in_object));
+                        let shown = shown.iter().filter_map(|run| {
+                            // Other pages of the store may have moved there.
+                            let (_, origin) = run.source.store()?;
+                            Some(Run { pages: run.pages.intersect(bounds).intersect(origin.frames(pages)), ..*run })
+                        });
                         shown.filter(|run| !run.pages.is_empty()).try_for_each(|run| tell(vm, run))?;
                     }
                 }
@@ -53,7 +56,7 @@ impl Family {
     }
 
     /// Which of `pages` of a store anybody sees but this VM. Whoever sees some of them is enough for those.
-    pub(crate) fn seen(&self, store: StoreId, pages: GfnRange, except: Option<VmId>) -> RangeSet<u64> {
+    pub(crate) fn seen(&self, store: StoreId, pages: PageRange, except: Option<VmId>) -> RangeSet<u64> {
         let mut seen = RangeSet::new();
         let mut rest = vec![pages];
         while let Some(pages) = rest.pop() {
@@ -71,7 +74,7 @@ impl Family {
             if first.is_some() {
                 shown.sort_unstable_by_key(|part| part.start());
                 rest.extend(without(&[pages], &shown));
-                seen.extend(shown.into_iter().map(GfnRange::raw));
+                seen.extend(shown.into_iter().map(PageRange::raw));
             }
         }
         seen
@@ -79,7 +82,7 @@ impl Family {
 
     /// Whether `vm` is known to be the only one that sees the page it sees at `gfn`: a few looks have to tell.
     pub(crate) fn is_alone(&self, vm: VmId, gfn: Gfn) -> bool {
-        let page = GfnRange::new(gfn, PageCount(1));
+        let page = GfnRange::one(gfn);
         let Some(found) = self.shown(vm, page).first().and_then(|segment| segment.found) else { return false };
         let mut looks = self.objects.users(found.object, found.indexes(page));
         let users = looks.by_ref().take(FEW).filter(|user| user.pages.is_some());

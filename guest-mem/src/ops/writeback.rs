@@ -1,6 +1,6 @@
 //! Write-back: moved-out pages get into their store, behind the back of the VMs that run on.
 
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{PageCount, PageIndex, PageOrigin, PageRange};
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
 use crate::ids::{ObjectId, Run, Source, StoreId, SwapSlot, VmId};
@@ -13,18 +13,15 @@ use std::ops::ControlFlow;
 pub enum CopyFrom {
     /// In the scratch range of this VM's window.
     Scratch(VmId),
-    /// In another store, `origin` pages before.
-    Store {
-        /// The store below.
-        store: StoreId,
-        /// Guest frame of its page 0.
-        origin: Gfn,
-    },
+    /// In another store, from this page on.
+    Store(StoreId, PageIndex),
     /// In swap, in consecutive slots.
     Swap {
-        /// The object they belong to, where they have the same index.
+        /// The object that they are to be copied from.
         object: ObjectId,
-        /// The first slot.
+        /// The first of them there.
+        page: PageIndex,
+        /// Its slot.
         first: SwapSlot,
     },
     /// Nowhere: they are zero.
@@ -41,7 +38,7 @@ pub struct WritebackJob {
     /// The object whose write-back waits for this.
     pub(crate) needed_by: ObjectId,
     /// Which.
-    pub pages: GfnRange,
+    pub pages: PageRange,
     /// The store they belong into.
     pub store: StoreId,
     /// Where they are.
@@ -73,7 +70,7 @@ impl Family {
     }
 
     /// What has to be done for pending pages of one state: a job for them, or for what they are to be copied from.
-    pub(crate) fn job(&self, object: ObjectId, pages: GfnRange, slot: Slot) -> WritebackJob {
+    pub(crate) fn job(&self, object: ObjectId, pages: PageRange, slot: Slot) -> WritebackJob {
         let needed_by = object;
         let (mut object, mut pages, mut slot) = (object, pages, slot);
         // Copy-ups may lie over copy-ups, generation over generation.
@@ -84,26 +81,28 @@ impl Family {
                     self.objects.accounts.stores[&store].scratch.expect("an unsettled page waits in a scratch range");
                 return WritebackJob { object, needed_by, pages, store, from: CopyFrom::Scratch(scratch.holder) };
             }
+            // An object has the page of each frame at that frame's number.
+            let frames = PageOrigin(0).frames(pages);
             let segment = match slot {
-                Slot::CopyUp(_, Source::Store { store, origin }) => self.objects.stored(store, origin, pages)[0],
-                _ => Segment { pages, found: None },
+                Slot::CopyUp(_, Source::Store { store, origin }) => self.objects.stored(store, origin, frames)[0],
+                _ => Segment { pages: frames, found: None },
             };
             let from = match segment.found {
                 None | Some(Found { slot: Slot::Zero, .. }) => CopyFrom::Zero,
                 Some(Found { slot: Slot::Lost(_, loss), .. }) => CopyFrom::Lost(loss),
                 Some(Found { slot: Slot::Resident(store) | Slot::Clean(store, _), origin, .. }) => {
-                    CopyFrom::Store { store, origin }
+                    CopyFrom::Store(store, origin.page(segment.pages.start()))
                 }
                 Some(Found { object, slot: Slot::Swapped(_, base), origin }) => {
-                    assert_eq!(origin, Gfn(0), "anonymous objects of a family share one index space");
-                    CopyFrom::Swap { object, first: base.slot(segment.pages.start()) }
+                    let page = origin.page(segment.pages.start());
+                    CopyFrom::Swap { object, page, first: base.slot(page) }
                 }
                 Some(found @ Found { slot: Slot::InFlight(_) | Slot::CopyUp(..), .. }) => {
                     (object, pages, slot) = (found.object, found.indexes(segment.pages), found.slot);
                     continue;
                 }
             };
-            return WritebackJob { object, needed_by, pages: segment.pages, store, from };
+            return WritebackJob { object, needed_by, pages: PageOrigin(0).pages(segment.pages), store, from };
         }
     }
 
@@ -122,7 +121,7 @@ impl Family {
     }
 
     /// The pages that wait in the scratch range of the freeze into `store`, and whose they are.
-    fn in_flight_of(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, GfnRange)> {
+    fn in_flight_of(&self, store: StoreId) -> impl Iterator<Item = (ObjectId, PageRange)> {
         let owners = self.objects.accounts.owners(store).map(|(object, _)| object);
         owners.flat_map(move |object| {
             let slots = self.objects.get(object).slots.iter();
@@ -132,7 +131,7 @@ impl Family {
 
     /// What had the pages of the freeze into `store` has gone, and so have they.
     pub(crate) fn lose_in_flight(&mut self, store: StoreId, effects: &mut Effects) {
-        let lost: Vec<(ObjectId, GfnRange)> = self.in_flight_of(store).collect();
+        let lost: Vec<(ObjectId, PageRange)> = self.in_flight_of(store).collect();
         for (object, pages) in lost {
             self.objects.advance(object, pages, Slot::Lost(store, Loss::Process), effects);
             self.tell_windows(pages, store, Placed::Lost(Loss::Process), effects);
@@ -140,7 +139,7 @@ impl Family {
     }
 
     /// The pages of a job have been placed.
-    pub fn written_back(&mut self, job: &WritebackJob, placed: &[(GfnRange, Placed)], effects: &mut Effects) {
+    pub fn written_back(&mut self, job: &WritebackJob, placed: &[(PageRange, Placed)], effects: &mut Effects) {
         for &(pages, outcome) in placed {
             let to = match outcome {
                 Placed::Stored => Slot::Resident(job.store),
@@ -177,7 +176,7 @@ impl Family {
 
     /// Windows that map a hole here get zeros before they trap, unless a freeze may have moved a later write of theirs
     /// out; those that see a page that is lost with its process fail. What swap has lost fails who touches it.
-    fn tell_windows(&self, pages: GfnRange, store: StoreId, outcome: Placed, effects: &mut Effects) {
+    fn tell_windows(&self, pages: PageRange, store: StoreId, outcome: Placed, effects: &mut Effects) {
         if !matches!(outcome, Placed::Zero | Placed::Lost(Loss::Process)) {
             return;
         }
@@ -198,6 +197,7 @@ impl Family {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::{Gfn, GfnRange};
     use crate::ops::Fault;
     use crate::stage2::Shape;
     use crate::window::Harvest;

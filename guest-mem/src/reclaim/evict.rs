@@ -4,8 +4,8 @@
 //! that has been to swap before is there still, and is not written again. Frozen bytes never change, so there is no
 //! write to race with. What nobody sees any more, as the reverse map tells, is freed instead.
 
-use crate::addr::cluster::{cluster_of, frames};
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::cluster::{cluster_of, pages_of};
+use crate::addr::{PageCount, PageIndex, PageRange};
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
 use crate::ids::{Batch, ObjectId, StoreId, SwapSlot};
@@ -17,7 +17,7 @@ use crate::reclaim::queue::Turn;
 pub struct Victim {
     pub(crate) object: ObjectId,
     /// The pages, as they count in the object and in the store.
-    pub pages: GfnRange,
+    pub pages: PageRange,
     /// The store that has them.
     pub store: StoreId,
     /// Where they are in swap already.
@@ -34,7 +34,7 @@ impl Victim {
 impl Family {
     /// What can be evicted of an object's pages. They are of one cluster. Nothing of a file's: [its store](crate::store::file) is
     /// other families' too.
-    pub fn victims(&self, object: ObjectId, pages: GfnRange) -> Vec<Victim> {
+    pub fn victims(&self, object: ObjectId, pages: PageRange) -> Vec<Victim> {
         debug_assert_eq!(cluster_of(pages.start()).intersect(pages), pages, "one cluster at a time");
         if self.objects.get(object).kind != ObjectKind::Anonymous {
             return Vec::new();
@@ -65,7 +65,7 @@ impl Family {
     }
 
     /// What pages from `first` on, which swap took into slots from `slot` on, say of where they are.
-    pub(crate) fn new_base(&mut self, slot: SwapSlot, first: Gfn) -> SwapBase {
+    pub(crate) fn new_base(&mut self, slot: SwapSlot, first: PageIndex) -> SwapBase {
         SwapBase::new(slot, first, self.objects.accounts.queue.next_batch())
     }
 
@@ -90,7 +90,7 @@ impl Family {
         &mut self,
         end: Turn,
         effects: &mut Effects,
-    ) -> Option<(StoreId, GfnRange, Vec<ObjectId>)> {
+    ) -> Option<(StoreId, PageRange, Vec<ObjectId>)> {
         let queue = &mut self.objects.accounts.queue;
         let (store, pages) = queue.take_idle().or_else(|| queue.take_oldest(end))?;
         if !self.is_tidy() {
@@ -100,7 +100,7 @@ impl Family {
     }
 
     /// A cluster of a search could not be evicted.
-    pub(crate) fn keep_victim(&mut self, store: StoreId, pages: GfnRange) {
+    pub(crate) fn keep_victim(&mut self, store: StoreId, pages: PageRange) {
         self.objects.accounts.queue.put_back(store, pages);
     }
 
@@ -112,7 +112,7 @@ impl Family {
         {
             let owners: Vec<ObjectId> = self.objects.accounts.owners(store).map(|(object, _)| object).collect();
             for object in owners {
-                let slots: Vec<_> = self.objects.slots_in(object, frames(cluster)).collect();
+                let slots: Vec<_> = self.objects.slots_in(object, pages_of(cluster)).collect();
                 for (pages, slot) in slots {
                     if let Slot::Clean(of, base) = slot
                         && of == store
@@ -136,6 +136,7 @@ pub(crate) fn count(victims: &[Victim]) -> PageCount {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::{Gfn, GfnRange};
     use crate::ids::Activity;
     use crate::ops::Placed;
     use crate::stage2::Shape;

@@ -10,8 +10,8 @@
 //! A cluster is named by its store, which stays the same when objects are collapsed. An entry of the queue may be out of
 //! date: it is skipped when its turn comes.
 
-use crate::addr::GfnRange;
-use crate::addr::cluster::{clusters, frames};
+use crate::addr::PageRange;
+use crate::addr::cluster::{clusters, pages_of};
 use crate::ids::{Batch, StoreId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
@@ -72,7 +72,7 @@ pub(crate) enum Return {
 
 impl ReclaimQueue {
     /// Pages have got into their store. What is listed keeps its place.
-    pub fn written_back(&mut self, store: StoreId, pages: GfnRange) {
+    pub fn written_back(&mut self, store: StoreId, pages: PageRange) {
         for cluster in clusters(pages) {
             if !self.listed.get(&store).is_some_and(|listed| listed.contains_key(&cluster)) {
                 self.push(store, cluster, false);
@@ -81,7 +81,7 @@ impl ReclaimQueue {
     }
 
     /// Pages of an eviction are back: their cluster is the youngest now.
-    pub fn came_back(&mut self, store: StoreId, pages: GfnRange, how: Return) {
+    pub fn came_back(&mut self, store: StoreId, pages: PageRange, how: Return) {
         for cluster in clusters(pages) {
             self.push(store, cluster, how == Return::Refault);
         }
@@ -117,7 +117,7 @@ impl ReclaimQueue {
     }
 
     /// Takes the oldest cluster out, if it was listed before `end`.
-    pub fn take_oldest(&mut self, end: Turn) -> Option<(StoreId, GfnRange)> {
+    pub fn take_oldest(&mut self, end: Turn) -> Option<(StoreId, PageRange)> {
         while let Some(entry) = self.queue.pop_front() {
             if entry.turn >= end {
                 self.queue.push_front(entry);
@@ -131,7 +131,7 @@ impl ReclaimQueue {
                 }
                 Some(place) if place.turn == turn => {
                     self.unlist(store, cluster);
-                    return Some((store, frames(cluster)));
+                    return Some((store, pages_of(cluster)));
                 }
                 _ => {}
             }
@@ -140,12 +140,12 @@ impl ReclaimQueue {
     }
 
     /// Takes out some cluster that only idle VMs see, of the oldest store that has one.
-    pub fn take_idle(&mut self) -> Option<(StoreId, GfnRange)> {
+    pub fn take_idle(&mut self) -> Option<(StoreId, PageRange)> {
         self.count_steps(1);
         let store = *self.idle_listed.first()?;
         let cluster = *self.listed[&store].keys().next().expect("it has listed clusters");
         self.unlist(store, cluster);
-        Some((store, frames(cluster)))
+        Some((store, pages_of(cluster)))
     }
 
     /// Only idle VMs see pages of this store; or others do as well.
@@ -168,7 +168,7 @@ impl ReclaimQueue {
     }
 
     /// A cluster that was taken out was not evicted: it has its turn after all others.
-    pub fn put_back(&mut self, store: StoreId, pages: GfnRange) {
+    pub fn put_back(&mut self, store: StoreId, pages: PageRange) {
         clusters(pages).for_each(|cluster| self.push(store, cluster, false));
     }
 
@@ -180,7 +180,7 @@ impl ReclaimQueue {
     }
 
     /// Whether all clusters of these pages have a turn.
-    pub fn has(&self, store: StoreId, pages: GfnRange) -> bool {
+    pub fn has(&self, store: StoreId, pages: PageRange) -> bool {
         self.listed.get(&store).is_some_and(|listed| clusters(pages).all(|cluster| listed.contains_key(&cluster)))
     }
 
@@ -225,12 +225,12 @@ impl ReclaimQueue {
 mod tests {
     use super::*;
     use crate::addr::cluster::CLUSTER;
-    use crate::addr::{Gfn, PageCount};
+    use crate::addr::{PageCount, PageIndex};
 
     const STORE: StoreId = StoreId(1);
 
-    fn pages(start: u64, count: u64) -> GfnRange {
-        GfnRange::new(Gfn(start), PageCount(count))
+    fn pages(start: u64, count: u64) -> PageRange {
+        PageRange::new(PageIndex(start), PageCount(count))
     }
 
     fn take(queue: &mut ReclaimQueue) -> Option<u64> {

@@ -6,7 +6,7 @@
 //! ```
 
 use crate::addr::cluster::cluster_of;
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageIndex, PageRange};
 use crate::effect::{Effect, Effects};
 use crate::family::Family;
 use crate::ids::{Batch, ObjectId, StoreId, SwapSlot, VmId};
@@ -19,7 +19,7 @@ use crate::reclaim::Return;
 pub struct SwapIn {
     pub(crate) object: ObjectId,
     /// From the first of them to the last.
-    span: GfnRange,
+    span: PageRange,
     batch: Batch,
     /// Their first slot.
     pub first: SwapSlot,
@@ -29,7 +29,7 @@ pub struct SwapIn {
 
 impl Family {
     /// What is read together with a page that is in swap only.
-    pub(crate) fn swap_in(&self, object: ObjectId, page: Gfn, base: SwapBase) -> SwapIn {
+    pub(crate) fn swap_in(&self, object: ObjectId, page: PageIndex, base: SwapBase) -> SwapIn {
         let mut found: Option<SwapIn> = None;
         for (pages, slot) in self.objects.slots_in(object, cluster_of(page)) {
             let Slot::Swapped(_, other) = slot else { continue };
@@ -39,7 +39,7 @@ impl Family {
             let first = other.slot(pages.start());
             match &mut found {
                 Some(all) if first.0 == all.first.0 + all.count.0 => {
-                    all.span = GfnRange::between(all.span.start(), pages.end());
+                    all.span = PageRange::between(all.span.start(), pages.end());
                     all.count.0 += pages.count().0;
                 }
                 Some(all) if all.span.contains(page) => break,
@@ -76,7 +76,7 @@ impl Family {
     }
 
     /// The stretches of pages that are read together, in the order of their slots, and their stores.
-    pub(crate) fn swapping_in(&self, read: &SwapIn) -> Vec<(GfnRange, StoreId)> {
+    pub(crate) fn swapping_in(&self, read: &SwapIn) -> Vec<(PageRange, StoreId)> {
         let slots = self.objects.slots_in(read.object, read.span);
         slots
             .filter_map(|(pages, slot)| match slot {
@@ -87,7 +87,7 @@ impl Family {
     }
 
     /// Some of these pages are in their store again.
-    pub(crate) fn swapped_in(&mut self, read: &SwapIn, pages: GfnRange, how: Return, effects: &mut Effects) {
+    pub(crate) fn swapped_in(&mut self, read: &SwapIn, pages: PageRange, how: Return, effects: &mut Effects) {
         for (pages, slot) in self.in_swap_only(read.object, pages) {
             if let Slot::Swapped(store, base) = slot {
                 self.objects.advance(read.object, pages, Slot::Clean(store, base), effects);
@@ -105,7 +105,7 @@ impl Family {
     }
 
     /// Pages that are in swap only cannot be read back. Who touches one fails.
-    pub(crate) fn lose(&mut self, object: ObjectId, pages: GfnRange, effects: &mut Effects) {
+    pub(crate) fn lose(&mut self, object: ObjectId, pages: PageRange, effects: &mut Effects) {
         for (pages, slot) in self.in_swap_only(object, pages) {
             if let Slot::Swapped(store, base) = slot {
                 self.objects.advance(object, pages, Slot::Lost(store, Loss::Swap), effects);
@@ -115,13 +115,13 @@ impl Family {
         self.objects.writeback.put_off.clear();
     }
 
-    fn in_swap_only(&self, object: ObjectId, pages: GfnRange) -> Vec<(GfnRange, Slot)> {
+    fn in_swap_only(&self, object: ObjectId, pages: PageRange) -> Vec<(PageRange, Slot)> {
         self.objects.slots_in(object, pages).filter(|(_, slot)| matches!(slot, Slot::Swapped(..))).collect()
     }
 
     /// Whether `vm` takes the page at `gfn` from this page of `store`.
-    pub(crate) fn maps(&self, vm: VmId, gfn: Gfn, store: StoreId, pages: GfnRange) -> bool {
+    pub(crate) fn maps(&self, vm: VmId, gfn: Gfn, store: StoreId, pages: PageRange) -> bool {
         let source = self.vms.get(&vm).and_then(|_| self.window_at(vm, gfn));
-        source.and_then(|source| source.page(gfn)).is_some_and(|(s, page)| s == store && pages.contains(Gfn(page.0)))
+        source.and_then(|source| source.page(gfn)).is_some_and(|(s, page)| s == store && pages.contains(page))
     }
 }

@@ -4,9 +4,9 @@
 //! An entry says where its object's page 0 would stand, its *origin*, and not where in the object it begins: as Linux's
 //! `vm_pgoff` does, this stays true whatever is cut off an entry or joined to it, so neighbours that continue each other
 //! say the same and are one, and `mprotect` of a part makes three of one. For anonymous memory the origin is 0 in the whole
-//! family, which is what makes the reverse map one look (Torvalds 2004); a file or shared memory may stand anywhere.
+//! family until somebody [moves](crate::manager::Manager::move_pages) some of it; a file or shared memory may stand anywhere.
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Distance, Gfn, GfnRange, PageOrigin};
 use crate::ids::ObjectId;
 use rangemap::RangeMap;
 use serde::{Deserialize, Serialize};
@@ -37,8 +37,8 @@ pub enum Sharing {
 pub struct MapEntry {
     /// The top object; none for memory nobody has written before the VM's last freeze.
     pub object: Option<ObjectId>,
-    /// Guest frame of the object's page 0.
-    pub origin: Gfn,
+    /// Where its pages stand.
+    pub origin: PageOrigin,
     /// The object is, or may get, shared: the next freeze stacks a new one. Set by a fork on both sides, and from birth
     /// over a file; cleared by the freeze that makes the VM's next object.
     pub needs_copy: bool,
@@ -53,7 +53,7 @@ impl MapEntry {
     /// Fresh memory.
     pub const ANONYMOUS: Self = Self {
         object: None,
-        origin: Gfn(0),
+        origin: PageOrigin(0),
         needs_copy: false,
         protection: Protection::ReadWrite,
         sharing: Sharing::CopyOnWrite,
@@ -96,6 +96,18 @@ impl AddressMap {
     pub(crate) fn clear(&mut self, pages: GfnRange) {
         if !pages.is_empty() {
             self.0.remove(pages.raw());
+        }
+    }
+
+    /// Shows, so far from `pages`, where it shows nothing, what it shows there, and nothing there any more. An entry's origin
+    /// moves with it, and nothing else of it changes: the pages of its object keep their numbers.
+    pub(crate) fn move_pages(&mut self, pages: GfnRange, by: Distance) {
+        let there: Vec<_> = self.within(pages).collect();
+        self.clear(pages);
+        for (part, entry) in there {
+            // Fresh memory stands anywhere.
+            let origin = entry.object.map_or(entry.origin, |_| entry.origin.moved(by));
+            self.set(part.moved(by), MapEntry { origin, ..entry });
         }
     }
 
@@ -195,12 +207,26 @@ mod tests {
         assert_eq!(all(&map), [(0..20, OBJECT)]);
     }
 
+    /// What moves keeps its index, and its origin tells where it stands: at home again, it is one with its neighbours.
+    #[test]
+    fn what_moves_away_and_back_is_as_it_was() {
+        let mut map = AddressMap::default();
+        map.set((10..20).into(), OBJECT);
+        map.set((20..22).into(), MapEntry::ANONYMOUS);
+        let by = |from, to| Distance::between(Gfn(from), Gfn(to));
+        map.move_pages((15..22).into(), by(15, 3));
+        let moved = MapEntry { origin: PageOrigin(-12), ..OBJECT };
+        assert_eq!(all(&map), [(3..8, moved), (8..10, MapEntry::ANONYMOUS), (10..15, OBJECT)]);
+        map.move_pages((3..8).into(), by(3, 15));
+        assert_eq!(all(&map), [(8..10, MapEntry::ANONYMOUS), (10..20, OBJECT)]);
+    }
+
     /// The same object at another distance is not continued: origin and index differ.
     #[test]
     fn only_neighbours_that_continue_each_other_are_one() {
         let mut map = AddressMap::default();
         map.set((0..10).into(), OBJECT);
-        map.set((10..20).into(), MapEntry { origin: Gfn(10), ..OBJECT });
+        map.set((10..20).into(), MapEntry { origin: PageOrigin(10), ..OBJECT });
         assert_eq!(map.iter().count(), 2);
         map.set((10..20).into(), OBJECT);
         assert_eq!(all(&map), [(0..20, OBJECT)]);

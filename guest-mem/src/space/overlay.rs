@@ -1,7 +1,7 @@
 //! What a window maps otherwise than its stage-2 tables say.
 
-use crate::addr::GfnRange;
 use crate::addr::page_map::PageMap;
+use crate::addr::{Distance, Gfn, GfnRange};
 use crate::ids::{Run, Source};
 use crate::space::runs::{Runs, among, outside, over};
 
@@ -21,7 +21,7 @@ use crate::space::runs::{Runs, among, outside, over};
 #[derive(Debug, Default)]
 pub(crate) struct Overlay {
     /// Kept copies, and what the window maps beneath them.
-    pub(crate) kept: PageMap<Source>,
+    pub(crate) kept: PageMap<Gfn, Source>,
     /// Bridges and zero runs.
     pub(crate) zeros: Runs,
 }
@@ -58,6 +58,19 @@ impl Overlay {
     pub fn uncover(&mut self, pages: &[GfnRange]) {
         pages.iter().for_each(|&pages| self.kept.remove(pages));
         self.take_out(pages);
+    }
+
+    /// What the window maps otherwise at `pages` it does so at where they have moved to, and nothing there any more.
+    pub fn move_pages(&mut self, pages: GfnRange, by: Distance) {
+        let kept: Vec<(GfnRange, Source)> = self.kept.within(pages).collect();
+        self.kept.remove(pages);
+        for (part, source) in kept {
+            self.kept.insert([part.moved(by)], source.moved(by));
+        }
+        let zeros: Vec<Run> = among(&self.zeros, pages).map(|run| run.moved(by)).collect();
+        if !zeros.is_empty() {
+            self.zeros = over(&outside(&self.zeros, &[pages]), zeros).into();
+        }
     }
 
     fn take_out(&mut self, pages: &[GfnRange]) {

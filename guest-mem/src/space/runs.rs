@@ -88,6 +88,7 @@ pub(crate) fn merge_runs(mut runs: Vec<Run>) -> Vec<Run> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::PageOrigin;
     use crate::ids::{Source, StoreId};
 
     const PAGES: u64 = 120;
@@ -95,7 +96,7 @@ mod tests {
     fn source(store: u64) -> Source {
         match store {
             0 => Source::Anonymous,
-            id => Source::Store { store: StoreId(id as u32), origin: Gfn(0) },
+            id => Source::Store { store: StoreId(id as u32), origin: PageOrigin(0) },
         }
     }
 

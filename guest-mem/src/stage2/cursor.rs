@@ -134,6 +134,7 @@ impl<'a> Cursor<'a> {
 mod tests {
     use super::super::Shape;
     use super::*;
+    use crate::addr::PageOrigin;
     use crate::ids::StoreId;
 
     const TINY: Shape = Shape { bits: 2, levels: 3, leaf_levels: 2 };
@@ -141,7 +142,7 @@ mod tests {
     fn run(start: u64, count: u64, store: Option<u32>) -> Run {
         Run {
             pages: GfnRange::new(Gfn(start), PageCount(count)),
-            source: store.map_or(Source::Anonymous, |s| Source::Store { store: StoreId(s), origin: Gfn(0) }),
+            source: store.map_or(Source::Anonymous, |s| Source::Store { store: StoreId(s), origin: PageOrigin(0) }),
         }
     }
 

@@ -1,6 +1,6 @@
 //! An entry of a stage-2 table: 8 bytes that say what supplies a stretch of guest frames, or which table knows.
 
-use crate::addr::{Gfn, PageCount};
+use crate::addr::{Gfn, PageCount, PageIndex, PageOrigin};
 use crate::ids::{Source, StoreId};
 
 /// Names a table of its [`Stage2`](super::Stage2).
@@ -66,7 +66,7 @@ impl Entry {
             ANONYMOUS => View::Leaf(Source::Anonymous),
             kind @ (STORE | SHARED) => {
                 let store = StoreId((payload & ((1 << STORE_BITS) - 1)) as u32);
-                let origin = Gfn(first.0 - (payload >> STORE_BITS));
+                let origin = PageOrigin::of(PageIndex(payload >> STORE_BITS), first);
                 View::Leaf(match kind {
                     STORE => Source::Store { store, origin },
                     _ => Source::Shared { store, origin },
@@ -78,8 +78,8 @@ impl Entry {
 }
 
 /// A store and its page at the first frame, behind the bits of the kind.
-fn page(store: StoreId, origin: Gfn, first: Gfn) -> u64 {
-    let index = first.0 - origin.0;
+fn page(store: StoreId, origin: PageOrigin, first: Gfn) -> u64 {
+    let PageIndex(index) = origin.page(first);
     assert!(store.0 < MAX_STORES && index < 1 << (64 - KIND_BITS - STORE_BITS), "stage-2 leaf overflow");
     u64::from(store.0) << KIND_BITS | index << (KIND_BITS + STORE_BITS)
 }
@@ -94,10 +94,10 @@ mod tests {
         for view in [
             View::Empty,
             View::Leaf(Source::Anonymous),
-            View::Leaf(Source::Store { store: StoreId(MAX_STORES - 1), origin: Gfn(0) }),
-            View::Leaf(Source::Store { store: StoreId(7), origin: first }),
-            View::Leaf(Source::Store { store: StoreId(0), origin: Gfn(first.0 - 5) }),
-            View::Leaf(Source::Shared { store: StoreId(MAX_STORES - 1), origin: Gfn(first.0 - 5) }),
+            View::Leaf(Source::Store { store: StoreId(MAX_STORES - 1), origin: PageOrigin(0) }),
+            View::Leaf(Source::Store { store: StoreId(7), origin: PageOrigin::at(first) }),
+            View::Leaf(Source::Store { store: StoreId(0), origin: PageOrigin::of(PageIndex(5), first) }),
+            View::Leaf(Source::Shared { store: StoreId(MAX_STORES - 1), origin: PageOrigin::of(PageIndex(5), first) }),
             View::Table(TableId(u32::MAX)),
         ] {
             assert_eq!(Entry::new(view, first).view(first), view);

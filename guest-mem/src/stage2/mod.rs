@@ -18,7 +18,7 @@ pub(crate) use entry::MAX_STORES;
 pub use entry::{Entry, TableId, View};
 pub(crate) use rmap::TableLooks;
 
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{Gfn, GfnRange, PageCount, PageRange};
 use crate::ids::Run;
 use crate::space::runs::push_run;
 use crate::steps::step;
@@ -262,8 +262,7 @@ pub(crate) fn entries_in(shape: Shape, table: &Table, range: GfnRange) -> impl I
 
 impl Run {
     /// Which pages of its store it shows.
-    pub(crate) fn indexes(self) -> Option<GfnRange> {
-        let of_store = |gfn| self.source.page(gfn).map(|(_, page)| Gfn(page.0));
-        Some(GfnRange::between(of_store(self.pages.start())?, of_store(self.pages.end())?))
+    pub(crate) fn indexes(self) -> Option<PageRange> {
+        self.source.store().map(|(_, origin)| origin.pages(self.pages))
     }
 }

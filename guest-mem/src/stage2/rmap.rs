@@ -1,7 +1,7 @@
 //! The tables' half of the reverse map: where trees show a page. [Who sees it](crate::family::Family::viewers) begins at the
 //! object that has it.
 //!
-//! A page has one address in all address spaces of its family, so to find it in one takes one look at that address: the
+//! A page has one address in an address space, in all of them the same unless it was moved. To find it in one takes one look: the
 //! *group* lists the address spaces, and each is looked at there (Torvalds 2004). Address spaces share tables (Phillips
 //! 2002), so a table that a thousand of them lead to is looked at once.
 

@@ -9,7 +9,7 @@
 
 use super::FileStore;
 use super::memfd::write_all;
-use crate::addr::{GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use crate::addr::{PAGE_SIZE, PageCount, PageIndex, PageRange};
 use crate::sys::Memfd;
 use nix::sys::stat::fstat;
 use nix::sys::uio::pread;
@@ -103,7 +103,7 @@ fn read_up_to(file: BorrowedFd<'_>, at: u64, buf: &mut [u8]) -> io::Result<usize
 
 impl FileStore for MemfdFile {
     /// All are.
-    fn ensure(&self, _pages: GfnRange) -> io::Result<()> {
+    fn ensure(&self, _pages: PageRange) -> io::Result<()> {
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::file::MemfdFile;
 use super::{Store, StoreFactory};
-use crate::addr::{Gfn, GfnRange, PageCount, PageIndex};
+use crate::addr::{PageCount, PageIndex, PageRange};
 use crate::swap::handle::SharedSwap;
 use crate::sys::{Alias, FillError, Memfd, Userfaultfd};
 use nix::errno::Errno;
@@ -76,7 +76,7 @@ pub struct MemfdStore {
     inode: u64,
     userfaultfd: Option<Arc<Userfaultfd>>,
     /// What was filled in, and is in our page tables still.
-    filled: Vec<GfnRange>,
+    filled: Vec<PageRange>,
     closer: Arc<Closer>,
 }
 
@@ -172,9 +172,9 @@ impl MemfdStore {
     }
 
     /// The alias does not keep what was filled in for long.
-    fn note_filled(&mut self, pages: GfnRange) {
+    fn note_filled(&mut self, pages: PageRange) {
         match self.filled.last_mut() {
-            Some(last) if last.end() == pages.start() => *last = GfnRange::between(last.start(), pages.end()),
+            Some(last) if last.end() == pages.start() => *last = PageRange::between(last.start(), pages.end()),
             _ => self.filled.push(pages),
         }
         let count: u64 = self.filled.iter().map(|pages| pages.count().0).sum();
@@ -208,7 +208,7 @@ impl Store for MemfdStore {
             FillError::Planted(_) => io::Error::new(io::ErrorKind::AlreadyExists, error),
             FillError::Call { .. } => io::Error::other(error),
         });
-        self.note_filled(GfnRange::new(Gfn(first.0), PageCount::covering(bytes.len() as u64)));
+        self.note_filled(PageRange::new(first, PageCount::covering(bytes.len() as u64)));
         filled
     }
 
@@ -229,7 +229,7 @@ impl Store for MemfdStore {
         }
     }
 
-    fn extents(&self) -> io::Result<Vec<GfnRange>> {
+    fn extents(&self) -> io::Result<Vec<PageRange>> {
         extents(self.read_only())
     }
 
@@ -251,7 +251,7 @@ impl Store for MemfdStore {
 ///
 /// # Errors
 /// Of `lseek`.
-pub fn extents(store: impl AsFd) -> io::Result<Vec<GfnRange>> {
+pub fn extents(store: impl AsFd) -> io::Result<Vec<PageRange>> {
     let mut extents = Vec::new();
     let mut at = 0;
     loop {
@@ -260,7 +260,7 @@ pub fn extents(store: impl AsFd) -> io::Result<Vec<GfnRange>> {
             found => found?,
         };
         at = lseek(&store, start, Whence::SeekHole)?;
-        extents.push(GfnRange::between(Gfn::of_gpa(start as u64), Gfn::of_gpa(at as u64)));
+        extents.push(PageRange::between(PageIndex::of_offset(start as u64), PageIndex::of_offset(at as u64)));
     }
 }
 

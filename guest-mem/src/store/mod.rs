@@ -6,7 +6,7 @@
 pub mod file;
 pub mod memfd;
 
-use crate::addr::{GfnRange, PageCount, PageIndex};
+use crate::addr::{PageCount, PageIndex, PageRange};
 use crate::swap::Swap;
 use std::io;
 
@@ -27,11 +27,11 @@ pub trait Store {
     /// Makes a hole again, in all windows too.
     fn punch(&mut self, first: PageIndex, count: PageCount);
 
-    /// The pages that are there, as frames of the family, in order.
+    /// The pages that are there, in order.
     ///
     /// # Errors
     /// The store cannot tell.
-    fn extents(&self) -> io::Result<Vec<GfnRange>>;
+    fn extents(&self) -> io::Result<Vec<PageRange>>;
 
     /// How many pages are there.
     ///
@@ -78,7 +78,7 @@ pub trait FileStore {
     ///
     /// # Errors
     /// The file cannot be read.
-    fn ensure(&self, pages: GfnRange) -> io::Result<()>;
+    fn ensure(&self, pages: PageRange) -> io::Result<()>;
 
     /// Reads pages, there yet or not.
     ///

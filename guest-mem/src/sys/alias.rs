@@ -1,7 +1,7 @@
 //! The one way by which bytes get into a store.
 
 use super::{Advice, Area, Memfd, Place, Userfaultfd};
-use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use crate::addr::{GfnRange, PAGE_SIZE, PageCount, PageIndex, PageOrigin, PageRange};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -35,13 +35,18 @@ pub enum FillError {
     },
 }
 
+/// Where an alias has these pages of its store: its area mirrors no guest's memory.
+fn frames(pages: PageRange) -> GfnRange {
+    PageOrigin(0).frames(pages)
+}
+
 impl Alias {
     /// Maps the store. `uffd` may serve any number of aliases.
     ///
     /// # Errors
     /// Of `mmap` or the registration.
     pub fn new(store: &Memfd, uffd: Arc<Userfaultfd>) -> io::Result<Self> {
-        let pages = store.range();
+        let pages = frames(store.range());
         let area = Area::reserve(Place::Anywhere, pages.count())?;
         area.map_shared(pages, store.as_fd(), PageIndex(0))?;
         let (start, len) = area.host(pages)?;
@@ -55,7 +60,7 @@ impl Alias {
     /// What stopped it; the pages before it are there.
     pub fn fill(&self, first: PageIndex, bytes: &[u8]) -> Result<(), FillError> {
         debug_assert_eq!(bytes.len() % PAGE_SIZE, 0);
-        let range = GfnRange::new(Gfn(first.0), PageCount::covering(bytes.len() as u64));
+        let range = frames(PageRange::new(first, PageCount::covering(bytes.len() as u64)));
         let (start, _) = self.area.host(range).map_err(|cause| FillError::Call { page: first, cause })?;
         self.uffd.copy(start, bytes).map_err(|(done, cause)| {
             let page = PageIndex(first.0 + (done / PAGE_SIZE) as u64);
@@ -68,7 +73,7 @@ impl Alias {
 
     /// Drops this process's page table entries of what was filled: the pages stay in the store.
     pub fn forget(&self, first: PageIndex, count: PageCount) {
-        let pages = GfnRange::new(Gfn(first.0), count);
+        let pages = frames(PageRange::new(first, count));
         if let Err(error) = self.area.advise(pages, Advice::DropPrivate) {
             log::warn!("madvise of a store's alias: {error}");
         }

@@ -237,8 +237,20 @@ impl Area {
     /// # Errors
     /// Of `mremap`; nothing has changed. `EFAULT`: it is not one mapping.
     pub fn move_to(&self, to: &Self, range: GfnRange) -> io::Result<()> {
+        self.carry(range, to, range)
+    }
+
+    /// The same, to another place in this area.
+    ///
+    /// # Errors
+    /// As [`move_to`](Self::move_to).
+    pub fn move_within(&self, range: GfnRange, to: GfnRange) -> io::Result<()> {
+        self.carry(range, self, to)
+    }
+
+    fn carry(&self, range: GfnRange, to: &Self, place: GfnRange) -> io::Result<()> {
         let (from, len) = self.host(range)?;
-        let (there, _) = to.host(range)?;
+        let (there, _) = to.host(place)?;
         let stays = match self.place {
             Place::Fixed(_) => 0,
             // The kernel would give the addresses to the next who asks for some, a thread for its stack, say.

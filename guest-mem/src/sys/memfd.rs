@@ -1,6 +1,6 @@
 //! The file behind a store.
 
-use crate::addr::{GfnRange, PageCount, PageIndex};
+use crate::addr::{PageCount, PageIndex, PageRange};
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod};
@@ -58,8 +58,8 @@ impl Memfd {
     }
 
     /// The file's pages as a range, for an [`Alias`](super::Alias) of it.
-    pub(super) fn range(&self) -> GfnRange {
-        GfnRange::new(Default::default(), self.pages)
+    pub(super) fn range(&self) -> PageRange {
+        PageRange::new(PageIndex(0), self.pages)
     }
 }
 

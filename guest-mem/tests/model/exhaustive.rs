@@ -20,6 +20,10 @@ enum Op {
     /// There is nothing, or new memory.
     Unmap(usize),
     Map(usize, Sharing),
+    /// The first page is where nothing is.
+    Move(usize),
+    /// Back from there.
+    MoveBack(usize),
     WriteBack,
     /// All there is.
     Evict,
@@ -104,6 +108,11 @@ impl Scope {
                     false => SHARINGS.map(|sharing| Op::Map(vm, sharing)).to_vec(),
                 });
                 choices.extend(Some(Op::Unmap(vm)).filter(|_| world.has(*id, Gfn(pages - 1))));
+                choices.extend(match [0, pages - 1].map(|page| world.has(*id, Gfn(page))) {
+                    [true, false] => Some(Op::Move(vm)),
+                    [false, true] => Some(Op::MoveBack(vm)),
+                    _ => None,
+                });
             }
             if self.ops == Ops::Pressure {
                 choices.extend((0..pages).map(|page| Op::Touch(vm, page)).chain([Op::FreezeToSwap(vm)]));
@@ -166,6 +175,14 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         Op::Map(vm, sharing) => {
             let last = world.frames().last().expect("RAM");
             world.try_map(ids[vm], GfnRange::new(last, PageCount(1)), sharing).expect("nothing is there");
+        }
+        Op::Move(vm) => {
+            let last = world.frames().last().expect("RAM");
+            world.try_move(ids[vm], (0..1).into(), last).expect("nothing is there");
+        }
+        Op::MoveBack(vm) => {
+            let last = world.frames().last().expect("RAM");
+            world.try_move(ids[vm], GfnRange::one(last), Gfn(0)).expect("nothing is there");
         }
         Op::WriteBack => {
             world.write_back();

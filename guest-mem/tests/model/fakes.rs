@@ -4,7 +4,7 @@
 
 use super::plan::broken_rule;
 use super::rng::Rng;
-use guest_mem::addr::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex};
+use guest_mem::addr::{Distance, Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex, PageOrigin, PageRange};
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::Swap;
 use guest_mem::swap::handle::SharedSwap;
@@ -162,7 +162,7 @@ pub struct VecStore {
     /// Whoever maps it writes it: the manager does not know which pages are there.
     is_shared: bool,
     /// Where a fill failed half way.
-    torn: Option<GfnRange>,
+    torn: Option<PageRange>,
     /// Pages that could not be freed.
     stuck: BTreeSet<u64>,
     ledger: Rc<Ledger>,
@@ -209,7 +209,7 @@ impl Store for VecStore {
         }
         self.ledger.pages.set(self.ledger.pages.get() + filled as u64);
         if done.is_err() {
-            self.torn = Some(GfnRange::new(Gfn(first.0), PageCount(count as u64)));
+            self.torn = Some(PageRange::new(first, PageCount(count as u64)));
         }
         done
     }
@@ -226,10 +226,10 @@ impl Store for VecStore {
     /// A failing call leaves everything where it is, and nobody is told.
     fn punch(&mut self, first: PageIndex, count: PageCount) {
         self.ledger.punches.set(self.ledger.punches.get() + 1);
-        let range = GfnRange::new(Gfn(first.0), count);
+        let range = PageRange::new(first, count);
         if self.is_shared {
             let before = self.pages.borrow().len();
-            self.pages.borrow_mut().retain(|page, _| !range.contains(Gfn(*page)));
+            self.pages.borrow_mut().retain(|page, _| !range.contains(PageIndex(*page)));
             let freed = before - self.pages.borrow().len();
             return self.ledger.pages.set(self.ledger.pages.get() - freed as u64);
         }
@@ -255,11 +255,11 @@ impl Store for VecStore {
         Ok(PageCount(self.pages.borrow().len() as u64))
     }
 
-    fn extents(&self) -> io::Result<Vec<GfnRange>> {
+    fn extents(&self) -> io::Result<Vec<PageRange>> {
         let there = self.pages.borrow();
         let pages: RangeSet<u64> =
             there.keys().filter(|page| !self.stuck.contains(page)).map(|&page| page..page + 1).collect();
-        Ok(pages.into_iter().map(GfnRange::from).collect())
+        Ok(pages.into_iter().map(PageRange::from).collect())
     }
 }
 
@@ -289,7 +289,7 @@ impl FakeFile {
 }
 
 impl FileStore for FakeFile {
-    fn ensure(&self, pages: GfnRange) -> io::Result<()> {
+    fn ensure(&self, pages: PageRange) -> io::Result<()> {
         assert!(pages.end().0 <= self.pages.0, "{pages:?} lies outside of the file");
         self.ledger.check(Call::ReadFile)?;
         self.filled.borrow_mut().extend(pages.iter().map(|page| page.0));
@@ -362,6 +362,21 @@ pub enum Write {
     Done,
     /// The page is read-only: the kernel says so to who tried.
     Refused,
+}
+
+/// What is said of these pages is so of those to which they move.
+pub fn carry_pages<V>(all: &mut BTreeMap<u64, V>, from: GfnRange, by: Distance) {
+    let mut carried = all.split_off(&from.start().0);
+    all.append(&mut carried.split_off(&from.end().0));
+    let place = |page: u64| GfnRange::one(Gfn(page)).moved(by).start().0;
+    all.extend(carried.into_iter().map(|(page, value)| (place(page), value)));
+}
+
+/// The same of a set of pages.
+pub fn carry_set(all: &mut BTreeSet<u64>, from: GfnRange, by: Distance) {
+    let mut values = std::mem::take(all).into_iter().map(|page| (page, ())).collect();
+    carry_pages(&mut values, from, by);
+    all.extend(values.into_keys());
 }
 
 /// A VM's window.
@@ -482,6 +497,30 @@ impl FakeWindow {
         Ok(())
     }
 
+    /// Maps from `to` on what is mapped at `from`, private pages and all, and nothing there any more; or all is as it was.
+    pub fn carry(&mut self, from: GfnRange, to: Gfn) -> io::Result<()> {
+        self.ledger.check(Call::Map)?;
+        let by = Distance::between(from.start(), to);
+        assert!(!self.runs.overlaps(&from.moved(by).raw()), "nothing is in the way");
+        let runs: Vec<Run> = self.runs_within(from);
+        self.runs.remove(from.raw());
+        for run in runs {
+            self.runs.insert(run.pages.moved(by).raw(), run.source.moved(by));
+        }
+        carry_pages(&mut self.present, from, by);
+        carry_set(&mut self.read_only, from, by);
+        let stayed = from.iter().filter(|gfn| self.stayed.contains(&gfn.0));
+        let stayed: Vec<GfnRange> = stayed.map(|gfn| GfnRange::one(gfn).moved(by)).collect();
+        self.stayed.remove(from.raw());
+        self.stayed.extend(stayed.into_iter().map(GfnRange::raw));
+        Ok(())
+    }
+
+    fn runs_within(&self, pages: GfnRange) -> Vec<Run> {
+        let there = self.runs.overlapping(pages.raw());
+        there.map(|(part, &source)| Run { pages: pages.intersect(part.clone().into()), source }).collect()
+    }
+
     fn beneath(&self, gfn: Gfn) -> Result<Stamp, Trapped> {
         if let Some((pages, index)) = self.shared(gfn) {
             return Ok(pages.borrow().get(&index).copied().unwrap_or(0));
@@ -600,7 +639,7 @@ impl FakeWindow {
                     scratch.insert(page, stamp);
                 }
             }
-            self.runs.insert(range.clone(), Source::Store { store, origin: Gfn(0) });
+            self.runs.insert(range.clone(), Source::Store { store, origin: PageOrigin(0) });
             self.stayed.remove(range.clone());
         }
         for page in copied.iter().flat_map(Clone::clone) {
@@ -639,7 +678,7 @@ impl FakeWindow {
                     other => panic!("{gfn} stayed, and it is {other:?}"),
                 }
             }
-            self.runs.insert(pages.raw(), Source::Store { store, origin: Gfn(0) });
+            self.runs.insert(pages.raw(), Source::Store { store, origin: PageOrigin(0) });
             self.stayed.remove(pages.raw());
         }
         self.mapped.insert(store, file);

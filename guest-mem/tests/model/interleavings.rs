@@ -30,6 +30,8 @@ pub enum Op {
     Balloon(u64, u64, u64),
     Protect(u64, u64, u64, Protection),
     Remap(u64, u64, u64, Sharing),
+    /// Into what an unmap has left.
+    Move(u64, u64, u64),
     Begin(u64, Destination),
     Stand(u64),
     Take(u64, Gaps),
@@ -159,7 +161,10 @@ impl Stage {
             93..95 => Op::Retry,
             95 | 96 if self.failing => Op::Fail(self.call(rng), 1 + rng.below(4)),
             97 => Op::Mend,
-            98 if rng.below(2) == 0 => Op::Remap(vm, page, count, rng.pick(&[Sharing::CopyOnWrite, Sharing::Shared])),
+            98 if rng.below(3) > 0 => match rng.below(2) {
+                0 => Op::Remap(vm, page, count, rng.pick(&[Sharing::CopyOnWrite, Sharing::Shared])),
+                _ => Op::Move(vm, page, count),
+            },
             98 => Op::Protect(vm, page, count, rng.pick(&[Protection::ReadOnly, Protection::ReadWrite])),
             99 => Op::Look,
             _ => Op::Write(vm, page, 1),
@@ -211,6 +216,14 @@ impl<'a, S: WorldSwap> Player<'a, S> {
         }
     }
 
+    /// Entries are changed before a freeze or after it: what is there may have been moved out.
+    fn may_wait(&self, vm: VmId, done: Result<(), Error>) {
+        match self.world.halves.contains_key(&vm) {
+            true => assert!(matches!(done, Ok(()) | Err(Error::Freezing(_))), "{done:?}"),
+            false => self.may_fail(done),
+        }
+    }
+
     pub fn step(&mut self, op: Op) {
         self.operate(op);
         self.world.reap();
@@ -256,11 +269,12 @@ impl<'a, S: WorldSwap> Player<'a, S> {
             Op::Remap(vm, page, count, sharing) => {
                 let (vm, stretch) = (self.vm(vm), self.stretch(page, count));
                 let done = self.world.try_remap(vm, &stretch, sharing);
-                match self.world.halves.contains_key(&vm) {
-                    // One after the other: what is there may have been moved out.
-                    true => assert!(matches!(done, Ok(()) | Err(Error::Freezing(_))), "{done:?}"),
-                    false => self.may_fail(done),
-                }
+                self.may_wait(vm, done);
+            }
+            Op::Move(vm, page, count) => {
+                let (vm, stretch) = (self.vm(vm), self.stretch(page, count));
+                let done = self.world.try_move_into_hole(vm, &stretch).map(drop);
+                self.may_wait(vm, done);
             }
             Op::Protect(vm, page, count, protection) => {
                 let vm = self.vm(vm);
@@ -365,7 +379,9 @@ impl<'a, S: WorldSwap> Player<'a, S> {
             Op::BringAhead => drop(self.world.manager.bring_ahead()),
             Op::Room(pages) => self.world.manager.set_room_ahead(PageCount(pages)),
             Op::GiveUpCopies(pages) => drop(self.world.manager.reclaim_swap_cache(PageCount(pages))),
-            Op::SetPace(vm, activity) => self.world.manager.set_activity(self.vm(vm), activity),
+            Op::SetPace(vm, activity) => {
+                self.world.manager.set_activity(self.vm(vm), activity).expect("a VM of the family");
+            }
             Op::EndReads => drop(self.world.end_reads()),
             Op::Retry => {
                 let done = self.world.try_retry();

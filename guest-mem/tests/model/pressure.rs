@@ -3,12 +3,8 @@
 use crate::fakes::{Call, Gaps};
 use crate::swap::{Reads, WorldSwap};
 use crate::world::{Layout, World};
-use guest_mem::addr::{Gfn, GfnRange, PageCount};
+use guest_mem::addr::{Gfn, PageCount};
 use guest_mem::{Activity, Touch, VmId};
-
-fn pages(from: u64, to: u64) -> GfnRange {
-    GfnRange::between(Gfn(from), Gfn(to))
-}
 
 /// A VM that has written the first `pages` pages of its RAM, frozen and written back.
 fn with_pages(ram: u64, pages: u64) -> (World, VmId) {
@@ -152,7 +148,7 @@ fn a_full_swap_gives_up_copies() {
     world.freeze(vm, Gaps::None);
     world.write_back_all();
     let others = world.objects();
-    assert!(others.iter().all(|&object| world.manager.evict(object, pages(32, 48)).stopped.is_none()));
+    assert!(others.iter().all(|&object| world.manager.evict(object, (32..48).into()).stopped.is_none()));
     world.check();
     (48..64).for_each(|page| world.write(vm, Gfn(page)));
     world.freeze_to_swap(vm, Gaps::None);
@@ -288,7 +284,7 @@ fn the_memory_of_idle_machines_goes_first() {
     (64..96).for_each(|page| world.write(idle, Gfn(page)));
     world.freeze(idle, Gaps::None);
     world.write_back_all();
-    world.manager.set_activity(idle, Activity::Idle);
+    world.manager.set_activity(idle, Activity::Idle).unwrap();
     assert_eq!(world.evict_some(32).pages.0, 32);
     let resident = |world: &World, vm, page| world.window(vm).read(Gfn(page)).is_ok();
     assert!((64..96).all(|page| !resident(&world, idle, page)));

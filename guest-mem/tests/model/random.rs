@@ -109,7 +109,7 @@ impl Player {
             }
             6 => {
                 let activity = self.rng.pick(&[Activity::Running, Activity::Idle]);
-                self.world.manager.set_activity(vm, activity);
+                self.world.manager.set_activity(vm, activity).expect("a VM of the family");
             }
             7 | 8 => {
                 let gfn = self.frame();
@@ -174,9 +174,10 @@ impl Player {
                 }
             }
             71 => self.dedup(vm),
-            72 => match self.rng.below(3) {
-                0 => self.protect(vm),
-                _ => self.remap(vm),
+            72 => match self.rng.below(6) {
+                0 | 1 => self.protect(vm),
+                2 | 3 => self.remap(vm),
+                _ => self.move_pages(vm),
             },
             73 => self.world.freeze_in_vain(vm),
             74..80 => {
@@ -212,6 +213,11 @@ impl Player {
         let stretch = self.stretch();
         let sharing = self.rng.pick(&[Sharing::CopyOnWrite, Sharing::Shared]);
         self.world.try_remap(vm, &stretch, sharing).expect("nothing is to fail");
+    }
+
+    fn move_pages(&mut self, vm: VmId) {
+        let stretch = self.stretch();
+        self.world.try_move_into_hole(vm, &stretch).expect("nothing is to fail");
     }
 
     fn dedup(&mut self, vm: VmId) {

@@ -1,8 +1,10 @@
 //! A family of VMs on fakes, and beside it what each of them must see.
 
-use super::fakes::{FakeFile, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStore, VecStores, Write};
+use super::fakes::{
+    FakeFile, FakeWindow, Gaps, Ledger, Mapped, Stamp, Trapped, VecStore, VecStores, Write, carry_pages, carry_set,
+};
 use super::swap::{FakeSwap, WorldSwap};
-use guest_mem::addr::{Gfn, GfnRange, PageCount};
+use guest_mem::addr::{Distance, Gfn, GfnRange, PageCount, PageOrigin};
 use guest_mem::check::check_swap;
 use guest_mem::ids::ObjectId;
 use guest_mem::manager::{Copied, Error, Evicted, MAX_RUNS, WRITEBACK_BATCH};
@@ -376,7 +378,7 @@ impl<S: WorldSwap> World<S> {
     /// All anonymous memory there is.
     pub fn evict_all(&mut self) {
         for object in self.objects() {
-            let evicted = self.manager.evict(object, self.span());
+            let evicted = self.manager.evict(object, PageOrigin(0).pages(self.span()));
             assert!(evicted.stopped.is_none_or(|error| error.is_full()), "nothing is to fail");
         }
     }
@@ -513,6 +515,44 @@ impl<S: WorldSwap> World<S> {
         Ok(())
     }
 
+    /// A VM has pages somewhere else from now on. Whatever its window has done before is told first.
+    pub fn try_move(&mut self, vm: VmId, from: GfnRange, to: Gfn) -> Result<(), Error> {
+        self.tell_shed(vm);
+        let done = self.manager.move_pages(vm, from, to, |window| window.carry(from, to));
+        let by = Distance::between(from.start(), to);
+        let ram: BTreeSet<u64> = self.frames().map(|gfn| gfn.0).collect();
+        let is_there = |gfn: Gfn| ram.contains(&gfn.0) && self.has(vm, gfn);
+        if !self.halves.contains_key(&vm) {
+            let all_there = from.iter().all(is_there);
+            assert_eq!(matches!(done, Err(Error::NotMapped { .. })), !all_there, "{done:?}");
+            let in_the_way = all_there && from.moved(by).iter().any(is_there);
+            assert_eq!(matches!(done, Err(Error::Overlaps { .. })), in_the_way, "{done:?}");
+        }
+        done?;
+        let holes = self.holes.get_mut(&vm).expect("a VM of the model");
+        holes.retain(|page| !from.moved(by).contains(Gfn(*page)));
+        holes.extend(from.raw());
+        self.read_only.get_mut(&vm).into_iter().for_each(|pages| carry_set(pages, from, by));
+        for memory in [&mut self.vms, &mut self.frozen] {
+            carry_pages(memory.get_mut(&vm).expect("a VM of the model"), from, by);
+        }
+        carry_pages(self.shares.get_mut(&vm).expect("a VM of the model"), from, by);
+        Ok(())
+    }
+
+    /// Moves as many of these pages as fit into the first hole of a VM that takes one. Whether there is one.
+    pub fn try_move_into_hole(&mut self, vm: VmId, frames: &[Gfn]) -> Result<bool, Error> {
+        let from: Vec<Gfn> = frames.iter().copied().take_while(|gfn| self.has(vm, *gfn)).collect();
+        let from = from.chunk_by(|a, b| a.0 + 1 == b.0).next().unwrap_or_default();
+        let in_ram: BTreeSet<u64> = self.frames().map(|gfn| gfn.0).collect();
+        let holes: Vec<u64> = self.holes[&vm].iter().copied().filter(|page| in_ram.contains(page)).collect();
+        let hole = holes.chunk_by(|a, b| a + 1 == *b).next();
+        let Some((hole, first)) = hole.zip(from.first()) else { return Ok(false) };
+        let count = from.len().min(hole.len()) as u64;
+        self.try_move(vm, GfnRange::new(*first, PageCount(count)), Gfn(hole[0]))?;
+        Ok(true)
+    }
+
     /// Unmaps pages, or, where one is not there, maps all that are not, and changes nothing of what is.
     pub fn try_remap(&mut self, vm: VmId, frames: &[Gfn], sharing: Sharing) -> Result<(), Error> {
         let apart = |a: &Gfn, b: &Gfn| self.has(vm, *a) == self.has(vm, *b) && a.0 + 1 == b.0;
@@ -539,7 +579,7 @@ impl<S: WorldSwap> World<S> {
     /// A guest gives pages back. Its window goes first; the manager hears of it.
     pub fn balloon(&mut self, vm: VmId, pages: GfnRange) {
         self.window_mut(vm).balloon(pages);
-        self.manager.balloon(vm, &[pages]);
+        self.manager.balloon(vm, &[pages]).expect("a VM of the family");
         for memory in [&mut self.vms, &mut self.frozen] {
             memory.get_mut(&vm).expect("a VM of the model").retain(|page, _| !pages.contains(Gfn(*page)));
         }
@@ -549,7 +589,7 @@ impl<S: WorldSwap> World<S> {
     pub fn begin(&mut self, vm: VmId, to: Destination) -> Result<StoreId, Error> {
         let store = self.manager.begin_freeze(vm, to)?;
         let along = match to {
-            Destination::Store => self.manager.takes_along(vm),
+            Destination::Store => self.manager.takes_along(vm).expect("a VM of the family"),
             Destination::Swap => Along::default(),
         };
         self.along.insert(vm, along);
@@ -561,7 +601,7 @@ impl<S: WorldSwap> World<S> {
     pub fn stand(&mut self, vm: VmId) {
         let Some(Half::Begun(store, to)) = self.halves.remove(&vm) else { panic!("{vm:?} is not to be stopped") };
         self.tell_shed(vm);
-        self.manager.stands(vm);
+        self.manager.stands(vm).expect("a VM of the family");
         self.halves.insert(vm, Half::Standing(store, to));
     }
 
@@ -580,7 +620,7 @@ impl<S: WorldSwap> World<S> {
     /// The manager hears of it.
     pub fn finish(&mut self, vm: VmId) {
         let Some(Half::Taken(harvest, memory)) = self.halves.remove(&vm) else { panic!("{vm:?} was not frozen") };
-        self.manager.finish_freeze(vm, &harvest);
+        self.manager.finish_freeze(vm, &harvest).expect("a VM of the family");
         self.frozen.insert(vm, memory);
     }
 
@@ -588,7 +628,7 @@ impl<S: WorldSwap> World<S> {
     pub fn abort(&mut self, vm: VmId) {
         let half = self.halves.remove(&vm);
         assert!(matches!(half, Some(Half::Begun(..) | Half::Standing(..))), "{vm:?}: {half:?}");
-        self.manager.abort_freeze(vm);
+        self.manager.abort_freeze(vm).expect("a VM of the family");
     }
 
     /// A freeze of a VM that gives pages back before it is stopped: the manager hears of that in the middle.
@@ -607,8 +647,8 @@ impl<S: WorldSwap> World<S> {
         let along = self.along.remove(&vm).unwrap_or_default();
         let harvest = self.window_mut(vm).freeze(store, mapped, Gaps::None, &along);
         meanwhile(self);
-        self.manager.stands(vm);
-        self.manager.finish_freeze(vm, &harvest);
+        self.manager.stands(vm).expect("a VM of the family");
+        self.manager.finish_freeze(vm, &harvest).expect("a VM of the family");
     }
 
     /// What a VM has written becomes an object.
@@ -659,7 +699,7 @@ impl<S: WorldSwap> World<S> {
 
     /// A window is asked to.
     pub fn ask_to_shed(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) {
-        let pages = self.manager.to_dedup(vm, store, PageCount(least), PageCount(limit));
+        let pages = self.manager.to_dedup(vm, store, PageCount(least), PageCount(limit)).expect("a VM of the family");
         if !pages.is_empty() {
             let before = self.sheddings.insert(vm, Shedding::Asked(store, pages));
             assert!(before.is_none(), "one thing after the other is asked of {vm:?}");
@@ -683,7 +723,7 @@ impl<S: WorldSwap> World<S> {
     pub fn tell_shed(&mut self, vm: VmId) {
         self.do_shed(vm);
         if let Some(Shedding::Done(store, pages)) = self.sheddings.remove(&vm) {
-            self.manager.dedup(vm, store, &pages);
+            self.manager.dedup(vm, store, &pages).expect("a VM of the family");
         }
     }
 
@@ -729,7 +769,7 @@ impl<S: WorldSwap> World<S> {
 
     /// A child of what a VM was at its last freeze.
     pub fn fork_frozen(&mut self, parent: VmId) -> VmId {
-        let child = self.manager.fork(parent, FakeWindow::new(&self.ram, &self.ledger));
+        let child = self.manager.fork(parent, FakeWindow::new(&self.ram, &self.ledger)).expect("a VM of the family");
         let seen = self.frozen[&parent].clone();
         self.vms.insert(child, seen.clone());
         self.frozen.insert(child, seen);
@@ -750,7 +790,7 @@ impl<S: WorldSwap> World<S> {
         self.holes.remove(&vm);
         self.halves.remove(&vm);
         self.sheddings.remove(&vm);
-        self.manager.exit(vm);
+        self.manager.exit(vm).expect("a VM of the family");
         self.gone.insert(vm);
     }
 
@@ -911,7 +951,7 @@ impl<S: WorldSwap> World<S> {
     /// The stored page that a VM sees beneath its live layer.
     fn stored(&self, vm: VmId, gfn: Gfn) -> Option<(StoreId, u64)> {
         let found = self.find(vm, gfn).filter(|found| found.slot != Slot::Zero)?;
-        Some((found.slot.store()?, gfn.0 - found.origin.0))
+        Some((found.slot.store()?, found.origin.page(gfn).0))
     }
 
     /// Ends all VMs: nothing is left of anything.

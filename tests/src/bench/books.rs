@@ -6,8 +6,8 @@ use guest_mem::ids::SwapSlot;
 use guest_mem::store::{FileStore, Store, StoreFactory};
 use guest_mem::swap::{Fetch, Swap};
 use guest_mem::{
-    Destination, Failure, Gfn, GfnRange, Harvest, Manager, PageCount, PageIndex, Protection, StoreId, VmId, Window,
-    stage2,
+    Destination, Failure, Gfn, GfnRange, Harvest, Manager, PageCount, PageIndex, PageRange, Protection, StoreId, VmId,
+    Window, stage2,
 };
 use std::io;
 
@@ -29,8 +29,8 @@ pub fn freeze(family: &mut Books, vm: VmId, pages: GfnRange) -> Result<StoreId> 
 /// The same, with this to be taken.
 pub fn freeze_as(family: &mut Books, vm: VmId, harvest: &Harvest) -> Result<StoreId> {
     let store = family.begin_freeze(vm, Destination::Store)?;
-    family.stands(vm);
-    family.finish_freeze(vm, harvest);
+    family.stands(vm)?;
+    family.finish_freeze(vm, harvest)?;
     Ok(store)
 }
 
@@ -98,7 +98,7 @@ impl Store for Nothing {
 
     fn punch(&mut self, _: PageIndex, _: PageCount) {}
 
-    fn extents(&self) -> io::Result<Vec<GfnRange>> {
+    fn extents(&self) -> io::Result<Vec<PageRange>> {
         Ok(Vec::new())
     }
 
@@ -108,7 +108,7 @@ impl Store for Nothing {
 }
 
 impl FileStore for Nothing {
-    fn ensure(&self, _: GfnRange) -> io::Result<()> {
+    fn ensure(&self, _: PageRange) -> io::Result<()> {
         Ok(())
     }
 

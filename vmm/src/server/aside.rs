@@ -9,7 +9,7 @@ use super::vm::Generation;
 use crate::nice;
 use crate::procfs::{Mapping, Usage, UsageFiles};
 use guest_mem::sys::Pagemap;
-use guest_mem::{GfnRange, PAGE_SHIFT};
+use guest_mem::{GfnRange, PAGE_SHIFT, PageRange};
 use rangemap::RangeSet;
 use std::fmt;
 use std::io;
@@ -38,7 +38,7 @@ pub enum Finding {
     /// What a VM process maps, and the pages of its live layer.
     Window(io::Result<Vec<Mapping>>, u64),
     /// The pages that a store has.
-    Extents(io::Result<Vec<GfnRange>>),
+    Extents(io::Result<Vec<PageRange>>),
 }
 
 type Answer = (Ticket, Finding);

@@ -146,7 +146,7 @@ impl Server {
             return self
                 .end_vm(generation, Phase::Dead("its process gave pages back while it stood for a fork".into()));
         }
-        manager.balloon(member, pages);
+        manager.balloon(member, pages).expect("a family knows its VMs");
         // Whoever is taken over may name a page more than once.
         let count = pages.iter().fold(0, |count: u64, pages| count.saturating_add(pages.count().0));
         self.count_hinted(generation, count);

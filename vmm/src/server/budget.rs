@@ -182,13 +182,6 @@ impl Server {
         self.kept_bytes() + self.books_bytes() + live.map(|usage| usage.anonymous).sum::<u64>()
     }
 
-    /// The same as it is now.
-    fn accounted_now(&self) -> u64 {
-        let pids = self.vms.iter().filter_map(|vm| self.memory_holder(vm.generation));
-        let live: u64 = pids.filter_map(|pid| procfs::anonymous(pid).ok()).sum();
-        self.kept_bytes() + self.books_bytes() + live + self.prepared_bytes()
-    }
-
     /// The anonymous memory of prepared processes, as it is now.
     fn prepared_bytes(&self) -> u64 {
         let prepared = self.processes.values().filter(|process| process.is_prepared());
@@ -306,7 +299,8 @@ impl Server {
 
     fn set_activity(&mut self, vm: Generation, activity: Activity) {
         if let Some((family, member)) = self.vms.get(vm).and_then(|vm| vm.memory) {
-            self.families.get_mut(&family).expect("a VM has a family").set_activity(member, activity);
+            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            manager.set_activity(member, activity).expect("a family knows its VMs");
         }
     }
 
@@ -350,7 +344,9 @@ impl Server {
         let (Ok(available), Ok(total)) = (crate::host::available_memory(), crate::host::total_memory()) else {
             return false;
         };
-        let fits = |limit| self.accounted_now() + 2 * bytes <= Marks::of(limit).target;
+        // The others are as they were last seen: to look at all of them would keep them waiting.
+        let seen = self.budget.seen.get(&vm).map_or(0, |seen| seen.bytes);
+        let fits = |limit| self.accounted().saturating_sub(seen) + 3 * bytes <= Marks::of(limit).target;
         self.budget.effective().is_none_or(fits) && 2 * bytes + NEAR_BYTES.max(total / NEAR_PART) <= available
     }
 

@@ -14,7 +14,7 @@ use crate::wire::ToVm;
 use guest_mem::check::{Part as BooksPart, check_swap};
 use guest_mem::space::runs::Runs;
 use guest_mem::store::memfd;
-use guest_mem::{Gfn, GfnRange, PAGE_SHIFT, PageCount, Run, Source, StoreId};
+use guest_mem::{Gfn, GfnRange, PageCount, PageIndex, PageOrigin, PageRange, Run, Source, StoreId};
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::time::{Duration, Instant};
@@ -141,7 +141,7 @@ impl Server {
     }
 
     /// What is in a store has been listed.
-    pub(super) fn extents_came(&mut self, ticket: Ticket, extents: io::Result<Vec<GfnRange>>) {
+    pub(super) fn extents_came(&mut self, ticket: Ticket, extents: io::Result<Vec<PageRange>>) {
         let Some(CheckPart::Store(family, store)) = self.take_asked(ticket) else { return };
         let mut broken = Vec::new();
         match (self.families.get_mut(&family), extents) {
@@ -330,9 +330,9 @@ fn check_run(run: &Run, inode: Option<u64>, mappings: &[Mapping], base: u64) -> 
             return Err(format!("inode {} is mapped, {inode:?} should be", mapping.inode));
         }
         if let Some((_, origin)) = run.source.store() {
-            let index = (mapping.offset >> PAGE_SHIFT) + (part.start().0 - pages.start().0);
-            if index != part.start().0 - origin.0 {
-                return Err(format!("page {index:#x} of the store is mapped at {}", part.start()));
+            let first = PageIndex::of_offset(mapping.offset);
+            if PageOrigin::of(first, pages.start()) != origin {
+                return Err(format!("page {:#x} of the store is mapped at {}", first.0, pages.start()));
             }
         }
         at = part.end();
@@ -341,5 +341,5 @@ fn check_run(run: &Run, inode: Option<u64>, mappings: &[Mapping], base: u64) -> 
 }
 
 fn frame(address: u64, base: u64) -> Gfn {
-    Gfn(address.saturating_sub(base) >> PAGE_SHIFT)
+    Gfn::of_gpa(address.saturating_sub(base))
 }

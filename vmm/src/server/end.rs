@@ -131,7 +131,8 @@ impl Server {
         log::info!("{why}");
         self.working_sets.forget(generation);
         if let Some((family, member)) = memory {
-            self.families.get_mut(&family).expect("a VM has a family").exit(member);
+            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            manager.exit(member).expect("a family knows its VMs");
         }
         if let Some(id) = process {
             match memory {

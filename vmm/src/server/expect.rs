@@ -175,7 +175,7 @@ impl Server {
         process.expectation = Expectation { parent: Some(parent), ..Expectation::default() };
         let Some((family, member)) = memory else { return false };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        let runs = without_shared(manager.runs_of_child(member));
+        let runs = without_shared(manager.runs_of_child(member).expect("a family knows its VMs"));
         // Where descriptors are short, it expects nothing.
         let Ok((stores, descriptors)) = stores_of(manager, &runs) else { return false };
         let state = self.pool.state_to_expect(shape, parent);
@@ -216,13 +216,13 @@ fn told_first(machine: Machine) -> Option<GfnRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_mem::{Gfn, StoreId};
+    use guest_mem::{PageOrigin, StoreId};
 
     const PARENT: Generation = Generation(7);
     const FAMILY: FamilyId = FamilyId(3);
 
     fn store(id: u32) -> Source {
-        Source::Store { store: StoreId(id), origin: Gfn(0) }
+        Source::Store { store: StoreId(id), origin: PageOrigin(0) }
     }
 
     fn runs(raw: &[(u64, u64, Source)]) -> Runs {

@@ -229,7 +229,8 @@ impl Server {
             return;
         }
         let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
-        let lost = self.families.get_mut(&family).is_some_and(|manager| !manager.mends(member).is_empty());
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let lost = !manager.mends(member).expect("a family knows its VMs").is_empty();
         // What its children would miss, a freeze takes.
         if let Some(state) = self.still(parent).filter(|_| !lost).cloned() {
             let op = self.forks.get_mut(&fork).expect("a queued fork");
@@ -240,7 +241,7 @@ impl Server {
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
-                let along = manager.takes_along(member);
+                let along = manager.takes_along(member).expect("a family knows its VMs");
                 let file = manager.store(store).expect("just made");
                 let (max_runs, first) = (self.max_runs, self.working_sets.reads(parent));
                 let message = ToVm::Freeze { store, max_runs, short: SmallExtents::CopyInPlace, along, first };
@@ -290,7 +291,7 @@ impl Server {
         let was_paused = vm.stands();
         self.processes[&process].memory.note_scratch(&frozen);
         let manager = self.families.get_mut(&family).expect("a VM has a family");
-        manager.finish_freeze(member, &frozen.harvest);
+        manager.finish_freeze(member, &frozen.harvest).expect("a family knows its VMs");
         if frozen.copy.is_some() {
             self.sheds_later(parent, frozen.store);
         }
@@ -329,7 +330,7 @@ impl Server {
             let Some(process) = self.vms.get(generation).and_then(|vm| vm.process) else { continue };
             let window = self.window_of(process);
             let manager = self.families.get_mut(&family).expect("a VM has a family");
-            let child = manager.fork(parent, window);
+            let child = manager.fork(parent, window).expect("a family knows its VMs");
             let runs = manager.family().runs(child).len() as u64;
             let vm = self.vms.get_mut(generation).expect("a child of the fork");
             vm.memory = Some((family, child));
@@ -477,7 +478,8 @@ impl Server {
             process.memory.cut_lifeline();
         }
         if let (Some((family, member)), Some(_)) = (memory, op.store.take()) {
-            self.families.get_mut(&family).expect("a VM has a family").abort_freeze(member);
+            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            manager.abort_freeze(member).expect("a family knows its VMs");
         }
         self.finish_fork(fork);
         self.freeze(parent);

@@ -264,7 +264,8 @@ impl Server {
             FromVm::StartFailed(why) => self.start_failed(generation, &why),
             FromVm::Standing => {
                 if let Some((family, member)) = vm.memory {
-                    self.families.get_mut(&family).expect("a VM has a family").stands(member);
+                    let manager = self.families.get_mut(&family).expect("a VM has a family");
+                    manager.stands(member).expect("a family knows its VMs");
                 }
             }
             FromVm::Ballooned(pages) => self.ballooned(generation, &pages),

@@ -320,7 +320,8 @@ impl Server {
         vm.fresh = false;
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return true };
         self.processes[&process].memory.note_scratch(frozen);
-        self.families.get_mut(&family).expect("a VM has a family").finish_freeze(member, &frozen.harvest);
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        manager.finish_freeze(member, &frozen.harvest).expect("a family knows its VMs");
         let moved = frozen.harvest.count();
         let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, store);
         self.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
@@ -335,7 +336,8 @@ impl Server {
         let Some(store) = vm.reclaiming.take() else { return false };
         log::warn!("take memory of VM {:?}: {why}", vm.name);
         if let Some((family, member)) = vm.memory {
-            self.families.get_mut(&family).expect("a VM has a family").abort_freeze(member);
+            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            manager.abort_freeze(member).expect("a family knows its VMs");
             self.reclaims.settling.retain(|settling| (settling.family, settling.store) != (family, store));
         }
         self.freeze(generation);

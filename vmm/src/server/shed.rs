@@ -43,7 +43,7 @@ impl Server {
         let Some(vm) = self.vms.get_mut(generation) else { return };
         let (Some((family, member)), Some(store)) = (vm.memory, vm.shedding) else { return };
         let manager = &self.families[&family];
-        let pages = manager.to_dedup(member, store, HostWindow::SHED_LEAST, BATCH);
+        let pages = manager.to_dedup(member, store, HostWindow::SHED_LEAST, BATCH).expect("a family knows its VMs");
         let process = vm.process.and_then(|id| self.processes.get_mut(&id));
         match (pages.is_empty(), process, manager.store(store)) {
             (false, Some(process), Some(file)) => process.send(&ToVm::Shed { store, pages }, &[file.read_only()]),
@@ -58,7 +58,8 @@ impl Server {
         if vm.shedding != Some(store) {
             return self.end_vm(generation, Phase::Dead("its process has shed what it was not asked for".into()));
         }
-        self.families.get_mut(&family).expect("a VM has a family").dedup(member, store, pages);
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        manager.dedup(member, store, pages).expect("a family knows its VMs");
         self.budget.stir();
         if pages.is_empty() {
             vm.shedding = None;

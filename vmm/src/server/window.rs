@@ -390,7 +390,7 @@ mod tests {
     use crate::skips::{Lack, skip};
     use guest_mem::sys::Memfd;
     use guest_mem::window::host::{Features, HostWindow, HugePages, Place};
-    use guest_mem::{PageCount, Run, Source};
+    use guest_mem::{PageCount, PageOrigin, Run, Source};
     use std::os::fd::AsFd;
     use std::thread;
     use std::time::{Duration, Instant};
@@ -404,7 +404,7 @@ mod tests {
         let features = Features { userfaultfd: false, pagemap_scan: false };
         let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
         let (store, file) = (StoreId(1), Memfd::new("store", PageCount(4)).unwrap());
-        let run = Run { pages, source: Source::Store { store, origin: Gfn(0) } };
+        let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
         window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
         let remote = RemoteWindow(Rc::new(Memory::new(ProcessId(1), Pid::this(), Wants::default())));
         remote.0.open_image().unwrap();
@@ -436,7 +436,7 @@ mod tests {
         let features = Features { userfaultfd: true, pagemap_scan: false };
         let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
         let (store, file) = (StoreId(1), Memfd::new("store", PageCount(16)).unwrap());
-        let run = Run { pages, source: Source::Store { store, origin: Gfn(0) } };
+        let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
         window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
         let wants = Wants::default();
         let remote = RemoteWindow(Rc::new(Memory::new(ProcessId(1), Pid::this(), Rc::clone(&wants))));
@@ -495,7 +495,7 @@ mod tests {
         let features = Features { userfaultfd: true, pagemap_scan: false };
         let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
         let (store, file) = (StoreId(1), Memfd::new("store", PageCount(16)).unwrap());
-        let run = Run { pages, source: Source::Store { store, origin: Gfn(0) } };
+        let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
         window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
         let memory = Memory::new(ProcessId(1), Pid::this(), Wants::default());
         let traps = window.userfaultfd().unwrap().try_clone_to_owned().unwrap();

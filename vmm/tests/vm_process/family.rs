@@ -2,7 +2,7 @@
 
 use crate::worker::{ALL, Taken, Worker};
 use guest_mem::sys::{Alias, Memfd, Userfaultfd};
-use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex, Run, Source, StoreId};
+use guest_mem::{Gfn, GfnRange, PAGE_SIZE, PageCount, PageIndex, PageOrigin, Run, Source, StoreId};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -76,7 +76,7 @@ impl Family {
     /// What is launched from now on has shared memory at these pages.
     pub fn share(&mut self, pages: GfnRange) {
         let store = self.add_store(pages.count());
-        self.shared.push(Run { pages, source: Source::Shared { store, origin: pages.start() } });
+        self.shared.push(Run { pages, source: Source::Shared { store, origin: PageOrigin::at(pages.start()) } });
     }
 
     /// The descriptor of a store for a window. Only shared memory can be written through it.
@@ -121,7 +121,7 @@ impl Family {
         let mut runs: Vec<Run> =
             ram_ranges(self.ram).into_iter().map(|pages| Run { pages, source: Source::Anonymous }).collect();
         let first = Gfn::of_gpa(firmware::abi::IMAGE_BASE);
-        let image = Source::Store { store: IMAGE, origin: first };
+        let image = Source::Store { store: IMAGE, origin: PageOrigin::at(first) };
         overlay(&mut runs, GfnRange::new(first, self.stores[&IMAGE].file.pages()), image);
         self.shared.iter().for_each(|shared| overlay(&mut runs, shared.pages, shared.source));
         runs
@@ -161,7 +161,7 @@ impl Family {
             store.alias.fill(PageIndex(gfn.0), &page).unwrap();
             store.alias.forget(PageIndex(gfn.0), PageCount(1));
         }
-        let source = Source::Store { store: frozen.store, origin: Gfn(0) };
+        let source = Source::Store { store: frozen.store, origin: PageOrigin(0) };
         for moved in &frozen.harvest.moved {
             overlay(&mut machine.runs, *moved, source);
             machine.worker.wake(*moved);

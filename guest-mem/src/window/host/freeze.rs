@@ -5,7 +5,7 @@ use super::dirty::{Candidate, Cleanness, Density};
 use super::moves::{COPIED_MOST, MovePlan, SHORT, SmallExtents, plan};
 use super::{Dirty, HostWindow, SlotLog, WindowError, during};
 use crate::addr::extents::{merged, push, union, without};
-use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageIndex};
+use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PageCount, PageOrigin};
 use crate::ids::{Source, StoreId};
 use crate::sys::{Advice, Area, MapAccess};
 use crate::window::{Along, Harvest};
@@ -166,7 +166,7 @@ impl HostWindow {
         let scratch = self.scratches.make_for(copies).map_err(WindowError::NoScratch)?;
         self.exchange(&scratch.area, &plan.moves, file, |_| Ok(()))?;
 
-        let source = Source::Store { store, origin: Gfn(0) };
+        let source = Source::Store { store, origin: PageOrigin(0) };
         for pages in &plan.moves {
             self.mapped(*pages, source);
             self.kept.remove(*pages);
@@ -361,7 +361,7 @@ impl HostWindow {
     }
 
     fn map_shut(&self, pages: GfnRange, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.area.map_private(pages, file, PageIndex(pages.start().0), MapAccess::None)
+        self.area.map_private(pages, file, PageOrigin(0).page(pages.start()), MapAccess::None)
     }
 
     /// Undoes [`lift`](Self::lift), over whatever part of the store was mapped, and traps again.

@@ -1,7 +1,7 @@
-//! Maps runs.
+//! Maps runs, unmaps and moves them.
 
 use super::{HostWindow, HugePages, WindowError, during};
-use crate::addr::{Gfn, GfnRange, PageIndex};
+use crate::addr::{Distance, Gfn, GfnRange, PageOrigin};
 use crate::ids::{Run, Source, StoreId};
 use crate::sys::{Advice, MapAccess};
 use crate::window::Window;
@@ -66,15 +66,105 @@ impl HostWindow {
         Ok(())
     }
 
+    /// Has from `to` on, where nothing is mapped, what it has at `from`, private pages and all, and nothing there any more. Page
+    /// tables move, and no bytes. Whoever could touch one of these places keeps out: a touch on the way is an error.
+    ///
+    /// Whoever keeps a log has written pages by the frames where they were. So all of them count as dirty.
+    ///
+    /// # Errors
+    /// One of the places is not in one range of RAM, or a system call failed: everything is as it was, but for
+    /// [`WindowError::Torn`], after which the VM must not run.
+    pub fn move_pages(&mut self, from: GfnRange, to: Gfn) -> Result<(), WindowError> {
+        let by = Distance::between(from.start(), to);
+        let there = from.moved(by);
+        if let Some(pages) = [from, there].into_iter().find(|&pages| !self.has_room(pages)) {
+            return Err(WindowError::BadRun(Run { pages, source: Source::Anonymous }));
+        }
+        let parts: Vec<(GfnRange, Source)> = self.runs.within(from).collect();
+        let mut moved = Vec::new();
+        if let Err(failed) = self.carry(from, &parts, by, &mut moved) {
+            return Err(match self.carry_back(from, &parts, by, &moved) {
+                Ok(()) => failed,
+                Err(cause) => WindowError::Torn { failed: Box::new(failed), cause },
+            });
+        }
+        self.carried(from, &parts, by);
+        if let Err(error) = self.area.clear(from) {
+            log::warn!("what was left of guest pages {from:?}, which cannot be touched: {error}");
+        }
+        Ok(())
+    }
+
+    /// At no moment may a touch read a hole of a store untrapped: `mremap` takes the traps away.
+    fn carry(
+        &self,
+        from: GfnRange,
+        parts: &[(GfnRange, Source)],
+        by: Distance,
+        moved: &mut Vec<GfnRange>,
+    ) -> Result<(), WindowError> {
+        self.area.protect(from, MapAccess::None).map_err(during("mprotect", from))?;
+        self.unregister(from).map_err(during("UFFDIO_UNREGISTER", from))?;
+        for &(pages, _) in parts {
+            self.area.move_within(pages, pages.moved(by)).map_err(during("mremap", pages))?;
+            moved.push(pages);
+        }
+        for pages in of_stores(parts) {
+            self.register(pages.moved(by)).map_err(during("UFFDIO_REGISTER", pages))?;
+        }
+        self.open(from.moved(by), self.read_only.within(from).map(|part| part.moved(by)))
+            .map_err(during("mprotect", from))
+    }
+
+    /// Undoes [`carry`](Self::carry), whatever part of it was done.
+    fn carry_back(
+        &self,
+        from: GfnRange,
+        parts: &[(GfnRange, Source)],
+        by: Distance,
+        moved: &[GfnRange],
+    ) -> io::Result<()> {
+        moved.iter().try_for_each(|&pages| self.area.protect(pages.moved(by), MapAccess::None))?;
+        moved.iter().try_for_each(|&pages| self.area.move_within(pages.moved(by), pages))?;
+        self.area.clear(from.moved(by))?;
+        of_stores(parts).try_for_each(|pages| self.register(pages))?;
+        self.open(from, self.read_only.within(from))
+    }
+
+    /// Mapped pages may be touched, and written but for these.
+    fn open(&self, pages: GfnRange, read_only: impl Iterator<Item = GfnRange>) -> io::Result<()> {
+        self.area.protect(pages, MapAccess::ReadWrite)?;
+        read_only.into_iter().try_for_each(|part| self.area.protect(part, MapAccess::Read))
+    }
+
+    /// Takes note of what has moved.
+    fn carried(&mut self, from: GfnRange, parts: &[(GfnRange, Source)], by: Distance) {
+        let there = from.moved(by);
+        for set in [&mut self.kept, &mut self.read_only] {
+            let pages: Vec<GfnRange> = set.within(from).collect();
+            set.remove(from);
+            set.add_all(pages.into_iter().map(|pages| pages.moved(by)));
+        }
+        self.runs.unmapped(from);
+        self.shared.remove(from.raw());
+        self.unmapped.insert(from.raw());
+        parts.iter().for_each(|&(pages, source)| self.mapped(pages.moved(by), source.moved(by)));
+        [from, there].into_iter().for_each(|pages| self.given_back.add(pages));
+        self.pending.mark(there);
+        // Who waits there would wait for ever.
+        self.wake(from);
+    }
+
     fn has_room(&self, pages: GfnRange) -> bool {
         !pages.is_empty() && self.ram.iter().any(|ram| ram.intersect(pages) == pages)
     }
 
     fn map_run(&mut self, run: &Run, stores: &[(StoreId, BorrowedFd<'_>)], huge: HugePages) -> Result<(), WindowError> {
-        let place = |store, origin: Gfn| {
+        let place = |store, origin: PageOrigin| {
             let file = stores.iter().find(|(id, _)| *id == store).map(|(_, file)| *file);
-            let first = run.pages.start().0.checked_sub(origin.0).map(PageIndex);
-            file.zip(first).ok_or(WindowError::BadRun(*run))
+            let pages = origin.pages(run.pages);
+            let is_whole = pages.count() == run.pages.count();
+            file.filter(|_| is_whole).map(|file| (file, pages.start())).ok_or(WindowError::BadRun(*run))
         };
         match run.source {
             Source::Anonymous => {
@@ -112,6 +202,11 @@ impl HostWindow {
         let (start, len) = self.area.host(pages)?;
         uffd.unregister(start, len)
     }
+}
+
+/// Those that show a store whose holes trap.
+fn of_stores(parts: &[(GfnRange, Source)]) -> impl Iterator<Item = GfnRange> {
+    parts.iter().filter(|(_, source)| matches!(source, Source::Store { .. })).map(|&(pages, _)| pages)
 }
 
 /// Whether a huge page fits in.

@@ -74,7 +74,7 @@ impl RunMap {
 mod tests {
     use super::*;
     use crate::ids::StoreId;
-    use crate::{Gfn, PageCount};
+    use crate::{Gfn, PageCount, PageOrigin};
 
     fn range(start: u64, count: u64) -> GfnRange {
         GfnRange::new(Gfn(start), PageCount(count))
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn runs_that_continue_each_other_are_shown_as_one_and_kept_as_two() {
-        let source = Source::Store { store: StoreId(1), origin: Gfn(0) };
+        let source = Source::Store { store: StoreId(1), origin: PageOrigin(0) };
         let mut runs = RunMap::default();
         runs.mapped(range(0, 4), source);
         runs.mapped(range(4, 4), source);

@@ -9,7 +9,7 @@ use super::dirty::Cleanness;
 use super::freeze::PrivatePages;
 use super::moves::SHORT;
 use super::{Dirty, HostWindow, WindowError, during};
-use crate::addr::{Gfn, GfnRange, PageCount};
+use crate::addr::{GfnRange, PageCount, PageOrigin};
 use crate::ids::{Source, StoreId};
 use crate::sys::Area;
 use crate::window::Harvest;
@@ -88,7 +88,7 @@ impl HostWindow {
             written.iter().try_for_each(|part| window.put(&before, *part).map_err(during("UFFDIO_COPY", *part)))
         })?;
         for stretch in &pages {
-            self.mapped(*stretch, Source::Store { store, origin: Gfn(0) });
+            self.mapped(*stretch, Source::Store { store, origin: PageOrigin(0) });
             self.kept.remove(*stretch);
         }
         Ok(Deduped { pages, _before: Some(before) })

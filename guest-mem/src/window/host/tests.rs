@@ -1,9 +1,10 @@
 //! The window on a real kernel.
 
+mod moved;
 mod shared;
 
 use super::*;
-use crate::addr::{PageCount, PageIndex};
+use crate::addr::{PageCount, PageIndex, PageOrigin};
 use crate::skips::{Lack, skip};
 use crate::sys::{Alias, Memfd, inject};
 use crate::window::{Along, Harvest};
@@ -46,7 +47,7 @@ impl Rig {
         Alias::new(&root, Arc::clone(&uffd)).unwrap().fill(PageIndex(0), &bytes).unwrap();
         let ram = [frames(0..2 * PAGES)];
         let mut window = HostWindow::reserve(&ram, Place::Anywhere, features).unwrap();
-        let store = Source::Store { store: ROOT, origin: Gfn(0) };
+        let store = Source::Store { store: ROOT, origin: PageOrigin(0) };
         let runs = [
             Run { pages: frames(0..PAGES), source: store },
             Run { pages: frames(PAGES..2 * PAGES), source: Source::Anonymous },
@@ -166,7 +167,7 @@ fn zero_pages_are_supplied_across_mappings() {
     let Some(mut rig) = Rig::new(ALL) else { return };
     let files = [1, 2].map(|_| Memfd::new("store", PageCount(PAGES)).unwrap());
     let stores = [(StoreId(1), files[0].as_fd()), (StoreId(2), files[1].as_fd())];
-    let run = |pages, store| Run { pages, source: Source::Store { store: StoreId(store), origin: Gfn(0) } };
+    let run = |pages, store| Run { pages, source: Source::Store { store: StoreId(store), origin: PageOrigin(0) } };
     rig.window.map(&[run(frames(100..110), 1), run(frames(110..120), 2)], &stores, HugePages::Never).unwrap();
     let (start, len) = rig.window.area.host(frames(100..120)).unwrap();
     rig.window.uffd.as_ref().unwrap().zero(start, len).unwrap();
@@ -331,7 +332,7 @@ fn a_freeze_has_its_memory_before_if_it_is_to_copy_much() {
 fn single_pages_of_a_store_trap_and_those_between_do_not() {
     let Some(mut rig) = Rig::new(ALL) else { return };
     let file = Memfd::new("store", PageCount(2 * PAGES)).unwrap();
-    let source = Source::Store { store: StoreId(1), origin: Gfn(0) };
+    let source = Source::Store { store: StoreId(1), origin: PageOrigin(0) };
     let run = |frame: u64| {
         let source = if frame.is_multiple_of(2) { source } else { Source::Anonymous };
         Run { pages: frames(frame..frame + 1), source }
@@ -361,7 +362,7 @@ fn only_pages_that_were_seen_are_copied() {
     let Some(rig) = Rig::new(ALL) else { return };
     let ram = [frames(0..70)];
     let mut window = HostWindow::reserve(&ram, Place::Anywhere, ALL).unwrap();
-    let run = Run { pages: ram[0], source: Source::Store { store: ROOT, origin: Gfn(0) } };
+    let run = Run { pages: ram[0], source: Source::Store { store: ROOT, origin: PageOrigin(0) } };
     window.map(&[run], &[(ROOT, rig.root.as_fd())], HugePages::Never).unwrap();
     window.memory().write_obj(9u64, GuestAddress(66 << 12)).unwrap();
     let file = Memfd::new("store", PageCount(70)).unwrap();
@@ -454,12 +455,12 @@ fn a_planted_page_is_found_out() {
 #[test]
 fn runs_that_make_no_sense_are_refused() {
     let Some(mut rig) = Rig::new(ALL) else { return };
-    let store = |origin| Source::Store { store: ROOT, origin: Gfn(origin) };
+    let store = |origin| Source::Store { store: ROOT, origin: PageOrigin(origin) };
     for (pages, source) in [
         (frames(2 * PAGES - 1..2 * PAGES + 1), Source::Anonymous),
         (frames(5..5), Source::Anonymous),
         (frames(5..6), store(6)),
-        (frames(5..6), Source::Store { store: StoreId(9), origin: Gfn(0) }),
+        (frames(5..6), Source::Store { store: StoreId(9), origin: PageOrigin(0) }),
     ] {
         let run = Run { pages, source };
         let error = rig.window.map(&[run], &[(ROOT, rig.root.as_fd())], HugePages::Never).unwrap_err();
@@ -552,7 +553,7 @@ fn what_is_shed_is_in_the_store_and_what_was_written_stays() {
     let dedup = rig.window.dedup(Dirty::Logged(&log_of(60..61)), StoreId(1), file.as_fd(), &asked).unwrap();
     assert_eq!(dedup.pages, [10..300, PAGES + 5..PAGES + 30].map(frames));
     drop(dedup);
-    let store = Source::Store { store: StoreId(1), origin: Gfn(0) };
+    let store = Source::Store { store: StoreId(1), origin: PageOrigin(0) };
     let of_store = rig.window.runs().filter(|run| run.source == store).map(|run| run.pages);
     assert_eq!(of_store.collect::<Vec<_>>(), [10..300, PAGES + 5..PAGES + 30].map(frames));
     let want = |frame| match frame {

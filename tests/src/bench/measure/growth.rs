@@ -67,7 +67,7 @@ fn deep(depth: u64, ram: u64) -> Result<Family> {
     let mut family = Family::launched(ram)?;
     family.write(0..16)?;
     for generation in 1..depth {
-        family.vm = family.books.fork(family.vm, Nothing::default());
+        family.vm = family.books.fork(family.vm, Nothing::default())?;
         let page = 16 + generation % 8;
         family.write(page..page + 1)?;
         write_back(&mut family.books)?;
@@ -80,7 +80,8 @@ fn wide(vms: u64) -> Result<Family> {
     let mut family = Family::launched(SMALL_RAM)?;
     family.write(0..64)?;
     let parent = family.vm;
-    let children: Vec<VmId> = (1..vms).map(|_| family.books.fork(parent, Nothing::default())).collect();
+    let children = (1..vms).map(|_| family.books.fork(parent, Nothing::default()));
+    let children: Vec<VmId> = children.collect::<std::result::Result<_, _>>()?;
     for &child in &children {
         family.vm = child;
         family.write(32..64)?;
@@ -125,6 +126,7 @@ fn one_vm(bench: &mut Bench, families: [(&str, Family); 2]) -> Result<()> {
         write_back(&mut family.books)?;
         let books = &family.books;
         let (pages, us) = timed(|| books.to_dedup(family.vm, store, PageCount(17), PageCount(256)));
+        let pages = pages?;
         if pages.is_empty() { fail("nothing to give up") } else { Ok(us) }
     })?;
     row(bench, "exit", &mut |family| exit(family, 64))?;
@@ -176,12 +178,13 @@ fn zeros(family: &mut Family) -> Result<f64> {
 
 /// The end of a child that has written so many pages, every second one.
 fn exit(family: &mut Family, pages: u64) -> Result<f64> {
-    let child = family.books.fork(family.vm, Nothing::default());
+    let child = family.books.fork(family.vm, Nothing::default())?;
     let moved: Vec<GfnRange> = (0..pages).map(|page| (1024 + 2 * page..1025 + 2 * page).into()).collect();
     freeze_as(&mut family.books, child, &Harvest { moved_private: moved.clone(), moved, ..Harvest::default() })?;
     write_back(&mut family.books)?;
     let books = &mut family.books;
-    let ((), us) = timed(|| books.exit(child));
+    let (gone, us) = timed(|| books.exit(child));
+    gone?;
     write_back(books)?;
     Ok(us)
 }
@@ -215,7 +218,7 @@ fn dedup_by_kept(bench: &mut Bench) -> Result<()> {
         |(store, family)| {
             let books = &family.books;
             let (pages, us) = timed(|| books.to_dedup(family.vm, *store, PageCount(17), PageCount(4096)));
-            let count: u64 = pages.iter().map(|pages| pages.count().0).sum();
+            let count: u64 = pages?.iter().map(|pages| pages.count().0).sum();
             if count == 4096 { Ok(us) } else { fail(format!("{count} pages to give up")) }
         },
     )
@@ -250,7 +253,7 @@ fn checks(bench: &mut Bench) -> Result<()> {
         for page in 0..depth {
             family.write(16 * page..16 * page + 1)?;
             write_back(&mut family.books)?;
-            family.vm = family.books.fork(family.vm, Nothing::default());
+            family.vm = family.books.fork(family.vm, Nothing::default())?;
         }
         Ok::<_, crate::Error>(family)
     };

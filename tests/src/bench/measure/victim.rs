@@ -37,12 +37,12 @@ fn family(vms: u64, pace: Activity) -> Result<Books> {
     let (mut family, root) = books::launched(RAM)?;
     let mut all = vec![root];
     for nth in 0..vms {
-        let vm = if nth == 0 { root } else { family.fork(root, Nothing::default()) };
+        let vm = if nth == 0 { root } else { family.fork(root, Nothing::default())? };
         freeze(&mut family, vm, GfnRange::new(Gfn(nth * 16 % 32768), PageCount(CLUSTERS / vms * CLUSTER.0)))?;
         write_back(&mut family)?;
         all.push(vm);
     }
-    all.iter().step_by(2).for_each(|&vm| family.set_activity(vm, pace));
+    all.iter().step_by(2).try_for_each(|&vm| family.set_activity(vm, pace))?;
     Ok(family)
 }
 

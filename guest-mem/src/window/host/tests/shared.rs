@@ -4,10 +4,11 @@ use super::*;
 
 const SHARED: StoreId = StoreId(7);
 /// Not at the borders of words of a log.
-const AT: std::ops::Range<u64> = PAGES + 100..PAGES + 400;
+pub(super) const AT: std::ops::Range<u64> = PAGES + 100..PAGES + 400;
 
-fn share(rig: &mut Rig, file: &Memfd) {
-    let run = Run { pages: frames(AT), source: Source::Shared { store: SHARED, origin: Gfn(AT.start) } };
+pub(super) fn share(rig: &mut Rig, file: &Memfd) {
+    let run =
+        Run { pages: frames(AT), source: Source::Shared { store: SHARED, origin: PageOrigin::at(Gfn(AT.start)) } };
     rig.window.map(&[run], &[(SHARED, file.as_fd())], HugePages::Never).unwrap();
 }
 
