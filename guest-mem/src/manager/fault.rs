@@ -46,19 +46,26 @@ impl<S: StoreFactory, W: Window> Manager<S, W> {
             answer => answer,
         };
         let Some(window) = self.windows.get_mut(&vm) else { return Ok(None) };
+        let waiters = &mut self.waiters;
         let mut wake = |window: &mut W, pages| {
-            self.waiters.take(vm, pages);
+            waiters.take(vm, pages);
             window.wake(pages);
         };
         match answer {
             Fault::Zero(zeros) => {
+                // First, and whatever becomes of the others: who waits for this one is woken at once.
                 let page = GfnRange::new(gfn, PageCount(1));
                 if zeros.iter().any(|pages| pages.contains(gfn)) {
-                    // Whatever becomes of the others.
                     window.zero(page);
                 }
-                zeros.iter().for_each(|&pages| window.zero(pages));
-                zeros.iter().chain([&page]).for_each(|&pages| wake(window, pages));
+                wake(window, page);
+                for &pages in zeros.iter().filter(|pages| **pages != page) {
+                    window.zero(pages);
+                    // Who has trapped there and has not been heard has its turn later.
+                    if waiters.take(vm, pages) {
+                        window.wake(pages);
+                    }
+                }
             }
             Fault::Lost(loss) => window.fail(lost(gfn, loss)),
             Fault::Outside => window.fail(Failure::Outside(gfn)),

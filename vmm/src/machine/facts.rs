@@ -2,12 +2,14 @@
 //! zygote does, once, from a VM that never runs.
 
 use super::cpuid::{Cpuid, Supported};
+use super::filter::Filters;
 use super::kvm::KvmVm;
 use super::registers::Access;
 use super::vm::VmError;
 use crate::wire::{Machine, MachineShape};
 use guest_mem::PageCount;
 use kvm_ioctls::Kvm;
+use std::sync::Arc;
 
 /// Of one kind of machine.
 #[derive(Clone, Debug)]
@@ -32,13 +34,15 @@ impl Facts {
 pub(super) struct Known {
     /// Mappings that a window may have.
     pub max_runs: u32,
+    /// What VM processes are held to.
+    pub filters: Arc<Filters>,
     facts: Vec<(Machine, Facts)>,
 }
 
 impl Known {
     /// What is cheap.
     pub fn little() -> Self {
-        Self { max_runs: crate::host::max_map_count() / 4, facts: Vec::new() }
+        Self { max_runs: crate::host::max_map_count() / 4, filters: Arc::new(Filters::compile()), facts: Vec::new() }
     }
 
     /// Finds out what can be found out. What cannot will be an error of who needs it.

@@ -18,17 +18,13 @@ use kvm_bindings::{
 use linux_raw_sys::general::pm_scan_arg;
 use linux_raw_sys::ioctl::{UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE};
 use nix::unistd::getpid;
-use seccompiler::SeccompCmpArgLen::Dword;
-use seccompiler::SeccompCmpOp::{self, Eq, MaskedEq};
-use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch, apply_filter};
+use seccompiler::{BpfProgram, SeccompAction, apply_filter, sock_filter};
 use std::collections::BTreeMap;
+use std::mem::offset_of;
 
 /// There is no filter.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FilterError {
-    /// It cannot be made.
-    #[error("{0}")]
-    Make(#[from] seccompiler::BackendError),
     /// The kernel does not take it.
     #[error("the kernel (CONFIG_SECCOMP_FILTER): {0}")]
     Install(#[from] seccompiler::Error),
@@ -51,9 +47,13 @@ enum Call {
     One(libc::c_long, u8, &'static [u64]),
     /// Where an argument has none of these bits.
     Without(libc::c_long, u8, u64),
+    /// A signal to a thread of this process that is not `SIGKILL`: that of a kick, or of a panic.
+    Kick(libc::c_long),
+    /// Never, but this is no reason for an end: the answer is that of a kernel that does not know it.
+    Unknown(libc::c_long),
 }
 
-use Call::{Any, One, Without};
+use Call::{Any, Kick, One, Unknown, Without};
 
 /// What each thread needs to be one.
 const EVERY: &[Call] = &[
@@ -99,9 +99,15 @@ const EVERY: &[Call] = &[
     Any(libc::SYS_sigaltstack),
     Any(libc::SYS_getpid),
     Any(libc::SYS_gettid),
+    Kick(libc::SYS_tgkill),
     // The end.
     Any(libc::SYS_exit),
     Any(libc::SYS_exit_group),
+    // The C library asks for more than it needs, and the server has the process [try](super::probe) to write to a store.
+    Unknown(libc::SYS_clone3),
+    Unknown(libc::SYS_open),
+    Unknown(libc::SYS_openat),
+    Unknown(libc::SYS_fchmod),
 ];
 
 /// What the main thread does besides: messages, the window, freezes.
@@ -148,10 +154,6 @@ const KEEPER: &[Call] = &[
     Any(libc::SYS_restart_syscall),
     Any(libc::SYS_exit),
 ];
-
-/// Calls that are answered as by a kernel that does not know them: the C library asks for more than it needs, and the server
-/// has the process [try](super::probe) to write to a store.
-const UNKNOWN: &[libc::c_long] = &[libc::SYS_clone3, libc::SYS_open, libc::SYS_openat, libc::SYS_fchmod];
 
 const COPY: u64 = (libc::CLONE_PARENT | libc::SIGCHLD) as u64;
 const THREAD: u64 = (libc::CLONE_VM
@@ -231,65 +233,133 @@ const OF_VCPU: &[u64] = &[
     request(BOTH, KVM, 0xd5, size_of::<kvm_pre_fault_memory>()),
 ];
 
-/// Holds the calling thread, and what it makes, to what one of its kind does.
-///
-/// # Errors
-/// This kernel cannot. The thread must not go on.
-pub(super) fn confine(thread: Thread) -> Result<(), FilterError> {
-    let of_kind = match thread {
-        Thread::Main => MAIN,
-        Thread::Vcpu => VCPU,
-    };
-    // The signals of a kick and of a panic, to nobody but this process.
-    let signals = SeccompRule::new(vec![
-        equal(0, getpid().as_raw() as u64)?,
-        SeccompCondition::new(2, Dword, SeccompCmpOp::Ne, libc::SIGKILL as u64)?,
-    ])?;
-    let mut rules = rules(EVERY.iter().chain(of_kind))?;
-    rules.insert(libc::SYS_tgkill, vec![signals]);
-    // What one of the two ends is ended, whatever the other says: this one leaves these to the other.
-    rules.extend(UNKNOWN.iter().map(|number| (*number, Vec::new())));
-    // The stricter one last: it does not let another be put in place.
-    let unknown = UNKNOWN.iter().map(|number| (*number, Vec::new())).collect();
-    apply_filter(&compiled(unknown, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)?;
-    Ok(apply_filter(&compiled(rules, SeccompAction::KillProcess, SeccompAction::Allow)?)?)
+/// The programs that hold each thread and the keeper to its calls. They are compiled once, by the zygote: VM processes have
+/// them with the rest of its memory.
+#[derive(Clone, Debug)]
+pub(super) struct Filters {
+    main: BpfProgram,
+    vcpu: BpfProgram,
+    keeper: BpfProgram,
 }
 
-/// What the keeper is held to.
-///
-/// # Errors
-/// It cannot be made.
-pub(super) fn of_keeper() -> Result<BpfProgram, FilterError> {
-    compiled(rules(KEEPER)?, SeccompAction::KillProcess, SeccompAction::Allow)
-}
+impl Filters {
+    /// Compiles them.
+    pub fn compile() -> Self {
+        let of_thread = |calls: &[Call]| program(EVERY.iter().chain(calls));
+        Self { main: of_thread(MAIN), vcpu: of_thread(VCPU), keeper: program(KEEPER) }
+    }
 
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-fn compiled(rules: Rules, other: SeccompAction, these: SeccompAction) -> Result<BpfProgram, FilterError> {
-    Ok(SeccompFilter::new(rules, other, these, TargetArch::x86_64)?.try_into()?)
-}
-
-fn rules<'a>(calls: impl IntoIterator<Item = &'a Call>) -> Result<Rules, FilterError> {
-    let mut all = Rules::new();
-    for call in calls {
-        let (number, rules) = match call {
-            Any(number) => (*number, Vec::new()),
-            One(number, argument, values) => {
-                let each = values.iter().map(|value| SeccompRule::new(vec![equal(*argument, *value)?]));
-                (*number, each.collect::<Result<_, _>>()?)
-            }
-            Without(number, argument, bits) => {
-                let none = SeccompCondition::new(*argument, Dword, MaskedEq(*bits), 0)?;
-                (*number, vec![SeccompRule::new(vec![none])?])
-            }
+    /// Holds the calling thread, and what it makes, to what one of its kind does.
+    ///
+    /// # Errors
+    /// This kernel cannot. The thread must not go on.
+    pub fn confine(&self, thread: Thread) -> Result<(), FilterError> {
+        let mut program = match thread {
+            Thread::Main => self.main.clone(),
+            Thread::Vcpu => self.vcpu.clone(),
         };
-        let twice = all.insert(number, rules);
+        let this = getpid().as_raw() as u32;
+        program
+            .iter_mut()
+            .filter(|instruction| instruction.k == THIS_PROCESS)
+            .for_each(|instruction| instruction.k = this);
+        Ok(apply_filter(&program)?)
+    }
+
+    /// What the keeper is held to.
+    pub fn of_keeper(&self) -> BpfProgram {
+        self.keeper.clone()
+    }
+}
+
+/// Of `<linux/audit.h>`: 64 bits, little endian, `EM_X86_64`.
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+
+/// Stands for the process that is held to a program, whose id is not known when it is compiled. No call, argument or offset
+/// in a program has this value.
+const THIS_PROCESS: u32 = 0x7fff_fff1;
+
+/// One program of many calls, in which the number is found by halves. For each thread of each VM process the kernel tries a
+/// new program with every number that there is, and translates it: one that compares with one number after the other costs
+/// most of a millisecond.
+fn program<'a>(calls: impl IntoIterator<Item = &'a Call>) -> BpfProgram {
+    let mut each = BTreeMap::new();
+    for call in calls {
+        let (number, what) = call.compiled();
+        let twice = each.insert(number as u32, what);
         debug_assert!(twice.is_none(), "call {number} is there twice");
     }
-    Ok(all)
+    let mut all = vec![
+        load(offset_of!(libc::seccomp_data, arch)),
+        jump(libc::BPF_JEQ, AUDIT_ARCH_X86_64, [1, 0]),
+        ends(SeccompAction::KillProcess),
+        load(offset_of!(libc::seccomp_data, nr)),
+    ];
+    all.extend(search(&each.into_iter().collect::<Vec<_>>()));
+    all
 }
 
-/// The kernel takes 32 bits of all arguments that are compared here.
-fn equal(argument: u8, value: u64) -> Result<SeccompCondition, seccompiler::BackendError> {
-    SeccompCondition::new(argument, Dword, Eq, value)
+/// Finds the number among those of `calls`, which are in order, and goes on with what is said of its call.
+fn search(calls: &[(u32, BpfProgram)]) -> BpfProgram {
+    if let [(number, what)] = calls {
+        return [&[jump(libc::BPF_JEQ, *number, [1, 0]), ends(SeccompAction::KillProcess)], &what[..]].concat();
+    }
+    let (below, from) = calls.split_at(calls.len() / 2);
+    let (middle, below, from) = (from[0].0, search(below), search(from));
+    let mut all = match u8::try_from(below.len()) {
+        Ok(behind) => vec![jump(libc::BPF_JGE, middle, [behind, 0])],
+        // Too far for a jump that depends on something.
+        Err(_) => vec![jump(libc::BPF_JGE, middle, [0, 1]), jump(libc::BPF_JA, below.len() as u32, [0, 0])],
+    };
+    all.extend(below);
+    all.extend(from);
+    all
+}
+
+impl Call {
+    /// Its number, and what decides on its arguments. All that is compared is 32 bits wide for the kernel.
+    fn compiled(&self) -> (libc::c_long, BpfProgram) {
+        let (allowed, ended) = (ends(SeccompAction::Allow), ends(SeccompAction::KillProcess));
+        match *self {
+            Any(number) => (number, vec![allowed]),
+            Unknown(number) => (number, vec![ends(SeccompAction::Errno(libc::ENOSYS as u32))]),
+            One(number, argument, values) => {
+                let mut program = vec![load_argument(argument)];
+                for (index, value) in values.iter().enumerate() {
+                    // Over those behind it, and over the end.
+                    let behind = u8::try_from(values.len() - index).expect("a list that a jump passes over");
+                    program.push(jump(libc::BPF_JEQ, *value as u32, [behind, 0]));
+                }
+                program.extend([ended, allowed]);
+                (number, program)
+            }
+            Without(number, argument, bits) => {
+                (number, vec![load_argument(argument), jump(libc::BPF_JSET, bits as u32, [0, 1]), ended, allowed])
+            }
+            Kick(number) => {
+                let is_here = [load_argument(0), jump(libc::BPF_JEQ, THIS_PROCESS, [0, 2])];
+                let is_kill = [load_argument(2), jump(libc::BPF_JEQ, libc::SIGKILL as u32, [0, 1])];
+                (number, [&is_here[..], &is_kill, &[ended, allowed]].concat())
+            }
+        }
+    }
+}
+
+/// Loads 32 bits of what is known of a call.
+fn load(offset: usize) -> sock_filter {
+    sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: offset as u32 }
+}
+
+/// The lower half of an argument.
+fn load_argument(number: u8) -> sock_filter {
+    load(offset_of!(libc::seccomp_data, args) + size_of::<u64>() * usize::from(number))
+}
+
+/// Passes over so many instructions where the comparison holds, and where it does not. `BPF_JA` passes over `value`.
+fn jump(comparison: u32, value: u32, [holds, else_]: [u8; 2]) -> sock_filter {
+    sock_filter { code: (libc::BPF_JMP | comparison | libc::BPF_K) as u16, jt: holds, jf: else_, k: value }
+}
+
+fn ends(action: SeccompAction) -> sock_filter {
+    sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: action.into() }
 }

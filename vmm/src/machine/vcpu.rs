@@ -1,6 +1,6 @@
 //! A vCPU and its thread.
 
-use super::filter;
+use super::filter::{Filters, Thread};
 use super::floor::{Floor, Load, Task};
 use super::kick::StopSwitch;
 use super::mmio::Mmio;
@@ -54,12 +54,12 @@ impl Vcpu {
     ///
     /// # Errors
     /// Of `pthread_create`.
-    pub fn spawn(mut self, floor: Arc<Floor>, buses: Buses) -> io::Result<JoinHandle<()>> {
-        thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || self.work(&floor, &buses))
+    pub fn spawn(mut self, floor: Arc<Floor>, buses: Buses, filters: Arc<Filters>) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || self.work(&floor, &buses, &filters))
     }
 
-    fn work(&mut self, floor: &Floor, buses: &Buses) {
-        if let Err(error) = filter::confine(filter::Thread::Vcpu) {
+    fn work(&mut self, floor: &Floor, buses: &Buses, filters: &Filters) {
+        if let Err(error) = filters.confine(Thread::Vcpu) {
             return floor.die(format!("system call filter: {error}"));
         }
         // KVM starts a worker of its own at a VM's first KVM_RUN: let that be now, not when a fork waits for it.

@@ -8,7 +8,7 @@ use super::WINDOW_BASE;
 use super::chips::Line;
 use super::cpuid::Cpuid;
 use super::facts::{Facts, Known};
-use super::filter::{self, FilterError, Thread};
+use super::filter::{FilterError, Thread};
 use super::floor::{Floor, Load, NextNews, Unavailable};
 use super::isolate::{self, IsolateError};
 use super::keeper;
@@ -166,6 +166,7 @@ impl Vm {
         }
         system_call_filter().map_err(VmError::NoFilter)?;
         let max_runs = known.max_runs;
+        let filters = &known.filters;
         let kvm = Kvm::new().map_err(VmError::OpenKvm)?;
         let ram = ram_ranges(shape.ram);
         let reserve = || HostWindow::reserve(&ram, Place::Fixed(WINDOW_BASE), features_of(features));
@@ -203,13 +204,13 @@ impl Vm {
         let ports = Ports::new(Arc::clone(&floor), window.memory().clone(), shape.machine);
         let mmio = Mmio::new(linux.as_ref().map(LinuxMachine::virtio).unwrap_or_default());
         let buses = Buses { ports, mmio };
-        let spawn = |vcpu: Vcpu| vcpu.spawn(Arc::clone(&floor), buses.clone());
+        let spawn = |vcpu: Vcpu| vcpu.spawn(Arc::clone(&floor), buses.clone(), Arc::clone(filters));
         let threads = vcpus.into_iter().map(spawn).collect::<io::Result<_>>().map_err(VmError::Thread)?;
+        let keeper = keeper::start(server, filters.of_keeper()).map_err(VmError::Keeper)?;
+        // While the vCPUs do the same. From here on a keeper that is left behind is the server's to end.
+        filters.confine(Thread::Main).inspect_err(|_| keeper::end(keeper))?;
         drop(floor.await_standing()?);
         let traps = features.userfaultfd;
-        // Last, so that nothing fails that would leave it behind.
-        let keeper = keeper::start(server, filter::of_keeper()?).map_err(VmError::Keeper)?;
-        filter::confine(Thread::Main).inspect_err(|_| keeper::end(keeper))?;
         Ok(Self {
             shape,
             traps,
