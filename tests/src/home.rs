@@ -25,6 +25,10 @@ pub enum User {
     Ordinary(u32),
     /// As the test, on a host without devices. Takes root to hide them.
     WithoutDevices,
+    /// As root that may not administer anything, as in most containers: it gets no namespaces.
+    WithoutAdmin,
+    /// As root of a user namespace that has no other user, as in a rootless container.
+    RootOfNamespace,
 }
 
 /// What a test needs.
@@ -195,6 +199,11 @@ impl TestHome {
                 words.extend(["unshare", "--mount", "sh", "-ec"].map(OsString::from));
                 words.extend(["mount -t tmpfs none /dev; exec \"$@\"".into(), "sh".into(), binary().into()]);
             }
+            User::WithoutAdmin => {
+                words.extend(["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"].map(OsString::from));
+                words.push(binary().into());
+            }
+            User::RootOfNamespace => words.extend(["unshare".into(), "--map-root-user".into(), binary().into()]),
         }
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).arg("--home").arg(self.path()).args(arguments);

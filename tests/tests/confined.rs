@@ -3,7 +3,9 @@
 use nix::errno::Errno;
 use offshoot_tests::process::{descriptors, is_alive, users};
 use offshoot_tests::puppet::{Called, Puppet};
-use offshoot_tests::{Guest, Lack, Outcome, TEN_SECONDS, TestHome, fork_settled, is_root, skip, wait_until};
+use offshoot_tests::{
+    Guest, Lack, Outcome, Served, Setup, TEN_SECONDS, TestHome, User, fork_settled, is_root, skip, wait_until,
+};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -205,11 +207,89 @@ fn all_processes_are_confined() {
     assert_eq!(oom(home.zygote().expect("there is a zygote")), 300);
     // Root may go below what it was started with, where it has CAP_SYS_RESOURCE.
     assert!(oom(server) <= 0, "{}", oom(server));
-    if is_root() {
-        let limits = fs::read_to_string(format!("/proc/{}/limits", child.pid())).expect("read limits");
-        let most = limits.lines().find(|line| line.starts_with("Max processes")).expect("there is one");
-        assert_eq!(most.split_whitespace().nth(2), Some("13"), "{limits}");
+    let limits = fs::read_to_string(format!("/proc/{}/limits", child.pid())).expect("read limits");
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).expect("a limit");
+        line.split_whitespace().next().expect("a limit").to_owned()
+    };
+    let file = ByteSize::mib(32 + 64).0.to_string();
+    for (name, most) in [
+        ("Max core file size", "0"),
+        ("Max locked memory", "0"),
+        ("Max msgqueue size", "0"),
+        ("Max file size", file.as_str()),
+    ] {
+        assert_eq!(limit(name), most, "{name}: {limits}");
     }
+    assert!(limit("Max open files").parse::<u32>().expect("a number") <= 8192, "{limits}");
+    assert!(status(child.pid()).contains("CapBnd:\t0000000000000000"), "{}", status(child.pid()));
+    if is_root() {
+        assert_eq!(limit("Max processes"), "13", "{limits}");
+    }
+}
+
+/// Nothing of the host is to be seen from where VMs are made, and where one ends up there is nothing at all.
+#[test]
+fn all_processes_are_in_the_jail() {
+    for user in [User::Same, User::Ordinary(12345)] {
+        let Some(home) = (Setup { user, ..Setup::default() }).home() else { return };
+        home.cli(&["launch", "a", "--mem", "32M"]).good();
+        home.cli(&["fork", "a"]).good();
+        let zygote = home.zygote().expect("there is a zygote");
+        let namespace = |pid: i32, name: &str| {
+            fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap_or_else(|e| panic!("{pid}: {name}: {e}"))
+        };
+        let server = home.server().expect("it runs");
+        for pid in home.processes().into_iter().chain([zygote]) {
+            for name in ["mnt", "net", "ipc", "uts"] {
+                assert_eq!(namespace(pid, name), namespace(zygote, name), "{user:?}: {pid}: {name}");
+                assert_ne!(namespace(pid, name), namespace(server, name), "{user:?}: {pid}: {name}");
+            }
+            if pid != zygote {
+                // One that prepares itself gets there; one that was prepared for nothing may end meanwhile.
+                let is_empty =
+                    || fs::read_dir(format!("/proc/{pid}/root")).map_or(!is_alive(pid), |all| all.count() == 0);
+                wait_until("it sees no file", TEN_SECONDS, is_empty);
+            }
+        }
+        let mounts = fs::read_to_string(format!("/proc/{zygote}/mountinfo")).expect("list mounts");
+        let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+        assert!(points.clone().count() > 2, "{mounts}");
+        assert!(points.all(|at| at == "/" || at.starts_with("/dev/") || at.starts_with("/proc")), "{mounts}");
+        let root = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/")).expect("there is a root");
+        let flags = root.split(' ').nth(5).unwrap_or_default();
+        assert_eq!(flags.split(',').take(4).collect::<Vec<_>>(), ["ro", "nosuid", "nodev", "noexec"], "{root}");
+        home.cli(&["check"]).good();
+    }
+}
+
+/// A launch where users or namespaces were not to be had was as good as any, and said nothing.
+#[test]
+fn what_cannot_be_kept_apart_does_not_run_unless_it_is_allowed() {
+    let setup = Setup { user: User::WithoutAdmin, ..Setup::default() };
+    let Some(home) = setup.clone().home() else { return };
+    let why = home.cli(&["launch", "a", "--mem", "32M"]).failure(1);
+    assert!(why.contains("namespaces") && why.contains("--isolation weaker"), "{why}");
+    let doctor = home.cli(&["doctor"]);
+    assert!(doctor.code == 1 && doctor.out.contains("--isolation weaker"), "{doctor:?}");
+    drop(home);
+    let Some(home) = setup.home() else { return };
+    let _server = Served::new(&home, &["--isolation", "weaker"]);
+    home.cli(&["launch", "a", "--mem", "32M"]).good();
+    home.cli(&["fork", "a"]).good();
+    assert!(home.server_log().contains("are not kept apart as they should be"));
+}
+
+/// Of the root of a rootless container `doctor` said that its VM processes had users of their own, and every launch failed.
+#[test]
+fn root_of_a_namespace_has_vms() {
+    let Some(home) = (Setup { user: User::RootOfNamespace, ..Setup::default() }).home() else { return };
+    assert!(home.cli(&["doctor"]).good().contains("user namespace"));
+    home.cli(&["launch", "a", "--mem", "32M"]).good();
+    home.cli(&["send", "a", "fill 1000 100 1"]).good();
+    home.cli(&["fork", "a"]).good();
+    home.cli(&["send", "a-1", "verify 1000 100 1"]).good();
+    home.cli(&["check"]).good();
 }
 
 /// Where the kernel cannot hold a process to rules, no VM is started, and it is told why.

@@ -30,7 +30,7 @@ const FDS_MAX: usize = 250;
 /// Most descriptors with one message.
 const TOTAL_FDS_MAX: usize = 1 << 16;
 /// Longest message through a memory file, where the end was not told of another limit.
-const MESSAGE_MAX: u64 = 64 << 20;
+pub const MESSAGE_MAX: u64 = 64 << 20;
 /// A peer that leaves so many packets unread does not read any more.
 const QUEUE_MAX: usize = 1 << 14;
 

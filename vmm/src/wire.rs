@@ -143,9 +143,30 @@ pub struct Expect {
     pub state: Option<PackedState>,
 }
 
-/// Server to zygote: make a VM process. Its socket travels along.
+/// Server to zygote.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Make;
+pub enum ToZygote {
+    /// First message: go into the jail in which all VM processes are made.
+    Enter {
+        /// How VM processes are kept apart.
+        isolation: Isolation,
+        /// Whether there are VM processes if that cannot be.
+        strictness: Strictness,
+        /// An empty directory, on which the jail's root can be mounted. The host sees nothing of that.
+        on: std::path::PathBuf,
+    },
+    /// Make a VM process. Its socket travels along.
+    Make,
+}
+
+/// What becomes of a VM where its process cannot be kept apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Strictness {
+    /// There is none.
+    Strict,
+    /// It runs, with as much as can be had.
+    Weaker,
+}
 
 /// Zygote to server: the process id of the VM process, or why there is none.
 pub type Made = Result<i32, String>;

@@ -274,9 +274,30 @@ pub struct Serve {
     /// A VM that has used next to no processor time for so long is idle
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub balloon_idle: Duration,
+    /// What becomes of VMs where their processes cannot be kept apart from the host and from each other
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = IsolationWanted::Strict)]
+    pub isolation: IsolationWanted,
     /// Leave the terminal, and leave quietly where there is a server already
     #[arg(long, hide = true)]
     pub background: bool,
+}
+
+/// What becomes of VMs where their processes cannot be kept apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IsolationWanted {
+    /// They are not launched
+    Strict,
+    /// They run with as much of it as can be had
+    Weaker,
+}
+
+impl From<IsolationWanted> for vmm::server::Strictness {
+    fn from(wanted: IsolationWanted) -> Self {
+        match wanted {
+            IsolationWanted::Strict => Self::Strict,
+            IsolationWanted::Weaker => Self::Weaker,
+        }
+    }
 }
 
 /// When balloons of idle VMs are inflated.

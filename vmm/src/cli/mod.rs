@@ -172,7 +172,7 @@ fn run(cli: Cli) -> Done {
             shown(output, out, &json!({ "version": version }), |out| writeln!(out, "offshoot {version}"))
         }
         Verb::Doctor { output } => {
-            let report = HostReport::probe();
+            let report = HostReport::probe(vmm::server::try_jail);
             shown(output, out, &report, |out| show::host(out, &report))?;
             Ok(if report.can_run { SUCCESS } else { FAILED.into() })
         }

@@ -18,6 +18,12 @@ use kvm_ioctls::Kvm;
 use nix::errno::Errno;
 use nix::unistd::geteuid;
 use std::fs;
+use std::ops::Range;
+use std::path::Path;
+
+/// User and group ids of VM processes: this many from far above those that people get, and below what user namespaces usually
+/// map. Linux has no process id from 4 Mi on.
+pub(crate) const USERS: Range<u64> = 0x7000_0000..0x7040_0000;
 
 /// Why KVM cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -61,13 +67,25 @@ pub fn features() -> HostFeatures {
 
 /// How a VM process can be kept apart.
 pub fn isolation() -> Isolation {
-    if geteuid().is_root() && has_capabilities(&[CAP_SETGID, CAP_SETUID, CAP_SYS_CHROOT]) {
+    let mapped = |name| fs::read_to_string(Path::new("/proc/self").join(name)).is_ok_and(|map| maps(&map, USERS));
+    let users = || mapped("uid_map") && mapped("gid_map");
+    if geteuid().is_root() && has_capabilities(&[CAP_SETGID, CAP_SETUID, CAP_SYS_CHROOT]) && users() {
         Isolation::OwnUser
     } else if probe::user_namespace().is_ok() {
         Isolation::UserNamespace
     } else {
         Isolation::Off
     }
+}
+
+/// Whether the ids in this range are ids of this user namespace: who is root of one may have few beside its own.
+fn maps(map: &str, ids: Range<u64>) -> bool {
+    map.lines().any(|line| {
+        let mut numbers = line.split_whitespace().map(|word| word.parse().unwrap_or(0));
+        let mut next = || numbers.next().unwrap_or(0);
+        let (first, _, count): (u64, u64, u64) = (next(), next(), next());
+        first <= ids.start && ids.end <= first + count
+    })
 }
 
 /// How many mappings a process may have (`vm.max_map_count`); the kernel's default where it does not say.
@@ -100,6 +118,15 @@ mod tests {
         let status = "Name:\tx\nCapPrm:\t0\nCapEff:\t00000000a80425fb\nCapBnd:\t0\n";
         assert_eq!(effective_capabilities(status), Some(0xa804_25fb));
         assert_eq!(effective_capabilities("Name:\tx\n"), None);
+    }
+
+    /// Of the root of a rootless container `doctor` said that its VM processes had users of their own, and every launch failed.
+    #[test]
+    fn who_is_root_of_a_namespace_may_have_no_other_users() {
+        assert!(maps("         0          0 4294967295\n", USERS));
+        assert!(!maps("         0       1000          1\n", USERS));
+        assert!(!maps("         0       1000          1\n         1     100000      65536\n", USERS));
+        assert!(!maps("", USERS));
     }
 
     #[test]

@@ -48,11 +48,11 @@ pub struct HostReport {
 }
 
 impl HostReport {
-    /// Asks this host. It takes some milliseconds: a KVM VM is made, and a process.
-    pub fn probe() -> Self {
+    /// Asks this host. It takes some milliseconds: a KVM VM is made, and processes. `jail` tries to make one that is kept apart.
+    pub fn probe(jail: impl FnOnce() -> Result<(), String>) -> Self {
         let mut items = kvm();
         items.extend([virtualization(), kernel(), userfaultfd(), pagemap_scan(), isolation_kind()]);
-        items.extend([filter(), memory()]);
+        items.extend([jailed(jail()), filter(), memory()]);
         items.extend([files(), processes(), mappings(), overcommit(), huge_pages(), page_sizes(), wake_latency()]);
         Self { can_run: items.iter().all(|item| item.verdict != Verdict::Missing), items }
     }
@@ -205,10 +205,26 @@ fn isolation_kind() -> Item {
         Isolation::OwnUser => ok(NAME, "own user", "each VM process has a user id of its own and sees no files"),
         Isolation::UserNamespace => ok(NAME, "user namespace", "each VM process has no rights and sees no files"),
         Isolation::Off => {
-            let meaning =
-                "a VM process can do what its user can: allow user namespaces, or be root, for guests you do not trust";
-            degraded(NAME, "off", meaning)
+            let meaning = "VMs run with `serve --isolation weaker` alone, and their processes can do what their user can: allow \
+                           user namespaces, or be root";
+            missing(NAME, "off", meaning)
         }
+    }
+}
+
+fn jailed(tried: Result<(), String>) -> Item {
+    const NAME: &str = "jail";
+    match tried {
+        Ok(()) => {
+            let meaning =
+                "VM processes have mount, network, IPC and UTS namespaces of their own, and an empty, read-only root";
+            ok(NAME, "yes", meaning)
+        }
+        Err(why) => missing(
+            NAME,
+            why,
+            "VMs run with `serve --isolation weaker` alone: namespaces take CAP_SYS_ADMIN, or user namespaces",
+        ),
     }
 }
 
@@ -341,7 +357,7 @@ mod tests {
 
     #[test]
     fn a_report_has_no_empty_words() {
-        let report = HostReport::probe();
+        let report = HostReport::probe(|| Ok(()));
         assert!(report.items.len() >= 12);
         for item in &report.items {
             assert!(!item.item.is_empty() && !item.value.is_empty() && !item.meaning.is_empty(), "{item:?}");

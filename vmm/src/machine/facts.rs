@@ -9,6 +9,7 @@ use super::vm::VmError;
 use crate::wire::{Machine, MachineShape};
 use guest_mem::PageCount;
 use kvm_ioctls::Kvm;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Of one kind of machine.
@@ -34,6 +35,8 @@ impl Facts {
 pub(super) struct Known {
     /// Mappings that a window may have.
     pub max_runs: u32,
+    /// The empty directory of the jail that this process is in, if it is in one.
+    pub jail: Option<&'static Path>,
     /// What VM processes are held to.
     pub filters: Arc<Filters>,
     facts: Vec<(Machine, Facts)>,
@@ -42,12 +45,17 @@ pub(super) struct Known {
 impl Known {
     /// What is cheap.
     pub fn little() -> Self {
-        Self { max_runs: crate::host::max_map_count() / 4, filters: Arc::new(Filters::compile()), facts: Vec::new() }
+        Self {
+            max_runs: crate::host::max_map_count() / 4,
+            jail: None,
+            filters: Arc::new(Filters::compile()),
+            facts: Vec::new(),
+        }
     }
 
-    /// Finds out what can be found out. What cannot will be an error of who needs it.
-    pub fn learn() -> Self {
-        let little = Self::little();
+    /// Finds out what can be found out, for processes that are made in this jail. What cannot will be an error of who needs it.
+    pub fn learn(jail: Option<&'static Path>) -> Self {
+        let little = Self { jail, ..Self::little() };
         let Ok(kvm) = Kvm::new() else { return little };
         let learn = |machine| Some((machine, Facts::of(&kvm, machine).ok()?));
         Self { facts: [Machine::Monitor, Machine::Linux].into_iter().filter_map(learn).collect(), ..little }

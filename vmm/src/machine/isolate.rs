@@ -1,18 +1,20 @@
 //! Takes away from a VM process what it does not need, before its guest runs.
 #![allow(unsafe_code)] // prctl and capset, which have no safe wrapper
 
+use crate::host::USERS;
+use crate::link::MESSAGE_MAX;
 use crate::wire::Isolation;
+use guest_mem::PageCount;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Pid, Uid, chdir, chroot, getpid, getppid, setgroups, setresgid, setresuid};
 use std::path::Path;
 
-/// User and group ids of VM processes are this plus their process id: far above those that people get, and below what
-/// user namespaces usually map.
-const FIRST_ID: u32 = 0x7000_0000;
+/// The user and group id of a VM process is this plus its process id.
+const FIRST_ID: u32 = USERS.start as u32;
 
 /// The VM process, as one was or is, that this user id was made for.
 pub fn process_of_user(user: u32) -> Option<Pid> {
@@ -27,20 +29,44 @@ pub(super) struct IsolateError {
     cause: Errno,
 }
 
-fn during(step: &'static str) -> impl FnOnce(Errno) -> IsolateError {
+pub(super) fn during(step: &'static str) -> impl FnOnce(Errno) -> IsolateError {
     move |cause| IsolateError { step, cause }
 }
 
 /// Threads and processes that a VM process is beside its vCPUs: the main thread, the keeper, a copy, and who helps with a freeze.
 const COMPANY: u64 = 12;
 
-/// Limits what this process may use of the host beside memory that is accounted.
-pub(super) fn limit(how: Isolation, vcpus: u8) -> Result<(), IsolateError> {
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(during("RLIMIT_CORE"))?;
+/// Descriptors that a VM process may have: while it starts, one for each store of which it sees a page.
+const DESCRIPTORS: u64 = 8192;
+
+/// Limits what this process may use of the host beside memory that is accounted. No file of its own, be it one without a
+/// name, is larger than its guest's memory and what goes with that in a message.
+pub(super) fn limit(how: Isolation, vcpus: u8, ram: PageCount) -> Result<(), IsolateError> {
+    let set = |what, name, most: u64| setrlimit(what, most, most).map_err(during(name));
+    set(Resource::RLIMIT_CORE, "RLIMIT_CORE", 0)?;
+    set(Resource::RLIMIT_MEMLOCK, "RLIMIT_MEMLOCK", 0)?;
+    set(Resource::RLIMIT_MSGQUEUE, "RLIMIT_MSGQUEUE", 0)?;
+    set(Resource::RLIMIT_FSIZE, "RLIMIT_FSIZE", ram.bytes() + MESSAGE_MAX)?;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).map_err(during("RLIMIT_NOFILE"))?;
+    set(Resource::RLIMIT_NOFILE, "RLIMIT_NOFILE", DESCRIPTORS.min(most))?;
     if how == Isolation::OwnUser {
         // Of a user that has no other process.
         let most = u64::from(vcpus) + COMPANY;
-        setrlimit(Resource::RLIMIT_NPROC, most, most).map_err(during("RLIMIT_NPROC"))?;
+        set(Resource::RLIMIT_NPROC, "RLIMIT_NPROC", most)?;
+    }
+    Ok(())
+}
+
+/// Has nothing that is executed from here on get a right that its file would give it.
+pub(super) fn empty_bounding_set() -> Result<(), IsolateError> {
+    for capability in 0..64_u64 {
+        // SAFETY: The call takes numbers alone.
+        match Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) }) {
+            Ok(_) => {}
+            // This kernel knows no more.
+            Err(Errno::EINVAL) => break,
+            Err(cause) => return Err(during("an empty bounding set")(cause)),
+        }
     }
     Ok(())
 }

@@ -27,6 +27,7 @@ mod facts;
 mod filter;
 mod floor;
 pub(crate) mod isolate;
+mod jail;
 mod keeper;
 mod kick;
 mod kvm;

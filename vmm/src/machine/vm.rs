@@ -197,8 +197,8 @@ impl Vm {
             Machine::Linux => Some(LinuxMachine::new(vm.fd(), window.memory(), &floor)?),
         };
         install_handler().map_err(VmError::Handler)?;
-        isolate::limit(isolation, shape.vcpus)?;
-        isolate::isolate(isolation, cage)?;
+        isolate::limit(isolation, shape.vcpus, shape.ram)?;
+        isolate::isolate(isolation, known.jail.unwrap_or(cage))?;
         isolate::die_with(server)?;
 
         let ports = Ports::new(Arc::clone(&floor), window.memory().clone(), shape.machine);

@@ -6,15 +6,16 @@
 #![allow(unsafe_code)] // clone without a new stack, as fork, but with the caller's parent
 
 use super::facts::Known;
-use super::{isolate, process};
+use super::{isolate, jail, process};
 use crate::host::heap;
 use crate::link::Link;
-use crate::wire::{Made, Make};
+use crate::wire::{Isolation, Made, Strictness, ToZygote};
 use nix::errno::Errno;
 use nix::sys::prctl::set_name;
 use nix::unistd::{Pid, getppid};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 /// Makes a VM process for each socket that comes along, until the server's end. A VM process comes back from here as well,
 /// at its own end.
@@ -24,27 +25,34 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
     isolate::offer_to_oom_killer();
     heap::share();
     heap::keep();
-    let known = Known::learn();
     let mut link = Link::new(socket);
     let failed = |error: io::Error| format!("the server's socket: {error}");
+    let mut entered = Err("a zygote outside of its jail".to_owned());
+    let mut known = Known::little();
     loop {
-        let (Make, fds) = match link.recv() {
+        let (request, fds) = match link.recv() {
             Ok(Some(request)) => request,
             Ok(None) => continue,
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(error) => return Err(failed(error)),
         };
+        if let ToZygote::Enter { isolation, strictness, on } = request {
+            entered = enter(isolation, strictness, &on);
+            known = Known::learn(entered.clone().ok().flatten());
+            continue;
+        }
         let Ok([theirs]) = <[OwnedFd; 1]>::try_from(fds) else {
             return Err("a request that needs one descriptor".into());
         };
-        let made: Made = match make() {
+        let made: Made = match entered.as_ref().map_err(String::clone).and_then(|_| make().map_err(|e| e.desc().into()))
+        {
             Ok(None) => {
                 drop(link);
                 name(c"offshoot-vm");
                 return process::run(theirs, &known);
             }
             Ok(Some(pid)) => Ok(pid.as_raw()),
-            Err(error) => Err(error.desc().into()),
+            Err(why) => Err(why),
         };
         // Before the answer: from then on the VM process is the only one that has it.
         drop(theirs);
@@ -53,6 +61,24 @@ pub(super) fn run(socket: OwnedFd) -> Result<(), String> {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             Err(error) => return Err(failed(error)),
         }
+    }
+}
+
+/// Goes into the jail, or does without where that is allowed. Where VM processes end up then, if there is one.
+fn enter(isolation: Isolation, strictness: Strictness, on: &Path) -> Result<Option<&'static Path>, String> {
+    let entered = match isolation {
+        Isolation::Off => Err("neither user ids nor user namespaces are to be had".to_owned()),
+        isolation => jail::enter(isolation, on).map_err(|error| error.to_string()),
+    };
+    match (entered, strictness) {
+        (Ok(()), _) => Ok(Some(Path::new(jail::EMPTY))),
+        (Err(why), Strictness::Weaker) => {
+            log::warn!("VM processes are not kept apart as they should be: {why}");
+            Ok(None)
+        }
+        (Err(why), Strictness::Strict) => Err(format!(
+            "this host does not keep VM processes apart: {why} (see `offshoot doctor`; `offshoot serve --isolation weaker` runs VMs all the same)"
+        )),
     }
 }
 

@@ -408,9 +408,11 @@ impl Server {
             }
             Isolation::UserNamespace => {
                 let of = procfs::user_namespace(child.as_raw()).ok();
-                let ours = procfs::user_namespace(std::process::id() as i32).ok();
+                let namespace = |pid: Pid| procfs::user_namespace(pid.as_raw()).ok();
+                // Of one that has just been made it is the zygote's still.
+                let others = [Some(Pid::this()), self.zygote.pid()].map(|pid| pid.and_then(namespace));
                 let living = self.processes.values().map(VmProcess::user_namespace);
-                of.is_some() && !living.chain([ours]).any(|namespace| namespace == of)
+                of.is_some() && !living.chain(others).any(|namespace| namespace == of)
             }
             Isolation::Off => false,
         }

@@ -93,10 +93,12 @@ use swap::HostSwap;
 use vm::{FamilyId, Generation, Vms};
 use watch::Watches;
 use window::{RemoteWindow, Want, Wants};
-use zygote::Zygote;
+use zygote::{Jail, Zygote};
 
+pub use crate::wire::Strictness;
 pub use idle::{AutoBalloon, IdleConfig};
 pub use swap::SwapConfig;
+pub use zygote::try_jail;
 
 /// What a server needs to know.
 #[derive(Debug)]
@@ -109,6 +111,8 @@ pub struct Config {
     pub budget: Option<u64>,
     /// What becomes of balloons of idle VMs.
     pub idle: IdleConfig,
+    /// What becomes of VMs where their processes cannot be kept apart.
+    pub isolation: Strictness,
 }
 
 /// Why a server could not start.
@@ -268,7 +272,7 @@ impl MutEventSubscriber for Server {
 
 impl Server {
     fn new(config: Config) -> Result<Self, Error> {
-        let Config { home, swap, budget, idle } = config;
+        let Config { home, swap, budget, idle, isolation: strictness } = config;
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
         let mut mask = SigSet::empty();
@@ -279,10 +283,8 @@ impl Server {
         // It has threads, which must not take our signals.
         let swap = Rc::new(RefCell::new(HostSwap::new(&home, swap)?));
         let cage = home.path().join("cage");
-        match std::fs::create_dir(&cage) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io("make an empty directory")(e)),
-            _ => {}
-        }
+        let isolation = crate::host::isolation();
+        std::fs::create_dir_all(&cage).map_err(io("make an empty directory"))?;
         let userfaultfd = match features.userfaultfd {
             true => Some(Arc::new(Userfaultfd::new().map_err(io("make a userfaultfd"))?)),
             false => None,
@@ -295,8 +297,7 @@ impl Server {
         Ok(Self {
             features,
             niceness,
-            isolation: crate::host::isolation(),
-            cage,
+            isolation,
             max_runs: crate::host::max_map_count() / 4,
             watches: Watches::new(),
             listener: listen(&home)?,
@@ -309,7 +310,8 @@ impl Server {
             strays_at: None,
             lingering: BTreeSet::new(),
             // After the niceness: the server waits for it.
-            zygote: Zygote::start(),
+            zygote: Zygote::start(Jail { isolation, strictness, on: cage.clone() }),
+            cage,
             wants: Wants::default(),
             pool: Pool::default(),
             families: BTreeMap::new(),
