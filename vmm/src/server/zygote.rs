@@ -91,7 +91,7 @@ pub fn try_jail() -> Result<(), String> {
     let on = mkdtemp(&env::temp_dir().join("offshoot-jail-XXXXXX")).map_err(|error| format!("a directory: {error}"))?;
     let jail = Jail { isolation: crate::host::isolation(), strictness: Strictness::Strict, on: on.clone() };
     let tried = || -> io::Result<()> {
-        let mut zygote = Zygote::start(jail);
+        let mut zygote = Zygote { jail, running: None };
         // It ends with its socket.
         let (_, theirs) = Link::pair()?;
         let made = zygote.make(theirs);
@@ -119,7 +119,8 @@ impl Running {
             .arg("vm-process")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
-            .spawn()?;
+            .spawn()
+            .map_err(|error| io::Error::new(error.kind(), format!("start a zygote: {error}")))?;
         let &Jail { isolation, strictness, ref on } = jail;
         link.send(&ToZygote::Enter { isolation, strictness, on: on.clone() }, &[])?;
         Ok(Self { pid: Pid::from_raw(child.id() as i32), link })
