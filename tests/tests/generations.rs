@@ -43,7 +43,7 @@ fn live(line: Line, page: impl Fn(u64) -> u64) {
     let (second, last) = (most(&costs[100..200]), most(&costs[200..]));
     println!("{line:?}: descriptors and mappings of the second hundred {second:?}, of the last {last:?}");
     assert!(last.0 * 10 <= second.0 * 13, "descriptors");
-    assert!(last.1 * 10 <= second.1.max(256) * 13, "mappings");
+    assert!(last.1 * 10 <= second.1.max(128) * 13, "mappings");
     assert!(last.0 <= 300, "{} descriptors", last.0);
     (0..GENERATIONS).for_each(|generation| vm.verify(page(generation)..page(generation) + 1, generation + 1));
     home.check();

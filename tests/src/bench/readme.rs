@@ -1,4 +1,4 @@
-//! The README's figures: a block between two comments, which is written from the entries of a run.
+//! The figures of two READMEs: a block between two comments in each, which is written from the entries of a run.
 
 use super::entry::Entry;
 use super::host::Host;
@@ -9,12 +9,34 @@ use std::path::Path;
 const BEGIN: &str = "<!-- figures: written by tests/bench --readme -->";
 const END: &str = "<!-- end of figures -->";
 
-/// Replaces the block.
+/// What the project's first page shows; the tests' page shows all.
+const SHOWN: [&str; 12] = [
+    "fork/first-instruction",
+    "ram/flat",
+    "live-clones/first-instruction/500",
+    "depth/flat",
+    "pause/64 MiB",
+    "scattered/pause",
+    "writes/not read before/500 live",
+    "crowd/500 forks, each answers",
+    "memory",
+    "launch",
+    "swap-in/one page",
+    "overcommit/accounted",
+];
+
+/// Replaces the blocks.
 pub fn put(entries: &[Entry], host: &Host, how: &str) -> Result<()> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
-    let before = fs::read_to_string(&path).map_err(|e| format!("read {}: {e}", path.display()))?;
-    let after = with_block(&before, &block(entries, host, how)).ok_or("the README has no place for figures")?;
-    Ok(fs::write(&path, after).map_err(|e| format!("write {}: {e}", path.display()))?)
+    let shown: Vec<&Entry> =
+        entries.iter().filter(|entry| SHOWN.iter().any(|name| entry.measure.starts_with(name))).collect();
+    for (page, entries) in [("../README.md", shown), ("README.md", entries.iter().collect())] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+        let before = fs::read_to_string(&path).map_err(|e| format!("read {}: {e}", path.display()))?;
+        let after =
+            with_block(&before, &block(&entries, host, how)).ok_or(format!("{page} has no place for figures"))?;
+        fs::write(&path, after).map_err(|e| format!("write {}: {e}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn with_block(text: &str, block: &str) -> Option<String> {
@@ -24,7 +46,7 @@ fn with_block(text: &str, block: &str) -> Option<String> {
 }
 
 /// What has an aim, met or not.
-fn block(entries: &[Entry], host: &Host, how: &str) -> String {
+fn block(entries: &[&Entry], host: &Host, how: &str) -> String {
     let mut text = format!("Measured on: {}. Medians of one interleaved run{how}.\n\n", host.line());
     text += "| measure | median | unit | reference | its median | ratio | aim | met |\n";
     text += "| --- | ---: | --- | --- | ---: | ---: | --- | --- |\n";

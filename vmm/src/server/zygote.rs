@@ -35,7 +35,7 @@ pub struct Jail {
 impl Zygote {
     /// Starts it, so that it is there when it is needed.
     pub fn start(jail: Jail) -> Self {
-        let running = Running::start(&jail).inspect_err(|error| log::warn!("start a zygote: {error}"));
+        let running = Running::start(&jail).inspect_err(|error| log::warn!("{error}"));
         Self { jail, running: running.ok() }
     }
 
