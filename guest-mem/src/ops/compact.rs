@@ -13,7 +13,7 @@
 //! Nothing is done before there are many small stores; then the smallest half of them goes into one, as in a log-structured
 //! merge tree (O'Neil 1996): a page is copied as often as its store doubles, so a logarithmic number of times, and what is
 //! large stays where it is. And nothing before a child needs many mappings; then the neighbourhoods go first where a copied
-//! page saves most of them, until there are a quarter fewer.
+//! page saves most of them, until there are half as many.
 //!
 //! What others see besides is in memory twice from then on, until they end. So it is taken only when there are twice as many
 //! stores or mappings, and then where that costs few pages.
@@ -88,7 +88,7 @@ impl Family {
         let books = self.vm(vm);
         let stores = self.stores_seen(vm);
         if books.child_runs > limits.runs {
-            let save = books.child_runs - limits.runs / 4 * 3;
+            let save = books.child_runs - limits.runs / 2;
             let mut moves = self.most_cut(books, &stores, ZERO_CLUSTER, save, limits);
             if moves.is_empty() && books.child_runs > 2 * limits.runs {
                 let all = stores.iter().map(|(&store, &seen)| (store, SeenPages { own: true, ..seen })).collect();
