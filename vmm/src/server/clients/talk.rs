@@ -1,0 +1,187 @@
+//! `send`, `console`, `logs`, `pause`, `resume`: talking to a guest.
+
+use crate::api::{Answer, Failure};
+use crate::server::Server;
+use crate::server::clients::connection::{ClientId, Mode};
+use crate::server::fork::ForkId;
+use crate::server::registry::vm::{Generation, Hold};
+use crate::wire::{Line, Machine, ToVm};
+use std::time::{Duration, Instant};
+
+/// Longest line for a guest, in bytes.
+const LINE_MAX: usize = 4000;
+
+/// Something that a client does not wait for any longer than until then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deadline {
+    /// The answer to its line.
+    Answer(Generation, u64, ClientId),
+    /// A VM's end.
+    End(Generation, ClientId),
+    /// The size of its balloon.
+    Balloon(Generation, ClientId),
+    /// What its guest says of its memory.
+    Stats(Generation, ClientId),
+    /// What its guest tells of free pages, for this fork.
+    Hint(Generation, ForkId),
+}
+
+impl Deadline {
+    /// Whether it is for the answer to this line.
+    pub fn is_of_line(&self, vm: Generation, line: u64) -> bool {
+        matches!(*self, Self::Answer(of, tag, _) if (of, tag) == (vm, line))
+    }
+
+    fn vm(&self) -> Generation {
+        let (Self::Answer(vm, ..) | Self::End(vm, _) | Self::Balloon(vm, _) | Self::Stats(vm, _) | Self::Hint(vm, _)) =
+            *self;
+        vm
+    }
+
+    /// Whether it is for anything of this VM's.
+    pub fn is_of(&self, vm: Generation) -> bool {
+        self.vm() == vm
+    }
+}
+
+impl Server {
+    pub fn send(&mut self, client: ClientId, name: &str, text: String, timeout_ms: u64) {
+        if text.len() > LINE_MAX || text.contains(['\n', '\r', '\0']) {
+            let why = format!("a line for a guest is one line of at most {LINE_MAX} bytes");
+            return self.reply(client, Err(Failure::bad_input(why)));
+        }
+        let (generation, machine) = match self.find_alive(name) {
+            Ok(vm) => (vm.generation, vm.shape.machine),
+            Err(failure) => return self.reply(client, Err(failure)),
+        };
+        if machine == Machine::Linux {
+            self.type_on_console(generation, format!("{text}\n").into_bytes());
+            return self.reply(client, Ok(Answer::Done));
+        }
+        let tag = self.fresh_id();
+        self.vms.get_mut(generation).expect("found above").sends.insert(tag, client);
+        self.tell(generation, &ToVm::Input(Line { tag, text }));
+        self.set_deadline(Some(timeout_ms), Deadline::Answer(generation, tag, client));
+    }
+
+    pub fn console(&mut self, client: ClientId, name: &str) {
+        match self.find_alive(name).map(|vm| vm.generation) {
+            Ok(vm) => self.stream(client, vm, Mode::Console(vm)),
+            Err(failure) => self.reply(client, Err(failure)),
+        }
+    }
+
+    pub fn logs(&mut self, client: ClientId, name: &str, follow: bool) {
+        let (generation, alive) = match self.find(name) {
+            Ok(vm) => (vm.generation, vm.is_alive()),
+            Err(failure) => return self.reply(client, Err(failure)),
+        };
+        let mode = if follow && alive { Mode::Viewer } else { Mode::Closing };
+        self.stream(client, generation, mode);
+    }
+
+    /// Turns a connection into a view of a console, which begins with what was printed before.
+    fn stream(&mut self, client: ClientId, vm: Generation, mode: Mode) {
+        self.reply(client, Ok(Answer::Stream));
+        let record = self.vms.get_mut(vm).expect("found above");
+        if mode != Mode::Closing {
+            record.viewers.push(client);
+        }
+        // A console shows what comes; the log is asked for by itself.
+        let before = if matches!(mode, Mode::Console(_)) { Vec::new() } else { record.log.bytes() };
+        if let Some(connection) = self.clients.get_mut(&client) {
+            connection.mode = mode;
+            connection.write(&before);
+        }
+    }
+
+    pub fn type_on_console(&mut self, vm: Generation, bytes: Vec<u8>) {
+        self.budget.stir();
+        self.tell(vm, &ToVm::Console(bytes));
+    }
+
+    pub fn guest_printed(&mut self, generation: Generation, bytes: &[u8]) {
+        let Some(vm) = self.vms.get_mut(generation) else { return };
+        vm.log.push(bytes);
+        vm.viewers.retain(|viewer| self.clients.contains_key(viewer));
+        for viewer in vm.viewers.clone() {
+            if let Some(client) = self.clients.get_mut(&viewer) {
+                client.write(bytes);
+            }
+            self.rewatch(viewer);
+        }
+    }
+
+    pub fn pause(&mut self, client: ClientId, name: &str, pause: bool) {
+        let generation = match self.find_started(name) {
+            Ok(generation) => generation,
+            Err(failure) => return self.reply(client, Err(failure)),
+        };
+        let vm = self.vms.get_mut(generation).expect("found above");
+        if pause == vm.paused {
+            return self.reply(client, Ok(Answer::Done));
+        }
+        match vm.hold {
+            Hold::Free => {}
+            // It stands, or is about to, and now somebody knows.
+            Hold::Held => {
+                (vm.hold, vm.paused) = (Hold::Free, true);
+                return self.reply(client, Ok(Answer::Done));
+            }
+            Hold::Stopping => {
+                vm.hold = Hold::Free;
+                return vm.pausers.push(client);
+            }
+            Hold::Releasing => return vm.late_pausers.push(client),
+        }
+        // It says once that it has come to that, for all who wait.
+        let asked = !vm.pausers.is_empty();
+        vm.pausers.push(client);
+        if !asked {
+            self.tell(generation, if pause { &ToVm::Pause } else { &ToVm::Resume });
+        }
+    }
+
+    /// Sends a message to a VM's process.
+    pub fn tell(&mut self, vm: Generation, message: &ToVm) {
+        let process = self.vms.get(vm).and_then(|vm| vm.process);
+        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)) {
+            process.send(message, &[]);
+        }
+    }
+
+    pub fn set_deadline(&mut self, timeout_ms: Option<u64>, deadline: Deadline) {
+        let at = timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
+        self.deadlines.extend(at.map(|at| (at, deadline)));
+    }
+
+    /// Nobody waits for these any more. There are as many deadlines as there is somebody who waits.
+    pub fn drop_deadlines(&mut self, which: impl Fn(&Deadline) -> bool) {
+        self.deadlines.retain(|(_, deadline)| !which(deadline));
+    }
+
+    /// Tells those whose time has run out.
+    pub fn pass_deadlines(&mut self, now: Instant) {
+        let passed: Vec<Deadline> = self.deadlines.extract_if(.., |(at, _)| *at <= now).map(|(_, what)| what).collect();
+        for deadline in passed {
+            match deadline {
+                Deadline::Balloon(vm, client) => self.balloon_late(vm, client),
+                Deadline::Stats(vm, _) => self.answer_stats_waiters(vm),
+                Deadline::Hint(vm, fork) => self.hint_late(vm, fork),
+                _ => {}
+            }
+            let Some(vm) = self.vms.get_mut(deadline.vm()) else { continue };
+            let (client, why) = match deadline {
+                Deadline::Answer(_, tag, client) if vm.sends.remove(&tag).is_some() => {
+                    (client, format!("no answer from the guest of VM {:?} in time", vm.name))
+                }
+                Deadline::End(_, client) if vm.waiters.contains(&client) => {
+                    vm.waiters.retain(|&waiter| waiter != client);
+                    (client, format!("VM {:?} has not ended in time", vm.name))
+                }
+                _ => continue,
+            };
+            self.reply(client, Err(Failure::timed_out(why)));
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! `ls`, `tree`, `stats`, `inspect`: what the verbs that look tell.
+
+use crate::api::{EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
+use crate::server::Server;
+use crate::server::inspect::look::Findings;
+use crate::server::main_loop::aside::Holder;
+use crate::server::registry::vm::{FamilyId, Generation, Vm};
+use guest_mem::{GfnRange, PAGE_SIZE, Source};
+use std::collections::BTreeMap;
+
+/// Runs that `inspect` tells of.
+const RUNS_SHOWN: usize = 64;
+
+impl Server {
+    pub fn list(&self) -> Vec<VmSummary> {
+        self.vms.iter().map(|vm| self.summary(vm)).collect()
+    }
+
+    fn summary(&self, vm: &Vm) -> VmSummary {
+        let process = vm.process.and_then(|id| self.processes.get(&id));
+        vm.summary(process.and_then(|process| process.memory.main.get()).map(|pid| pid.as_raw()))
+    }
+
+    /// All VMs, each behind its parent and its older siblings.
+    pub fn tree(&self, seen: &Findings) -> Vec<TreeRow> {
+        let mut children: BTreeMap<Option<&str>, Vec<&Vm>> = BTreeMap::new();
+        for vm in self.vms.iter() {
+            let parent = vm.parent.as_deref().filter(|parent| self.vms.find(parent).is_some());
+            children.entry(parent).or_default().push(vm);
+        }
+        let mut rows = Vec::new();
+        let mut stack: Vec<(u32, &Vm)> =
+            children.remove(&None).unwrap_or_default().into_iter().map(|vm| (0, vm)).collect();
+        stack.reverse();
+        while let Some((depth, vm)) = stack.pop() {
+            let counts = seen.counts.get(&vm.generation).copied().unwrap_or_default();
+            let vm_row = self.summary(vm);
+            rows.push(TreeRow { vm: vm_row, depth, private_pages: counts.private, shared_pages: counts.shared });
+            let below = children.remove(&Some(vm.name.as_str())).unwrap_or_default();
+            stack.extend(below.into_iter().rev().map(|child| (depth + 1, child)));
+        }
+        rows
+    }
+
+    pub fn stats(&self, name: Option<&str>, seen: &Findings) -> Result<Stats, Failure> {
+        let only = name.map(|name| self.find(name).map(|vm| vm.generation)).transpose()?;
+        let vms = self.vms.iter().filter(|vm| only.is_none_or(|only| only == vm.generation));
+        let vms = vms.map(|vm| self.vm_stats(vm, seen)).collect();
+        Ok(Stats { vms, total: self.totals(seen) })
+    }
+
+    fn vm_stats(&self, vm: &Vm, seen: &Findings) -> VmStats {
+        let counts = seen.counts.get(&vm.generation).copied().unwrap_or_default();
+        let process = vm.process.and_then(|id| self.processes.get(&id));
+        let runs = process.filter(|process| process.memory.main.get().is_some());
+        let usage = runs.and_then(|process| seen.usage.get(&Holder::Process(process.id)));
+        let books = vm.memory.map(|(family, member)| (self.families[&family].family(), member));
+        VmStats {
+            vm: self.summary(vm),
+            private_pages: counts.private,
+            shared_pages: counts.shared,
+            zero_pages: counts.zero,
+            swapped_pages: counts.swapped,
+            ballooned_pages: vm.balloon_pages,
+            unsettled_pages: counts.in_flight,
+            chain_depth: books.map_or(0, |(family, member)| family.chain_depth(member)),
+            window_runs: books.map_or(0, |(family, member)| family.runs(member).len() as u64),
+            pss_bytes: usage.map_or(0, |usage| usage.pss),
+            traps: vm.traps,
+            messages: process.map_or(0, |process| process.messages),
+            guest_stats: vm.guest_memory.map(|said| said.shown()),
+        }
+    }
+
+    fn totals(&self, seen: &Findings) -> Totals {
+        let mut sum = guest_mem::stats::FamilyTotals::default();
+        for manager in self.families.values() {
+            let family = manager.family().totals();
+            sum.objects += family.objects;
+            sum.stores += family.stores;
+            sum.resident += family.resident;
+            sum.swapped += family.swapped;
+            sum.in_flight += family.in_flight;
+            sum.tables += family.tables;
+            sum.unshared_tables += family.unshared_tables;
+        }
+        let swap = self.swap.borrow().stats();
+        let unneeded: u64 = self.families.values().map(|manager| manager.unneeded_slots().0).sum();
+        let counts = self.families.values().map(|manager| manager.counts()).fold(self.past, std::ops::Add::add);
+        Totals {
+            server_pid: std::process::id() as i32,
+            vms: self.vms.iter().count() as u64,
+            objects: sum.objects,
+            stores: sum.stores,
+            resident_pages: sum.resident,
+            swapped_pages: sum.swapped,
+            unsettled_pages: sum.in_flight,
+            stage2_tables: sum.tables,
+            stage2_tables_unshared_equivalent: sum.unshared_tables,
+            pooled: self.pooled(),
+            host_bytes: self.host_bytes(sum.resident, seen),
+            budget_bytes: self.budget.limit(),
+            accounted_bytes: self.accounted_bytes(seen),
+            compressed_bytes: swap.compressed_bytes,
+            disk_bytes: swap.disk_bytes,
+            swap_slots: swap.slots_used - unneeded,
+            swap_out_pages: counts.swap_out_pages,
+            swap_write_pages: swap.swap_write_pages,
+            swap_in_pages: counts.swap_in_pages,
+            clean_evictions: counts.clean_evictions,
+            discarded_pages: counts.discarded_pages,
+            refaults: counts.refaults,
+            lost_pages: counts.lost_pages,
+            swap_in_live_pages: counts.swap_in_live_pages,
+            readahead_pages: swap.readahead_pages,
+            readahead_hits: swap.readahead_hits,
+            writeahead_pages: swap.writeahead_pages,
+        }
+    }
+
+    /// What everything uses: processes without their shares of stores, and the stores.
+    fn host_bytes(&self, resident: u64, seen: &Findings) -> u64 {
+        let used = seen.usage.values().map(|usage| usage.pss - usage.pss_shared.min(usage.pss) + usage.page_tables);
+        used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes() + self.shared_bytes()
+    }
+
+    pub fn inspect(&self, name: &str, seen: &Findings) -> Result<Inspection, Failure> {
+        let vm = self.find(name)?;
+        let process = vm.process.and_then(|id| self.processes.get(&id));
+        let (entries, runs) = match vm.memory {
+            Some((family, member)) => self.address_space(family, member),
+            None => Default::default(),
+        };
+        Ok(Inspection {
+            stats: self.vm_stats(vm, seen),
+            generation: vm.generation.0,
+            keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
+            isolation: self.isolation.to_string(),
+            children: self.children(vm.generation),
+            entries,
+            runs,
+        })
+    }
+
+    fn children(&self, of: Generation) -> Vec<String> {
+        let name = self.vms.get(of).map(|vm| vm.name.as_str());
+        self.vms.iter().filter(|vm| vm.parent.as_deref() == name).map(|vm| vm.name.clone()).collect()
+    }
+
+    fn address_space(&self, family: FamilyId, member: guest_mem::VmId) -> (Vec<EntryInfo>, Vec<RunInfo>) {
+        let family = self.families[&family].family();
+        let vm = family.vm(member);
+        let bounds = |pages: GfnRange| (pages.start().gpa(), pages.end().gpa());
+        let entries = vm.map().iter().map(|(pages, entry)| {
+            let (start, end) = bounds(pages);
+            let chain = family.objects().chain(entry.object).map(|object| object.0).collect();
+            EntryInfo { start, end, copy_on_write: entry.copy_on_write(), needs_copy: entry.needs_copy, chain }
+        });
+        let runs = family.runs(member).iter().take(RUNS_SHOWN).map(|run| {
+            let (start, end) = bounds(run.pages);
+            let source = match run.source {
+                Source::Anonymous => "anonymous".to_owned(),
+                Source::Store { store, .. } => format!("store {}", store.0),
+                Source::Shared { store, .. } => format!("shared memory, store {}", store.0),
+            };
+            RunInfo { start, end, source }
+        });
+        (entries.collect(), runs.collect())
+    }
+}

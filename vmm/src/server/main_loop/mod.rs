@@ -1,0 +1,160 @@
+//! The loop: what an event is for, and what is done between rounds.
+
+pub mod aside;
+pub mod watch;
+
+use crate::server::clients::connection::ClientId;
+use crate::server::procs::process::{Parcel, ProcessId, Role};
+use crate::server::procs::window::Want;
+use crate::server::registry::vm::{Phase, Vm};
+use crate::server::{FamilyManager, Server};
+use crate::wire::ToVm;
+use aside::Finding;
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use std::time::{Duration, Instant};
+
+/// How soon a memory that outlives its process is looked at again.
+const LINGER: Duration = Duration::from_millis(5);
+
+/// What an event is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Listener,
+    Signals,
+    Client(ClientId),
+    Process(ProcessId),
+    Traps(ProcessId),
+    Swap,
+    Files,
+    Aside,
+}
+
+impl MutEventSubscriber for Server {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let Some((_, origin)) = self.watches.source(&events) else { return };
+        match origin {
+            Origin::Listener => self.accept(),
+            Origin::Signals => self.reap(),
+            Origin::Client(client) => self.serve_client(client),
+            Origin::Process(process) => self.hear_process(process),
+            Origin::Traps(process) if events.event_set().contains(EventSet::ERROR) => self.traps_broken(process),
+            Origin::Traps(process) => self.serve_traps(process),
+            Origin::Swap => self.swap_moved(),
+            Origin::Files => self.file_read(),
+            Origin::Aside => self.told_aside(),
+        }
+        self.grant_wants();
+    }
+
+    fn init(&mut self, _ops: &mut EventOps) {
+        self.listener_token = Some(self.watches.add(&self.listener, EventSet::IN, Origin::Listener));
+        self.watches.add(&self.signals, EventSet::IN, Origin::Signals);
+        self.watches.add(self.files.bell(), EventSet::IN, Origin::Files);
+        self.watches.add(self.aside.bell(), EventSet::IN, Origin::Aside);
+    }
+}
+
+impl Server {
+    /// What is done when no event waits. How long the loop may wait for the next, in milliseconds.
+    pub fn between_rounds(&mut self) -> i32 {
+        let now = Instant::now();
+        self.latency.tend(now);
+        if self.forks.is_empty() {
+            self.record_names();
+        }
+        for client in std::mem::take(&mut self.replied) {
+            self.hear(client);
+        }
+        self.pass_deadlines(now);
+        let settling = self.settle(now);
+        self.grant_wants();
+        self.tend_dedups();
+        self.answer_settled_forks();
+        let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
+        self.tend_idle(now);
+        self.watch_swap();
+        self.swap.borrow_mut().trim();
+        self.grant_wants();
+        let bringing = self.bring_ahead();
+        let filling = self.tend_pool(now, settling || bringing);
+        self.tend_lingering();
+        self.end_strays(now);
+        self.finish_removals(now);
+        self.listen_again(now);
+        let checking = self.tend_checks(now);
+        self.finish_checks();
+        let looking = self.tend_looks();
+        let (past, budget) = (&mut self.past, &mut self.budget);
+        self.families.retain(|&family, manager| {
+            let lives = manager.windows() > 0 || manager.has_writeback();
+            if !lives {
+                *past = *past + manager.counts();
+                budget.forget(family);
+            }
+            lives
+        });
+        self.pool.retain(|parent| self.vms.get(parent).is_some_and(Vm::is_alive));
+        let busy = reclaiming
+            || bringing
+            || filling
+            || looking
+            || checking.is_some_and(|at| at <= now)
+            || !self.replied.is_empty();
+        if settling || busy {
+            return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
+        }
+        if self.forks.is_empty() {
+            self.families.values_mut().for_each(FamilyManager::stock_up);
+        }
+        let pool = self.pool.next_look();
+        let next =
+            self.deadlines.iter().map(|(at, _)| *at).chain(self.retries.values().copied()).chain(pool).chain(checking);
+        let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
+        let lingering = (!self.lingering.is_empty()).then(|| now + LINGER);
+        let removals = self.removals.iter().map(|removal| removal.until).filter(|until| *until > now);
+        let next = next.chain(removals).chain(self.strays_at).chain(self.deaf_until);
+        let next = next.chain(self.next_idle_look()).chain(self.latency.until()).chain(lingering).min();
+        next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
+    }
+
+    /// Does what windows asked for.
+    pub fn grant_wants(&mut self) {
+        loop {
+            let Some((id, want)) = self.wants.borrow_mut().pop_front() else { return };
+            let Some(process) = self.processes.get_mut(&id) else { continue };
+            match want {
+                Want::DropScratch(store) => {
+                    // Its memory is less from now on.
+                    self.budget.stir();
+                    process.send(&ToVm::DropScratch(store), &[]);
+                }
+                Want::LeaveScratch(store, pages) => {
+                    process.send(&ToVm::LeaveScratch { store, pages }, &[]);
+                }
+                Want::Protect(pages, protection) => {
+                    let message = ToVm::Protect { pages, protection };
+                    process.send_when_ready(Parcel { message, descriptors: Vec::new() });
+                }
+                Want::Room => self.watch_process(id),
+                Want::Release => self.end_process(id),
+                Want::Fail(why) => {
+                    if let Role::Vm(generation) = process.role {
+                        self.end_vm(generation, Phase::Dead(why));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Something that was asked aside has been found out.
+    fn told_aside(&mut self) {
+        for (ticket, finding) in self.aside.answers() {
+            match finding {
+                Finding::Usage(usage) => self.usage_came(ticket, usage),
+                Finding::Layers(layers) => self.layers_came(ticket, layers),
+                Finding::Window(mappings, live) => self.window_seen(ticket, mappings, live),
+                Finding::Extents(extents) => self.extents_came(ticket, extents),
+            }
+        }
+    }
+}

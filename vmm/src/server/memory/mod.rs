@@ -1,0 +1,11 @@
+//! Memory: what is written back, what is taken out, when, and where it goes.
+
+pub mod balloon;
+pub mod budget;
+pub mod dedup;
+pub mod files;
+pub mod idle;
+pub mod pace;
+pub mod reclaim;
+pub mod swap;
+pub mod writeback;

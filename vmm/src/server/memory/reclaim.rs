@@ -1,0 +1,401 @@
+//! `reclaim`, and the ways in which memory gets to swap: eviction of frozen pages, and freezes of what VMs have written.
+//!
+//! All of it goes in small pieces between rounds of the loop, so that a trap is never far from being served.
+
+use crate::api::{Answer, Failure, Reclaimed};
+use crate::server::clients::connection::ClientId;
+use crate::server::main_loop::aside::Ticket;
+use crate::server::registry::vm::{FamilyId, Generation, Phase, Vm};
+use crate::server::{FamilyManager, Server};
+use crate::wire::{Frozen, ToVm};
+use guest_mem::window::host::SmallExtents;
+use guest_mem::{Along, Destination, PAGE_SIZE, PageCount, StoreId};
+use rangemap::RangeSet;
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// Pages evicted at a time.
+const BATCH: PageCount = PageCount(64);
+/// How long a round of eviction may take.
+const SLICE: Duration = Duration::from_millis(3);
+/// Swap that is behind, or full, is tried again after this time, if it has not told of itself before.
+const SWAP_RETRY: Duration = Duration::from_millis(100);
+
+/// Why an eviction came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EvictedPages {
+    /// All that was wanted is done, or its time is over.
+    Some,
+    /// There is nothing in stores any more.
+    All,
+    /// The disk is behind.
+    Behind,
+    /// Swap takes no more.
+    Full,
+    /// Nor would it if there were room.
+    Failing,
+}
+
+/// A VM's live layer on its way to swap.
+#[derive(Debug)]
+struct Settling {
+    vm: Generation,
+    family: FamilyId,
+    store: StoreId,
+    moved: PageCount,
+    for_client: bool,
+}
+
+/// A request to take memory out.
+#[derive(Debug)]
+struct AskedFreeze {
+    client: ClientId,
+    /// The one family whose memory it is about.
+    only: Option<FamilyId>,
+    requested: u64,
+    wanted: PageCount,
+    taken: PageCount,
+    /// Families that may have frozen pages in memory.
+    left: Vec<FamilyId>,
+    /// VMs whose live layer it has taken.
+    frozen: BTreeSet<Generation>,
+    /// The one whose live layer it takes now.
+    freezing: Option<Generation>,
+    layers: Layers,
+    /// Swap takes no more.
+    full: bool,
+}
+
+/// What a request knows of live layers that it may take.
+#[derive(Debug, Default)]
+enum Layers {
+    /// Nothing.
+    #[default]
+    Unknown,
+    /// Some VMs have been asked about, and others are to be.
+    AskedFreeze { ticket: Ticket, left: Vec<Generation>, sizes: Vec<Size> },
+    /// All that were not empty; the next one is the last.
+    Known(Vec<Size>),
+}
+
+/// A live layer: whether its VM stands still, its pages, and whose it is. The larger, the sooner it goes.
+type Size = (bool, u64, Generation);
+
+/// VMs whose live layers are asked for at a time.
+const ASKED: usize = 64;
+
+/// What is under way.
+#[derive(Debug, Default)]
+pub struct Reclaims {
+    asked: VecDeque<AskedFreeze>,
+    settling: Vec<Settling>,
+    /// Swap is not asked to take more before then.
+    rest_until: Option<Instant>,
+}
+
+impl Reclaims {
+    /// The disk has done something: swap may take more.
+    pub fn swap_moved(&mut self) {
+        self.rest_until = None;
+    }
+
+    /// When there is something to do though nothing has happened.
+    pub fn next_look(&self) -> Option<Instant> {
+        self.rest_until.filter(|_| !self.asked.is_empty())
+    }
+
+    /// Live layers that are on their way to swap.
+    pub fn settling(&self) -> usize {
+        self.settling.len()
+    }
+
+    /// Whether swap is asked to take more.
+    pub fn may_put(&self, now: Instant) -> bool {
+        self.rest_until.is_none_or(|until| until <= now)
+    }
+}
+
+impl Server {
+    pub fn reclaim(&mut self, client: ClientId, name: Option<&str>, bytes: u64) {
+        let only = match name.map(|name| self.find_alive(name).map(|vm| vm.memory.map(|(family, _)| family))) {
+            None => None,
+            Some(Err(failure)) => return self.reply(client, Err(failure)),
+            Some(Ok(None)) => {
+                let why = format!("VM {:?} has not started yet", name.unwrap_or_default());
+                return self.reply(client, Err(Failure::failed(why)));
+            }
+            Some(Ok(family)) => family,
+        };
+        if !self.features.userfaultfd {
+            return self.reply(client, Err(Failure::failed(NO_TRAPS)));
+        }
+        self.reclaims.asked.push_back(AskedFreeze {
+            client,
+            only,
+            requested: bytes,
+            wanted: PageCount(bytes.div_ceil(PAGE_SIZE as u64)),
+            taken: PageCount(0),
+            left: self.families.keys().copied().filter(|family| only.is_none_or(|only| only == *family)).collect(),
+            frozen: BTreeSet::new(),
+            freezing: None,
+            layers: Layers::Unknown,
+            full: false,
+        });
+    }
+
+    /// Goes on with the oldest request. Whether there is more to do at once.
+    pub fn tend_reclaims(&mut self, now: Instant) -> bool {
+        self.finish_settling();
+        if !self.reclaims.may_put(now) {
+            return false;
+        }
+        let Some(mut asked) = self.reclaims.asked.pop_front() else { return false };
+        let going = self.go_on_reclaiming(&mut asked, now);
+        if going != Going::Done {
+            self.reclaims.asked.push_front(asked);
+            return going == Going::On;
+        }
+        let reclaimed_bytes = asked.taken.bytes();
+        let reclaimed = Reclaimed { requested_bytes: asked.requested, reclaimed_bytes };
+        self.reply(asked.client, Ok(Answer::Reclaimed(reclaimed)));
+        !self.reclaims.asked.is_empty()
+    }
+
+    fn go_on_reclaiming(&mut self, asked: &mut AskedFreeze, now: Instant) -> Going {
+        if asked.taken >= asked.wanted {
+            return Going::Done;
+        }
+        if let Some(&family) = asked.left.last() {
+            let limit = PageCount(asked.wanted.0 - asked.taken.0);
+            let (pages, end) = self.evict(family, limit, now);
+            asked.taken.0 += pages.0;
+            match end {
+                EvictedPages::Some => return Going::On,
+                EvictedPages::Behind => return Going::Waits,
+                // What has not settled yet can be evicted when it has.
+                EvictedPages::All if self.has_writeback(family) => return Going::Waits,
+                EvictedPages::All => {}
+                EvictedPages::Full | EvictedPages::Failing => asked.full = true,
+            }
+            asked.left.pop();
+            return Going::On;
+        }
+        if asked.freezing.is_some_and(|vm| self.is_taking_live_layer(vm)) {
+            return Going::Waits;
+        }
+        asked.freezing = None;
+        // In a full swap there is no room for what is not in stores yet either.
+        let vm = match std::mem::take(&mut asked.layers) {
+            _ if asked.full => return Going::Done,
+            Layers::Unknown => {
+                let left: Vec<Generation> = self.may_give_layers(asked).collect();
+                if left.is_empty() {
+                    return Going::Done;
+                }
+                asked.layers = self.ask_sizes(left, Vec::new());
+                return Going::Waits;
+            }
+            waits @ Layers::AskedFreeze { .. } => {
+                asked.layers = waits;
+                return Going::Waits;
+            }
+            Layers::Known(mut sizes) => {
+                let Some((_, _, vm)) = sizes.pop() else { return Going::Done };
+                // When all have given theirs, others may have something.
+                asked.layers = if sizes.is_empty() { Layers::Unknown } else { Layers::Known(sizes) };
+                vm
+            }
+        };
+        asked.frozen.insert(vm);
+        if self.freeze_to_swap(vm, true) {
+            asked.freezing = Some(vm);
+            return Going::Waits;
+        }
+        Going::On
+    }
+
+    fn has_writeback(&self, family: FamilyId) -> bool {
+        self.families.get(&family).is_some_and(|manager| manager.family().in_flight().0 > 0)
+    }
+
+    /// VMs whose live layers could be taken, and have not been.
+    fn may_give_layers(&self, asked: &AskedFreeze) -> impl Iterator<Item = Generation> {
+        let mine = |vm: &&Vm| {
+            let mine = vm.memory.is_some_and(|(family, _)| asked.only.is_none_or(|only| only == family));
+            mine && self.may_freeze(vm.generation) && !asked.frozen.contains(&vm.generation)
+        };
+        self.vms.iter().filter(mine).map(|vm| vm.generation)
+    }
+
+    fn ask_sizes(&mut self, mut left: Vec<Generation>, sizes: Vec<Size>) -> Layers {
+        let some = left.split_off(left.len().saturating_sub(ASKED));
+        Layers::AskedFreeze { ticket: self.ask_live_layers(&some), left, sizes }
+    }
+
+    /// It has been found out how large some live layers are.
+    pub fn sizes_came(&mut self, ticket: Ticket, layers: Vec<(Generation, RangeSet<u64>)>) {
+        let Some(mut asked) = self.reclaims.asked.pop_front() else { return };
+        asked.layers = match std::mem::take(&mut asked.layers) {
+            Layers::AskedFreeze { ticket: awaited, left, mut sizes } if awaited == ticket => {
+                let size = |(vm, live): (Generation, RangeSet<u64>)| {
+                    let pages = live.iter().map(|part| part.end - part.start).sum();
+                    Some((self.vms.get(vm)?.paused, pages, vm))
+                };
+                sizes.extend(layers.into_iter().filter_map(size).filter(|(_, pages, _)| *pages > 0));
+                if left.is_empty() {
+                    sizes.sort_unstable();
+                    Layers::Known(sizes)
+                } else {
+                    self.ask_sizes(left, sizes)
+                }
+            }
+            layers => layers,
+        };
+        self.reclaims.asked.push_front(asked);
+    }
+
+    /// Evicts frozen pages of a family for a moment.
+    pub fn evict(&mut self, family: FamilyId, limit: PageCount, now: Instant) -> (PageCount, EvictedPages) {
+        let Some(manager) = self.families.get_mut(&family) else { return (PageCount(0), EvictedPages::All) };
+        let (pages, end) = evict_for(manager, limit, Instant::now() + SLICE);
+        if end == EvictedPages::Full && self.reclaim_swap_cache(family) {
+            return (pages, EvictedPages::Some);
+        }
+        if matches!(end, EvictedPages::Behind | EvictedPages::Full | EvictedPages::Failing) {
+            self.reclaims.rest_until = Some(now + SWAP_RETRY);
+        }
+        (pages, end)
+    }
+
+    /// Swap is full, and `short` has given up all that it has there of what it has in memory too: so do the others, one
+    /// after the other. Whether there was something.
+    fn reclaim_swap_cache(&mut self, short: FamilyId) -> bool {
+        let mut others = self.families.iter_mut().filter(|(family, _)| **family != short);
+        others.any(|(_, manager)| manager.reclaim_swap_cache(BATCH).0 > 0)
+    }
+
+    /// Whether a VM can be frozen now, and is not.
+    pub fn may_freeze(&self, vm: Generation) -> bool {
+        self.vms.get(vm).is_some_and(|vm| {
+            vm.phase == Phase::Live && vm.forks.is_empty() && vm.reclaiming.is_none() && vm.memory.is_some()
+        })
+    }
+
+    /// Moves a VM's live layer out, to settle into swap. Whether that has begun.
+    pub fn freeze_to_swap(&mut self, generation: Generation, for_client: bool) -> bool {
+        if !self.may_freeze(generation) {
+            return false;
+        }
+        let vm = self.vms.get_mut(generation).expect("looked at above");
+        let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return false };
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        match manager.begin_freeze(member, Destination::Swap) {
+            Ok(store) => {
+                let file = manager.store(store).expect("just made");
+                let (max_runs, short) = (self.max_runs, SmallExtents::Remap);
+                let message = ToVm::Freeze { store, max_runs, short, along: Along::default(), first: Vec::new() };
+                self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
+                vm.reclaiming = Some(store);
+                let moved = PageCount(0);
+                self.reclaims.settling.push(Settling { vm: generation, family, store, moved, for_client });
+                true
+            }
+            Err(error) => {
+                log::warn!("take memory of VM {:?}: {error}", vm.name);
+                false
+            }
+        }
+    }
+
+    /// Whether a VM's live layer is on its way to swap.
+    fn is_taking_live_layer(&self, vm: Generation) -> bool {
+        self.reclaims.settling.iter().any(|settling| settling.vm == vm)
+    }
+
+    /// A freeze has come to its end. Whether it was for swap.
+    pub fn frozen_to_swap(&mut self, generation: Generation, frozen: &Frozen) -> bool {
+        let Some(vm) = self.vms.get_mut(generation) else { return false };
+        let Some(store) = vm.reclaiming.take_if(|store| *store == frozen.store) else { return false };
+        vm.fresh = false;
+        let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return true };
+        self.processes[&process].memory.note_scratch(frozen);
+        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        manager.finish_freeze(member, &frozen.harvest).expect("a family knows its VMs");
+        let moved = frozen.harvest.count();
+        let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, store);
+        self.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
+        self.layer_moved(generation, moved);
+        self.freeze(generation);
+        true
+    }
+
+    /// A freeze has changed nothing. Whether it was for swap.
+    pub fn freeze_to_swap_failed(&mut self, generation: Generation, why: &str) -> bool {
+        let Some(vm) = self.vms.get_mut(generation) else { return false };
+        let Some(store) = vm.reclaiming.take() else { return false };
+        log::warn!("take memory of VM {:?}: {why}", vm.name);
+        if let Some((family, member)) = vm.memory {
+            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            manager.abort_freeze(member).expect("a family knows its VMs");
+            self.reclaims.settling.retain(|settling| (settling.family, settling.store) != (family, store));
+        }
+        self.freeze(generation);
+        true
+    }
+
+    /// Takes note of live layers that are where they belong.
+    fn finish_settling(&mut self) {
+        let (families, vms) = (&self.families, &self.vms);
+        let is_over = |settling: &mut Settling| {
+            let standing = vms.get(settling.vm).is_some_and(|vm| vm.reclaiming == Some(settling.store));
+            !standing && families.get(&settling.family).is_none_or(|manager| manager.is_written_back(settling.store))
+        };
+        let over: Vec<Settling> = self.reclaims.settling.extract_if(.., is_over).collect();
+        for settling in over {
+            let manager = self.families.get(&settling.family);
+            let stayed = manager.map_or(PageCount(0), |manager| manager.family().resident_in(settling.store));
+            self.budget.layer_taken(settling.vm);
+            if let Some(asked) = self.reclaims.asked.front_mut().filter(|_| settling.for_client) {
+                asked.taken.0 += settling.moved.0.saturating_sub(stayed.0);
+                if stayed.0 > 0 && manager.is_some() && !asked.left.contains(&settling.family) {
+                    // What swap did not take at once, it may take now.
+                    asked.left.push(settling.family);
+                }
+            }
+        }
+    }
+}
+
+/// What became of a request in one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Going {
+    On,
+    Waits,
+    Done,
+}
+
+/// Why nothing can be evicted.
+pub const NO_TRAPS: &str =
+    "nothing can be taken out of memory on this host: it has no userfaultfd (see `offshoot doctor`)";
+
+fn evict_for(manager: &mut FamilyManager, limit: PageCount, deadline: Instant) -> (PageCount, EvictedPages) {
+    let mut pages = PageCount(0);
+    while pages < limit && Instant::now() < deadline {
+        let done = manager.evict_some(PageCount(BATCH.0.min(limit.0 - pages.0)));
+        pages.0 += done.pages.0;
+        match done.stopped {
+            Some(guest_mem::manager::Error::PutSwap { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
+                return (pages, EvictedPages::Behind);
+            }
+            Some(error) => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                log::info!("{error}: {cause}");
+                return (pages, if error.is_full() { EvictedPages::Full } else { EvictedPages::Failing });
+            }
+            None if done.pages.0 == 0 => return (pages, EvictedPages::All),
+            None => {}
+        }
+    }
+    (pages, EvictedPages::Some)
+}

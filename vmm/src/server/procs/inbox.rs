@@ -1,0 +1,450 @@
+//! What VM processes say, and what becomes of them.
+
+use crate::api::Answer;
+use crate::machine::isolate;
+use crate::procfs;
+use crate::server::clients::connection::ClientId;
+use crate::server::procs::process::{ProcessId, Role, VmProcess};
+use crate::server::registry::vm::{Generation, Hold, Phase};
+use crate::server::{Origin, Server};
+use crate::wire::{Ending, FromVm, Isolation, Line, Machine, Said};
+use event_manager::EventSet;
+use guest_mem::sys::Userfaultfd;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::Pid;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// What is heard of one process in a round: whoever says more, takes longer, and nobody else does.
+const ROUND_PACKETS: usize = 8;
+const ROUND_BYTES: u64 = 256 << 10;
+/// When processes are looked for that a VM process has left behind.
+const STRAYS: Duration = Duration::from_millis(200);
+
+/// What a VM process says that it has made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claim {
+    /// It lives, and is that process's.
+    Lives,
+    /// It has ended.
+    Ended,
+}
+
+impl Server {
+    /// Sends what is queued, and watches for more room where that is not all.
+    pub fn watch_process(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let pending = process.link.flush().unwrap_or(false);
+        if let Some(token) = process.link_token {
+            self.watches.modify(token, if pending { EventSet::IN | EventSet::OUT } else { EventSet::IN });
+        }
+    }
+
+    /// Hears a VM process, and does what has waited for that.
+    pub fn hear_process(&mut self, id: ProcessId) {
+        if !self.serve_process(id) {
+            return;
+        }
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let traps = !process.traps.is_empty();
+        if let Some(how) = process.ended.take() {
+            self.main_is_silent(id, &how);
+            self.forget_process_if_gone(id);
+        } else if traps {
+            self.serve_traps(id);
+        }
+    }
+
+    /// Reads what a VM process has said, as far as that is one process's share of a round. Whether it was all.
+    pub fn serve_process(&mut self, id: ProcessId) -> bool {
+        self.watch_process(id);
+        let Some(process) = self.processes.get(&id) else { return true };
+        let most = process.link.received() + ROUND_BYTES;
+        for _ in 0..ROUND_PACKETS {
+            let process = self.processes.get_mut(&id).filter(|process| process.link_ended.is_none());
+            let Some(process) = process else { return true };
+            if process.link.received() >= most {
+                return false;
+            }
+            match process.link.recv::<Said>() {
+                Ok(None) => return true,
+                Ok(Some((Said(said), mut fds))) => {
+                    process.messages += said.len() as u64;
+                    let heard =
+                        said.into_iter().try_for_each(|message| self.heard(id, message, std::mem::take(&mut fds)));
+                    if let Err(error) = heard {
+                        self.link_ended(id, &error);
+                        return true;
+                    }
+                }
+                Err(error) => {
+                    self.link_ended(id, &error);
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// The socket has come to its end. What the process left is dealt with when it is reaped.
+    fn link_ended(&mut self, id: ProcessId, error: &io::Error) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        process.kill();
+        if let Some(token) = process.link_token.take() {
+            // The descriptor stays with the process until that is gone.
+            self.watches.modify(token, EventSet::empty());
+            process.link_ended = Some(token);
+        }
+        if error.kind() != io::ErrorKind::UnexpectedEof {
+            self.expel(id, &format!("its process said what makes no sense: {error}"));
+        }
+    }
+
+    /// Does what a process's message is for.
+    ///
+    /// # Errors
+    /// `InvalidData`: ours never say such a thing.
+    fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
+        let message = match message.plain() {
+            FromVm::Log(line) => {
+                process.log(&line, Instant::now());
+                return Ok(());
+            }
+            message => message,
+        };
+        let Some(process) = self.processes.get(&id) else { return Ok(()) };
+        if process.ready == message.comes_first() || !message.is_valid(&process.bounds) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "out of turn, or of pages that are not there"));
+        }
+        if let FromVm::Frozen(frozen) = &message
+            && let Some(copy) = frozen.copy
+        {
+            self.note_copy(id, Pid::from_raw(copy))?;
+        }
+        let Some(process) = self.processes.get(&id) else { return Ok(()) };
+        match (message, process.role) {
+            (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds)?,
+            (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
+            (FromVm::Expecting, Role::Preparing) => self.offer(id),
+            (FromVm::StartFailed(why), Role::Preparing) => {
+                log::error!("a prepared process cannot become what it is to expect: {why}");
+                let shape = self.processes[&id].shape;
+                self.pool.ended(shape);
+                // The next would fare no better.
+                self.pool.forget_favourites(shape);
+                self.end_process(id);
+            }
+            (FromVm::Copied { store }, _) => self.copied(id, store),
+            (message, Role::Vm(generation)) => self.vm_says(generation, message),
+            (message, role) => log::debug!("{id:?}, {role:?}, says {message:?}"),
+        }
+        Ok(())
+    }
+
+    /// A process names `copy` as the one that has what it froze.
+    ///
+    /// # Errors
+    /// `InvalidData`: that is somebody else's, or no freeze is under way for which it was to make one.
+    fn note_copy(&mut self, id: ProcessId, copy: Pid) -> io::Result<()> {
+        let memory = Rc::clone(&self.processes[&id].memory);
+        if self.claimed(id, copy, || memory.has_lifeline(copy))? == Claim::Lives {
+            memory.note_copy(copy);
+            self.pids.insert(copy, id);
+        }
+        Ok(())
+    }
+
+    /// What there is to a process's claim that it has made `pid`, and that we are the parent of it. Whoever is taken over may
+    /// name any process, be it one that a sibling has made and not told of yet: `proven` says whether it is this one's, beside
+    /// its user.
+    ///
+    /// # Errors
+    /// `InvalidData`: it is not, or another process has been told of it.
+    fn claimed(&self, id: ProcessId, pid: Pid, proven: impl Fn() -> bool) -> io::Result<Claim> {
+        let known = self.pids.contains_key(&pid) || self.zygote.is(pid);
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let lives = || matches!(waitid(Id::Pid(pid), look), Ok(WaitStatus::StillAlive));
+        if known || pid.as_raw() <= 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a process that is somebody else's"));
+        }
+        // A child that lives, and which nobody but us reaps, has its number for as long as we look at it.
+        let theirs = || lives() && self.is_user_of(id, pid) && proven();
+        match theirs() {
+            true => Ok(Claim::Lives),
+            // Killed before we heard of it: it is not looked at again, whosever it was.
+            false if !lives() => Ok(Claim::Ended),
+            false => Err(io::Error::new(io::ErrorKind::InvalidData, "a process that it has not made")),
+        }
+    }
+
+    /// Whether a child of ours runs as the user that this VM process was given, where it was given one.
+    fn is_user_of(&self, id: ProcessId, child: Pid) -> bool {
+        let user = || procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
+        self.isolation != Isolation::OwnUser || user() == Some(self.processes[&id].memory.born)
+    }
+
+    fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let keeper = Pid::from_raw(keeper);
+        let lives = self.claimed(id, keeper, || true)? == Claim::Lives;
+        let keeper = lives.then_some(keeper);
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        let memory = Rc::clone(&process.memory);
+        memory.keeper.set(keeper);
+        self.pids.extend(keeper.map(|keeper| (keeper, id)));
+        memory.base.set(window_base);
+        process.ready = true;
+        if let Err(error) = memory.open_image() {
+            // It may just have ended.
+            log::error!("memory of {id:?}: {error}");
+        }
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        process.namespace = memory.main.get().and_then(|main| procfs::user_namespace(main.as_raw()).ok());
+        if let Some(fd) = fds.into_iter().next() {
+            let traps = memory.traps.get_or_init(|| Userfaultfd::from_fd(fd));
+            process.trap_token = Some(self.watches.add(traps, EventSet::IN, Origin::Traps(id)));
+        }
+        match process.role {
+            Role::Vm(_) => process.send_waiting(),
+            Role::Preparing => self.offer(id),
+            Role::Pooled | Role::Ending => self.end_process(id),
+        }
+        Ok(())
+    }
+
+    /// A process is prepared, and has ready what it expects.
+    fn offer(&mut self, id: ProcessId) {
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        process.role = Role::Pooled;
+        let shape = process.shape;
+        if !self.pool.put(shape, id) {
+            self.end_process(id);
+        }
+    }
+
+    fn prepare_failed(&mut self, id: ProcessId, why: &str) {
+        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        log::error!("a VM process could not be prepared: {why}");
+        process.ready = true;
+        let (role, shape) = (process.role, process.shape);
+        self.end_process(id);
+        match role {
+            Role::Vm(generation) => self.start_failed(generation, why),
+            Role::Preparing => self.pool.failed(shape),
+            Role::Pooled | Role::Ending => {}
+        }
+    }
+
+    fn vm_says(&mut self, generation: Generation, message: FromVm) {
+        let Some(vm) = self.vms.get_mut(generation) else { return };
+        match message {
+            FromVm::Ready { .. }
+            | FromVm::PrepareFailed(_)
+            | FromVm::Expecting
+            | FromVm::Copied { .. }
+            | FromVm::Log(_) => {}
+            FromVm::Running { .. } if vm.hold == Hold::Releasing => self.released(generation),
+            FromVm::Paused if vm.hold == Hold::Stopping => vm.hold = Hold::Held,
+            FromVm::Running { at_ns } => {
+                vm.paused = false;
+                self.changed_activity(generation, Some(at_ns));
+            }
+            FromVm::Paused => {
+                vm.paused = true;
+                self.changed_activity(generation, None);
+            }
+            FromVm::FirstSign { at_ns } => match vm.phase {
+                Phase::Launching(client) => self.launched(generation, client),
+                Phase::Forking(fork) => self.child_alive(fork, generation, at_ns),
+                _ => {}
+            },
+            FromVm::StartFailed(why) => self.start_failed(generation, &why),
+            FromVm::Standing => {
+                if let Some((family, member)) = vm.memory {
+                    let manager = self.families.get_mut(&family).expect("a VM has a family");
+                    manager.stands(member).expect("a family knows its VMs");
+                }
+            }
+            FromVm::Ballooned(pages) => self.ballooned(generation, &pages),
+            FromVm::BalloonSize { pages } => self.balloon_resized(generation, pages),
+            FromVm::Wrote { pages, last } => self.child_wrote(generation, &pages, last),
+            FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
+            FromVm::Hinted => self.hinted(generation),
+            FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
+            FromVm::Saved { store, state, still } => self.saved(generation, store, state, still),
+            FromVm::WentOn { store, pause_ns } => self.went_on(generation, store, pause_ns),
+            FromVm::Shed { store, pages } => self.deduped(generation, store, &pages),
+            FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
+            FromVm::Answer(line) => self.guest_answered(generation, line),
+            FromVm::Console(bytes) => self.guest_printed(generation, &bytes),
+            FromVm::Fork { count } => self.fork_from_inside(generation, count),
+            FromVm::Ended(Ending::Off) => self.end_vm(generation, Phase::Off),
+            FromVm::Ended(Ending::Reboot) => self.end_vm(generation, Phase::Rebooted),
+            FromVm::Ended(Ending::Dead(why)) => self.end_vm(generation, Phase::Dead(why)),
+            FromVm::Probed(ways) => self.probed(generation, ways),
+        }
+    }
+
+    fn launched(&mut self, generation: Generation, client: Option<ClientId>) {
+        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        vm.phase = Phase::Live;
+        let name = vm.name.clone();
+        if let Some(client) = client {
+            self.reply(client, Ok(Answer::Launched(name)));
+        }
+    }
+
+    fn changed_activity(&mut self, generation: Generation, at_ns: Option<u64>) {
+        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        if let Phase::Forking(fork) = vm.phase {
+            self.child_ready(fork, generation, at_ns);
+        } else if let (Phase::Launching(client), Machine::Linux) = (&vm.phase, vm.shape.machine) {
+            let client = *client;
+            self.launched(generation, client);
+        } else {
+            for client in std::mem::take(&mut vm.pausers) {
+                self.reply(client, Ok(Answer::Done));
+            }
+        }
+    }
+
+    fn guest_answered(&mut self, generation: Generation, line: Line) {
+        if self.balloon_answered(generation, &line) {
+            return;
+        }
+        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        match vm.sends.remove(&line.tag) {
+            Some(client) => {
+                self.drop_deadlines(|deadline| deadline.is_of_line(generation, line.tag));
+                self.reply(client, Ok(Answer::Said(line.text)));
+            }
+            None => self.guest_printed(generation, format!("{}\n", line.text).as_bytes()),
+        }
+    }
+
+    /// Takes note of every child process that has ended.
+    pub fn reap(&mut self) {
+        while let Ok(Some(_)) = self.signals.read_signal() {}
+        loop {
+            let (pid, how) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, status)) => (pid, format!("ended with status {status}")),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, format!("was killed by {signal}")),
+                Ok(WaitStatus::StillAlive) | Err(_) => return,
+                Ok(_) => continue,
+            };
+            self.zygote.reaped(pid);
+            let Some(id) = self.pids.remove(&pid) else { continue };
+            let Some(process) = self.processes.get(&id) else { continue };
+            if process.memory.main.get() == Some(pid) {
+                self.main_ended(id, &how);
+            } else {
+                process.memory.reaped(pid);
+            }
+            self.forget_process_if_gone(id);
+        }
+    }
+
+    fn main_ended(&mut self, id: ProcessId, how: &str) {
+        self.processes[&id].memory.main.set(None);
+        self.strays_at.get_or_insert_with(|| Instant::now() + STRAYS);
+        // Its last words may say more than how it ended.
+        match self.serve_process(id) {
+            true => self.main_is_silent(id, how),
+            false => self.processes.get_mut(&id).expect("looked at by the caller").ended = Some(how.to_owned()),
+        }
+    }
+
+    /// A process has ended, and all that it said has been heard.
+    fn main_is_silent(&mut self, id: ProcessId, how: &str) {
+        if self.processes.get(&id).is_some_and(|process| process.memory.falls_silent()) {
+            self.pages_came();
+        }
+        self.expel(id, &format!("its process {how}"));
+    }
+
+    /// A process has ended, or is to, and what it was for with it.
+    pub fn expel(&mut self, id: ProcessId, why: &str) {
+        let Some(process) = self.processes.get(&id) else { return };
+        let shape = process.shape;
+        match process.role {
+            Role::Vm(generation) => return self.start_failed(generation, why),
+            Role::Ending => return,
+            Role::Pooled => self.pool.lost(shape, id),
+            Role::Preparing if process.ready => self.pool.ended(shape),
+            Role::Preparing => self.pool.failed(shape),
+        }
+        log::error!("a prepared VM process is gone: {why}");
+        self.end_process(id);
+    }
+
+    /// Ends children of ours whose VM process has ended, and which it has not told of as what outlives it.
+    pub fn end_strays(&mut self, now: Instant) {
+        if self.strays_at.is_none_or(|at| at > now) {
+            return;
+        }
+        self.strays_at = None;
+        for child in procfs::children().unwrap_or_default() {
+            let known = self.pids.contains_key(&child) || self.zygote.is(child);
+            if !known && self.is_stray(child) {
+                log::warn!("process {child} is ended: the VM process that has left it behind is gone");
+                let _ = kill(child, Signal::SIGKILL);
+            }
+        }
+        // Whoever doubled itself meanwhile is still there.
+        if !self.lingering.is_empty() {
+            self.strays_at = Some(now + STRAYS);
+        }
+    }
+
+    /// Whether the VM process that has made this child of ours is gone: each has a user of its own, or a user namespace.
+    fn is_stray(&self, child: Pid) -> bool {
+        match self.isolation {
+            Isolation::OwnUser => {
+                let of = procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
+                of.is_some_and(|main| !self.pids.contains_key(&main))
+            }
+            Isolation::UserNamespace => {
+                let of = procfs::user_namespace(child.as_raw()).ok();
+                let namespace = |pid: Pid| procfs::user_namespace(pid.as_raw()).ok();
+                // Of one that has just been made it is the zygote's still.
+                let others = [Some(Pid::this()), self.zygote.pid()].map(|pid| pid.and_then(namespace));
+                let living = self.processes.values().map(VmProcess::user_namespace);
+                of.is_some() && !living.chain(others).any(|namespace| namespace == of)
+            }
+            Isolation::Off => false,
+        }
+    }
+
+    /// Looks after processes that have ended and whose memory has not.
+    pub fn tend_lingering(&mut self) {
+        let lingering: Vec<ProcessId> = self.lingering.iter().copied().collect();
+        for id in lingering {
+            if let Some(process) = self.processes.get(&id) {
+                process.memory.dismiss_traps();
+            }
+            self.forget_process_if_gone(id);
+        }
+    }
+
+    fn forget_process_if_gone(&mut self, id: ProcessId) {
+        let Some(memory) = self.processes.get(&id).map(|process| &process.memory) else { return };
+        if !memory.is_unattended() || self.processes[&id].ended.is_some() {
+            return;
+        }
+        if !memory.is_gone() {
+            self.lingering.insert(id);
+            return;
+        }
+        self.lingering.remove(&id);
+        let process = self.processes.remove(&id).expect("looked at above");
+        if let Some(token) = process.trap_token {
+            self.watches.remove(token, Rc::clone(&process.memory));
+        }
+        if let Some(token) = process.link_token.or(process.link_ended) {
+            self.watches.remove(token, process);
+        }
+    }
+}

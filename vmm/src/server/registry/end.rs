@@ -1,0 +1,177 @@
+//! `stop`, `wait`, `rm`, `shutdown`: how VMs end.
+
+use crate::api::{Answer, Failure};
+use crate::server::Server;
+use crate::server::clients::connection::{ClientId, Mode};
+use crate::server::clients::talk::Deadline;
+use crate::server::procs::process::{ProcessId, Role};
+use crate::server::registry::vm::{Generation, Hold, Phase, Vm};
+use crate::wire::ToVm;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+/// A client that waits until these processes are gone.
+#[derive(Debug)]
+pub struct Removal {
+    client: ClientId,
+    processes: Vec<ProcessId>,
+    /// It waits no longer.
+    pub until: Instant,
+}
+
+/// How long the memory of processes that have been ended may stay. Where it stays longer, somebody holds on to it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl Server {
+    pub fn stop(&mut self, name: &str) -> Result<(), Failure> {
+        let generation = self.find_alive(name)?.generation;
+        self.tell(generation, &ToVm::Stop);
+        Ok(())
+    }
+
+    pub fn wait(&mut self, client: ClientId, name: &str, timeout_ms: Option<u64>) {
+        match self.find(name).map(|vm| (vm.generation, vm.is_alive(), vm.summary(None))) {
+            Err(failure) => self.reply(client, Err(failure)),
+            Ok((_, false, summary)) => self.reply(client, Ok(Answer::Ended(summary))),
+            Ok((generation, true, _)) => {
+                self.vms.get_mut(generation).expect("found above").waiters.push(client);
+                self.set_deadline(timeout_ms, Deadline::End(generation, client));
+            }
+        }
+    }
+
+    pub fn remove(&mut self, client: ClientId, names: &[String], all: bool) {
+        let found: Result<Vec<Generation>, Failure> = match all {
+            true => Ok(self.all_from_the_leaves()),
+            false => names.iter().map(|name| self.find(name).map(|vm| vm.generation)).collect(),
+        };
+        match found {
+            Err(failure) => self.reply(client, Err(failure)),
+            Ok(mut generations) => {
+                if !all {
+                    // Who names a VM before its children has them end first all the same.
+                    generations.reverse();
+                }
+                let of_these: HashSet<Generation> = generations.iter().copied().collect();
+                generations.into_iter().for_each(|generation| self.forget_vm(generation));
+                self.grant_wants();
+                // With the last VM of a shape its pool goes, and is gone when this is answered.
+                self.end_unused();
+                // Nor does this client wait for somebody else's processes, which may hold on to what they have.
+                let waits = |vm: Option<Generation>| all || vm.is_none_or(|vm| of_these.contains(&vm));
+                let ending =
+                    self.processes.values().filter(|process| process.role == Role::Ending && waits(process.vm));
+                let processes = ending.map(|process| process.id).collect();
+                self.removals.push(Removal { client, processes, until: Instant::now() + PATIENCE });
+            }
+        }
+    }
+
+    /// All VMs, children first: then nothing of their parents has to settle for them. Leaves from the oldest on, since the
+    /// kernel looks for processes that have ended among the oldest first.
+    fn all_from_the_leaves(&self) -> Vec<Generation> {
+        let parents: HashSet<&str> = self.vms.iter().filter_map(|vm| vm.parent.as_deref()).collect();
+        let (inner, leaves): (Vec<&Vm>, Vec<&Vm>) = self.vms.iter().partition(|vm| parents.contains(vm.name.as_str()));
+        leaves.into_iter().chain(inner.into_iter().rev()).map(|vm| vm.generation).collect()
+    }
+
+    pub fn shut_down(&mut self, client: ClientId) {
+        self.stopping = Some(client);
+        self.zygote.end();
+        self.remove(client, &[], true);
+        let all = self.processes.keys().copied().collect();
+        if let Some(removal) = self.removals.last_mut() {
+            removal.processes = all;
+        }
+    }
+
+    /// Answers those whose processes are gone.
+    pub fn finish_removals(&mut self, now: Instant) {
+        let processes = &self.processes;
+        let left = |removal: &Removal| removal.processes.iter().filter(|id| processes.contains_key(id)).count();
+        // What families that are gone had in swap is given back bit by bit.
+        let freeing = self.families.values().any(|manager| manager.windows() == 0 && manager.has_writeback());
+        let over = |removal: &mut Removal| removal.until <= now || (!freeing && left(removal) == 0);
+        let done = self.removals.extract_if(.., over).map(|removal| (removal.client, left(&removal)));
+        for (client, left) in done.collect::<Vec<_>>() {
+            let reply = match left {
+                0 => Ok(Answer::Done),
+                left => Err(Failure::failed(format!("the memory of {left} VM processes is held on to by somebody"))),
+            };
+            self.reply(client, reply);
+        }
+    }
+
+    /// Ends a VM if it has not ended, and takes it off the list.
+    pub fn forget_vm(&mut self, generation: Generation) {
+        self.end_vm(generation, Phase::Dead("removed".into()));
+        self.vms.remove(generation);
+    }
+
+    /// A VM has come to its end: its process ends, what only it held is freed, and everybody who waits is told.
+    pub fn end_vm(&mut self, generation: Generation, end: Phase) {
+        let Some(vm) = self.vms.get_mut(generation).filter(|vm| vm.is_alive()) else { return };
+        let before = std::mem::replace(&mut vm.phase, end.clone());
+        let (name, summary) = (vm.name.clone(), vm.summary(None));
+        let (memory, process) = (vm.memory.take(), vm.process.take());
+        let (forks, viewers) = (std::mem::take(&mut vm.forks), std::mem::take(&mut vm.viewers));
+        let waiters = std::mem::take(&mut vm.waiters);
+        (vm.reclaiming, vm.shedding) = (None, None);
+        vm.hold = Hold::Free;
+        let late = std::mem::take(&mut vm.late_pausers);
+        let mut asked: Vec<ClientId> =
+            vm.sends.drain().map(|(_, client)| client).chain(vm.pausers.drain(..)).chain(late).collect();
+        let remove = vm.remove_when_off;
+
+        let why = match (&end, &before) {
+            (Phase::Dead(why), Phase::Live) => format!("VM {name:?} is dead: {why}"),
+            (Phase::Dead(why), _) => format!("VM {name:?} did not start: {why}"),
+            _ => format!("VM {name:?} is off"),
+        };
+        log::info!("{why}");
+        self.working_sets.forget(generation);
+        if let Some((family, member)) = memory {
+            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            manager.exit(member).expect("a family knows its VMs");
+        }
+        if let Some(id) = process {
+            match memory {
+                Some(_) => {
+                    let process = self.processes.get_mut(&id).expect("a VM's process");
+                    process.role = Role::Ending;
+                    if process.ready {
+                        process.kill();
+                    }
+                }
+                None => self.end_process(id),
+            }
+        }
+        // While it is listed: a child of a fork that fails is not for long.
+        self.answer_stats_waiters(generation);
+        self.fail_forks(forks.into(), &why);
+        self.parent_is_gone(generation, &why);
+        match before {
+            Phase::Launching(Some(client)) => self.reply(client, Err(Failure::failed(why.clone()))),
+            Phase::Forking(fork) => self.child_failed(fork, generation, why.clone()),
+            _ => {}
+        }
+        asked.extend(self.balloon_ops_of(generation));
+        for client in asked {
+            self.reply(client, Err(Failure::failed(why.clone())));
+        }
+        for client in waiters {
+            self.reply(client, Ok(Answer::Ended(summary.clone())));
+        }
+        for viewer in viewers {
+            if let Some(client) = self.clients.get_mut(&viewer) {
+                client.mode = Mode::Closing;
+            }
+            self.replied.push(viewer);
+        }
+        self.check_lost_vm(generation);
+        self.drop_deadlines(|deadline| deadline.is_of(generation));
+        if remove {
+            self.vms.remove(generation);
+        }
+    }
+}

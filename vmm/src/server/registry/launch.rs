@@ -1,0 +1,290 @@
+//! `launch`: a new VM of a new family.
+
+use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
+use crate::boot::linux::{self, Plan};
+use crate::layout::ram_ranges;
+use crate::name::check_name;
+use crate::server::clients::connection::ClientId;
+use crate::server::memory::idle::IdleBalloon;
+use crate::server::procs::process::{Parcel, ProcessId, Role};
+use crate::server::registry::vm::{FamilyId, Generation, Hold, Log, Phase, Vm};
+use crate::server::{FamilyManager, Server};
+use crate::wire::{self, FEW, Identity, Machine, MachineShape, RunState, Start, ToVm};
+use firmware::abi;
+use guest_mem::stage2;
+use guest_mem::store::file::MemfdFile;
+use guest_mem::window::are_apart;
+use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Protection, Run, StoreId, VmId};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// How a VM begins.
+#[derive(Debug)]
+pub struct Beginning {
+    pub origin: wire::Origin,
+    /// The file of a Linux guest's kernel.
+    pub kernel: Option<OwnedFd>,
+    pub activity: RunState,
+    /// Pages to copy ahead.
+    pub ahead: Vec<GfnRange>,
+}
+
+impl Beginning {
+    fn monitor() -> Self {
+        Self { origin: wire::Origin::Monitor, kernel: None, activity: RunState::Running, ahead: Vec::new() }
+    }
+
+    fn linux(plan: Plan, kernel: File) -> Self {
+        let origin = wire::Origin::Linux(Box::new(plan));
+        Self { origin, kernel: Some(kernel.into()), activity: RunState::Running, ahead: Vec::new() }
+    }
+}
+
+/// The files of a Linux guest, looked at.
+#[derive(Debug)]
+pub struct Guest {
+    plan: Plan,
+    kernel: File,
+    initrd: Option<File>,
+}
+
+impl Guest {
+    fn open(linux: &Linux, shape: MachineShape) -> Result<Self, Failure> {
+        let (kernel, initrd) = linux.open().map_err(Failure::bad_input)?;
+        let request =
+            linux::Request { ram: shape.ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &linux.cmdline };
+        let plan = Plan::new(request).map_err(|e| Failure::bad_input(e.to_string()))?;
+        Ok(Self { plan, kernel, initrd })
+    }
+}
+
+impl Server {
+    pub fn launch(&mut self, client: ClientId, launch: Launch) {
+        if let Err(failure) = self.try_launch(client, launch) {
+            self.reply(client, Err(failure));
+        }
+    }
+
+    fn try_launch(&mut self, client: ClientId, launch: Launch) -> Result<(), Failure> {
+        let shape = self.check_launch(&launch)?;
+        let mut guest = launch.linux.as_ref().map(|linux| Guest::open(linux, shape)).transpose()?;
+        let initrd = guest.as_mut().and_then(|guest| Some((guest.initrd.take()?, guest.plan.initrd.as_ref()?.len)));
+        match (guest, initrd) {
+            (Some(guest), Some(initrd)) => {
+                self.launch_when_read(client, launch, guest, initrd);
+                Ok(())
+            }
+            (guest, _) => self.launch_from(client, launch, guest.map(|guest| (guest, None))),
+        }
+    }
+
+    /// Launches a VM, whose files are there.
+    pub fn launch_from(
+        &mut self,
+        client: ClientId,
+        launch: Launch,
+        guest: Option<(Guest, Option<Rc<MemfdFile>>)>,
+    ) -> Result<(), Failure> {
+        // Other VMs may have come meanwhile.
+        let shape = self.check_launch(&launch)?;
+        let name = match launch.name {
+            Some(name) => name,
+            None => self.vms.names().first_free("vm", 1).pop().expect("names do not end"),
+        };
+        let failed = |what: &'static str| move |e: io::Error| Failure::failed(format!("{what}: {e}"));
+        let (files, beginning) = match guest {
+            None => {
+                let image = self.files.builtin(firmware::IMAGE).map_err(failed("put the firmware into memory"))?;
+                let place = GfnRange::new(Gfn::of_gpa(abi::IMAGE_BASE), image.pages());
+                (vec![(place, image)], Beginning::monitor())
+            }
+            Some((Guest { plan, kernel, .. }, initrd)) => {
+                let initrd = plan.initrd.as_ref().map(|placed| placed.pages()).zip(initrd);
+                (initrd.into_iter().collect(), Beginning::linux(plan, kernel))
+            }
+        };
+        let process = self.take_process(shape, None).map_err(failed("start a VM process"))?;
+
+        let ram = ram_ranges(shape.ram);
+        let span = PageCount(ram.last().expect("a VM has memory").end().0);
+        let mut manager =
+            Manager::new(stage2::Shape::X86_64, span, self.stores.clone()).with_max_runs(self.max_runs as usize);
+        if !self.features.userfaultfd {
+            manager = manager.without_holes();
+        }
+        let shared: Vec<GfnRange> = launch.shared.iter().map(pages_of).collect();
+        let window = self.window_of(process);
+        let vm = manager.launch(&ram, &files, &shared, window);
+        let vm = vm.map_err(|e| failed("memory that is shared")(io::Error::other(e)))?;
+        let family = FamilyId(self.fresh_id());
+        self.families.insert(family, manager);
+
+        let generation = self.add_vm(name, None, shape, Phase::Launching(Some(client)), process, (family, vm));
+        let record = self.vms.get_mut(generation).expect("added above");
+        record.remove_when_off = launch.remove_when_off;
+        self.start(generation, beginning);
+        Ok(())
+    }
+
+    fn check_launch(&self, launch: &Launch) -> Result<MachineShape, Failure> {
+        let bad = |why: String| Err(Failure::bad_input(why));
+        if let Some(name) = &launch.name {
+            check_name(name).map_err(|e| Failure::bad_input(e.to_string()))?;
+            if self.vms.find(name).is_some() {
+                return bad(format!("there is a VM {name:?} already"));
+            }
+        }
+        let machine = if launch.linux.is_some() { Machine::Linux } else { Machine::Monitor };
+        match machine {
+            Machine::Monitor if launch.vcpus != 1 => {
+                return bad(format!("the built-in guest has 1 vCPU, not {}", launch.vcpus));
+            }
+            Machine::Linux if !(1..=MAX_VCPUS).contains(&launch.vcpus) => {
+                return bad(format!("a Linux guest has from 1 to {MAX_VCPUS} vCPUs, not {}", launch.vcpus));
+            }
+            _ => {}
+        }
+        if launch.mem_bytes < MIN_MEMORY || !launch.mem_bytes.is_multiple_of(PAGE_SIZE as u64) {
+            return bad(format!("memory of {} bytes: at least 16M, and a multiple of 4K", launch.mem_bytes));
+        }
+        check_shared(&launch.shared, PageCount::covering(launch.mem_bytes), machine).map_err(Failure::bad_input)?;
+        crate::host::open_kvm().map_err(|e| Failure::bad_input(e.to_string()))?;
+        let available = crate::host::available_memory().map_err(|e| Failure::failed(format!("host memory: {e}")))?;
+        if launch.mem_bytes > available {
+            return bad(format!("memory of {} bytes: this host can promise {available}", launch.mem_bytes));
+        }
+        Ok(MachineShape { ram: PageCount::covering(launch.mem_bytes), vcpus: launch.vcpus, machine })
+    }
+
+    /// Lists a VM whose process is chosen.
+    pub fn add_vm(
+        &mut self,
+        name: String,
+        parent: Option<String>,
+        shape: MachineShape,
+        phase: Phase,
+        process: ProcessId,
+        memory: impl Into<Option<(FamilyId, VmId)>>,
+    ) -> Generation {
+        let generation = Generation(self.fresh_id());
+        self.pool.used(shape);
+        let taken = self.processes.get_mut(&process).expect("a process just taken");
+        (taken.role, taken.vm) = (Role::Vm(generation), Some(generation));
+        self.vms.insert(Vm {
+            fresh: parent.is_none(),
+            name,
+            parent,
+            generation,
+            shape,
+            phase,
+            paused: false,
+            memory: memory.into(),
+            process: Some(process),
+            forks: VecDeque::new(),
+            reclaiming: None,
+            shedding: None,
+            hold: Hold::Free,
+            late_pausers: Vec::new(),
+            log: Log::default(),
+            sends: HashMap::new(),
+            waiters: Vec::new(),
+            pausers: Vec::new(),
+            viewers: Vec::new(),
+            remove_when_off: false,
+            balloon_pages: 0,
+            asked_balloon: 0,
+            idle: IdleBalloon::default(),
+            traps: 0,
+            born: None,
+            guest_memory: None,
+        });
+        generation
+    }
+
+    /// Has a VM's process become the VM, now or as soon as it is prepared.
+    pub fn start(&mut self, generation: Generation, beginning: Beginning) {
+        let vm = self.vms.get(generation).expect("a VM that is to start is listed");
+        let (family, member) = vm.memory.expect("a VM that is to start has memory");
+        let process = vm.process.expect("a VM that is to start has a process");
+        let identity = Identity { name: vm.name.clone(), generation: generation.0 };
+        let manager = &self.families[&family];
+        let expectation = &mut self.processes.get_mut(&process).expect("a VM's process").expectation;
+        let Beginning { origin, kernel, activity, ahead } = beginning;
+        let runs = manager.family().runs(member);
+        let runs = match origin {
+            wire::Origin::Fork { .. } => expectation.news(family, runs),
+            wire::Origin::Monitor | wire::Origin::Linux(_) => runs.to_vec(),
+        };
+        let ahead = expectation.left_ahead(&ahead, &runs);
+        expectation.forget_window();
+        match stores_of(manager, &runs) {
+            Ok((stores, mut descriptors)) => {
+                let read_only = manager.family().vm(member).map().protected(Protection::ReadOnly).collect();
+                let start = Start { identity, runs, stores, read_only, origin, activity, ahead };
+                descriptors.extend(kernel);
+                let message = ToVm::Start(Box::new(start));
+                let process = self.processes.get_mut(&process).expect("a VM's process");
+                process.send_when_ready(Parcel { message, descriptors });
+            }
+            Err(e) => self.start_failed(generation, &format!("descriptors of its memory: {e}")),
+        }
+    }
+
+    /// A VM cannot go on, or never came to life: then nothing of it stays.
+    pub fn start_failed(&mut self, generation: Generation, why: &str) {
+        let launching = self.vms.get(generation).is_some_and(|vm| matches!(vm.phase, Phase::Launching(_)));
+        self.end_vm(generation, Phase::Dead(why.to_owned()));
+        if launching {
+            self.vms.remove(generation);
+        }
+    }
+}
+
+/// The pages of a stretch of bytes.
+fn pages_of(bytes: &Range<u64>) -> GfnRange {
+    GfnRange::between(Gfn::of_gpa(bytes.start), Gfn::of_gpa(bytes.end))
+}
+
+/// Whether guests can share this: what the built-in guest needs for itself, each of them has for itself. A Linux guest would
+/// have to be told to keep out.
+fn check_shared(shared: &[Range<u64>], ram: PageCount, machine: Machine) -> Result<(), String> {
+    let Some(first) = shared.first() else { return Ok(()) };
+    if machine != Machine::Monitor {
+        return Err("only the built-in guest knows of memory that is shared".into());
+    }
+    let own = abi::FIRST_FREE_PAGE * PAGE_SIZE as u64;
+    if first.start < own {
+        return Err(format!("memory that is shared from {:#x} on: the guest needs all up to {own:#x}", first.start));
+    }
+    let whole = |bytes: &Range<u64>| [bytes.start, bytes.end].iter().all(|at| at.is_multiple_of(PAGE_SIZE as u64));
+    let pages: Vec<GfnRange> = shared.iter().map(pages_of).collect();
+    if shared.len() > FEW || !shared.iter().all(whole) || !are_apart(&pages, &ram_ranges(ram)) {
+        return Err(format!(
+            "memory that is shared: at most {FEW} stretches of whole pages of RAM, in ascending order"
+        ));
+    }
+    Ok(())
+}
+
+/// The stores that supply `runs`, and a descriptor of each.
+pub fn stores_of(manager: &FamilyManager, runs: &[Run]) -> io::Result<(Vec<StoreId>, Vec<OwnedFd>)> {
+    let stores: BTreeSet<StoreId> = runs.iter().filter_map(|run| run.source.store()).map(|(store, _)| store).collect();
+    let descriptors = stores.iter().map(|&id| descriptor(manager, id)).collect::<io::Result<_>>()?;
+    Ok((stores.into_iter().collect(), descriptors))
+}
+
+/// A duplicate, which can be written through where the store is shared memory: a store may be gone by the time a process is
+/// prepared, and its descriptor with it.
+fn descriptor(manager: &FamilyManager, id: StoreId) -> io::Result<OwnedFd> {
+    if let Some(store) = manager.store(id) {
+        return store.for_windows().try_clone_to_owned();
+    }
+    match manager.file(id) {
+        Some(file) => file.read_only().try_clone_to_owned(),
+        None => Err(io::Error::new(io::ErrorKind::NotFound, format!("{id:?} is gone"))),
+    }
+}
