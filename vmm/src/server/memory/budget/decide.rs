@@ -32,6 +32,11 @@ const WORTH_A_FREEZE: u64 = 1 << 20;
 const WORTH_WHEN_IDLE: u64 = 128 << 10;
 /// Live layers taken at a time.
 const FREEZES: usize = 2;
+/// The part of a budget that stores keep at least, where what cannot go leaves them less: VMs none of whose pages stay spend
+/// their time bringing back the same ones.
+const STORES_LEAST: u64 = 16;
+/// Where pages come back as fast as they go, so many VMs of as many as run go on: the others stand still, by turns.
+const ON_TURN: usize = 4;
 /// A VM that grows by less in a second is let grow.
 pub(super) const SLOW: u64 = 1 << 20;
 /// Stalls for want of memory, in percent of the time, that make the host short of memory.
@@ -51,6 +56,8 @@ pub(super) struct VmFigures {
     pub(super) can_freeze: bool,
     /// It can be made to stand still.
     pub(super) can_hold: bool,
+    /// How long it has run since it last stood still.
+    pub(super) on: Duration,
 }
 
 /// All that counts.
@@ -60,6 +67,10 @@ pub(super) struct Figures {
     pub(super) accounted: u64,
     /// Stores alone.
     pub(super) stores: u64,
+    /// What no eviction takes: VM processes without their guests' pages, compressed pages, files, shared memory, and our books.
+    pub(super) floor: u64,
+    /// More came back since the last look than there is in stores.
+    pub(super) thrashes: bool,
     /// On its way out of memory already.
     pub(super) leaving: u64,
     pub(super) vms: Vec<VmFigures>,
@@ -91,14 +102,20 @@ pub(super) struct Decision {
 pub(super) struct Marks {
     pub(super) target: u64,
     pub(super) brake: u64,
+    /// The budget, or what comes nearest to it.
+    pub(super) limit: u64,
     /// Stores that have less than this have what guests are at work on: live layers go before it.
     pub(super) stores: u64,
 }
 
 impl Marks {
-    pub(super) fn of(limit: u64) -> Self {
+    /// Those of a budget of `limit` bytes, of which `floor` cannot go. Where hardly anything is left beside that, the budget
+    /// cannot be kept.
+    pub(super) fn of(limit: u64, floor: u64) -> Self {
         let reserve = (limit / 16).max(SURPRISE.min(limit / 8)).min(256 << 20);
-        Self { target: limit - reserve, brake: limit - reserve / 2, stores: limit / 8 }
+        let least = floor + limit / STORES_LEAST;
+        let target = (limit - reserve).max(least);
+        Self { target, brake: target + reserve / 2, limit: limit.max(target + reserve), stores: limit / 8 }
     }
 }
 
@@ -114,7 +131,7 @@ impl VmFigures {
 }
 
 pub(super) fn decide(limit: u64, figures: &Figures) -> Decision {
-    let marks = Marks::of(limit);
+    let marks = Marks::of(limit, figures.floor);
     let over = figures.accounted.saturating_sub(marks.target);
     if over == 0 {
         return Decision { release: true, ..Decision::default() };
@@ -141,11 +158,24 @@ pub(super) fn decide(limit: u64, figures: &Figures) -> Decision {
     }
     let growth: u64 = figures.vms.iter().filter(|vm| vm.growth >= SLOW).map(|vm| vm.growth).sum();
     let soon = figures.accounted.saturating_add((growth as f64 * STOPPING.as_secs_f64()) as u64);
-    if figures.accounted > marks.brake || soon > limit {
+    if figures.accounted > marks.brake || soon > marks.limit {
         let growing = figures.vms.iter().filter(|vm| vm.can_hold && vm.growth >= SLOW);
         decision.hold = growing.map(|vm| vm.vm).collect();
     }
+    if figures.thrashes && marks.limit > limit {
+        decision.hold.extend(turns(&figures.vms));
+    }
     decision
+}
+
+/// Which VMs are to stand still so that the others keep the pages that they work on: those that have run the longest, so many
+/// at each look that hardly [some](ON_TURN) run at a time.
+fn turns(vms: &[VmFigures]) -> Vec<Generation> {
+    let mut running: Vec<&VmFigures> =
+        vms.iter().filter(|vm| vm.can_hold && vm.idle < IDLE_AFTER && vm.growth < SLOW).collect();
+    running.sort_by_key(|vm| std::cmp::Reverse((vm.on, vm.vm)));
+    let most = running.len().saturating_sub(ON_TURN).min(running.len().div_ceil(ON_TURN));
+    running.iter().take(most).map(|vm| vm.vm).collect()
 }
 
 /// What is left of the budget.
@@ -267,6 +297,7 @@ mod tests {
             idle: Duration::ZERO,
             can_freeze: true,
             can_hold: true,
+            on: Duration::MAX,
         }
     }
 
@@ -325,6 +356,35 @@ mod tests {
         assert_eq!(decide(160 * MIB, &all).hold, []);
         (all.accounted, all.swap_full) = (200 * MIB, true);
         assert_eq!(decide(160 * MIB, &all), Decision { release: true, ..Decision::default() });
+    }
+
+    /// Under a budget that their processes alone took, sixty VMs brought in millions of pages in less than a minute, and
+    /// kept none of them.
+    #[test]
+    fn a_budget_that_cannot_be_kept_leaves_something_to_work_on() {
+        let all = Figures { stores: 6 * MIB, floor: 85 * MIB, ..figures(91, &[vm(1, 0)]) };
+        assert_eq!(decide(96 * MIB, &all), Decision { release: true, ..Decision::default() });
+        let more = Figures { stores: 8 * MIB, ..Figures { accounted: 93 * MIB, ..all.clone() } };
+        assert_eq!(decide(96 * MIB, &more).evict, 2 * MIB);
+        // One that can be kept is kept, whatever else counts.
+        let less = Figures { floor: 60 * MIB, ..all };
+        assert_eq!(decide(96 * MIB, &less).evict, 7 * MIB);
+    }
+
+    /// All get on, a few at a time: who has run the longest stands still first.
+    #[test]
+    fn where_pages_come_back_as_fast_as_they_go_vms_run_by_turns() {
+        let vms: Vec<VmFigures> = (0..16).map(|n| VmFigures { on: Duration::from_millis(n), ..vm(n, 0) }).collect();
+        let mut all = Figures { stores: 7 * MIB, floor: 85 * MIB, thrashes: true, ..figures(92, &vms) };
+        assert_eq!(decide(96 * MIB, &all).hold, [15, 14, 13, 12].map(Generation));
+        all.vms.truncate(ON_TURN);
+        assert_eq!(decide(96 * MIB, &all).hold, [], "few enough");
+        all.vms = vms.clone();
+        all.vms.iter_mut().for_each(|vm| vm.idle = IDLE_AFTER);
+        assert_eq!(decide(96 * MIB, &all).hold, [], "they stand still as it is");
+        all.vms = vms;
+        all.floor = 0;
+        assert_eq!(decide(96 * MIB, &all).hold, [], "a budget that can be kept");
     }
 
     #[test]

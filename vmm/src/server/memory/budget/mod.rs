@@ -64,8 +64,14 @@ pub struct Budget {
     turn: FamilyId,
     /// What VM processes, and prepared ones, had when we last looked.
     live: u64,
+    /// Of that, what VM processes have beside their guests' pages.
+    least: u64,
     /// What our books took then.
     books: u64,
+    /// Pages that had come back by then soon after they went.
+    came: u64,
+    /// More came back between the last two looks than there is in stores.
+    thrashes: bool,
     /// VMs that stand still for us, or are about to.
     held: BTreeSet<Generation>,
     /// Live layers were to go when we last decided.
@@ -88,7 +94,10 @@ impl Budget {
             full_until: None,
             turn: FamilyId(0),
             live: 0,
+            least: 0,
             books: 0,
+            came: 0,
+            thrashes: false,
             held: BTreeSet::new(),
             layers_go: false,
             tight: false,
@@ -238,7 +247,7 @@ impl Server {
         // What VMs do is known as of the last look: in between, there are only stores to think of, however many VMs.
         let vms = if looks { self.vm_figures(now) } else { Vec::new() };
         let figures = self.figures(now, vms);
-        self.budget.tight = figures.accounted > Marks::of(limit).target;
+        self.budget.tight = figures.accounted > Marks::of(limit, self.held_bytes()).target;
         let decision = decide(limit, &figures);
         if looks {
             self.budget.layers_go = !decision.freeze.is_empty();
@@ -281,9 +290,18 @@ impl Server {
             let idle = paused || now.saturating_duration_since(seen.ran_at) >= IDLE_AFTER;
             self.set_activity(vm, if idle { Activity::Idle } else { Activity::Running });
         }
-        self.budget.live = self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + self.prepared_bytes();
+        let prepared = self.prepared_bytes();
+        self.budget.live = self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + prepared;
+        // Prepared ones can go.
+        self.budget.least = self.budget.seen.values().map(|seen| seen.least).sum();
         self.budget.books = self.books_bytes();
-        let bound = self.budget.effective().map_or(u64::MAX, |limit| limit / 4);
+        let came: u64 =
+            self.families.values().map(|manager| manager.counts().refaults).sum::<u64>() + self.past.refaults;
+        let since = PageCount(came.saturating_sub(self.budget.came)).bytes();
+        self.budget.thrashes = since > self.stores_bytes().max(PAGE_SIZE as u64);
+        self.budget.came = came;
+        // A part of what can go at all, or pages would never have room beside it.
+        let bound = self.budget.effective().map_or(u64::MAX, |limit| limit.saturating_sub(self.floor()) / 4);
         self.swap.borrow_mut().bound(bound);
         let growth = self.budget.seen.values().map(|seen| seen.growth).filter(|growth| *growth >= SLOW).sum();
         let room = Room::of(self.budget.effective(), self.accounted());
@@ -345,7 +363,8 @@ impl Server {
         };
         // The others are as they were last seen: to look at all of them would keep them waiting.
         let seen = self.budget.seen.get(&vm).map_or(0, |seen| seen.bytes);
-        let fits = |limit| self.accounted().saturating_sub(seen) + 3 * bytes <= Marks::of(limit).target;
+        let fits =
+            |limit| self.accounted().saturating_sub(seen) + 3 * bytes <= Marks::of(limit, self.held_bytes()).target;
         self.budget.effective().is_none_or(fits) && 2 * bytes + NEAR_BYTES.max(total / NEAR_PART) <= available
     }
 
@@ -356,13 +375,23 @@ impl Server {
 
     /// Pages for which there is room before something has to go.
     pub fn room_ahead(&self) -> PageCount {
-        let room = |limit| Marks::of(limit).target.saturating_sub(self.accounted());
+        let room = |limit| Marks::of(limit, self.held_bytes()).target.saturating_sub(self.accounted());
         PageCount(self.budget.effective().map_or(u64::MAX, room) / PAGE_SIZE as u64)
     }
 
     /// What counts, with what was last seen of VM processes.
     fn accounted(&self) -> u64 {
         self.kept_bytes() + self.budget.books + self.budget.live
+    }
+
+    /// What no eviction takes, as of the last look: a budget below that cannot be kept.
+    pub fn floor(&self) -> u64 {
+        self.budget.least + self.budget.books + self.files.resident().bytes() + self.shared_bytes()
+    }
+
+    /// The same with compressed pages: what evicting more from stores makes no smaller.
+    fn held_bytes(&self) -> u64 {
+        self.floor() + self.swap.borrow().stats().compressed_bytes
     }
 
     /// What VMs have, and do, as of the last look.
@@ -378,6 +407,7 @@ impl Server {
                 idle: if record.paused { Duration::MAX } else { now.saturating_duration_since(seen.ran_at) },
                 can_freeze: self.may_freeze(vm) && !seen.taken,
                 can_hold: free && !record.paused && record.pausers.is_empty() && rested,
+                on: seen.released.map_or(Duration::MAX, |at| now.saturating_duration_since(at)),
             })
         };
         self.budget.seen.iter().filter_map(figures).collect()
@@ -390,6 +420,8 @@ impl Server {
         Figures {
             accounted: self.accounted(),
             stores: self.stores_bytes(),
+            floor: self.held_bytes(),
+            thrashes: self.budget.thrashes,
             leaving: self.families.values().map(|manager| manager.family().in_flight().bytes()).sum(),
             vms,
             stores_empty: self.families.iter().all(empty),
