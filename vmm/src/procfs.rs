@@ -101,6 +101,22 @@ fn parse_ticks(stat: &str) -> Option<u64> {
     Some(next()? + next()?)
 }
 
+/// Threads of a process that are looked at: ours have fewer by far.
+const THREADS: usize = 128;
+
+/// Whether a thread of this process runs, or waits for a processor or for the disk.
+pub fn is_busy(pid: i32) -> bool {
+    let Ok(all) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let stat = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("stat")).ok();
+    let busy = |stat: String| matches!(parse_state(&stat), Some('R' | 'D'));
+    all.take(THREADS).flatten().filter_map(stat).any(busy)
+}
+
+/// The letter behind the name.
+fn parse_state(stat: &str) -> Option<char> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
 /// The file that lists the mappings of a process.
 ///
 /// # Errors
@@ -217,6 +233,20 @@ mod tests {
         assert_eq!(parse_ticks(stat), Some(42));
         assert_eq!(parse_ticks("7 (a"), None);
         assert!(run_ticks(std::process::id() as i32).is_ok());
+    }
+
+    #[test]
+    fn who_runs_is_busy_and_who_waits_for_somebody_is_not() {
+        assert_eq!(parse_state("7 (a) R) T 1 7 7 0"), Some('T'));
+        assert_eq!(parse_state("7 (a"), None);
+        assert!(is_busy(std::process::id() as i32));
+        let mut waits = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        while is_busy(waits.id() as i32) {
+            std::thread::yield_now();
+        }
+        drop(waits.stdin.take());
+        waits.wait().unwrap();
+        assert!(!is_busy(waits.id() as i32), "nor who is gone");
     }
 
     #[test]

@@ -94,6 +94,28 @@ pub enum RunState {
     Paused,
 }
 
+/// How a freeze takes pages out of a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Take {
+    /// They are moved out, and the store is mapped in their place.
+    Remap,
+    /// The same, but short stretches stay where they are, and are copied: that leaves the window with fewer mappings.
+    CopyInPlace,
+    /// They stay where they are, and the process makes a copy of itself that has them as well. A second descriptor travels
+    /// along, of a pipe: the copy lives until its other end is closed. A process that cannot copies in place.
+    Snapshot,
+}
+
+impl Take {
+    /// What becomes of short stretches.
+    pub fn small_extents(self) -> SmallExtents {
+        match self {
+            Self::Remap => SmallExtents::Remap,
+            Self::CopyInPlace | Self::Snapshot => SmallExtents::CopyInPlace,
+        }
+    }
+}
+
 /// Where a VM's machine state comes from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Origin {
@@ -198,18 +220,16 @@ pub enum ToVm {
     Load(PackedState),
     /// A fork starts from the state that was last [expected](Self::Expect).
     LoadExpected,
-    /// Stop the vCPUs, take all dirty private pages: move them out and put this store (its descriptor travels along) in
-    /// their place, or copy them; run on as before. Answered by `Frozen` and `Saved`, or by `FreezeFailed`.
-    ///
-    /// Where a second descriptor comes along, a pipe, the process may make a copy of itself instead of moving pages. The
-    /// copy lives until the other end of the pipe is closed.
+    /// Stop the vCPUs, take all dirty private pages, and run on as before. A descriptor of the store travels along. Answered
+    /// by `Standing`, `Frozen`, `Saved`, and, where it applies, `Copied` and `WentOn`, in this order; or, before `Frozen`, by
+    /// `FreezeFailed`.
     Freeze {
         /// The store that takes the pages' place, and names the scratch range.
         store: StoreId,
         /// The window may have this many mappings afterwards.
         max_runs: u32,
-        /// What becomes of short stretches.
-        short: SmallExtents,
+        /// How the pages are taken.
+        take: Take,
         /// Pages that are taken along, though the guest has not written them.
         along: Along,
         /// Frames that somebody is about to wait for, sorted: where pages are copied, theirs come first.

@@ -277,6 +277,9 @@ pub struct Serve {
     /// What becomes of VMs where their processes cannot be kept apart from the host and from each other
     #[arg(long, value_name = "HOW", value_enum, default_value_t = IsolationWanted::Strict)]
     pub isolation: IsolationWanted,
+    /// A VM whose process does not answer for so long, or a few times as long where the host is behind, is dead
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub answer_within: Duration,
     /// Leave the terminal, and leave quietly where there is a server already
     #[arg(long, hide = true)]
     pub background: bool,
@@ -423,6 +426,7 @@ mod tests {
             "offshoot serve --swap /x/swap",
             "offshoot serve --auto-balloon off",
             "offshoot serve --auto-balloon idle --balloon-idle 2.5",
+            "offshoot serve --answer-within 0.5",
             "offshoot vm-process",
         ] {
             parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -470,6 +474,8 @@ mod tests {
             "offshoot serve --memory 1",
             "offshoot serve --auto-balloon maybe",
             "offshoot serve --balloon-idle 0",
+            "offshoot serve --answer-within 0",
+            "offshoot serve --answer-within soon",
             "offshoot fly",
         ] {
             assert!(parse(line).is_err(), "{line}");

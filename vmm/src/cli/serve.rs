@@ -12,7 +12,7 @@ use vmm::server;
 
 pub fn run(home: Option<&Path>, serve: Serve) -> Done {
     let home = home.map_or_else(Home::of_user, Home::at)?;
-    let Serve { swap, compressed, memory, auto_balloon, balloon_idle, isolation, background } = serve;
+    let Serve { swap, compressed, memory, auto_balloon, balloon_idle, isolation, answer_within, background } = serve;
     let (path, size) = swap.map_or((None, None), |place| (Some(place.path), place.size));
     let swap = server::SwapConfig { path, size: size.map(|s| s.0), compressed: compressed.map(|s| s.0) };
     let idle = server::IdleConfig { when: auto_balloon.into(), after: balloon_idle };
@@ -21,7 +21,8 @@ pub fn run(home: Option<&Path>, serve: Serve) -> Done {
         detach()?;
     }
     raise_open_files();
-    match server::run(server::Config { home, swap, budget, idle, isolation: isolation.into() }) {
+    let isolation = isolation.into();
+    match server::run(server::Config { home, swap, budget, idle, isolation, answer_within }) {
         Ok(()) => Ok(SUCCESS),
         // Another one was faster: the client that started this one finds it.
         Err(server::Error::Home(HomeError::Locked { .. })) if background => Ok(SUCCESS),

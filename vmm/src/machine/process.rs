@@ -8,7 +8,7 @@ use super::vm::{Freeze, Preparation, Vm, VmError};
 use super::voice;
 use crate::link::Link;
 use crate::nice;
-use crate::wire::{FromVm, RunState, SOME, ToVm};
+use crate::wire::{FromVm, RunState, SOME, Take, ToVm};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use guest_mem::window::host::Asked;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -219,14 +219,15 @@ impl Process<'_> {
                 let loaded = vm.load_expected();
                 self.begin_moments(loaded)?;
             }
-            ToVm::Freeze { store, max_runs, short, along, first } => {
-                let (file, lifeline) = match fds.as_slice() {
-                    [file, lifeline] => (file, Some(lifeline.as_fd())),
-                    fds => (one(fds)?, None),
+            ToVm::Freeze { store, max_runs, take, along, first } => {
+                let (file, lifeline) = match (take, fds.as_slice()) {
+                    (Take::Snapshot, [file, lifeline]) => (file, Some(lifeline.as_fd())),
+                    (Take::Snapshot, _) => return Err(nonsense("a snapshot needs a store and a pipe")),
+                    (Take::Remap | Take::CopyInPlace, fds) => (one(fds)?, None),
                 };
                 self.spare = Some(Instant::now());
                 let mut out = Outbox::new(&mut self.link);
-                let asked = Asked { max_runs, short, along: &along };
+                let asked = Asked { max_runs, short: take.small_extents(), along: &along };
                 let freeze = Freeze { store, file: file.as_fd(), lifeline, asked, first: &first };
                 match vm.freeze(&freeze, &mut out) {
                     Ok(()) => {}

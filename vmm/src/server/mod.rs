@@ -1,8 +1,8 @@
 //! The server: one per home. It owns every family's memory manager and starts, steers and ends the VM processes.
 //!
-//! One thread, one event loop. Nothing in it waits: what takes time (a process that prepares itself, a freeze, a guest's
-//! answer) is a state that a later message completes, and pages settle in small batches between rounds. So a trap is
-//! never far from being served, whatever else is going on.
+//! One thread, one event loop. Nothing in it waits: what takes time (a process that is made or prepares itself, a freeze, a
+//! guest's answer) is a state that a later message completes, or a deadline, and pages settle in small batches between rounds.
+//! So a trap is never far from being served, whatever else is going on.
 //!
 //! Each folder is a room. A room uses those above it in this table.
 //!
@@ -14,11 +14,13 @@
 //! | `procs` | VM processes: the zygote that makes them, what they say, their windows, and the prepared ones with what they expect |
 //! | `working_set` | what children of a VM need first |
 //! | `memory` | faults and write-back; the budget, throttling, reclaim and swap; balloons; files that guests map |
+//! | `freeze` | the freezes of a VM, whoever wants them |
 //! | `fork` | freeze the parent, share what it has, start the children |
 //! | `inspect` | the verbs that look, and `check` |
 
 mod clients;
 mod fork;
+mod freeze;
 mod inspect;
 mod main_loop;
 mod memory;
@@ -74,7 +76,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use working_set::WorkingSets;
 
 pub use crate::wire::Strictness;
@@ -95,6 +97,8 @@ pub struct Config {
     pub idle: IdleConfig,
     /// What becomes of VMs where their processes cannot be kept apart.
     pub isolation: Strictness,
+    /// How long a VM process may take for an answer. One that takes longer is ended.
+    pub answer_within: Duration,
 }
 
 /// Why a server could not start.
@@ -118,6 +122,9 @@ pub enum Error {
     #[error("event loop: {0:?}")]
     Loop(event_manager::Error),
 }
+
+/// Who waits for longer waits for ever.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 type FamilyManager = Manager<MemfdStores, RemoteWindow>;
 
@@ -145,6 +152,10 @@ struct Server {
     /// Those that have ended, and whose memory a worker of KVM's holds on to.
     lingering: BTreeSet<ProcessId>,
     zygote: Zygote,
+    zygote_token: Option<Token>,
+    answer_within: Duration,
+    /// When to look for processes that are late with an answer.
+    late_at: Option<Instant>,
     wants: Wants,
     pool: Pool,
     families: BTreeMap<FamilyId, FamilyManager>,
@@ -210,7 +221,7 @@ pub fn run(config: Config) -> Result<(), Error> {
 
 impl Server {
     fn new(config: Config) -> Result<Self, Error> {
-        let Config { home, swap, budget, idle, isolation: strictness } = config;
+        let Config { home, swap, budget, idle, isolation: strictness, answer_within } = config;
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
         let mut mask = SigSet::empty();
@@ -247,9 +258,11 @@ impl Server {
             pids: HashMap::new(),
             strays_at: None,
             lingering: BTreeSet::new(),
-            // After the niceness: the server waits for it.
-            zygote: Zygote::start(Jail { isolation, strictness, on: cage.clone() }),
+            zygote: Zygote::new(Jail { isolation, strictness, on: cage.clone() }),
             cage,
+            zygote_token: None,
+            answer_within: answer_within.min(LONGEST),
+            late_at: None,
             wants: Wants::default(),
             pool: Pool::default(),
             families: BTreeMap::new(),

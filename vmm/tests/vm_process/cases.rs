@@ -2,7 +2,6 @@
 
 use crate::family::{Family, Machine};
 use crate::worker::{ALL, Worker, read_memory};
-use guest_mem::window::host::SmallExtents;
 use guest_mem::{Along, GfnRange, PageCount, Protection, Run};
 use nix::sys::signal::{Signal, kill};
 use std::fs;
@@ -10,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 use vmm::machine::state::{MachineState, PackedState, VcpuState};
-use vmm::wire::{Ending, Expect, FromVm, HostFeatures, Isolation, Origin, RunState, Start, ToVm};
+use vmm::wire::{Ending, Expect, FromVm, HostFeatures, Isolation, Origin, RunState, Start, Take, ToVm};
 
 const MEM: u64 = 64 << 20;
 
@@ -338,7 +337,7 @@ pub fn off_is_off_and_a_crash_is_told() {
     assert_eq!(root.worker.expect(ending), Ending::Off);
     let store = family.new_store();
     root.worker.tell(
-        &ToVm::Freeze { store, max_runs: 100, short: SmallExtents::Remap, along: Along::default(), first: Vec::new() },
+        &ToVm::Freeze { store, max_runs: 100, take: Take::Remap, along: Along::default(), first: Vec::new() },
         &[family.file(store)],
     );
     let why = root.worker.expect(|message| match message {
@@ -447,7 +446,7 @@ pub fn nonsense_ends_the_process() {
         &ToVm::Freeze {
             store: guest_mem::StoreId(1),
             max_runs: 1,
-            short: SmallExtents::Remap,
+            take: Take::Remap,
             along: Along::default(),
             first: Vec::new(),
         },

@@ -2,7 +2,6 @@
 #![allow(unsafe_code)] // puts a descriptor where the new program looks for it
 
 use guest_mem::sys::Userfaultfd;
-use guest_mem::window::host::SmallExtents;
 use guest_mem::{Along, GfnRange, PageCount, StoreId};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -19,7 +18,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmm::link::Link;
 use vmm::machine::state::{MachineState, PackedState};
-use vmm::wire::{FromVm, Frozen, HostFeatures, Isolation, Line, MachineShape, RunState, Said, Start, ToVm};
+use vmm::wire::{FromVm, Frozen, HostFeatures, Isolation, Line, MachineShape, RunState, Said, Start, Take, ToVm};
 
 pub const CHILD: &str = "OFFSHOOT_TEST_VM_PROCESS";
 pub const SOCKET: i32 = 3;
@@ -197,13 +196,7 @@ impl Worker {
 
     pub fn freeze(&mut self, store: StoreId, file: BorrowedFd<'_>) -> Taken {
         self.tell(
-            &ToVm::Freeze {
-                store,
-                max_runs: 10_000,
-                short: SmallExtents::Remap,
-                along: Along::default(),
-                first: Vec::new(),
-            },
+            &ToVm::Freeze { store, max_runs: 10_000, take: Take::Remap, along: Along::default(), first: Vec::new() },
             &[file],
         );
         self.taken()

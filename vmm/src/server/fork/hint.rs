@@ -3,6 +3,7 @@
 use crate::server::Server;
 use crate::server::clients::talk::Deadline;
 use crate::server::fork::ForkId;
+use crate::server::freeze::queue::Purpose;
 use crate::server::inspect::guest_stats::can_tell;
 use crate::server::registry::vm::Generation;
 use crate::wire::ToVm;
@@ -40,17 +41,25 @@ impl Server {
         }
     }
 
+    /// The fork that is the next to have this VM frozen.
+    fn fork_in_turn(&self, parent: Generation) -> Option<ForkId> {
+        match self.vms.get(parent)?.freezes.turn()? {
+            Purpose::Fork(fork) => Some(fork),
+            Purpose::Swap => None,
+        }
+    }
+
     /// So many free pages have been told of, if the guest was asked.
     pub fn count_hinted(&mut self, parent: Generation, pages: u64) {
-        let fork = self.vms.get(parent).and_then(|vm| vm.forks.front());
-        if let Some(Hint::Asked(count)) = fork.and_then(|fork| self.forks.get_mut(fork)).map(|op| &mut op.hint) {
+        let fork = self.fork_in_turn(parent);
+        if let Some(Hint::Asked(count)) = fork.and_then(|fork| self.forks.get_mut(&fork)).map(|op| &mut op.hint) {
             *count = count.saturating_add(pages);
         }
     }
 
     /// A guest has told of all its free pages.
     pub fn hinted(&mut self, parent: Generation) {
-        if let Some(&fork) = self.vms.get(parent).and_then(|vm| vm.forks.front()) {
+        if let Some(fork) = self.fork_in_turn(parent) {
             self.drop_deadlines(|deadline| *deadline == Deadline::Hint(parent, fork));
             self.hint_late(parent, fork);
         }

@@ -10,16 +10,16 @@ use crate::name::check_name;
 use crate::server::Server;
 use crate::server::clients::connection::ClientId;
 use crate::server::fork::hint::Hint;
+use crate::server::freeze::queue::Purpose;
 use crate::server::memory::idle::IdleBalloon;
-use crate::server::procs::process::{Parcel, ProcessId, Role};
+use crate::server::procs::process::Parcel;
 use crate::server::registry::launch::Beginning;
 use crate::server::registry::vm::{FamilyId, Generation, Phase, Vm};
-use crate::wire::{self, Frozen, Machine, RunState, ToVm};
+use crate::wire::{self, Frozen, Machine, RunState, Take, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
-use guest_mem::window::host::SmallExtents;
 use guest_mem::{Destination, GfnRange, PageCount, StoreId, VmId};
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Names a fork under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -31,6 +31,9 @@ const COUNT_MAX: u32 = 1000;
 /// one that does so in a loop leaves something to others.
 const INSIDE_EACH: u32 = 65;
 const INSIDE_ALL: usize = 1024;
+
+/// For so long what is not urgent waits for a fork: the list of names, processes for the next one.
+const HURRY: Duration = Duration::from_millis(50);
 
 /// Who asked for a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,26 +60,33 @@ pub struct ForkOp {
     asker: Asker,
     parent: Generation,
     asked_ns: u64,
+    /// It is not in a hurry any more.
+    rests_at: Instant,
     paused: bool,
     wait_settled: bool,
     pub hint: Hint,
     /// What the guest was asked to have in its balloon when it was frozen: by its user, and besides.
     asked_balloon: u64,
     idle: IdleBalloon,
-    /// The freeze's store, and the family it is of.
+    /// How far it is.
+    stage: Stage,
+    /// The freeze's store, once it has taken something, and the family it is of.
     store: Option<(FamilyId, StoreId)>,
     pause_ns: Option<u64>,
-    /// The parent is about to say how it stood, which is what the children start from.
-    state_due: bool,
-    /// It is about to say for how long.
-    pause_due: bool,
-    /// It is about to say that all it has frozen is where it will be read.
-    copies_due: bool,
     moved: u64,
     children: Vec<Progress>,
-    /// The children have been told to begin.
-    begun: bool,
     failure: Option<String>,
+}
+
+/// How far a fork is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The parent has not been frozen for it.
+    Waiting,
+    /// The parent has, and the children begin. The freeze has more to tell.
+    Begun,
+    /// The freeze has told all.
+    Told,
 }
 
 impl ForkOp {
@@ -85,31 +95,43 @@ impl ForkOp {
             asker,
             parent,
             asked_ns,
+            rests_at: Instant::now() + HURRY,
             paused: false,
             wait_settled: false,
             hint: Hint::Unasked,
             asked_balloon: 0,
             idle: IdleBalloon::default(),
+            stage: Stage::Waiting,
             store: None,
             pause_ns: None,
-            state_due: false,
-            pause_due: false,
-            copies_due: false,
             moved: 0,
             children: Vec::new(),
-            begun: false,
             failure: None,
         }
     }
 
     /// Whether children are about to begin, or the parent is about to go on.
     pub fn awaits_guests(&self) -> bool {
-        let some_to_come = self.copies_due || self.pause_due || self.children.iter().any(|child| !child.there);
-        self.begun && self.failure.is_none() && some_to_come
+        let some_to_come = match self.stage {
+            Stage::Waiting => false,
+            Stage::Begun => true,
+            Stage::Told => self.children.iter().any(|child| !child.there),
+        };
+        self.failure.is_none() && some_to_come
     }
 }
 
 impl Server {
+    /// Whether a fork has just begun, and what is not urgent waits for it.
+    pub fn forks_hurry(&self, now: Instant) -> bool {
+        self.forks.values().any(|op| op.rests_at > now)
+    }
+
+    /// When that is over for the first of them.
+    pub fn forks_rest(&self, now: Instant) -> Option<Instant> {
+        self.forks.values().map(|op| op.rests_at).filter(|at| *at > now).min()
+    }
+
     pub fn fork(&mut self, client: ClientId, fork: Fork) {
         self.latency.lease(Instant::now() + LEASE);
         let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
@@ -176,8 +198,8 @@ impl Server {
         let id = ForkId(self.fresh_id());
         let parent = self.vms.get_mut(op.parent).expect("found above");
         let (generation, shape, parent_name) = (parent.generation, parent.shape, parent.name.clone());
-        parent.forks.push_back(id);
-        let alone = parent.forks.len() == 1 && parent.reclaiming.is_none();
+        parent.freezes.push(Purpose::Fork(id));
+        let alone = parent.freezes.turn() == Some(Purpose::Fork(id));
         self.forks.insert(id, op);
         self.pool.forked(shape, generation);
         // Of one that is still everything is known, and children start at once: they must be listed before.
@@ -217,26 +239,22 @@ impl Server {
         self.processes.get(&process)?.still()
     }
 
-    /// Freezes a VM for the fork at the head of its queue.
-    pub fn freeze(&mut self, parent: Generation) {
-        if self.vms.get(parent).is_some_and(|vm| vm.forks.is_empty()) {
-            return;
-        }
+    /// It is this fork's turn to have its parent frozen.
+    pub fn freeze_for_fork(&mut self, parent: Generation, fork: ForkId) {
         self.release(parent);
         let Some(vm) = self.vms.get(parent) else { return };
-        let (Some(&fork), Some((family, member)), Some(process)) = (vm.forks.front(), vm.memory, vm.process) else {
-            return;
-        };
+        let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return };
         if self.asks_for_hints(parent, fork) {
             return;
         }
-        let asked = self.vms.get(parent).map(|vm| (vm.asked_balloon, vm.idle)).unwrap_or_default();
+        // It hears of later ones when it is frozen.
+        if let (Some(op), Some(vm)) = (self.forks.get_mut(&fork), self.vms.get(parent)) {
+            (op.asked_balloon, op.idle) = (vm.asked_balloon, vm.idle);
+        }
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         let lost = !manager.mends(member).expect("a family knows its VMs").is_empty();
         // What its children would miss, a freeze takes.
         if let Some(state) = self.still(parent).filter(|_| !lost).cloned() {
-            let op = self.forks.get_mut(&fork).expect("a queued fork");
-            (op.asked_balloon, op.idle) = asked;
             return self.fork_still(parent, (family, member), state);
         }
         let may_copy = self.vms.get(parent).is_some_and(|vm| vm.fresh) && self.has_room_twice(parent);
@@ -246,20 +264,18 @@ impl Server {
                 let along = manager.takes_along(member).expect("a family knows its VMs");
                 let file = manager.store(store).expect("just made");
                 let (max_runs, first) = (self.max_runs, self.working_sets.reads(parent));
-                let message = ToVm::Freeze { store, max_runs, short: SmallExtents::CopyInPlace, along, first };
                 let process = self.processes.get_mut(&process).expect("a VM's process");
                 // What is frozen in a copy is in memory twice, until it has left the window.
                 let lifeline = may_copy.then(|| process.memory.spin_lifeline().ok()).flatten();
+                let take = if lifeline.is_some() { Take::Snapshot } else { Take::CopyInPlace };
+                let message = ToVm::Freeze { store, max_runs, take, along, first };
                 let fds: Vec<_> = [file.read_only()].into_iter().chain(lifeline.iter().map(AsFd::as_fd)).collect();
                 process.send(&message, &fds);
-                let op = self.forks.get_mut(&fork).expect("a queued fork");
-                op.store = Some((family, store));
-                // It hears of later ones when it is frozen.
-                (op.asked_balloon, op.idle) = asked;
+                self.freeze_begins(parent, store);
             }
             Err(e) => {
                 let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
-                self.freeze_failed(parent, &format!("{e}: {cause}"));
+                self.no_freeze(parent, &format!("{e}: {cause}"));
             }
         }
     }
@@ -267,50 +283,29 @@ impl Server {
     /// What a freeze would find is known: the parent is left alone.
     fn fork_still(&mut self, parent: Generation, memory: (FamilyId, VmId), state: PackedState) {
         let Some(vm) = self.vms.get_mut(parent) else { return };
-        let Some(fork) = vm.forks.pop_front() else { return };
+        let Some(Purpose::Fork(fork)) = vm.freezes.skip() else { return };
         let pause = (!vm.stands()).then_some(0);
-        self.forks.get_mut(&fork).expect("a queued fork").pause_ns = pause;
+        let op = self.forks.get_mut(&fork).expect("a queued fork");
+        (op.pause_ns, op.stage) = (pause, Stage::Told);
         self.start_children(fork, memory);
         self.load_children(fork, parent, state);
         self.freeze(parent);
         self.finish_fork_if_there(fork);
     }
 
-    /// The parent has been frozen, and most likely runs on, or will when it has copied what stays.
-    pub fn frozen(&mut self, parent: Generation, frozen: Frozen) {
-        if self.frozen_to_swap(parent, &frozen) {
-            return;
-        }
-        let Some(vm) = self.vms.get_mut(parent) else { return };
-        let awaited = vm.forks.front().and_then(|fork| self.forks.get(fork)?.store);
-        if awaited.is_none_or(|(_, store)| store != frozen.store) {
-            return self.end_vm(parent, Phase::Dead("its process told of a freeze that it was not asked for".into()));
-        }
-        let (Some(fork), Some((family, member)), Some(process)) = (vm.forks.pop_front(), vm.memory, vm.process) else {
-            return;
-        };
-        vm.fresh = false;
-        let was_paused = vm.stands();
-        self.processes[&process].memory.note_scratch(&frozen);
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
-        manager.finish_freeze(member, &frozen.harvest).expect("a family knows its VMs");
-        if frozen.copy.is_some() {
-            self.dedup_later(parent, frozen.store);
-        }
-        let op = self.forks.get_mut(&fork).expect("a queued fork");
-        op.state_due = true;
-        op.pause_due = frozen.activity == RunState::Running;
-        op.copies_due = frozen.copied.is_some();
+    /// The parent has been frozen, and most likely runs on, or will when it has copied what stays. `before`: whether it stood.
+    pub fn taken_for_fork(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen, before: RunState) {
+        let Some(memory) = self.vms.get(parent).and_then(|vm| vm.memory) else { return };
+        let Some(op) = self.forks.get_mut(&fork) else { return };
+        (op.stage, op.store) = (Stage::Begun, Some((memory.0, frozen.store)));
         op.moved = frozen.harvest.count().0;
         if !self.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
         }
-        if frozen.activity == RunState::Paused && !was_paused {
-            self.resume_settled(parent, fork, &frozen);
+        if frozen.activity == RunState::Paused && before == RunState::Running {
+            self.resume_settled(parent, fork, frozen);
         }
-        self.start_children(fork, (family, member));
-        self.freeze(parent);
-        self.finish_fork_if_there(fork);
+        self.start_children(fork, memory);
     }
 
     fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId)) {
@@ -318,7 +313,6 @@ impl Server {
         if op.failure.is_some() {
             return;
         }
-        op.begun = true;
         let parent_generation = op.parent;
         self.write_back_ahead(parent_generation, (family, parent));
         let op = &self.forks[&fork];
@@ -371,18 +365,7 @@ impl Server {
     }
 
     /// The parent's state is there, and its children can run.
-    pub fn saved(&mut self, parent: Generation, store: StoreId, state: PackedState, still: bool) {
-        let process = self.vms.get(parent).and_then(|vm| vm.process);
-        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)).filter(|_| still) {
-            process.stood_still(store, &state);
-        }
-        let Some(fork) = self.fork_of(parent, store) else { return };
-        self.forks.get_mut(&fork).expect("just found").state_due = false;
-        self.load_children(fork, parent, state);
-        self.finish_fork_if_there(fork);
-    }
-
-    fn load_children(&mut self, fork: ForkId, parent: Generation, state: PackedState) {
+    pub fn load_children(&mut self, fork: ForkId, parent: Generation, state: PackedState) {
         let Some(op) = self.forks.get(&fork) else { return };
         let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
         for process in children.iter().filter_map(|&child| self.vms.get(child).and_then(|vm| vm.process)) {
@@ -396,31 +379,26 @@ impl Server {
         }
     }
 
-    /// All pages that stayed with the parent at this freeze can be read, also of a parent that is about to end: what its window
-    /// shows may be others by now.
-    pub fn copied(&mut self, process: ProcessId, store: StoreId) {
-        let Some(process) = self.processes.get(&process) else { return };
-        let role = process.role;
-        process.memory.copied(store);
-        self.pages_came();
-        let Role::Vm(parent) = role else { return };
-        let Some(fork) = self.fork_of(parent, store) else { return };
-        self.forks.get_mut(&fork).expect("just found").copies_due = false;
-        self.finish_fork_if_there(fork);
+    /// How long the freeze for this fork has kept the guest from running.
+    pub fn note_pause(&mut self, fork: ForkId, pause_ns: u64) {
+        if let Some(op) = self.forks.get_mut(&fork) {
+            op.pause_ns = Some(pause_ns);
+        }
     }
 
-    /// The parent runs again.
-    pub fn went_on(&mut self, parent: Generation, store: StoreId, pause_ns: u64) {
-        let Some(fork) = self.fork_of(parent, store) else { return };
-        let op = self.forks.get_mut(&fork).expect("just found");
-        (op.pause_due, op.pause_ns) = (false, Some(pause_ns));
-        self.finish_fork_if_there(fork);
+    /// All is known that the freeze for this fork tells.
+    pub fn fork_told(&mut self, fork: ForkId) {
+        if let Some(op) = self.forks.get_mut(&fork) {
+            op.stage = Stage::Told;
+            self.finish_fork_if_there(fork);
+        }
     }
 
-    /// The fork that this freeze was for, if it is not over.
-    fn fork_of(&self, parent: Generation, store: StoreId) -> Option<ForkId> {
-        let of_freeze = |op: &ForkOp| op.parent == parent && op.store.is_some_and(|(_, of)| of == store);
-        self.forks.iter().find(|(_, op)| of_freeze(op)).map(|(&fork, _)| fork)
+    /// Children that wait for the state of their parent never get it.
+    pub fn state_is_lost(&mut self, fork: ForkId, why: &str) {
+        if let Some(op) = self.forks.get_mut(&fork) {
+            op.failure.get_or_insert_with(|| why.to_owned());
+        }
     }
 
     /// Without traps, nobody may run before all pages are where they belong. Whether they are; if not, the parent and the
@@ -453,48 +431,11 @@ impl Server {
         }
     }
 
-    /// The parent has ended: children that wait for its state never get it.
-    pub fn parent_is_gone(&mut self, parent: Generation, why: &str) {
-        let forks: Vec<ForkId> = self.forks.iter().filter(|(_, op)| op.parent == parent).map(|(&id, _)| id).collect();
-        for fork in forks {
-            let op = self.forks.get_mut(&fork).expect("listed above");
-            if op.state_due {
-                op.failure.get_or_insert_with(|| why.to_owned());
-            }
-            (op.pause_due, op.copies_due) = (false, false);
-            self.finish_fork_if_there(fork);
-        }
-    }
-
-    /// The window could not freeze, and has changed nothing.
-    pub fn freeze_failed(&mut self, parent: Generation, why: &str) {
-        if self.freeze_to_swap_failed(parent, why) {
-            return;
-        }
-        let Some(vm) = self.vms.get_mut(parent) else { return };
-        let name = vm.name.clone();
-        let (Some(fork), memory, process) = (vm.forks.pop_front(), vm.memory, vm.process) else { return };
-        let op = self.forks.get_mut(&fork).expect("a queued fork");
-        op.failure = Some(format!("freeze VM {name:?}: {why}"));
-        if let Some(process) = process.and_then(|id| self.processes.get(&id)) {
-            process.memory.cut_lifeline();
-        }
-        if let (Some((family, member)), Some(_)) = (memory, op.store.take()) {
-            let manager = self.families.get_mut(&family).expect("a VM has a family");
-            manager.abort_freeze(member).expect("a family knows its VMs");
-        }
-        self.finish_fork(fork);
-        self.freeze(parent);
-    }
-
-    /// The parent has ended: its forks that have not frozen it fail.
-    pub fn fail_forks(&mut self, forks: Vec<ForkId>, why: &str) {
-        for fork in forks {
-            if let Some(op) = self.forks.get_mut(&fork) {
-                op.store = None;
-                op.failure = Some(why.to_owned());
-                self.finish_fork(fork);
-            }
+    /// The parent was not frozen for this fork, and is not any more.
+    pub fn fail_fork(&mut self, fork: ForkId, why: &str) {
+        if let Some(op) = self.forks.get_mut(&fork) {
+            op.failure = Some(why.to_owned());
+            self.finish_fork(fork);
         }
     }
 
@@ -534,9 +475,7 @@ impl Server {
 
     fn finish_fork_if_there(&mut self, fork: ForkId) {
         let Some(op) = self.forks.get(&fork) else { return };
-        let frozen = self.vms.get(op.parent).is_none_or(|parent| !parent.forks.contains(&fork));
-        let told = !op.state_due && !op.pause_due && !op.copies_due;
-        if !frozen || !told || (op.failure.is_none() && !op.children.iter().all(|child| child.there)) {
+        if op.stage != Stage::Told || (op.failure.is_none() && !op.children.iter().all(|child| child.there)) {
             return;
         }
         let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);

@@ -33,6 +33,8 @@ struct Check {
     asked: Option<Ticket>,
     /// VM processes that have still to tell how their attempts went.
     awaited: BTreeSet<Generation>,
+    /// They are not waited for any longer.
+    until: Option<Instant>,
 }
 
 #[derive(Clone, Debug)]
@@ -78,7 +80,7 @@ impl Server {
         let window = |vm: &Vm| CheckedWindow { vm: vm.generation, at: Instant::now(), looks: LOOKS, told: None };
         left.extend(self.vms.iter().map(|vm| CheckPart::Window(window(vm))));
         left.push_back(CheckPart::Isolation);
-        self.checks.0.push(Check { client, report, left, asked: None, awaited: BTreeSet::new() });
+        self.checks.0.push(Check { client, report, left, asked: None, awaited: BTreeSet::new(), until: None });
     }
 
     /// Goes on with a part of a check. When there is more to do, unless something is to be heard first.
@@ -89,16 +91,30 @@ impl Server {
         }
         checks.append(&mut self.checks.0);
         self.checks.0 = checks;
-        let next = self.checks.0.iter().find(|check| !check.left.is_empty())?;
-        match next.left.front()? {
-            _ if next.asked.is_some() => None,
-            CheckPart::Window(window) => Some(window.at),
-            _ => Some(now),
+        let late = self.give_up_late(now);
+        let next =
+            self.checks.0.iter().find(|check| !check.left.is_empty()).and_then(|next| match next.left.front()? {
+                _ if next.asked.is_some() => None,
+                CheckPart::Window(window) => Some(window.at),
+                _ => Some(now),
+            });
+        next.into_iter().chain(late).min()
+    }
+
+    /// Checks wait no longer for processes that do not answer. When the next one would.
+    fn give_up_late(&mut self, now: Instant) -> Option<Instant> {
+        for check in self.checks.0.iter_mut().filter(|check| check.until.is_some_and(|until| until <= now)) {
+            check.until = None;
+            for vm in std::mem::take(&mut check.awaited) {
+                let name = self.vms.get(vm).map_or("?", |vm| vm.name.as_str());
+                check.report.broken.push(format!("10: {name:?} does not say whether it can write to a store"));
+            }
         }
+        self.checks.0.iter().filter_map(|check| check.until).min()
     }
 
     fn go_on_checking(&mut self, check: &mut Check, now: Instant) {
-        let Check { report, left, asked, awaited, .. } = check;
+        let Check { report, left, asked, awaited, until, .. } = check;
         let Some(part) = left.front_mut().filter(|_| asked.is_none()) else { return };
         match part {
             CheckPart::Books(family, part) => {
@@ -113,7 +129,7 @@ impl Server {
                 Some((ticket, told)) => (*asked, window.told) = (Some(ticket), Some(told)),
                 None => report.vms += u64::from(self.steady(window.vm).is_some()),
             },
-            CheckPart::Isolation => *awaited = self.probe_isolation(),
+            CheckPart::Isolation => (*awaited, *until) = (self.probe_isolation(), Some(now + self.answer_within)),
         }
         if asked.is_none() {
             left.pop_front();
@@ -167,7 +183,7 @@ impl Server {
 
     /// A VM whose window can be checked now: nothing is under way that changes it.
     fn steady(&self, vm: Generation) -> Option<&Vm> {
-        self.vms.get(vm).filter(|vm| vm.is_alive() && vm.forks.is_empty() && vm.reclaiming.is_none())
+        self.vms.get(vm).filter(|vm| vm.is_alive() && vm.freezes.is_idle())
     }
 
     /// Has what a VM process maps listed, and tells what it should.
@@ -175,7 +191,7 @@ impl Server {
         let vm = self.steady(generation)?;
         let (family, member) = vm.memory?;
         let process = self.processes.get(&vm.process?)?;
-        let pid = process.memory.main.get().filter(|_| process.ready && process.waiting.is_empty())?;
+        let pid = process.memory.main().filter(|_| process.ready && process.waiting.is_empty())?;
         let told = self.families[&family].family().runs(member).clone();
         let base = process.memory.base.get();
         let bounds = base..base + told.last().map_or(0, |run| run.pages.end().gpa());

@@ -147,13 +147,13 @@ impl Server {
             Holder::Server => return Some(std::process::id() as i32),
             Holder::Process(id) => &self.processes.get(&id)?.memory,
         };
-        memory.main.get().or(memory.keeper.get()).map(|pid| pid.as_raw())
+        memory.main().or(memory.keeper.get()).map(|pid| pid.as_raw())
     }
 
     /// The private pages of a VM's window, to be read; none of one whose process is not ready, or has gone.
     pub fn live_layer(&self, vm: &Vm) -> Option<LiveLayer> {
         let process = vm.process.and_then(|id| self.processes.get(&id)).filter(|process| process.ready)?;
-        let pid = process.memory.main.get()?;
+        let pid = process.memory.main()?;
         let method = if self.features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
         let pagemap = Pagemap::open_process(pid.as_raw(), method);
         let pagemap = pagemap.inspect_err(|error| log::debug!("pagemap of {pid}: {error}")).ok()?;

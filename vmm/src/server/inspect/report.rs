@@ -18,7 +18,7 @@ impl Server {
 
     fn summary(&self, vm: &Vm) -> VmSummary {
         let process = vm.process.and_then(|id| self.processes.get(&id));
-        vm.summary(process.and_then(|process| process.memory.main.get()).map(|pid| pid.as_raw()))
+        vm.summary(process.and_then(|process| process.memory.main()).map(|pid| pid.as_raw()))
     }
 
     /// All VMs, each behind its parent and its older siblings.
@@ -52,7 +52,7 @@ impl Server {
     fn vm_stats(&self, vm: &Vm, seen: &Findings) -> VmStats {
         let counts = seen.counts.get(&vm.generation).copied().unwrap_or_default();
         let process = vm.process.and_then(|id| self.processes.get(&id));
-        let runs = process.filter(|process| process.memory.main.get().is_some());
+        let runs = process.filter(|process| process.memory.main().is_some());
         let usage = runs.and_then(|process| seen.usage.get(&Holder::Process(process.id)));
         let books = vm.memory.map(|(family, member)| (self.families[&family].family(), member));
         VmStats {

@@ -27,6 +27,7 @@ pub enum Origin {
     Swap,
     Files,
     Aside,
+    Zygote,
 }
 
 impl MutEventSubscriber for Server {
@@ -42,6 +43,7 @@ impl MutEventSubscriber for Server {
             Origin::Swap => self.swap_moved(),
             Origin::Files => self.file_read(),
             Origin::Aside => self.told_aside(),
+            Origin::Zygote => self.hear_zygote(),
         }
         self.grant_wants();
     }
@@ -51,6 +53,10 @@ impl MutEventSubscriber for Server {
         self.watches.add(&self.signals, EventSet::IN, Origin::Signals);
         self.watches.add(self.files.bell(), EventSet::IN, Origin::Files);
         self.watches.add(self.aside.bell(), EventSet::IN, Origin::Aside);
+        // So that it is there when it is needed.
+        if let Err(error) = self.start_zygote() {
+            log::warn!("start a zygote: {error}");
+        }
     }
 }
 
@@ -59,7 +65,8 @@ impl Server {
     pub fn between_rounds(&mut self) -> i32 {
         let now = Instant::now();
         self.latency.tend(now);
-        if self.forks.is_empty() {
+        let hurried = self.forks_hurry(now);
+        if !hurried {
             self.record_names();
         }
         for client in std::mem::take(&mut self.replied) {
@@ -79,6 +86,7 @@ impl Server {
         let filling = self.tend_pool(now, settling || bringing);
         self.tend_lingering();
         self.end_strays(now);
+        let late = self.tend_answers(now).into_iter().chain(self.tend_zygote(now)).min();
         self.finish_removals(now);
         self.listen_again(now);
         let checking = self.tend_checks(now);
@@ -103,7 +111,7 @@ impl Server {
         if settling || busy {
             return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
-        if self.forks.is_empty() {
+        if !hurried {
             self.families.values_mut().for_each(FamilyManager::stock_up);
         }
         let pool = self.pool.next_look();
@@ -112,7 +120,8 @@ impl Server {
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
         let lingering = (!self.lingering.is_empty()).then(|| now + LINGER);
         let removals = self.removals.iter().map(|removal| removal.until).filter(|until| *until > now);
-        let next = next.chain(removals).chain(self.strays_at).chain(self.deaf_until);
+        let next =
+            next.chain(removals).chain(late).chain(self.forks_rest(now)).chain(self.strays_at).chain(self.deaf_until);
         let next = next.chain(self.next_idle_look()).chain(self.latency.until()).chain(lingering).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
@@ -136,6 +145,7 @@ impl Server {
                     process.send_when_ready(Parcel { message, descriptors: Vec::new() });
                 }
                 Want::Room => self.watch_process(id),
+                Want::Answer => self.await_answers(),
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {
                     if let Role::Vm(generation) = process.role {

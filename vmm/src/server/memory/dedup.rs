@@ -36,7 +36,7 @@ impl Server {
     /// Whether all pages have settled, and the VM is not wanted for a freeze.
     fn may_dedup(&self, vm: &Vm) -> bool {
         let (Some((family, _)), Some(store)) = (vm.memory, vm.shedding) else { return true };
-        vm.forks.is_empty() && vm.reclaiming.is_none() && self.families[&family].is_written_back(store)
+        vm.freezes.is_idle() && self.families[&family].is_written_back(store)
     }
 
     fn dedup(&mut self, generation: Generation) {

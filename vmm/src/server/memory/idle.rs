@@ -224,7 +224,8 @@ impl Server {
 
     /// What is known of a VM that can be looked after now.
     fn known(&self, vm: &Vm, wanted: bool) -> Option<Known> {
-        let free = vm.shape.machine == Machine::Linux && can_tell(vm) && vm.phase == Phase::Live && vm.forks.is_empty();
+        let free =
+            vm.shape.machine == Machine::Linux && can_tell(vm) && vm.phase == Phase::Live && vm.freezes.is_idle();
         if !free || self.is_ballooning(vm.generation) {
             return None;
         }

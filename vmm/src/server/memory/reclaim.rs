@@ -4,11 +4,11 @@
 
 use crate::api::{Answer, Failure, Reclaimed};
 use crate::server::clients::connection::ClientId;
+use crate::server::freeze::queue::Purpose;
 use crate::server::main_loop::aside::Ticket;
 use crate::server::registry::vm::{FamilyId, Generation, Phase, Vm};
 use crate::server::{FamilyManager, Server};
-use crate::wire::{Frozen, ToVm};
-use guest_mem::window::host::SmallExtents;
+use crate::wire::{Frozen, Take, ToVm};
 use guest_mem::{Along, Destination, PAGE_SIZE, PageCount, StoreId};
 use rangemap::RangeSet;
 use std::collections::{BTreeSet, VecDeque};
@@ -277,9 +277,7 @@ impl Server {
 
     /// Whether a VM can be frozen now, and is not.
     pub fn may_freeze(&self, vm: Generation) -> bool {
-        self.vms.get(vm).is_some_and(|vm| {
-            vm.phase == Phase::Live && vm.forks.is_empty() && vm.reclaiming.is_none() && vm.memory.is_some()
-        })
+        self.vms.get(vm).is_some_and(|vm| vm.phase == Phase::Live && vm.freezes.is_idle() && vm.memory.is_some())
     }
 
     /// Moves a VM's live layer out, to settle into swap. Whether that has begun.
@@ -293,12 +291,13 @@ impl Server {
         match manager.begin_freeze(member, Destination::Swap) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let (max_runs, short) = (self.max_runs, SmallExtents::Remap);
-                let message = ToVm::Freeze { store, max_runs, short, along: Along::default(), first: Vec::new() };
+                let (max_runs, take) = (self.max_runs, Take::Remap);
+                let message = ToVm::Freeze { store, max_runs, take, along: Along::default(), first: Vec::new() };
                 self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
-                vm.reclaiming = Some(store);
+                vm.freezes.push(Purpose::Swap);
                 let moved = PageCount(0);
                 self.reclaims.settling.push(Settling { vm: generation, family, store, moved, for_client });
+                self.freeze_begins(generation, store);
                 true
             }
             Err(error) => {
@@ -313,42 +312,29 @@ impl Server {
         self.reclaims.settling.iter().any(|settling| settling.vm == vm)
     }
 
-    /// A freeze has come to its end. Whether it was for swap.
-    pub fn frozen_to_swap(&mut self, generation: Generation, frozen: &Frozen) -> bool {
-        let Some(vm) = self.vms.get_mut(generation) else { return false };
-        let Some(store) = vm.reclaiming.take_if(|store| *store == frozen.store) else { return false };
-        vm.fresh = false;
-        let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return true };
-        self.processes[&process].memory.note_scratch(frozen);
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
-        manager.finish_freeze(member, &frozen.harvest).expect("a family knows its VMs");
+    /// A freeze for swap has taken a live layer.
+    pub fn taken_for_swap(&mut self, generation: Generation, frozen: &Frozen) {
+        let Some((family, _)) = self.vms.get(generation).and_then(|vm| vm.memory) else { return };
         let moved = frozen.harvest.count();
-        let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, store);
+        let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, frozen.store);
         self.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
         self.layer_moved(generation, moved);
-        self.freeze(generation);
-        true
     }
 
-    /// A freeze has changed nothing. Whether it was for swap.
-    pub fn freeze_to_swap_failed(&mut self, generation: Generation, why: &str) -> bool {
-        let Some(vm) = self.vms.get_mut(generation) else { return false };
-        let Some(store) = vm.reclaiming.take() else { return false };
+    /// A freeze for swap has changed nothing.
+    pub fn no_freeze_for_swap(&mut self, generation: Generation, store: StoreId, why: &str) {
+        let Some(vm) = self.vms.get(generation) else { return };
         log::warn!("take memory of VM {:?}: {why}", vm.name);
-        if let Some((family, member)) = vm.memory {
-            let manager = self.families.get_mut(&family).expect("a VM has a family");
-            manager.abort_freeze(member).expect("a family knows its VMs");
+        if let Some((family, _)) = vm.memory {
             self.reclaims.settling.retain(|settling| (settling.family, settling.store) != (family, store));
         }
-        self.freeze(generation);
-        true
     }
 
     /// Takes note of live layers that are where they belong.
     fn finish_settling(&mut self) {
         let (families, vms) = (&self.families, &self.vms);
         let is_over = |settling: &mut Settling| {
-            let standing = vms.get(settling.vm).is_some_and(|vm| vm.reclaiming == Some(settling.store));
+            let standing = vms.get(settling.vm).is_some_and(|vm| vm.freezes.taking() == Some(settling.store));
             !standing && families.get(&settling.family).is_none_or(|manager| manager.is_written_back(settling.store))
         };
         let over: Vec<Settling> = self.reclaims.settling.extract_if(.., is_over).collect();

@@ -4,10 +4,12 @@ use crate::api::Answer;
 use crate::machine::isolate;
 use crate::procfs;
 use crate::server::clients::connection::ClientId;
+use crate::server::freeze::Said;
 use crate::server::procs::process::{ProcessId, Role, VmProcess};
+use crate::server::procs::zygote::Still;
 use crate::server::registry::vm::{Generation, Hold, Phase};
 use crate::server::{Origin, Server};
-use crate::wire::{Ending, FromVm, Isolation, Line, Machine, Said};
+use crate::wire::{self, Ending, FromVm, Isolation, Line, Machine};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::signal::{Signal, kill};
@@ -69,9 +71,9 @@ impl Server {
             if process.link.received() >= most {
                 return false;
             }
-            match process.link.recv::<Said>() {
+            match process.link.recv::<wire::Said>() {
                 Ok(None) => return true,
-                Ok(Some((Said(said), mut fds))) => {
+                Ok(Some((wire::Said(said), mut fds))) => {
                     process.messages += said.len() as u64;
                     let heard =
                         said.into_iter().try_for_each(|message| self.heard(id, message, std::mem::take(&mut fds)));
@@ -109,6 +111,7 @@ impl Server {
     /// `InvalidData`: ours never say such a thing.
     fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) -> io::Result<()> {
         let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
+        process.answers.heard(&message, process.shape.machine, Instant::now());
         let message = match message.plain() {
             FromVm::Log(line) => {
                 process.log(&line, Instant::now());
@@ -184,7 +187,8 @@ impl Server {
     /// Whether a child of ours runs as the user that this VM process was given, where it was given one.
     fn is_user_of(&self, id: ProcessId, child: Pid) -> bool {
         let user = || procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
-        self.isolation != Isolation::OwnUser || user() == Some(self.processes[&id].memory.born)
+        let born = self.processes[&id].memory.born();
+        self.isolation != Isolation::OwnUser || (born.is_some() && user() == born)
     }
 
     fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) -> io::Result<()> {
@@ -202,7 +206,7 @@ impl Server {
             log::error!("memory of {id:?}: {error}");
         }
         let process = self.processes.get_mut(&id).expect("it has just spoken");
-        process.namespace = memory.main.get().and_then(|main| procfs::user_namespace(main.as_raw()).ok());
+        process.namespace = memory.main().and_then(|main| procfs::user_namespace(main.as_raw()).ok());
         if let Some(fd) = fds.into_iter().next() {
             let traps = memory.traps.get_or_init(|| Userfaultfd::from_fd(fd));
             process.trap_token = Some(self.watches.add(traps, EventSet::IN, Origin::Traps(id)));
@@ -262,22 +266,17 @@ impl Server {
                 _ => {}
             },
             FromVm::StartFailed(why) => self.start_failed(generation, &why),
-            FromVm::Standing => {
-                if let Some((family, member)) = vm.memory {
-                    let manager = self.families.get_mut(&family).expect("a VM has a family");
-                    manager.stands(member).expect("a family knows its VMs");
-                }
-            }
+            FromVm::Standing => self.freeze_says(generation, Said::Standing),
             FromVm::Ballooned(pages) => self.ballooned(generation, &pages),
             FromVm::BalloonSize { pages } => self.balloon_resized(generation, pages),
             FromVm::Wrote { pages, last } => self.child_wrote(generation, &pages, last),
             FromVm::GuestStats(figures) => self.guest_told(generation, &figures),
             FromVm::Hinted => self.hinted(generation),
-            FromVm::Frozen(frozen) => self.frozen(generation, *frozen),
-            FromVm::Saved { store, state, still } => self.saved(generation, store, state, still),
-            FromVm::WentOn { store, pause_ns } => self.went_on(generation, store, pause_ns),
+            FromVm::Frozen(frozen) => self.freeze_says(generation, Said::Frozen(frozen)),
+            FromVm::Saved { store, state, still } => self.freeze_says(generation, Said::Saved { store, state, still }),
+            FromVm::WentOn { store, pause_ns } => self.freeze_says(generation, Said::WentOn { store, pause_ns }),
             FromVm::Shed { store, pages } => self.deduped(generation, store, &pages),
-            FromVm::FreezeFailed(why) => self.freeze_failed(generation, &why),
+            FromVm::FreezeFailed(why) => self.freeze_says(generation, Said::Failed(why)),
             FromVm::Answer(line) => self.guest_answered(generation, line),
             FromVm::Console(bytes) => self.guest_printed(generation, &bytes),
             FromVm::Fork { count } => self.fork_from_inside(generation, count),
@@ -335,10 +334,16 @@ impl Server {
                 Ok(WaitStatus::StillAlive) | Err(_) => return,
                 Ok(_) => continue,
             };
-            self.zygote.reaped(pid);
-            let Some(id) = self.pids.remove(&pid) else { continue };
+            if self.zygote.reaped(pid) {
+                self.renew_zygote(Still::Reaped, &how);
+                continue;
+            }
+            let Some(id) = self.pids.remove(&pid) else {
+                self.zygote.reaped_unknown(pid);
+                continue;
+            };
             let Some(process) = self.processes.get(&id) else { continue };
-            if process.memory.main.get() == Some(pid) {
+            if process.memory.main() == Some(pid) {
                 self.main_ended(id, &how);
             } else {
                 process.memory.reaped(pid);
@@ -348,7 +353,7 @@ impl Server {
     }
 
     fn main_ended(&mut self, id: ProcessId, how: &str) {
-        self.processes[&id].memory.main.set(None);
+        self.processes[&id].memory.is_no_more();
         self.strays_at.get_or_insert_with(|| Instant::now() + STRAYS);
         // Its last words may say more than how it ended.
         match self.serve_process(id) {
@@ -429,7 +434,7 @@ impl Server {
         }
     }
 
-    fn forget_process_if_gone(&mut self, id: ProcessId) {
+    pub fn forget_process_if_gone(&mut self, id: ProcessId) {
         let Some(memory) = self.processes.get(&id).map(|process| &process.memory) else { return };
         if !memory.is_unattended() || self.processes[&id].ended.is_some() {
             return;

@@ -1,7 +1,10 @@
 //! VM processes: who makes them, what they say, their memory, and those that are prepared.
 
+pub mod answers;
+pub mod births;
 pub mod expect;
 pub mod inbox;
+pub mod late;
 pub mod pool;
 pub mod process;
 pub mod window;

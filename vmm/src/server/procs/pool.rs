@@ -9,7 +9,7 @@ use crate::server::procs::expect::{Favourites, fitting};
 use crate::server::procs::process::{ProcessId, Role, VmProcess};
 use crate::server::procs::window::RemoteWindow;
 use crate::server::registry::vm::Generation;
-use crate::wire::{Bounds, MachineShape, ToVm};
+use crate::wire::MachineShape;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::rc::Rc;
@@ -93,6 +93,12 @@ impl Pool {
         }
     }
 
+    /// A process could not be made: none is for a while.
+    pub fn rest(&mut self, shape: MachineShape, now: Instant) {
+        self.ended(shape);
+        self.1 = Some(now + REST);
+    }
+
     /// VMs whose children prepared processes are to expect, by their shapes, but for those of which processes are on their
     /// way.
     pub fn favourites(&self) -> impl Iterator<Item = (MachineShape, &Favourites)> {
@@ -150,26 +156,6 @@ impl Server {
         self.spawn_process(shape)
     }
 
-    fn spawn_process(&mut self, shape: MachineShape) -> io::Result<ProcessId> {
-        let id = ProcessId(self.fresh_id());
-        let prepare = ToVm::Prepare {
-            shape,
-            isolation: self.isolation,
-            features: self.features,
-            cage: self.cage.clone(),
-            server: std::process::id() as i32,
-            niceness: self.niceness,
-        };
-        let bounds = Rc::new(Bounds::of(shape, self.max_runs));
-        let wants = Rc::clone(&self.wants);
-        let mut process = VmProcess::spawn(&mut self.zygote, id, (shape, bounds), &prepare, wants)?;
-        process.link_token =
-            Some(self.watches.add(&process.link, event_manager::EventSet::IN, crate::server::Origin::Process(id)));
-        self.pids.extend(process.memory.main.get().map(|pid| (pid, id)));
-        self.processes.insert(id, process);
-        Ok(id)
-    }
-
     /// Fills the pool by at most one process, or empties it. Whether there is more to do at once. `settling`: guests wait
     /// for pages, or soon will, and come first; but an empty pool is filled.
     pub fn tend_pool(&mut self, now: Instant, settling: bool) -> bool {
@@ -207,21 +193,19 @@ impl Server {
         for id in surplus {
             self.end_process(id);
         }
-        // While a fork is under way its own processes come first.
-        if !self.forks.is_empty() || self.pool.1.is_some_and(|until| until > now) {
+        // While a fork hurries its own processes come first.
+        if self.forks_hurry(now) || self.pool.1.is_some_and(|until| until > now) {
             return false;
         }
         let rested = self.pool.1.take().is_some();
         let Some(shape) = hungry else { return !settling && self.tell_what_to_expect() };
-        match self.spawn_process(shape) {
-            Ok(_) => self.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1,
-            Err(error) => {
-                if !rested {
-                    log::warn!("prepare a VM process for the pool: {error}");
-                }
-                self.pool.1 = Some(now + REST);
-                return false;
+        self.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1;
+        if let Err(error) = self.spawn_process(shape) {
+            if !rested {
+                log::warn!("prepare a VM process for the pool: {error}");
             }
+            self.pool.rest(shape, now);
+            return false;
         }
         true
     }

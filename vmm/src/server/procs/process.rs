@@ -4,9 +4,9 @@ use crate::link::Link;
 use crate::machine::state::PackedState;
 use crate::procfs;
 use crate::server::main_loop::watch::Token;
+use crate::server::procs::answers::Answers;
 use crate::server::procs::expect::Expectation;
 use crate::server::procs::window::{Memory, Want, Wants};
-use crate::server::procs::zygote::Zygote;
 use crate::server::registry::vm::Generation;
 use crate::wire::{Bounds, MachineShape, ToVm};
 use guest_mem::StoreId;
@@ -81,6 +81,8 @@ pub struct VmProcess {
     pub shape: MachineShape,
     /// What it is for.
     pub role: Role,
+    /// How often it was asked for before.
+    pub tries: u32,
     /// The VM that it is, or was.
     pub vm: Option<Generation>,
     /// What it can tell of.
@@ -109,6 +111,8 @@ pub struct VmProcess {
     pub memory: Rc<Memory>,
     /// Messages both ways.
     pub messages: u64,
+    /// What it owes an answer to.
+    pub answers: Answers,
     /// What it may have logged.
     lines: Lines,
     /// What it was told that may have its guest run.
@@ -120,25 +124,22 @@ pub struct VmProcess {
 }
 
 impl VmProcess {
-    /// Starts a process that will prepare itself as `prepare` says.
+    /// A process that is to be made with the socket that comes along, and will prepare itself as `prepare` says.
     ///
     /// # Errors
-    /// No process, or no descriptors.
-    pub fn spawn(
-        zygote: &mut Zygote,
+    /// No descriptors.
+    pub fn unborn(
         id: ProcessId,
         (shape, bounds): (MachineShape, Rc<Bounds>),
         prepare: &ToVm,
         wants: Wants,
-    ) -> io::Result<Self> {
-        let (link, theirs) = Link::pair()?;
-        // It sends its userfaultfd, once.
-        let link = link.limited(bounds.bytes, 1);
-        let pid = zygote.make(theirs)?;
+    ) -> io::Result<(Self, OwnedFd)> {
+        let (link, theirs) = link_to(&bounds)?;
         let mut process = Self {
             id,
             shape,
             role: Role::Preparing,
+            tries: 0,
             bounds,
             vm: None,
             ready: false,
@@ -151,15 +152,27 @@ impl VmProcess {
             ended: None,
             expectation: Expectation::default(),
             waiting: Vec::new(),
-            memory: Rc::new(Memory::new(id, pid, wants)),
+            memory: Rc::new(Memory::new(id, wants)),
             messages: 0,
+            answers: Answers::default(),
             lines: Lines { left: LINES, counted: Instant::now(), missed: 0 },
             wakes: 0,
             freeze: None,
             still: None,
         };
         process.send(prepare, &[]);
-        Ok(process)
+        Ok((process, theirs))
+    }
+
+    /// Whoever was to make the process did not, or does not say so: another is asked, with another socket.
+    ///
+    /// # Errors
+    /// No descriptors.
+    pub fn begin_anew(&mut self, prepare: &ToVm) -> io::Result<OwnedFd> {
+        let (link, theirs) = link_to(&self.bounds)?;
+        self.link = link;
+        self.send(prepare, &[]);
+        Ok(theirs)
     }
 
     /// Shows a line of its log, if it has not said too much.
@@ -175,6 +188,9 @@ impl VmProcess {
     /// descriptors, is ended: somebody would wait for its answer.
     pub fn send(&mut self, message: &ToVm, fds: &[BorrowedFd<'_>]) {
         self.messages += 1;
+        if self.answers.asked(message, Instant::now()) {
+            self.memory.want(Want::Answer);
+        }
         if message.wakes() {
             self.wakes += 1;
             self.still = None;
@@ -211,7 +227,7 @@ impl VmProcess {
 
     /// The user namespace of the process, as long as it lives.
     pub fn user_namespace(&self) -> Option<u64> {
-        let main = self.memory.main.get()?;
+        let main = self.memory.main()?;
         self.namespace.or_else(|| procfs::user_namespace(main.as_raw()).ok())
     }
 
@@ -237,8 +253,9 @@ impl VmProcess {
     }
 
     /// Ends the process; its keeper, and with it its memory, stays.
-    pub fn kill(&self) {
-        if let Some(pid) = self.memory.main.get() {
+    pub fn kill(&mut self) {
+        self.answers.forget();
+        if let Some(pid) = self.memory.main() {
             signal(pid);
         }
         self.memory.wake_all();
@@ -251,6 +268,12 @@ impl VmProcess {
             signal(keeper);
         }
     }
+}
+
+/// Both ends of a socket to a process. It sends its userfaultfd, once.
+fn link_to(bounds: &Bounds) -> io::Result<(Link, OwnedFd)> {
+    let (link, theirs) = Link::pair()?;
+    Ok((link.limited(bounds.bytes, 1), theirs))
 }
 
 fn signal(pid: Pid) {

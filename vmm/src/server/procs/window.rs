@@ -31,6 +31,8 @@ use std::rc::Rc;
 pub enum Want {
     /// See when the process's socket takes what is queued.
     Room,
+    /// See to it that the process answers.
+    Answer,
     /// Tell the process to drop this freeze's scratch range.
     DropScratch(StoreId),
     /// Tell the process that these pages of this freeze's scratch range are not needed any more.
@@ -59,9 +61,8 @@ pub struct Memory {
     /// How often in a row it could not be read.
     refused: Cell<u32>,
     /// The number that the process was born with.
-    pub born: Pid,
-    /// The process; none once it has been reaped.
-    pub main: Cell<Option<Pid>>,
+    born: OnceCell<Pid>,
+    life: Cell<Life>,
     /// It has ended, and all that it said has been heard.
     silent: Cell<bool>,
     /// A process that has the same memory and outlives it.
@@ -73,6 +74,17 @@ pub struct Memory {
     /// Copies of the process that have not been reaped.
     copies: RefCell<Vec<Pid>>,
     wants: Wants,
+}
+
+/// Where a process is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    /// It is about to be made, or has been, and we have not heard its number.
+    Unborn,
+    /// It is there, be it as a zombie.
+    Lives(Pid),
+    /// It has been reaped, or was never made.
+    Gone,
 }
 
 /// Where the pages of a freeze are.
@@ -106,16 +118,16 @@ fn image_of(pid: Pid) -> io::Result<File> {
 }
 
 impl Memory {
-    /// The memory of a process that is not ready yet.
-    pub fn new(process: ProcessId, main: Pid, wants: Wants) -> Self {
+    /// The memory of a process that is not there yet.
+    pub fn new(process: ProcessId, wants: Wants) -> Self {
         Self {
             process,
             traps: OnceCell::new(),
             base: Cell::new(0),
             image: OnceCell::new(),
             refused: Cell::new(0),
-            born: main,
-            main: Cell::new(Some(main)),
+            born: OnceCell::new(),
+            life: Cell::new(Life::Unborn),
             silent: Cell::new(false),
             keeper: Cell::new(None),
             scratch: RefCell::default(),
@@ -125,12 +137,40 @@ impl Memory {
         }
     }
 
+    /// The process has been made.
+    pub fn is_born(&self, pid: Pid) {
+        self.life.set(Life::Lives(*self.born.get_or_init(|| pid)));
+    }
+
+    /// The process has been reaped, or will not be made.
+    pub fn is_no_more(&self) {
+        self.life.set(Life::Gone);
+    }
+
+    /// Whether its process has still to be made.
+    pub fn is_unborn(&self) -> bool {
+        self.life.get() == Life::Unborn
+    }
+
+    /// The process, if it is there.
+    pub fn main(&self) -> Option<Pid> {
+        match self.life.get() {
+            Life::Lives(pid) => Some(pid),
+            Life::Unborn | Life::Gone => None,
+        }
+    }
+
+    /// The number that the process was born with, whether it is still there or not.
+    pub fn born(&self) -> Option<Pid> {
+        self.born.get().copied()
+    }
+
     /// Opens its memory, as long as the process is there.
     ///
     /// # Errors
     /// Of `open`.
     pub fn open_image(&self) -> io::Result<()> {
-        if let Some(main) = self.main.get() {
+        if let Some(main) = self.main() {
             let image = image_of(main)?;
             self.image.get_or_init(|| image);
         }
@@ -233,7 +273,7 @@ impl Memory {
 
     /// Whether no process is left that has the memory.
     pub fn is_unattended(&self) -> bool {
-        self.main.get().is_none() && self.keeper.get().is_none() && self.copies.borrow().is_empty()
+        self.life.get() == Life::Gone && self.keeper.get().is_none() && self.copies.borrow().is_empty()
     }
 
     /// Whether the memory itself is gone. A worker of KVM's that waits for a page holds on to it, and outlives the process;
@@ -310,7 +350,7 @@ impl Window for RemoteWindow {
         // The kernel says so where nothing is mapped, where it was short of memory, and where the process has trapped a page.
         let holders = match &scratch.copy {
             Some(copy) => [memory.copies.borrow().contains(&copy.pid).then_some(copy.pid), None],
-            None => [memory.keeper.get(), memory.main.get()],
+            None => [memory.keeper.get(), memory.main()],
         };
         if !holders.into_iter().flatten().any(|holder| is_mapped(holder, address..address + buf.len() as u64)) {
             return Err(io::Error::new(io::ErrorKind::NotFound, why));
@@ -387,6 +427,12 @@ impl Drop for RemoteWindow {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn memory_of_this(process: u64, wants: Wants) -> Memory {
+        let memory = Memory::new(ProcessId(process), wants);
+        memory.is_born(Pid::this());
+        memory
+    }
     use crate::skips::{Lack, skip};
     use guest_mem::sys::Memfd;
     use guest_mem::window::host::{Features, HostWindow, HugePages, Place};
@@ -406,7 +452,7 @@ mod tests {
         let (store, file) = (StoreId(1), Memfd::new("store", PageCount(4)).unwrap());
         let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
         window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
-        let remote = RemoteWindow(Rc::new(Memory::new(ProcessId(1), Pid::this(), Wants::default())));
+        let remote = RemoteWindow(Rc::new(memory_of_this(1, Wants::default())));
         remote.0.open_image().unwrap();
         let range = ScratchRange::new(window.base(), Gfn(0), &[]);
         remote.0.scratch.borrow_mut().insert(store, Scratch { range, copy: None, uncopied: Vec::new() });
@@ -421,7 +467,7 @@ mod tests {
         assert_eq!([read(2), read(8)], [Ok(()), Err(io::ErrorKind::Other)]);
         drop(window);
         assert_eq!(read(2), Err(io::ErrorKind::NotFound));
-        remote.0.main.set(None);
+        remote.0.is_no_more();
         assert_eq!(read(2), Err(io::ErrorKind::NotFound));
     }
 
@@ -439,7 +485,7 @@ mod tests {
         let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
         window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
         let wants = Wants::default();
-        let remote = RemoteWindow(Rc::new(Memory::new(ProcessId(1), Pid::this(), Rc::clone(&wants))));
+        let remote = RemoteWindow(Rc::new(memory_of_this(1, Rc::clone(&wants))));
         remote.0.open_image().unwrap();
         let range = ScratchRange::new(window.base(), Gfn(0), &[]);
         remote.0.scratch.borrow_mut().insert(store, Scratch { range, copy: None, uncopied: Vec::new() });
@@ -469,9 +515,9 @@ mod tests {
     /// A process named a copy that a sibling had made of itself as its own, and the server read that family's memory.
     #[test]
     fn only_who_was_given_the_lifeline_has_it() {
-        let memory = Memory::new(ProcessId(1), Pid::this(), Wants::default());
+        let memory = memory_of_this(1, Wants::default());
         let theirs = memory.spin_lifeline().unwrap();
-        let other = Memory::new(ProcessId(2), Pid::this(), Wants::default());
+        let other = memory_of_this(2, Wants::default());
         let others = other.spin_lifeline().unwrap();
         // A child that has one of the two; closed on exec.
         let mut child = std::process::Command::new("sleep").arg("60").stdin(theirs).spawn().unwrap();
@@ -497,7 +543,7 @@ mod tests {
         let (store, file) = (StoreId(1), Memfd::new("store", PageCount(16)).unwrap());
         let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
         window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
-        let memory = Memory::new(ProcessId(1), Pid::this(), Wants::default());
+        let memory = memory_of_this(1, Wants::default());
         let traps = window.userfaultfd().unwrap().try_clone_to_owned().unwrap();
         memory.traps.set(Userfaultfd::from_fd(traps)).unwrap();
         memory.base.set(window.base());

@@ -1,24 +1,29 @@
 //! The zygote as the server sees it: it makes VM processes, which are children of the server.
+//!
+//! Nobody waits for it. It is asked, and heard like anybody else; until it has told of a process, that process has no number.
 
+use super::process::ProcessId;
 use crate::link::Link;
 use crate::wire::{Isolation, Made, Strictness, ToZygote};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, mkdtemp};
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 use std::{env, fs, io};
 
-/// How long a zygote may take for a VM process, in milliseconds. Without trouble it takes a fraction of one.
-const PATIENCE: u16 = 5000;
-
-/// The zygote, or where it would be: one that has died is missed when it is needed.
+/// The zygote, or where it would be, and what it has been asked for.
 #[derive(Debug)]
 pub struct Zygote {
     jail: Jail,
     running: Option<Running>,
+    orders: Orders,
+    /// Those that were to end, and have not been reaped.
+    ending: Vec<Pid>,
 }
 
 /// Where VM processes are made.
@@ -32,80 +37,199 @@ pub struct Jail {
     pub on: PathBuf,
 }
 
-impl Zygote {
-    /// Starts it, so that it is there when it is needed.
-    pub fn start(jail: Jail) -> Self {
-        let running = Running::start(&jail).inspect_err(|error| log::warn!("{error}"));
-        Self { jail, running: running.ok() }
+/// VM processes that are to be made.
+#[derive(Debug, Default)]
+struct Orders {
+    /// In the order in which they were asked for, which is that of the answers.
+    asked: VecDeque<ProcessId>,
+    /// Since when nothing has been heard of the first.
+    since: Option<Instant>,
+    /// Children that have been reaped meanwhile, and nobody knew: one that is told of next may be one of them.
+    reaped: Vec<Pid>,
+}
+
+/// What became of a process that was to be made.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Birth {
+    /// It lives, be it as a zombie.
+    Lives(Pid),
+    /// It has lived: it has ended, and been reaped, already.
+    Ended,
+    /// It could not be made.
+    Failed(String),
+}
+
+impl Orders {
+    fn push(&mut self, process: ProcessId, now: Instant) {
+        self.asked.push_back(process);
+        self.since.get_or_insert(now);
     }
 
-    /// A new VM process with this socket.
+    /// The next answer has come. `None`: nothing was asked.
+    fn answered(&mut self, made: Made, now: Instant) -> Option<(ProcessId, Birth)> {
+        let process = self.asked.pop_front()?;
+        let birth = match made.map(Pid::from_raw) {
+            Ok(pid) if self.reaped.contains(&pid) => Birth::Ended,
+            Ok(pid) => Birth::Lives(pid),
+            Err(why) => Birth::Failed(why),
+        };
+        self.since = (!self.asked.is_empty()).then_some(now);
+        if self.asked.is_empty() {
+            self.reaped.clear();
+        }
+        Some((process, birth))
+    }
+
+    /// A child whom nobody knows has been reaped.
+    fn reaped(&mut self, pid: Pid) {
+        if !self.asked.is_empty() {
+            self.reaped.push(pid);
+        }
+    }
+
+    fn take(&mut self) -> VecDeque<ProcessId> {
+        std::mem::take(self).asked
+    }
+}
+
+impl Zygote {
+    /// None yet, for this jail.
+    pub fn new(jail: Jail) -> Self {
+        Self { jail, running: None, orders: Orders::default(), ending: Vec::new() }
+    }
+
+    /// Starts it, if it does not run.
     ///
     /// # Errors
-    /// No process.
-    pub fn make(&mut self, socket: OwnedFd) -> io::Result<Pid> {
-        if let Some(running) = &mut self.running {
-            match running.make(&socket) {
-                Ok(made) => return made,
-                Err(error) => log::warn!("zygote {}: {error}; a new one takes its place", running.pid),
-            }
-            self.end();
+    /// No process, or no descriptors.
+    pub fn start(&mut self) -> io::Result<()> {
+        if self.running.is_none() {
+            self.running = Some(Running::start(&self.jail)?);
         }
-        self.running.insert(Running::start(&self.jail)?).make(&socket)?
+        Ok(())
     }
 
-    /// Its process, if there is one.
-    pub fn pid(&self) -> Option<Pid> {
-        self.running.as_ref().map(|running| running.pid)
+    /// Asks it for a VM process with this socket.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be relied on any more.
+    pub fn ask_for(&mut self, process: ProcessId, socket: &OwnedFd, now: Instant) -> io::Result<()> {
+        let running = self.running.as_mut().ok_or(io::ErrorKind::NotConnected)?;
+        running.link.send(&ToZygote::Make, &[socket.as_fd()])?;
+        self.orders.push(process, now);
+        Ok(())
+    }
+
+    /// What it tells next.
+    ///
+    /// # Errors
+    /// It cannot be relied on any more.
+    pub fn hear(&mut self, now: Instant) -> io::Result<Option<(ProcessId, Birth)>> {
+        let Some(running) = &mut self.running else { return Ok(None) };
+        match running.link.recv::<Made>()? {
+            None => Ok(None),
+            Some((made, _)) => match self.orders.answered(made, now) {
+                Some(born) => Ok(Some(born)),
+                None => Err(io::Error::new(io::ErrorKind::InvalidData, "it tells of a process that nobody wants")),
+            },
+        }
+    }
+
+    /// Sends what is queued. Whether there is more.
+    pub fn flush(&mut self) -> bool {
+        self.running.as_mut().is_some_and(|running| running.link.flush().unwrap_or(false))
+    }
+
+    /// When its next answer is late, if it owes one.
+    pub fn late_at(&self, within: Duration) -> Option<Instant> {
+        self.orders.since.map(|since| since + within)
     }
 
     /// Whether it is this process.
     pub fn is(&self, pid: Pid) -> bool {
+        self.pid() == Some(pid) || self.ending.contains(&pid)
+    }
+
+    /// It, if it runs.
+    pub fn pid(&self) -> Option<Pid> {
+        self.running.as_ref().map(|running| running.pid)
+    }
+
+    /// A child of the server has been reaped; its id may soon be somebody else's. Whether it was the zygote.
+    pub fn reaped(&mut self, pid: Pid) -> bool {
+        self.ending.retain(|ending| *ending != pid);
         self.pid() == Some(pid)
     }
 
-    /// A child of the server has been reaped; its id may soon be somebody else's.
-    pub fn reaped(&mut self, pid: Pid) {
-        if self.running.take_if(|running| running.pid == pid).is_some() {
-            log::warn!("zygote {pid} has ended");
-        }
+    /// A child of the server has been reaped, and nobody knows whose it was.
+    pub fn reaped_unknown(&mut self, pid: Pid) {
+        self.orders.reaped(pid);
     }
 
-    /// Ends it. It is gone when this returns.
-    pub fn end(&mut self) {
-        if let Some(Running { pid, .. }) = self.running.take() {
-            // It is there, be it as a zombie: nobody has reaped it.
-            let ended = kill(pid, Signal::SIGKILL).and_then(|()| waitpid(pid, None));
-            if let Err(error) = ended {
-                log::error!("end zygote {pid}: {error}");
+    /// Ends it, if it is there. What it has not made is not made; its socket is to be watched no more.
+    pub fn end(&mut self, there: Still) -> (VecDeque<ProcessId>, Option<Running>) {
+        let running = self.running.take();
+        if let (Some(Running { pid, .. }), Still::There) = (&running, there) {
+            match kill(*pid, Signal::SIGKILL) {
+                Ok(()) => self.ending.push(*pid),
+                Err(error) => log::error!("end zygote {pid}: {error}"),
             }
         }
+        (self.orders.take(), running)
     }
 }
 
-/// Makes a VM process as a server here would, and ends it.
+/// Whether a zygote has been reaped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Still {
+    /// It has not.
+    There,
+    /// It has.
+    Reaped,
+}
+
+/// How long [`try_jail`] waits, in milliseconds. Without trouble it takes a few.
+const TRIED_FOR: u16 = 5000;
+
+/// Makes a VM process as a server here would, and ends it. Here somebody waits.
 ///
 /// # Errors
 /// Why it is not kept apart.
 pub fn try_jail() -> Result<(), String> {
     let on = mkdtemp(&env::temp_dir().join("offshoot-jail-XXXXXX")).map_err(|error| format!("a directory: {error}"))?;
-    let jail = Jail { isolation: crate::host::isolation(), strictness: Strictness::Strict, on: on.clone() };
-    let tried = || -> io::Result<()> {
-        let mut zygote = Zygote { jail, running: None };
-        // It ends with its socket.
-        let (_, theirs) = Link::pair()?;
-        let made = zygote.make(theirs);
-        zygote.end();
-        waitpid(made?, None)?;
-        Ok(())
-    };
-    let tried = tried().map_err(|error| error.to_string());
+    let (isolation, strictness) = (crate::host::isolation(), Strictness::Strict);
+    let mut zygote = Zygote::new(Jail { isolation, strictness, on: on.clone() });
+    let tried = zygote.make_one().map_err(|error| error.to_string());
+    if let (_, Some(Running { pid, .. })) = zygote.end(Still::There)
+        && let Err(error) = waitpid(pid, None)
+    {
+        log::warn!("end zygote {pid}: {error}");
+    }
+    // It ends with its socket.
+    let ended = tried.and_then(|pid| waitpid(pid, None).map(drop).map_err(|error| error.to_string()));
     fs::remove_dir(&on).map_err(|error| format!("{}: {error}", on.display()))?;
-    tried
+    ended
 }
 
+impl Zygote {
+    fn make_one(&mut self) -> io::Result<Pid> {
+        let (_, theirs) = Link::pair()?;
+        self.start()?;
+        self.ask_for(ProcessId(0), &theirs, Instant::now())?;
+        if let Some(Running { link, .. }) = &self.running {
+            poll(&mut [PollFd::new(link.as_fd(), PollFlags::POLLIN)], TRIED_FOR)?;
+        }
+        match self.hear(Instant::now())? {
+            Some((_, Birth::Lives(pid))) => Ok(pid),
+            Some((_, Birth::Failed(why))) => Err(io::Error::other(why)),
+            Some((_, Birth::Ended)) | None => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+/// A zygote that runs.
 #[derive(Debug)]
-struct Running {
+pub struct Running {
     pid: Pid,
     link: Link,
 }
@@ -125,16 +249,42 @@ impl Running {
         link.send(&ToZygote::Enter { isolation, strictness, on: on.clone() }, &[])?;
         Ok(Self { pid: Pid::from_raw(child.id() as i32), link })
     }
+}
 
-    /// Waits for the process: the zygote has nothing else to do, and until the server has its id, nobody may reap it. The
-    /// outer error is the zygote's: it cannot be relied on.
-    fn make(&mut self, socket: &OwnedFd) -> io::Result<io::Result<Pid>> {
-        self.link.send(&ToZygote::Make, &[socket.as_fd()])?;
-        poll(&mut [PollFd::new(self.link.as_fd(), PollFlags::POLLIN)], PATIENCE)?;
-        match self.link.recv::<Made>()? {
-            Some((Ok(pid), _)) => Ok(Ok(Pid::from_raw(pid))),
-            Some((Err(why), _)) => Ok(Err(io::Error::other(why))),
-            None => Err(io::ErrorKind::TimedOut.into()),
-        }
+impl AsRawFd for Zygote {
+    fn as_raw_fd(&self) -> RawFd {
+        self.running.as_ref().map_or(-1, |running| running.link.as_raw_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_come_in_the_order_of_the_questions() {
+        let (start, mut orders) = (Instant::now(), Orders::default());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(orders.answered(Ok(7), start), None, "nobody asked");
+        [1, 2, 3].into_iter().for_each(|id| orders.push(ProcessId(id), at(id)));
+        assert_eq!(orders.since, Some(at(1)));
+        assert_eq!(orders.answered(Ok(7), at(4)), Some((ProcessId(1), Birth::Lives(Pid::from_raw(7)))));
+        assert_eq!(orders.since, Some(at(4)), "it has had no time for the others");
+        assert_eq!(orders.answered(Err("none".into()), at(5)), Some((ProcessId(2), Birth::Failed("none".into()))));
+        assert_eq!(orders.take(), [ProcessId(3)]);
+        assert_eq!(orders.since, None);
+    }
+
+    /// A process that has ended and been reaped before the zygote told of it: its number may be anybody's.
+    #[test]
+    fn who_was_reaped_before_we_heard_of_it_has_ended() {
+        let (now, mut orders) = (Instant::now(), Orders::default());
+        orders.reaped(Pid::from_raw(7));
+        orders.push(ProcessId(1), now);
+        orders.push(ProcessId(2), now);
+        orders.reaped(Pid::from_raw(8));
+        assert_eq!(orders.answered(Ok(7), now), Some((ProcessId(1), Birth::Lives(Pid::from_raw(7)))), "another 7");
+        assert_eq!(orders.answered(Ok(8), now), Some((ProcessId(2), Birth::Ended)));
+        assert!(orders.reaped.is_empty());
     }
 }

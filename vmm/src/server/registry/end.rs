@@ -77,7 +77,7 @@ impl Server {
 
     pub fn shut_down(&mut self, client: ClientId) {
         self.stopping = Some(client);
-        self.zygote.end();
+        self.end_zygote();
         self.remove(client, &[], true);
         let all = self.processes.keys().copied().collect();
         if let Some(removal) = self.removals.last_mut() {
@@ -114,9 +114,9 @@ impl Server {
         let before = std::mem::replace(&mut vm.phase, end.clone());
         let (name, summary) = (vm.name.clone(), vm.summary(None));
         let (memory, process) = (vm.memory.take(), vm.process.take());
-        let (forks, viewers) = (std::mem::take(&mut vm.forks), std::mem::take(&mut vm.viewers));
+        let (freezes, viewers) = (vm.freezes.died(), std::mem::take(&mut vm.viewers));
         let waiters = std::mem::take(&mut vm.waiters);
-        (vm.reclaiming, vm.shedding) = (None, None);
+        vm.shedding = None;
         vm.hold = Hold::Free;
         let late = std::mem::take(&mut vm.late_pausers);
         let mut asked: Vec<ClientId> =
@@ -148,8 +148,7 @@ impl Server {
         }
         // While it is listed: a child of a fork that fails is not for long.
         self.answer_stats_waiters(generation);
-        self.fail_forks(forks.into(), &why);
-        self.parent_is_gone(generation, &why);
+        self.freezes_died(generation, freezes, &why);
         match before {
             Phase::Launching(Some(client)) => self.reply(client, Err(Failure::failed(why.clone()))),
             Phase::Forking(fork) => self.child_failed(fork, generation, why.clone()),

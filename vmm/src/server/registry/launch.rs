@@ -5,6 +5,7 @@ use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
 use crate::server::clients::connection::ClientId;
+use crate::server::freeze::queue::FreezeQueue;
 use crate::server::memory::idle::IdleBalloon;
 use crate::server::procs::process::{Parcel, ProcessId, Role};
 use crate::server::registry::vm::{FamilyId, Generation, Hold, Log, Phase, Vm};
@@ -15,7 +16,7 @@ use guest_mem::stage2;
 use guest_mem::store::file::MemfdFile;
 use guest_mem::window::are_apart;
 use guest_mem::{Gfn, GfnRange, Manager, PAGE_SIZE, PageCount, Protection, Run, StoreId, VmId};
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -184,8 +185,7 @@ impl Server {
             paused: false,
             memory: memory.into(),
             process: Some(process),
-            forks: VecDeque::new(),
-            reclaiming: None,
+            freezes: FreezeQueue::default(),
             shedding: None,
             hold: Hold::Free,
             late_pausers: Vec::new(),

@@ -3,6 +3,7 @@
 use crate::api::{VmState, VmSummary};
 use crate::server::clients::connection::ClientId;
 use crate::server::fork::ForkId;
+use crate::server::freeze::queue::FreezeQueue;
 use crate::server::inspect::guest_stats::GuestMemory;
 use crate::server::memory::idle::IdleBalloon;
 use crate::server::procs::process::ProcessId;
@@ -90,10 +91,8 @@ pub struct Vm {
     pub memory: Option<(FamilyId, VmId)>,
     /// Its process; none once it has ended.
     pub process: Option<ProcessId>,
-    /// The fork that freezes it now, and those that wait for their turn.
-    pub forks: VecDeque<ForkId>,
-    /// The store of a freeze for swap, which it has not answered.
-    pub reclaiming: Option<StoreId>,
+    /// Its freezes.
+    pub freezes: FreezeQueue,
     /// Whether it was launched and has not been frozen since.
     pub fresh: bool,
     /// The store of a freeze whose pages stayed in its window, and are to leave it when they have settled.

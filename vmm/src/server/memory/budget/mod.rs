@@ -193,7 +193,7 @@ impl Server {
     /// The anonymous memory of prepared processes, as it is now.
     fn prepared_bytes(&self) -> u64 {
         let prepared = self.processes.values().filter(|process| process.is_prepared());
-        prepared.filter_map(|process| procfs::anonymous(process.memory.main.get()?.as_raw()).ok()).sum()
+        prepared.filter_map(|process| procfs::anonymous(process.memory.main()?.as_raw()).ok()).sum()
     }
 
     /// Stores, files, each content once, shared memory and compressed pages.
@@ -226,7 +226,7 @@ impl Server {
 
     fn memory_holder(&self, vm: Generation) -> Option<i32> {
         let process = self.vms.get(vm)?.process.and_then(|id| self.processes.get(&id))?;
-        process.memory.main.get().or(process.memory.keeper.get()).map(|pid| pid.as_raw())
+        process.memory.main().or(process.memory.keeper.get()).map(|pid| pid.as_raw())
     }
 
     /// Keeps the budget. Whether there is more to do at once.
@@ -398,7 +398,7 @@ impl Server {
     fn vm_figures(&self, now: Instant) -> Vec<VmFigures> {
         let figures = |(&vm, seen): (&Generation, &Seen)| {
             let record = self.vms.get(vm)?;
-            let free = record.hold == Hold::Free && record.phase == Phase::Live && record.forks.is_empty();
+            let free = record.hold == Hold::Free && record.phase == Phase::Live && record.freezes.is_idle();
             let rested = seen.released.is_none_or(|at| now >= at + RUN_LEAST);
             Some(VmFigures {
                 vm,
