@@ -111,13 +111,17 @@ impl Puppet {
 
 impl Drop for Puppet {
     fn drop(&mut self) {
-        if !self.lives || !is_alive(self.pid) {
-            let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
-            return;
-        }
         // It has waited for nothing.
-        set_registers(self.pid, &user_regs_struct { rax: 0, orig_rax: u64::MAX, ..self.before });
-        let _ = ptrace(libc::PTRACE_DETACH, self.pid, 0);
+        let mut before = user_regs_struct { rax: 0, orig_rax: u64::MAX, ..self.before };
+        let registers = (&raw mut before).expose_provenance();
+        let goes_on = self.lives
+            && is_alive(self.pid)
+            && ptrace(libc::PTRACE_SETREGS, self.pid, registers).is_ok()
+            && ptrace(libc::PTRACE_DETACH, self.pid, 0).is_ok();
+        if !goes_on {
+            // It has ended, or is about to: whoever made it hears of that when its tracer has.
+            let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::__WALL));
+        }
     }
 }
 
