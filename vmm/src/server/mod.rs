@@ -59,7 +59,8 @@ use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::Pid;
+use procs::children::Children;
+use procs::late::Patience;
 use procs::pool::Pool;
 use procs::process::{ProcessId, VmProcess};
 use procs::window::{RemoteWindow, Wants};
@@ -68,7 +69,7 @@ use registry::end::Removal;
 use registry::roll::Roll;
 use registry::vm::{FamilyId, Generation, Vms};
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -123,9 +124,6 @@ pub enum Error {
     Loop(event_manager::Error),
 }
 
-/// Who waits for longer waits for ever.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
-
 type FamilyManager = Manager<MemfdStores, RemoteWindow>;
 
 struct Server {
@@ -145,17 +143,9 @@ struct Server {
     signals: SignalFd,
     clients: BTreeMap<ClientId, Client>,
     processes: BTreeMap<ProcessId, VmProcess>,
-    /// Whose a child of this process is: a VM process, its keeper, or a copy.
-    pids: HashMap<Pid, ProcessId>,
-    /// When to look for processes that VM processes have left behind.
-    strays_at: Option<Instant>,
-    /// Those that have ended, and whose memory a worker of KVM's holds on to.
-    lingering: BTreeSet<ProcessId>,
+    children: Children,
     zygote: Zygote,
-    zygote_token: Option<Token>,
-    answer_within: Duration,
-    /// When to look for processes that are late with an answer.
-    late_at: Option<Instant>,
+    patience: Patience,
     wants: Wants,
     pool: Pool,
     families: BTreeMap<FamilyId, FamilyManager>,
@@ -255,14 +245,10 @@ impl Server {
             signals,
             clients: BTreeMap::new(),
             processes: BTreeMap::new(),
-            pids: HashMap::new(),
-            strays_at: None,
-            lingering: BTreeSet::new(),
+            children: Children::default(),
             zygote: Zygote::new(Jail { isolation, strictness, on: cage.clone() }),
             cage,
-            zygote_token: None,
-            answer_within: answer_within.min(LONGEST),
-            late_at: None,
+            patience: Patience::new(answer_within),
             wants: Wants::default(),
             pool: Pool::default(),
             families: BTreeMap::new(),

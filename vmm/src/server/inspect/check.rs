@@ -129,7 +129,7 @@ impl Server {
                 Some((ticket, told)) => (*asked, window.told) = (Some(ticket), Some(told)),
                 None => report.vms += u64::from(self.steady(window.vm).is_some()),
             },
-            CheckPart::Isolation => (*awaited, *until) = (self.probe_isolation(), Some(now + self.answer_within)),
+            CheckPart::Isolation => (*awaited, *until) = (self.probe_isolation(), Some(now + self.patience.within())),
         }
         if asked.is_none() {
             left.pop_front();

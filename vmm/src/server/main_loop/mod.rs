@@ -11,10 +11,7 @@ use crate::server::{FamilyManager, Server};
 use crate::wire::ToVm;
 use aside::Finding;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use std::time::{Duration, Instant};
-
-/// How soon a memory that outlives its process is looked at again.
-const LINGER: Duration = Duration::from_millis(5);
+use std::time::Instant;
 
 /// What an event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,11 +115,14 @@ impl Server {
         let next =
             self.deadlines.iter().map(|(at, _)| *at).chain(self.retries.values().copied()).chain(pool).chain(checking);
         let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
-        let lingering = (!self.lingering.is_empty()).then(|| now + LINGER);
         let removals = self.removals.iter().map(|removal| removal.until).filter(|until| *until > now);
-        let next =
-            next.chain(removals).chain(late).chain(self.forks_rest(now)).chain(self.strays_at).chain(self.deaf_until);
-        let next = next.chain(self.next_idle_look()).chain(self.latency.until()).chain(lingering).min();
+        let next = next
+            .chain(removals)
+            .chain(late)
+            .chain(self.forks_rest(now))
+            .chain(self.children.next_look(now))
+            .chain(self.deaf_until);
+        let next = next.chain(self.next_idle_look()).chain(self.latency.until()).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
 
@@ -145,7 +145,7 @@ impl Server {
                     process.send_when_ready(Parcel { message, descriptors: Vec::new() });
                 }
                 Want::Room => self.watch_process(id),
-                Want::Answer => self.await_answers(),
+                Want::Answer => self.patience.begin(Instant::now()),
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {
                     if let Role::Vm(generation) = process.role {

@@ -12,6 +12,11 @@ use std::os::fd::{AsRawFd, RawFd};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Token(u32);
 
+impl Token {
+    /// Of something that is not watched.
+    pub const NONE: Self = Self(u32::MAX);
+}
+
 #[derive(Debug)]
 enum Change {
     Add(RawFd, Token, EventSet),

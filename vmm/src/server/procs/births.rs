@@ -53,17 +53,13 @@ impl Server {
     /// # Errors
     /// No process, or no descriptors.
     pub fn start_zygote(&mut self) -> io::Result<()> {
-        self.zygote.start()?;
-        if self.zygote_token.is_none() {
-            self.zygote_token = Some(self.watches.add(&self.zygote, EventSet::IN, Origin::Zygote));
-        }
-        Ok(())
+        self.zygote.start(|link| self.watches.add(link, EventSet::IN, Origin::Zygote))
     }
 
     /// Sends what is queued for the zygote, and waits for more room where that is not all.
     fn watch_zygote(&mut self) {
-        let events = if self.zygote.flush() { EventSet::IN | EventSet::OUT } else { EventSet::IN };
-        if let Some(token) = self.zygote_token {
+        if let Some((token, left)) = self.zygote.flush() {
+            let events = if left { EventSet::IN | EventSet::OUT } else { EventSet::IN };
             self.watches.modify(token, events);
         }
     }
@@ -82,12 +78,12 @@ impl Server {
 
     /// A zygote that does not answer is replaced. When to look again.
     pub fn tend_zygote(&mut self, now: Instant) -> Option<Instant> {
-        let late = self.zygote.late_at(self.answer_within)?;
+        let late = self.zygote.late_at(self.patience.within())?;
         if late > now {
             return Some(late);
         }
         self.renew_zygote(Still::There, "it does not answer");
-        self.zygote.late_at(self.answer_within)
+        self.zygote.late_at(self.patience.within())
     }
 
     /// The zygote is gone, or is to go: another takes its place, and makes what this one has not.
@@ -108,8 +104,8 @@ impl Server {
 
     fn drop_zygote(&mut self, still: Still) -> Vec<ProcessId> {
         let (asked, running) = self.zygote.end(still);
-        if let (Some(token), Some(running)) = (self.zygote_token.take(), running) {
-            self.watches.remove(token, running);
+        if let Some(running) = running {
+            self.watches.remove(running.token(), running);
         }
         asked.into()
     }
@@ -148,7 +144,7 @@ impl Server {
             Birth::Lives(pid) => {
                 process.memory.is_born(pid);
                 process.link_token = Some(self.watches.add(&process.link, EventSet::IN, Origin::Process(id)));
-                self.pids.insert(pid, id);
+                self.children.adopt(pid, id);
             }
             Birth::Ended => self.is_not_there(id, "its process ended at once"),
             Birth::Failed(why) => {

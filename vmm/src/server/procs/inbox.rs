@@ -5,26 +5,22 @@ use crate::machine::isolate;
 use crate::procfs;
 use crate::server::clients::connection::ClientId;
 use crate::server::freeze::Said;
-use crate::server::procs::process::{ProcessId, Role, VmProcess};
-use crate::server::procs::zygote::Still;
+use crate::server::procs::process::{ProcessId, Role};
 use crate::server::registry::vm::{Generation, Hold, Phase};
 use crate::server::{Origin, Server};
 use crate::wire::{self, Ending, FromVm, Isolation, Line, Machine};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// What is heard of one process in a round: whoever says more, takes longer, and nobody else does.
 const ROUND_PACKETS: usize = 8;
 const ROUND_BYTES: u64 = 256 << 10;
-/// When processes are looked for that a VM process has left behind.
-const STRAYS: Duration = Duration::from_millis(200);
 
 /// What a VM process says that it has made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,7 +152,7 @@ impl Server {
         let memory = Rc::clone(&self.processes[&id].memory);
         if self.claimed(id, copy, || memory.has_lifeline(copy))? == Claim::Lives {
             memory.note_copy(copy);
-            self.pids.insert(copy, id);
+            self.children.adopt(copy, id);
         }
         Ok(())
     }
@@ -168,7 +164,7 @@ impl Server {
     /// # Errors
     /// `InvalidData`: it is not, or another process has been told of it.
     fn claimed(&self, id: ProcessId, pid: Pid, proven: impl Fn() -> bool) -> io::Result<Claim> {
-        let known = self.pids.contains_key(&pid) || self.zygote.is(pid);
+        let known = self.children.knows(pid) || self.zygote.is(pid);
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         let lives = || matches!(waitid(Id::Pid(pid), look), Ok(WaitStatus::StillAlive));
         if known || pid.as_raw() <= 0 {
@@ -198,7 +194,7 @@ impl Server {
         let process = self.processes.get_mut(&id).expect("it has just spoken");
         let memory = Rc::clone(&process.memory);
         memory.keeper.set(keeper);
-        self.pids.extend(keeper.map(|keeper| (keeper, id)));
+        keeper.into_iter().for_each(|keeper| self.children.adopt(keeper, id));
         memory.base.set(window_base);
         process.ready = true;
         if let Err(error) = memory.open_image() {
@@ -321,135 +317,6 @@ impl Server {
                 self.reply(client, Ok(Answer::Said(line.text)));
             }
             None => self.guest_printed(generation, format!("{}\n", line.text).as_bytes()),
-        }
-    }
-
-    /// Takes note of every child process that has ended.
-    pub fn reap(&mut self) {
-        while let Ok(Some(_)) = self.signals.read_signal() {}
-        loop {
-            let (pid, how) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, status)) => (pid, format!("ended with status {status}")),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, format!("was killed by {signal}")),
-                Ok(WaitStatus::StillAlive) | Err(_) => return,
-                Ok(_) => continue,
-            };
-            if self.zygote.reaped(pid) {
-                self.renew_zygote(Still::Reaped, &how);
-                continue;
-            }
-            let Some(id) = self.pids.remove(&pid) else {
-                self.zygote.reaped_unknown(pid);
-                continue;
-            };
-            let Some(process) = self.processes.get(&id) else { continue };
-            if process.memory.main() == Some(pid) {
-                self.main_ended(id, &how);
-            } else {
-                process.memory.reaped(pid);
-            }
-            self.forget_process_if_gone(id);
-        }
-    }
-
-    fn main_ended(&mut self, id: ProcessId, how: &str) {
-        self.processes[&id].memory.is_no_more();
-        self.strays_at.get_or_insert_with(|| Instant::now() + STRAYS);
-        // Its last words may say more than how it ended.
-        match self.serve_process(id) {
-            true => self.main_is_silent(id, how),
-            false => self.processes.get_mut(&id).expect("looked at by the caller").ended = Some(how.to_owned()),
-        }
-    }
-
-    /// A process has ended, and all that it said has been heard.
-    fn main_is_silent(&mut self, id: ProcessId, how: &str) {
-        if self.processes.get(&id).is_some_and(|process| process.memory.falls_silent()) {
-            self.pages_came();
-        }
-        self.expel(id, &format!("its process {how}"));
-    }
-
-    /// A process has ended, or is to, and what it was for with it.
-    pub fn expel(&mut self, id: ProcessId, why: &str) {
-        let Some(process) = self.processes.get(&id) else { return };
-        let shape = process.shape;
-        match process.role {
-            Role::Vm(generation) => return self.start_failed(generation, why),
-            Role::Ending => return,
-            Role::Pooled => self.pool.lost(shape, id),
-            Role::Preparing if process.ready => self.pool.ended(shape),
-            Role::Preparing => self.pool.failed(shape),
-        }
-        log::error!("a prepared VM process is gone: {why}");
-        self.end_process(id);
-    }
-
-    /// Ends children of ours whose VM process has ended, and which it has not told of as what outlives it.
-    pub fn end_strays(&mut self, now: Instant) {
-        if self.strays_at.is_none_or(|at| at > now) {
-            return;
-        }
-        self.strays_at = None;
-        for child in procfs::children().unwrap_or_default() {
-            let known = self.pids.contains_key(&child) || self.zygote.is(child);
-            if !known && self.is_stray(child) {
-                log::warn!("process {child} is ended: the VM process that has left it behind is gone");
-                let _ = kill(child, Signal::SIGKILL);
-            }
-        }
-        // Whoever doubled itself meanwhile is still there.
-        if !self.lingering.is_empty() {
-            self.strays_at = Some(now + STRAYS);
-        }
-    }
-
-    /// Whether the VM process that has made this child of ours is gone: each has a user of its own, or a user namespace.
-    fn is_stray(&self, child: Pid) -> bool {
-        match self.isolation {
-            Isolation::OwnUser => {
-                let of = procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
-                of.is_some_and(|main| !self.pids.contains_key(&main))
-            }
-            Isolation::UserNamespace => {
-                let of = procfs::user_namespace(child.as_raw()).ok();
-                let namespace = |pid: Pid| procfs::user_namespace(pid.as_raw()).ok();
-                // Of one that has just been made it is the zygote's still.
-                let others = [Some(Pid::this()), self.zygote.pid()].map(|pid| pid.and_then(namespace));
-                let living = self.processes.values().map(VmProcess::user_namespace);
-                of.is_some() && !living.chain(others).any(|namespace| namespace == of)
-            }
-            Isolation::Off => false,
-        }
-    }
-
-    /// Looks after processes that have ended and whose memory has not.
-    pub fn tend_lingering(&mut self) {
-        let lingering: Vec<ProcessId> = self.lingering.iter().copied().collect();
-        for id in lingering {
-            if let Some(process) = self.processes.get(&id) {
-                process.memory.dismiss_traps();
-            }
-            self.forget_process_if_gone(id);
-        }
-    }
-
-    pub fn forget_process_if_gone(&mut self, id: ProcessId) {
-        let Some(memory) = self.processes.get(&id).map(|process| &process.memory) else { return };
-        if !memory.is_unattended() || self.processes[&id].ended.is_some() {
-            return;
-        }
-        if !memory.is_gone() {
-            self.lingering.insert(id);
-            return;
-        }
-        self.lingering.remove(&id);
-        let process = self.processes.remove(&id).expect("looked at above");
-        if let Some(token) = process.trap_token {
-            self.watches.remove(token, Rc::clone(&process.memory));
-        }
-        if let Some(token) = process.link_token.or(process.link_ended) {
-            self.watches.remove(token, process);
         }
     }
 }

@@ -4,42 +4,76 @@ use super::answers::{Excuse, Owed, is_late};
 use super::process::{ProcessId, Role, VmProcess};
 use crate::procfs;
 use crate::server::Server;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A process with an excuse is looked at so often in the time that it has to answer.
 const LOOKS: u32 = 4;
+/// Who has longer than this to answer has all the time there is.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
-impl Server {
-    /// Some process owes an answer.
-    pub fn await_answers(&mut self) {
-        self.late_at.get_or_insert_with(|| Instant::now() + self.answer_within);
+/// How long processes may take to answer, and when to look at them.
+#[derive(Debug)]
+pub struct Patience {
+    within: Duration,
+    look_at: Option<Instant>,
+}
+
+impl Patience {
+    /// So long.
+    pub fn new(within: Duration) -> Self {
+        Self { within: within.min(LONGEST), look_at: None }
     }
 
-    /// Ends the processes that are late. When to look again.
-    pub fn tend_answers(&mut self, now: Instant) -> Option<Instant> {
-        if self.late_at? > now {
-            return self.late_at;
-        }
-        let owed: Vec<(ProcessId, Owed, Instant)> = self
-            .processes
-            .values()
-            .filter_map(|process| process.answers.oldest().map(|(owed, since)| (process.id, owed, since)))
-            .collect();
-        let within = self.answer_within;
-        self.late_at = None;
-        for (id, owed, since) in owed {
+    /// How long that is.
+    pub fn within(&self) -> Duration {
+        self.within
+    }
+
+    /// Somebody owes an answer since now.
+    pub fn begin(&mut self, now: Instant) {
+        self.look_at.get_or_insert(now + self.within);
+    }
+
+    /// Whether it is time to look.
+    fn is_time(&self, now: Instant) -> bool {
+        self.look_at.is_some_and(|at| at <= now)
+    }
+
+    /// Who is late, of all who owe something, and when to look again.
+    fn late<T>(
+        &self,
+        now: Instant,
+        owed: impl Iterator<Item = (T, Owed, Instant)>,
+        excuse: impl Fn(&T) -> Excuse,
+    ) -> (Vec<(T, Owed)>, Option<Instant>) {
+        let (mut late, mut look_at) = (Vec::new(), None);
+        for (who, owed, since) in owed {
             let owed_for = now.saturating_duration_since(since);
-            let next = match owed_for < within {
-                true => since + within,
-                false if is_late(owed_for, within, self.excuse(id)) => {
-                    self.is_late(id, owed);
+            let next = match owed_for < self.within {
+                true => since + self.within,
+                false if is_late(owed_for, self.within, excuse(&who)) => {
+                    late.push((who, owed));
                     continue;
                 }
-                false => now + within / LOOKS,
+                false => now + self.within / LOOKS,
             };
-            self.late_at = Some(self.late_at.map_or(next, |at| at.min(next)));
+            look_at = Some(look_at.map_or(next, |at: Instant| at.min(next)));
         }
-        self.late_at
+        (late, look_at)
+    }
+}
+
+impl Server {
+    /// Ends the processes that are late. When to look again.
+    pub fn tend_answers(&mut self, now: Instant) -> Option<Instant> {
+        if self.patience.is_time(now) {
+            let owed = |process: &VmProcess| process.answers.oldest().map(|(owed, since)| (process.id, owed, since));
+            let owed = self.processes.values().filter_map(owed);
+            let (late, look_at) = self.patience.late(now, owed, |&id| self.excuse(id));
+            self.patience.look_at = look_at;
+            late.into_iter().for_each(|(id, owed)| self.is_late(id, owed));
+        }
+        self.patience.look_at
     }
 
     fn excuse(&self, id: ProcessId) -> Excuse {
@@ -59,7 +93,7 @@ impl Server {
 
     fn is_late(&mut self, id: ProcessId, owed: Owed) {
         let Some(process) = self.processes.get(&id) else { return };
-        let why = format!("does not answer: its process was told to {owed} {:?} ago", self.answer_within);
+        let why = format!("does not answer: its process was told to {owed} {:?} ago", self.patience.within);
         log::warn!("{id:?} {why}");
         match (owed, process.role) {
             (Owed::Freeze(store), Role::Vm(vm)) => self.freeze_is_late(vm, store, &why),
@@ -69,5 +103,39 @@ impl Server {
         if let Some(process) = self.processes.get_mut(&id) {
             process.kill();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WITHIN: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn who_is_late_is_found_when_it_is_and_not_before() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut patience = Patience::new(WITHIN);
+        assert!(!patience.is_time(at(1000)), "nobody owes anything");
+        patience.begin(at(1));
+        patience.begin(at(5));
+        assert_eq!([10, 11].map(|seconds| patience.is_time(at(seconds))), [false, true]);
+        let owed = [("a", Owed::Start, at(1)), ("b", Owed::RunState, at(5)), ("c", Owed::Dedup, at(0))];
+        let busy = |who: &&str| if *who == "c" { Excuse::Busy } else { Excuse::None };
+        let late = |seconds, owed: &[_]| patience.late(at(seconds), owed.iter().copied(), busy);
+        let (found, next) = late(11, &owed);
+        assert_eq!(found, [("a", Owed::Start)]);
+        assert_eq!(next, Some(at(11) + WITHIN / LOOKS), "sooner than the next is late");
+        let (found, next) = late(40, &owed[2..]);
+        assert_eq!((found, next), (vec![("c", Owed::Dedup)], None));
+    }
+
+    #[test]
+    fn whoever_has_all_the_time_there_is_is_never_late() {
+        let mut patience = Patience::new(Duration::MAX);
+        patience.begin(Instant::now());
+        assert!(!patience.is_time(Instant::now() + LONGEST / 2));
+        assert!(is_late(LONGEST * 4, patience.within(), Excuse::Busy), "and nothing overflows");
     }
 }

@@ -2,10 +2,12 @@
 
 pub mod answers;
 pub mod births;
+pub mod children;
 pub mod expect;
 pub mod inbox;
 pub mod late;
 pub mod pool;
 pub mod process;
+pub mod reap;
 pub mod window;
 pub mod zygote;

@@ -4,13 +4,14 @@
 
 use super::process::ProcessId;
 use crate::link::Link;
+use crate::server::main_loop::watch::Token;
 use crate::wire::{Isolation, Made, Strictness, ToZygote};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, mkdtemp};
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -102,9 +103,9 @@ impl Zygote {
     ///
     /// # Errors
     /// No process, or no descriptors.
-    pub fn start(&mut self) -> io::Result<()> {
+    pub fn start(&mut self, watch: impl FnOnce(&Link) -> Token) -> io::Result<()> {
         if self.running.is_none() {
-            self.running = Some(Running::start(&self.jail)?);
+            self.running = Some(Running::start(&self.jail, watch)?);
         }
         Ok(())
     }
@@ -135,9 +136,10 @@ impl Zygote {
         }
     }
 
-    /// Sends what is queued. Whether there is more.
-    pub fn flush(&mut self) -> bool {
-        self.running.as_mut().is_some_and(|running| running.link.flush().unwrap_or(false))
+    /// Sends what is queued. The watch on it, and whether there is more.
+    pub fn flush(&mut self) -> Option<(Token, bool)> {
+        let running = self.running.as_mut()?;
+        Some((running.token, running.link.flush().unwrap_or(false)))
     }
 
     /// When its next answer is late, if it owes one.
@@ -214,7 +216,7 @@ pub fn try_jail() -> Result<(), String> {
 impl Zygote {
     fn make_one(&mut self) -> io::Result<Pid> {
         let (_, theirs) = Link::pair()?;
-        self.start()?;
+        self.start(|_| Token::NONE)?;
         self.ask_for(ProcessId(0), &theirs, Instant::now())?;
         if let Some(Running { link, .. }) = &self.running {
             poll(&mut [PollFd::new(link.as_fd(), PollFlags::POLLIN)], TRIED_FOR)?;
@@ -232,10 +234,17 @@ impl Zygote {
 pub struct Running {
     pid: Pid,
     link: Link,
+    /// The watch on its socket.
+    token: Token,
 }
 
 impl Running {
-    fn start(jail: &Jail) -> io::Result<Self> {
+    /// The watch on its socket.
+    pub fn token(&self) -> Token {
+        self.token
+    }
+
+    fn start(jail: &Jail, watch: impl FnOnce(&Link) -> Token) -> io::Result<Self> {
         // Somebody may have tidied up.
         fs::create_dir_all(&jail.on)?;
         let (mut link, theirs) = Link::pair()?;
@@ -247,13 +256,8 @@ impl Running {
             .map_err(|error| io::Error::new(error.kind(), format!("start a zygote: {error}")))?;
         let &Jail { isolation, strictness, ref on } = jail;
         link.send(&ToZygote::Enter { isolation, strictness, on: on.clone() }, &[])?;
-        Ok(Self { pid: Pid::from_raw(child.id() as i32), link })
-    }
-}
-
-impl AsRawFd for Zygote {
-    fn as_raw_fd(&self) -> RawFd {
-        self.running.as_ref().map_or(-1, |running| running.link.as_raw_fd())
+        let token = watch(&link);
+        Ok(Self { pid: Pid::from_raw(child.id() as i32), link, token })
     }
 }
 
