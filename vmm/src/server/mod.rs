@@ -36,7 +36,7 @@ use crate::wire::{HostFeatures, Isolation};
 use clients::connection::{Client, ClientId};
 use clients::talk::Deadline;
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use fork::{ForkId, ForkOp};
+use fork::op::Forks;
 use guest_mem::Manager;
 use guest_mem::manager::SwapCounts;
 use guest_mem::store::memfd::MemfdStores;
@@ -160,7 +160,7 @@ struct Server {
     vms: Vms,
     roll: Roll,
     latency: WakeLatency,
-    forks: BTreeMap<ForkId, ForkOp>,
+    forks: Forks,
     balloons: Vec<BalloonOp>,
     /// Clients that wait for what a guest says of its memory.
     stats_waiters: Vec<(ClientId, Generation)>,
@@ -262,7 +262,7 @@ impl Server {
             vms: Vms::default(),
             roll: Roll::at(roll_path(&home)),
             latency: WakeLatency::open(),
-            forks: BTreeMap::new(),
+            forks: Forks::default(),
             balloons: Vec::new(),
             stats_waiters: Vec::new(),
             aside: Aside::new(niceness).map_err(io("make an eventfd"))?,

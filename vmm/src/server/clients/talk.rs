@@ -3,7 +3,7 @@
 use crate::api::{Answer, Failure};
 use crate::server::Server;
 use crate::server::clients::connection::{ClientId, Mode};
-use crate::server::fork::ForkId;
+use crate::server::fork::op::ForkId;
 use crate::server::registry::vm::{Generation, Hold};
 use crate::wire::{Line, Machine, ToVm};
 use std::time::{Duration, Instant};

@@ -2,7 +2,7 @@
 
 use crate::server::Server;
 use crate::server::clients::talk::Deadline;
-use crate::server::fork::ForkId;
+use crate::server::fork::op::ForkId;
 use crate::server::freeze::queue::Purpose;
 use crate::server::inspect::guest_stats::can_tell;
 use crate::server::registry::vm::Generation;
@@ -24,7 +24,7 @@ impl Server {
     pub fn asks_for_hints(&mut self, parent: Generation, fork: ForkId) -> bool {
         let Some(vm) = self.vms.get(parent) else { return false };
         let can_tell = can_tell(vm) && vm.pausers.is_empty();
-        let Some(op) = self.forks.get_mut(&fork) else { return false };
+        let Some(op) = self.forks.get_mut(fork) else { return false };
         match op.hint {
             Hint::Wanted(_) if !can_tell => {
                 op.hint = Hint::Over(0);
@@ -52,7 +52,7 @@ impl Server {
     /// So many free pages have been told of, if the guest was asked.
     pub fn count_hinted(&mut self, parent: Generation, pages: u64) {
         let fork = self.fork_in_turn(parent);
-        if let Some(Hint::Asked(count)) = fork.and_then(|fork| self.forks.get_mut(&fork)).map(|op| &mut op.hint) {
+        if let Some(Hint::Asked(count)) = fork.and_then(|fork| self.forks.get_mut(fork)).map(|op| &mut op.hint) {
             *count = count.saturating_add(pages);
         }
     }
@@ -67,7 +67,7 @@ impl Server {
 
     /// The fork waits no longer for free pages. The guest has what it has told of back once it was frozen.
     pub fn hint_late(&mut self, parent: Generation, fork: ForkId) {
-        if let Some(op) = self.forks.get_mut(&fork)
+        if let Some(op) = self.forks.get_mut(fork)
             && let Hint::Asked(count) = op.hint
         {
             op.hint = Hint::Over(count);

@@ -1,8 +1,10 @@
 //! `fork`: freeze the parent, share what it has, start the children.
 
+pub mod children;
 pub mod hint;
+pub mod op;
 
-use crate::api::{Answer, Child, Failure, Fork, MAX_NAME};
+use crate::api::{Answer, Failure, Fork, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::host::latency::LEASE;
 use crate::machine::state::PackedState;
@@ -11,19 +13,13 @@ use crate::server::Server;
 use crate::server::clients::connection::ClientId;
 use crate::server::fork::hint::Hint;
 use crate::server::freeze::queue::Purpose;
-use crate::server::memory::idle::IdleBalloon;
-use crate::server::procs::process::Parcel;
-use crate::server::registry::launch::Beginning;
-use crate::server::registry::vm::{FamilyId, Generation, Phase, Vm};
-use crate::wire::{self, Frozen, Machine, RunState, Take, ToVm};
+use crate::server::registry::vm::{FamilyId, Generation, Phase};
+use crate::wire::{Frozen, RunState, Take, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
-use guest_mem::{Destination, GfnRange, PageCount, StoreId, VmId};
+use guest_mem::{Destination, VmId};
+use op::{Asker, ForkId, ForkOp};
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
-
-/// Names a fork under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ForkId(pub u64);
+use std::time::Instant;
 
 /// Most children of one fork.
 const COUNT_MAX: u32 = 1000;
@@ -32,106 +28,7 @@ const COUNT_MAX: u32 = 1000;
 const INSIDE_EACH: u32 = 65;
 const INSIDE_ALL: usize = 1024;
 
-/// For so long what is not urgent waits for a fork: the list of names, processes for the next one.
-const HURRY: Duration = Duration::from_millis(50);
-
-/// Who asked for a fork.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asker {
-    Client(ClientId),
-    Guest,
-}
-
-/// A child on its way.
-#[derive(Debug)]
-struct Progress {
-    generation: Generation,
-    name: String,
-    ready_ns: Option<u64>,
-    first_ns: Option<u64>,
-    runs: u64,
-    /// It runs and has shown a sign of life, or stands still as asked.
-    there: bool,
-}
-
-/// A fork under way.
-#[derive(Debug)]
-pub struct ForkOp {
-    asker: Asker,
-    parent: Generation,
-    asked_ns: u64,
-    /// It is not in a hurry any more.
-    rests_at: Instant,
-    paused: bool,
-    wait_settled: bool,
-    pub hint: Hint,
-    /// What the guest was asked to have in its balloon when it was frozen: by its user, and besides.
-    asked_balloon: u64,
-    idle: IdleBalloon,
-    /// How far it is.
-    stage: Stage,
-    /// The freeze's store, once it has taken something, and the family it is of.
-    store: Option<(FamilyId, StoreId)>,
-    pause_ns: Option<u64>,
-    moved: u64,
-    children: Vec<Progress>,
-    failure: Option<String>,
-}
-
-/// How far a fork is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// The parent has not been frozen for it.
-    Waiting,
-    /// The parent has, and the children begin. The freeze has more to tell.
-    Begun,
-    /// The freeze has told all.
-    Told,
-}
-
-impl ForkOp {
-    fn new(asker: Asker, parent: Generation, asked_ns: u64) -> Self {
-        Self {
-            asker,
-            parent,
-            asked_ns,
-            rests_at: Instant::now() + HURRY,
-            paused: false,
-            wait_settled: false,
-            hint: Hint::Unasked,
-            asked_balloon: 0,
-            idle: IdleBalloon::default(),
-            stage: Stage::Waiting,
-            store: None,
-            pause_ns: None,
-            moved: 0,
-            children: Vec::new(),
-            failure: None,
-        }
-    }
-
-    /// Whether children are about to begin, or the parent is about to go on.
-    pub fn awaits_guests(&self) -> bool {
-        let some_to_come = match self.stage {
-            Stage::Waiting => false,
-            Stage::Begun => true,
-            Stage::Told => self.children.iter().any(|child| !child.there),
-        };
-        self.failure.is_none() && some_to_come
-    }
-}
-
 impl Server {
-    /// Whether a fork has just begun, and what is not urgent waits for it.
-    pub fn forks_hurry(&self, now: Instant) -> bool {
-        self.forks.values().any(|op| op.rests_at > now)
-    }
-
-    /// When that is over for the first of them.
-    pub fn forks_rest(&self, now: Instant) -> Option<Instant> {
-        self.forks.values().map(|op| op.rests_at).filter(|at| *at > now).min()
-    }
-
     pub fn fork(&mut self, client: ClientId, fork: Fork) {
         self.latency.lease(Instant::now() + LEASE);
         let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
@@ -143,9 +40,10 @@ impl Server {
         match checked {
             Err(failure) => self.reply(client, Err(failure)),
             Ok((parent, names)) => {
-                let op = ForkOp::new(Asker::Client(client), parent, asked_ns);
-                let hint = fork.hint_free_ms.map_or(Hint::Unasked, Hint::Wanted);
-                self.begin_fork(ForkOp { paused: fork.paused, wait_settled: fork.wait_settled, hint, ..op }, names);
+                let mut op = ForkOp::new(Asker::Client(client), parent, asked_ns, Instant::now());
+                (op.paused, op.wait_settled) = (fork.paused, fork.wait_settled);
+                op.hint = fork.hint_free_ms.map_or(Hint::Unasked, Hint::Wanted);
+                self.begin_fork(op, names);
             }
         }
     }
@@ -166,7 +64,7 @@ impl Server {
         };
         match names {
             Err(failure) => self.tell_guest(parent, Err(failure.message)),
-            Ok(names) => self.begin_fork(ForkOp::new(Asker::Guest, parent, asked_ns), names),
+            Ok(names) => self.begin_fork(ForkOp::new(Asker::Guest, parent, asked_ns, Instant::now()), names),
         }
     }
 
@@ -209,21 +107,19 @@ impl Server {
         }
         for name in names {
             // The freeze may have failed already.
-            if !self.forks.contains_key(&id) {
+            if self.forks.get(id).is_none() {
                 return;
             }
             let process = self.take_process(shape, Some(generation));
-            let op = self.forks.get_mut(&id).expect("looked at above");
-            match process {
-                Ok(process) => {
-                    let phase = Phase::Forking(id);
-                    let child = self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None);
-                    let progress =
-                        Progress { generation: child, name, ready_ns: None, first_ns: None, runs: 0, there: false };
-                    self.forks.get_mut(&id).expect("still there").children.push(progress);
-                }
+            let child = process.map(|process| {
+                let phase = Phase::Forking(id);
+                self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None)
+            });
+            let op = self.forks.get_mut(id).expect("looked at above");
+            match child {
+                Ok(child) => op.add_child(child, name),
                 Err(e) => {
-                    op.failure = Some(format!("start a VM process: {e}"));
+                    op.fail(format!("start a VM process: {e}"));
                     break;
                 }
             }
@@ -248,8 +144,8 @@ impl Server {
             return;
         }
         // It hears of later ones when it is frozen.
-        if let (Some(op), Some(vm)) = (self.forks.get_mut(&fork), self.vms.get(parent)) {
-            (op.asked_balloon, op.idle) = (vm.asked_balloon, vm.idle);
+        if let (Some(op), Some(vm)) = (self.forks.get_mut(fork), self.vms.get(parent)) {
+            op.balloon = (vm.asked_balloon, vm.idle);
         }
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         let lost = !manager.mends(member).expect("a family knows its VMs").is_empty();
@@ -285,8 +181,9 @@ impl Server {
         let Some(vm) = self.vms.get_mut(parent) else { return };
         let Some(Purpose::Fork(fork)) = vm.freezes.skip() else { return };
         let pause = (!vm.stands()).then_some(0);
-        let op = self.forks.get_mut(&fork).expect("a queued fork");
-        (op.pause_ns, op.stage) = (pause, Stage::Told);
+        let op = self.forks.get_mut(fork).expect("a queued fork");
+        op.note_pause(pause);
+        op.told();
         self.start_children(fork, memory);
         self.load_children(fork, parent, state);
         self.freeze(parent);
@@ -296,9 +193,8 @@ impl Server {
     /// The parent has been frozen, and most likely runs on, or will when it has copied what stays. `before`: whether it stood.
     pub fn taken_for_fork(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen, before: RunState) {
         let Some(memory) = self.vms.get(parent).and_then(|vm| vm.memory) else { return };
-        let Some(op) = self.forks.get_mut(&fork) else { return };
-        (op.stage, op.store) = (Stage::Begun, Some((memory.0, frozen.store)));
-        op.moved = frozen.harvest.count().0;
+        let Some(op) = self.forks.get_mut(fork) else { return };
+        op.begin((memory.0, frozen.store), frozen.harvest.count().0);
         if !self.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
         }
@@ -308,112 +204,38 @@ impl Server {
         self.start_children(fork, memory);
     }
 
-    fn start_children(&mut self, fork: ForkId, (family, parent): (FamilyId, VmId)) {
-        let op = self.forks.get_mut(&fork).expect("a fork under way");
-        if op.failure.is_some() {
-            return;
-        }
-        let parent_generation = op.parent;
-        self.write_back_ahead(parent_generation, (family, parent));
-        let op = &self.forks[&fork];
-        let ahead = self.working_sets.writes(parent_generation, self.families[&family].family(), parent);
-        let Some(parent_vm) = self.vms.get(op.parent) else { return };
-        let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
-        let (asked_balloon, idle) = (op.asked_balloon, op.idle.of_child(Instant::now()));
-        let activity = if op.paused { RunState::Paused } else { RunState::Running };
-        let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
-        for (index, generation) in (1..).zip(children) {
-            let Some(process) = self.vms.get(generation).and_then(|vm| vm.process) else { continue };
-            let window = self.window_of(process);
-            let manager = self.families.get_mut(&family).expect("a VM has a family");
-            let child = manager.fork(parent, window).expect("a family knows its VMs");
-            let runs = manager.family().runs(child).len() as u64;
-            let vm = self.vms.get_mut(generation).expect("a child of the fork");
-            vm.memory = Some((family, child));
-            vm.paused = activity == RunState::Paused;
-            vm.born = Some((parent_generation, ahead.clone()));
-            self.working_sets.inherit(parent_generation, generation);
-            (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);
-            (vm.asked_balloon, vm.idle) = (asked_balloon, idle);
-            self.child_mut(fork, generation, |child| child.runs = runs);
-            let origin = wire::Origin::Fork { index };
-            self.start(generation, Beginning { origin, kernel: None, activity, ahead: ahead.clone() });
-        }
-    }
-
-    /// Writes back what children are about to read, if it is not in a store yet.
-    fn write_back_ahead(&mut self, parent: Generation, (family, member): (FamilyId, VmId)) {
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
-        for gfn in self.working_sets.reads(parent) {
-            if !manager.family().at_hand(member, GfnRange::new(gfn, PageCount(1))).is_empty() {
-                self.working_sets.was_there(parent, gfn);
-            } else if let Err(error) = manager.write_ahead(member, gfn) {
-                log::debug!("write {gfn} back ahead: {error}");
-            }
-        }
-    }
-
-    /// A child tells what it has written since it began: so far, or in all of its first moments.
-    pub fn child_wrote(&mut self, child: Generation, pages: &[GfnRange], last: bool) {
-        let Some((parent, ahead)) = self.vms.get(child).and_then(|vm| vm.born.as_ref()) else { return };
-        if self.vms.get(*parent).is_some_and(Vm::is_alive) {
-            match last {
-                true => self.working_sets.began(*parent, child, ahead, pages),
-                false => self.working_sets.wrote(*parent, child, pages),
-            }
-        }
-    }
-
-    /// The parent's state is there, and its children can run.
-    pub fn load_children(&mut self, fork: ForkId, parent: Generation, state: PackedState) {
-        let Some(op) = self.forks.get(&fork) else { return };
-        let children: Vec<Generation> = op.children.iter().map(|child| child.generation).collect();
-        for process in children.iter().filter_map(|&child| self.vms.get(child).and_then(|vm| vm.process)) {
-            let process = self.processes.get_mut(&process).expect("a VM's process");
-            let expected = process.expectation.take_state().is_some_and(|expected| *expected == state);
-            let message = if expected { ToVm::LoadExpected } else { ToVm::Load(state.clone()) };
-            process.send_when_ready(Parcel { message, descriptors: Vec::new() });
-        }
-        if let Some(vm) = self.vms.get(parent) {
-            self.pool.saved(vm.shape, parent, state);
-        }
-    }
-
     /// How long the freeze for this fork has kept the guest from running.
     pub fn note_pause(&mut self, fork: ForkId, pause_ns: u64) {
-        if let Some(op) = self.forks.get_mut(&fork) {
-            op.pause_ns = Some(pause_ns);
+        if let Some(op) = self.forks.get_mut(fork) {
+            op.note_pause(Some(pause_ns));
         }
     }
 
     /// All is known that the freeze for this fork tells.
     pub fn fork_told(&mut self, fork: ForkId) {
-        if let Some(op) = self.forks.get_mut(&fork) {
-            op.stage = Stage::Told;
+        if let Some(op) = self.forks.get_mut(fork) {
+            op.told();
             self.finish_fork_if_there(fork);
         }
     }
 
     /// Children that wait for the state of their parent never get it.
     pub fn state_is_lost(&mut self, fork: ForkId, why: &str) {
-        if let Some(op) = self.forks.get_mut(&fork) {
-            op.failure.get_or_insert_with(|| why.to_owned());
+        if let Some(op) = self.forks.get_mut(fork) {
+            op.fail(why);
         }
     }
 
     /// Without traps, nobody may run before all pages are where they belong. Whether they are; if not, the parent and the
     /// fork are over.
     fn settle_now(&mut self, parent: Generation, fork: ForkId) -> bool {
-        let Some((family, store)) = self.forks.get(&fork).and_then(|op| op.store) else { return true };
+        let Some((family, store)) = self.forks.get(fork).and_then(ForkOp::store) else { return true };
         let manager = self.families.get_mut(&family).expect("a VM has a family");
         while !manager.is_written_back(store) {
             if let Err(error) = manager.write_back(WRITEBACK_BATCH) {
                 self.memory_error(family, &error);
                 let why = "its memory could not be settled";
-                if let Some(op) = self.forks.get_mut(&fork) {
-                    op.failure = Some(why.into());
-                }
-                self.finish_fork(fork);
+                self.fail_fork(fork, why);
                 self.end_vm(parent, Phase::Dead(why.into()));
                 return false;
             }
@@ -425,64 +247,27 @@ impl Server {
     fn resume_settled(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
         let Some(process) = self.vms.get(parent).and_then(|vm| vm.process) else { return };
         self.processes.get_mut(&process).expect("a VM's process").send(&ToVm::Resume, &[]);
-        let pause = monotonic_ns().saturating_sub(frozen.kicked_ns);
-        if let Some(op) = self.forks.get_mut(&fork) {
-            op.pause_ns = Some(pause);
-        }
+        self.note_pause(fork, monotonic_ns().saturating_sub(frozen.kicked_ns));
     }
 
     /// The parent was not frozen for this fork, and is not any more.
     pub fn fail_fork(&mut self, fork: ForkId, why: &str) {
-        if let Some(op) = self.forks.get_mut(&fork) {
-            op.failure = Some(why.to_owned());
+        if let Some(op) = self.forks.get_mut(fork) {
+            op.fail(why);
             self.finish_fork(fork);
         }
     }
 
-    /// A child's vCPU is about to run, or stands still as asked. A Linux guest gives no sign of its own.
-    pub fn child_ready(&mut self, fork: ForkId, generation: Generation, at_ns: Option<u64>) {
-        let silent = self.vms.get(generation).is_some_and(|vm| vm.shape.machine == Machine::Linux);
-        self.child_mut(fork, generation, |child| {
-            child.ready_ns = at_ns;
-            child.there |= silent || at_ns.is_none();
-        });
-        self.finish_fork_if_there(fork);
-    }
-
-    /// A child has shown its first sign of life.
-    pub fn child_alive(&mut self, fork: ForkId, generation: Generation, at_ns: u64) {
-        self.child_mut(fork, generation, |child| {
-            child.first_ns = Some(at_ns);
-            child.there = true;
-        });
-        self.finish_fork_if_there(fork);
-    }
-
-    /// A child never came to life: the whole fork fails.
-    pub fn child_failed(&mut self, fork: ForkId, generation: Generation, why: String) {
-        let Some(op) = self.forks.get_mut(&fork) else { return self.forget_vm(generation) };
-        op.failure.get_or_insert(why);
-        self.child_mut(fork, generation, |child| child.there = true);
-        self.finish_fork_if_there(fork);
-    }
-
-    fn child_mut(&mut self, fork: ForkId, generation: Generation, change: impl FnOnce(&mut Progress)) {
-        let op = self.forks.get_mut(&fork);
-        if let Some(child) = op.and_then(|op| op.children.iter_mut().find(|child| child.generation == generation)) {
-            change(child);
-        }
-    }
-
-    fn finish_fork_if_there(&mut self, fork: ForkId) {
-        let Some(op) = self.forks.get(&fork) else { return };
-        if op.stage != Stage::Told || (op.failure.is_none() && !op.children.iter().all(|child| child.there)) {
+    pub fn finish_fork_if_there(&mut self, fork: ForkId) {
+        let Some(op) = self.forks.get(fork) else { return };
+        if !op.is_over() {
             return;
         }
-        let settled = !op.wait_settled || op.failure.is_some() || self.has_settled(op);
-        if op.failure.is_none() {
+        let settled = !op.wait_settled || op.failure().is_some() || self.has_settled(op);
+        if op.failure().is_none() {
             // Whether somebody waits for pages to settle or not: they are VMs like any other.
-            for child in &op.children {
-                if let Some(vm) = self.vms.get_mut(child.generation).filter(|vm| vm.phase == Phase::Forking(fork)) {
+            for child in op.children() {
+                if let Some(vm) = self.vms.get_mut(child).filter(|vm| vm.phase == Phase::Forking(fork)) {
                     vm.phase = Phase::Live;
                 }
             }
@@ -494,7 +279,7 @@ impl Server {
 
     /// Whether all pages are where they belong, and nowhere else.
     fn has_settled(&self, op: &ForkOp) -> bool {
-        op.store.is_none_or(|(family, store)| {
+        op.store().is_none_or(|(family, store)| {
             let shed = self.vms.get(op.parent).is_none_or(|parent| parent.shedding != Some(store));
             shed && self.families.get(&family).is_none_or(|manager| manager.is_written_back(store))
         })
@@ -502,8 +287,8 @@ impl Server {
 
     /// Looks after forks whose answer waits for their pages.
     pub fn answer_settled_forks(&mut self) {
-        let waiting: Vec<ForkId> =
-            self.forks.iter().filter(|(_, op)| op.wait_settled && self.has_settled(op)).map(|(&id, _)| id).collect();
+        let waiting = self.forks.that_wait_for_pages().filter(|(_, op)| self.has_settled(op));
+        let waiting: Vec<ForkId> = waiting.map(|(id, _)| id).collect();
         for fork in waiting {
             self.finish_fork_if_there(fork);
         }
@@ -511,47 +296,25 @@ impl Server {
 
     /// Answers a fork that is over, well or not. Of one that failed nothing stays.
     fn finish_fork(&mut self, fork: ForkId) {
-        let Some(op) = self.forks.remove(&fork) else { return };
-        if let Some(why) = op.failure {
-            for child in &op.children {
-                self.forget_vm(child.generation);
-            }
+        let Some(op) = self.forks.remove(fork) else { return };
+        if let Some(why) = op.failure() {
+            op.children().for_each(|child| self.forget_vm(child));
             return match op.asker {
                 Asker::Client(client) => self.reply(client, Err(Failure::failed(why))),
-                Asker::Guest => self.tell_guest(op.parent, Err(why)),
+                Asker::Guest => self.tell_guest(op.parent, Err(why.to_owned())),
             };
         }
         match op.asker {
-            Asker::Guest => {
-                let names = op.children.into_iter().map(|child| child.name).collect();
-                self.tell_guest(op.parent, Ok(names));
-            }
+            Asker::Guest => self.tell_guest(op.parent, Ok(op.names())),
             Asker::Client(client) => {
-                let copied = match op.store {
+                let copied = match op.store() {
                     Some((family, store)) if op.wait_settled => {
                         self.families.get_mut(&family).map(|manager| manager.take_copied(store))
                     }
                     None if op.wait_settled => Some(Copied::default()),
                     _ => None,
                 };
-                let us = |ns: u64| ns.saturating_sub(op.asked_ns) / 1000;
-                let children = op.children.iter().map(|child| Child {
-                    name: child.name.clone(),
-                    pause_us: op.pause_ns.map(|ns| ns / 1000),
-                    ready_us: child.ready_ns.map(us),
-                    first_exit_us: child.first_ns.map(us),
-                    moved_pages: op.moved,
-                    copied_pages: copied.map(|copied| copied.pages),
-                    gap_pages: copied.map(|copied| copied.copy_ups),
-                    runs: child.runs,
-                    hinted_pages: match op.hint {
-                        Hint::Unasked => None,
-                        Hint::Wanted(_) => Some(0),
-                        Hint::Asked(count) | Hint::Over(count) => Some(count),
-                    },
-                });
-                let children = children.collect();
-                self.reply(client, Ok(Answer::Forked(children)));
+                self.reply(client, Ok(Answer::Forked(op.answer(copied))));
             }
         }
     }

@@ -62,7 +62,7 @@ impl Server {
     pub fn between_rounds(&mut self) -> i32 {
         let now = Instant::now();
         self.latency.tend(now);
-        let hurried = self.forks_hurry(now);
+        let hurried = self.forks.hurry(now);
         if !hurried {
             self.record_names();
         }
@@ -119,7 +119,7 @@ impl Server {
         let next = next
             .chain(removals)
             .chain(late)
-            .chain(self.forks_rest(now))
+            .chain(self.forks.rest_at(now))
             .chain(self.children.next_look(now))
             .chain(self.deaf_until);
         let next = next.chain(self.next_idle_look()).chain(self.latency.until()).min();

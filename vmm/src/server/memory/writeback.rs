@@ -1,6 +1,5 @@
 //! Pages that guests wait for, and pages that settle behind their backs.
 
-use crate::server::fork::ForkOp;
 use crate::server::procs::process::{ProcessId, Role};
 use crate::server::registry::vm::{FamilyId, Generation, Phase, Vm};
 use crate::server::{FamilyManager, Server};
@@ -27,7 +26,7 @@ impl Server {
             self.pace.all_settled();
             return false;
         }
-        self.pace.children(self.forks.values().any(ForkOp::awaits_guests), now);
+        self.pace.children(self.forks.await_guests(), now);
         if self.pace.wait(now).is_some() {
             // Something may be left; the next round tells.
             return true;

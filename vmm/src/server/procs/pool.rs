@@ -194,7 +194,7 @@ impl Server {
             self.end_process(id);
         }
         // While a fork hurries its own processes come first.
-        if self.forks_hurry(now) || self.pool.1.is_some_and(|until| until > now) {
+        if self.forks.hurry(now) || self.pool.1.is_some_and(|until| until > now) {
             return false;
         }
         let rested = self.pool.1.take().is_some();

@@ -2,7 +2,7 @@
 
 use crate::api::{VmState, VmSummary};
 use crate::server::clients::connection::ClientId;
-use crate::server::fork::ForkId;
+use crate::server::fork::op::ForkId;
 use crate::server::freeze::queue::FreezeQueue;
 use crate::server::inspect::guest_stats::GuestMemory;
 use crate::server::memory::idle::IdleBalloon;
