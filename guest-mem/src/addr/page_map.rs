@@ -116,6 +116,27 @@ impl<I: PageNumber, V: Copy + PartialEq> PageMap<I, V> {
         self.parts(pages).map(|(part, _)| part.count().0).sum::<u64>() == pages.count().0
     }
 
+    /// Takes out the first stretches, about as many as are `left` to take, and counts them.
+    pub fn take_some(&mut self, left: &mut usize) -> Vec<(RangeOf<I>, V)> {
+        let mut some: Vec<(RangeOf<I>, V)> = Vec::new();
+        while *left > 0
+            && let Some((chunk, parts)) = self.chunks.pop_first()
+        {
+            *left = left.saturating_sub(parts.len());
+            for Piece { start, end, value } in parts {
+                step();
+                let pages = RangeOf::from(chunk * CHUNK + u64::from(start)..chunk * CHUNK + u64::from(end));
+                match some.last_mut() {
+                    Some((last, of)) if last.end() == pages.start() && *of == value => {
+                        *last = RangeOf::between(last.start(), pages.end());
+                    }
+                    _ => some.push((pages, value)),
+                }
+            }
+        }
+        some
+    }
+
     /// A number behind that of each page that has a value.
     pub fn end(&self) -> u64 {
         self.chunks.last_key_value().map_or(0, |(chunk, _)| (chunk + 1) * CHUNK)

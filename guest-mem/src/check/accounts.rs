@@ -1,5 +1,6 @@
 //! What the accounts of stores say, held against slots.
 
+use crate::addr::PageRange;
 use crate::addr::cluster::clusters;
 use crate::family::Family;
 use crate::ids::{ObjectId, StoreId};
@@ -31,7 +32,36 @@ impl Counts {
 }
 
 impl Family {
-    /// 3: what an object's slots say of its pages, and the accounts of stores of them.
+    /// 3: what slots say of pages that have these numbers. Each page of a store is in one object only.
+    pub(super) fn check_slots(&self, pages: PageRange, broken: &mut Vec<String>) {
+        let accounts = &self.objects.accounts;
+        let mut owned: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
+        for (id, object) in self.objects.iter() {
+            for (part, slot) in object.slots.within(pages) {
+                let Some(store) = slot.store() else { continue };
+                let owned = owned.entry(store).or_default();
+                if owned.overlaps(&part.raw()) {
+                    broken.push(format!("3: pages {part:?} of {store:?} belong to {id:?} and to another object"));
+                }
+                owned.insert(part.raw());
+                let is_evictable = object.kind == ObjectKind::Anonymous && slot.resident().is_some();
+                if is_evictable && !accounts.queue.has(store, part) {
+                    broken
+                        .push(format!("3: pages {part:?} of {store:?} are in memory, and never come up for eviction"));
+                }
+                if let Slot::Clean(store, _) = slot
+                    && !clusters(part).all(|cluster| accounts.clean.contains(&(store, cluster)))
+                {
+                    broken.push(format!("3: copies in swap of pages {part:?} of {store:?} would never be given up"));
+                }
+                if slot.is_pending() && !self.objects.writeback.pending.contains(&id) {
+                    broken.push(format!("3: {id:?} has pending pages and is not listed"));
+                }
+            }
+        }
+    }
+
+    /// 3: how many pages an object has of which kind, and the accounts of stores of them.
     pub(super) fn check_pages(&self, id: ObjectId, broken: &mut Vec<String>) {
         let object = self.objects.get(id);
         let mut copy_ups = 0;
@@ -41,20 +71,6 @@ impl Family {
             counts.entry(store).or_default().add(slot, pages.count().0);
             if let Slot::CopyUp(..) = slot {
                 copy_ups += pages.count().0;
-            }
-            if object.kind == ObjectKind::Anonymous
-                && slot.resident().is_some()
-                && !self.objects.accounts.queue.has(store, pages)
-            {
-                broken.push(format!("3: pages {pages:?} of {store:?} are in memory, and never come up for eviction"));
-            }
-            if let Slot::Clean(store, _) = slot
-                && !clusters(pages).all(|cluster| self.objects.accounts.clean.contains(&(store, cluster)))
-            {
-                broken.push(format!("3: copies in swap of pages {pages:?} of {store:?} would never be given up"));
-            }
-            if slot.is_pending() && !self.objects.writeback.pending.contains(&id) {
-                broken.push(format!("3: {id:?} has pending pages and is not listed"));
             }
         }
         if copy_ups != object.copy_ups {
@@ -75,22 +91,16 @@ impl Family {
         }
     }
 
-    /// 3: a page of a store is in one place only, and all objects that have some are those that its account knows.
+    /// 3: the account of a store of which several objects have pages.
     pub(super) fn check_shared_store(&self, store: StoreId, broken: &mut Vec<String>) {
-        if !self.objects.accounts.stores.contains_key(&store) {
-            return;
-        }
-        let (mut owned, mut counts) = (RangeSet::<u64>::new(), Counts::default());
+        let mut counts = Counts::default();
         for (id, _) in self.objects.accounts.owners(store) {
-            for (pages, slot) in self.objects.get(id).slots.iter().filter(|(_, slot)| slot.store() == Some(store)) {
-                if owned.overlaps(&pages.raw()) {
-                    broken.push(format!("3: pages {pages:?} of {store:?} belong to {id:?} and to another object"));
-                }
-                owned.insert(pages.raw());
-                counts.add(slot, pages.count().0);
-            }
+            let slots = self.objects.get(id).slots.iter().filter(|(_, slot)| slot.store() == Some(store));
+            slots.for_each(|(pages, slot)| counts.add(slot, pages.count().0));
         }
-        self.check_account(store, counts, broken);
+        if self.objects.accounts.stores.contains_key(&store) {
+            self.check_account(store, counts, broken);
+        }
     }
 
     fn check_account(&self, store: StoreId, counted: Counts, broken: &mut Vec<String>) {

@@ -51,6 +51,9 @@ fn joined_slots(slots: impl IntoIterator<Item = (SwapSlot, PageCount)>) -> (Vec<
     (joined, twice)
 }
 
+/// So many frames are checked at a time, however many VMs there are: each of them takes a while whatever it sees there.
+const FEWEST: PageCount = PageCount(256);
+
 /// What the chains of a VM have, by frames.
 type Chains = RangeMap<u64, Found>;
 
@@ -59,9 +62,9 @@ type Chains = RangeMap<u64, Found>;
 pub enum Part {
     /// 1, 7 and 8 at these frames: what all VMs see there. 3 and 6 of pages that have these numbers.
     Frames(GfnRange),
-    /// 3 of an object's pages.
+    /// 3 of how many pages an object has.
     Pages(ObjectId),
-    /// 3 of the pages of a store that several objects have.
+    /// The same of a store of which several objects have pages.
     Store(StoreId),
     /// 2, 3, 11 and 12 but for pages: objects, VMs and accounts among each other.
     Links,
@@ -84,8 +87,10 @@ impl Family {
     }
 
     /// All that [`check_invariants`](Self::check_invariants) checks but for swap, in parts between which others may be heard: so
-    /// many frames at a time.
+    /// many frames at a time, and fewer where there are many VMs, each of which is looked at.
     pub fn check_parts(&self, frames: PageCount) -> Vec<Part> {
+        let each = 2 * frames.0 / (self.vms.len() as u64 + 1);
+        let frames = PageCount(each.clamp(FEWEST.0.min(frames.0), frames.0));
         let ends = self.vms.values().filter_map(|vm| vm.map.iter().last()).map(|(pages, _)| pages.end().0);
         // Pages keep their numbers where memory is moved down, or has gone.
         let ends = ends.chain(self.objects.iter().map(|(_, object)| object.slots.end()));
@@ -132,6 +137,7 @@ impl Family {
         }
         self.check_viewers(&chains, frames, broken);
         // Pages of these numbers: each has its turn in one part, wherever it is seen.
+        self.check_slots(PageOrigin(0).pages(frames), broken);
         self.check_seen(PageOrigin(0).pages(frames), broken);
     }
 
@@ -332,7 +338,8 @@ impl Family {
         for vm in self.vms.values() {
             *uses.entry(vm.root).or_default() += 1;
         }
-        for id in self.stage2.ids() {
+        // At the lowest level are leaves alone, and by far the most tables.
+        for id in self.stage2.ids().filter(|id| self.stage2.table(*id).level > 1) {
             for (pages, entry) in entries(self.stage2.shape(), self.stage2.table(id)) {
                 if let View::Table(below) = entry.view(pages.start()) {
                     *uses.entry(below).or_default() += 1;

@@ -3,7 +3,7 @@
 use super::Chains;
 use crate::addr::{GfnRange, PageOrigin, PageRange};
 use crate::family::Family;
-use crate::ids::{StoreId, VmId};
+use crate::ids::{ObjectId, Source, StoreId, VmId};
 use crate::object::{Found, ObjectKind, Slot};
 use rangemap::RangeSet;
 use std::collections::BTreeMap;
@@ -23,14 +23,16 @@ impl Family {
             }
         }
         for (&store, pages) in &seen {
-            for pages in pages.iter() {
-                let _ = self.viewers(store, pages.clone().into(), |vm, run| {
-                    // What is seen elsewhere besides is another part's.
-                    let there = run.pages.intersect(frames);
-                    found.entry((store, vm)).or_default().extend(Some(there.raw()).filter(|_| !there.is_empty()));
-                    ControlFlow::Continue(())
-                });
-            }
+            let (Some(first), Some(last)) = (pages.first(), pages.last()) else { continue };
+            let _ = self.viewers(store, (first.start..last.end).into(), |vm, run| {
+                let Some((_, origin)) = run.source.store() else { return ControlFlow::Continue(()) };
+                let shown = origin.pages(run.pages);
+                // Leaves go on to show what has turned zero. What is seen elsewhere besides is another part's.
+                let parts = pages.overlapping(shown.raw()).map(|part| shown.intersect(part.clone().into()));
+                let there = parts.map(|part| origin.frames(part).intersect(frames)).filter(|part| !part.is_empty());
+                found.entry((store, vm)).or_default().extend(there.map(GfnRange::raw));
+                ControlFlow::Continue(())
+            });
         }
         found.retain(|_, frames| !frames.is_empty());
         if found != scanned {
@@ -43,32 +45,37 @@ impl Family {
     /// 6: each of these pages of an object is seen by some VM, or waited for by a copy-up. 3: copy-ups are over what the chain
     /// has.
     pub(super) fn check_seen(&self, pages: PageRange, broken: &mut Vec<String>) {
+        let mut seen: BTreeMap<StoreId, RangeSet<u64>> = BTreeMap::new();
         for (id, object) in self.objects.iter() {
             for (part, slot) in object.slots.within(pages) {
                 let Some(store) = slot.store() else { continue };
                 if let Slot::CopyUp(_, source) = slot {
-                    let sources: Vec<(Found, PageRange)> = self.objects.copy_up_sources(source, part).collect();
-                    let backing = object.backing.map(|below| (Some(below.object), below.origin)).unwrap_or_default();
-                    let below = self.objects.resolve(backing.0, backing.1, PageOrigin(0).frames(part)).into_iter();
-                    let below = below.filter_map(|segment| {
-                        segment.found.filter(|found| found.slot != Slot::Zero).map(|f| (f, f.indexes(segment.pages)))
-                    });
-                    let below: Vec<(Found, PageRange)> = below.collect();
-                    if below != sources {
-                        broken.push(format!(
-                            "3: the copy-up {part:?} of {id:?} is over {sources:?}, its chain has {below:?}"
-                        ));
-                    }
+                    self.check_copy_up(id, source, part, broken);
                 }
                 if object.kind == ObjectKind::File || !self.is_tidy() {
                     continue;
                 }
-                for hidden in self.seen(store, part, None).gaps(&part.raw()) {
+                let seen = seen.entry(store).or_insert_with(|| self.seen(store, pages, None));
+                for hidden in seen.gaps(&part.raw()) {
                     for part in self.objects.pending_copy_sources(id, hidden.clone().into()).gaps(&hidden) {
                         broken.push(format!("6: nobody sees pages {part:?} of {store:?}, state {slot:?}"));
                     }
                 }
             }
+        }
+    }
+
+    fn check_copy_up(&self, id: ObjectId, source: Source, pages: PageRange, broken: &mut Vec<String>) {
+        let sources: Vec<(Found, PageRange)> = self.objects.copy_up_sources(source, pages).collect();
+        let below = self.objects.get(id).backing.map(|below| (Some(below.object), below.origin));
+        let (below, origin) = below.unwrap_or_default();
+        let below = self.objects.resolve(below, origin, PageOrigin(0).frames(pages)).into_iter();
+        let below = below.filter_map(|segment| {
+            segment.found.filter(|found| found.slot != Slot::Zero).map(|found| (found, found.indexes(segment.pages)))
+        });
+        let below: Vec<(Found, PageRange)> = below.collect();
+        if below != sources {
+            broken.push(format!("3: the copy-up {pages:?} of {id:?} is over {sources:?}, its chain has {below:?}"));
         }
     }
 }

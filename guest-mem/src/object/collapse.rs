@@ -15,6 +15,9 @@ use crate::addr::{PageOrigin, PageRange};
 use crate::effect::Effects;
 use crate::ids::{Activity, ObjectId, VmId};
 
+/// Stretches of slots that one call frees or gives to another object: guests that wait come before the rest.
+const SLOTS_BATCH: usize = 2048;
+
 impl Objects {
     /// One map entry less, of this VM of this pace, shows `id`.
     pub(crate) fn unmap(&mut self, id: ObjectId, vm: VmId, activity: Activity, effects: &mut Effects) {
@@ -35,18 +38,32 @@ impl Objects {
         }
     }
 
-    /// Removes `id` if nothing needs it, merges it into its shadow if one does, and goes on below.
+    /// Removes `id` if nothing needs it, merges it into its shadow if one does, and goes on below. Of what is long, a part is done
+    /// at once, and the rest by [others](Self::go_on_tidying): after each part, all is found where it was.
     pub(crate) fn tidy(&mut self, id: ObjectId, effects: &mut Effects) {
-        let mut next = Some(id);
+        let (mut next, mut left) = (Some(id), SLOTS_BATCH);
         while let Some(id) = next.filter(|&id| self.contains(id) && self.get(id).mappings.is_empty()) {
-            let object = self.get(id);
-            let mut shadows = object.shadows.iter();
-            next = match (shadows.next(), shadows.next()) {
-                (None, _) => self.remove(id, effects),
-                (Some(&shadow), None) if self.may_merge(id, shadow) => self.merge(id, shadow, effects),
-                _ => None,
+            let mut shadows = self.get(id).shadows.iter().copied();
+            let done = match (shadows.next(), shadows.next()) {
+                _ if left == 0 => false,
+                (None, _) => self.empty(id, &mut left, effects),
+                (Some(shadow), None) if self.may_merge(id, shadow) => self.merge(id, shadow, &mut left, effects),
+                _ => return,
             };
+            if !done {
+                self.untidy.insert(id);
+                return;
+            }
+            left = left.saturating_sub(1);
+            next = self.remove(id);
         }
+    }
+
+    /// Goes on with an object that takes long. Whether there was one.
+    pub(crate) fn go_on_tidying(&mut self, effects: &mut Effects) -> bool {
+        let next = self.untidy.pop_first();
+        next.into_iter().for_each(|id| self.tidy(id, effects));
+        next.is_some()
     }
 
     /// Whether an object that no entry shows can be merged into `shadow`, its only one.
@@ -55,62 +72,70 @@ impl Objects {
         self.get(id).kind == ObjectKind::Anonymous && is_same_space && !self.has_copy_ups(shadow)
     }
 
-    /// Removes an object that nothing needs. Returns what lies beneath.
-    fn remove(&mut self, id: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
-        for (pages, slot) in self.take_slots(id) {
+    /// Frees what an object has that nothing needs. Whether that was all.
+    fn empty(&mut self, id: ObjectId, left: &mut usize, effects: &mut Effects) -> bool {
+        for (pages, slot) in self.take_slots(id, left) {
             self.free(id, pages, slot, effects);
         }
+        self.get(id).slots.is_empty()
+    }
+
+    /// Removes an object that has nothing. Returns what lies beneath.
+    fn remove(&mut self, id: ObjectId) -> Option<ObjectId> {
         let below = self.get(id).backing.map(|backing| backing.object);
         if let Some(below) = below {
             self.get_mut(below).shadows.remove(&id);
         }
         let gone = self.objects.remove(id.0 as usize);
-        assert_eq!(gone.active, 0, "nobody who is active needs {id:?}");
+        assert!(gone.active == 0 && gone.slots.is_empty(), "nobody who is active needs {id:?}, or what it has");
         self.accounts.forget_slots(gone.slots_id);
         self.writeback.pending.remove(&id);
         self.writeback.put_off.remove(&id);
         below
     }
 
-    /// Gives `shadow` what it does not hide of `id`, and its place in the chain. Returns what lies beneath. Costs as much
-    /// as the smaller of the two: a small change often merges all memory of a machine.
-    fn merge(&mut self, id: ObjectId, shadow: ObjectId, effects: &mut Effects) -> Option<ObjectId> {
+    /// Gives `shadow` what it does not hide of `id`, and its place in the chain. Costs as much as the smaller of the two: a
+    /// small change often merges all memory of a machine. Whether that was all.
+    fn merge(&mut self, id: ObjectId, shadow: ObjectId, left: &mut usize, effects: &mut Effects) -> bool {
+        let shadow_is_smaller = self.get(id).slots.outnumber(&self.get(shadow).slots);
+        let (from, to) = if shadow_is_smaller { (shadow, id) } else { (id, shadow) };
+        for (pages, slot) in self.take_slots(from, left) {
+            if shadow_is_smaller {
+                pages.iter().for_each(|&part| self.vacate(to, part, effects));
+            }
+            let hidden: Vec<PageRange> =
+                pages.iter().flat_map(|&part| self.slots_in(to, part)).map(|(part, _)| part).collect();
+            let shown = without(&pages, &hidden);
+            let count: u64 = shown.iter().map(|part| part.count().0).sum();
+            // Charged before the old slot is discharged, so that no store ends in between.
+            self.put_all(to, shown, slot);
+            if count > 0 {
+                self.discharge(from, slot, count, effects);
+            }
+            self.free(from, hidden, slot, effects);
+        }
+        if !self.get(from).slots.is_empty() {
+            return false;
+        }
+        if shadow_is_smaller {
+            self.swap_slots(id, shadow);
+        }
         let backing = self.get(id).backing;
         self.get_mut(shadow).backing = backing;
         if let Some(Backing { object: below, .. }) = backing {
             self.get_mut(below).shadows.insert(shadow);
         }
-        let shadow_is_smaller = self.get(id).slots.outnumber(&self.get(shadow).slots);
-        if shadow_is_smaller {
-            self.swap_slots(id, shadow);
-        }
-        let slots = self.take_slots(id);
-        if shadow_is_smaller {
-            slots.iter().flat_map(|(pages, _)| pages).for_each(|&pages| self.vacate(shadow, pages, effects));
-        }
-        for (pages, slot) in slots {
-            let hidden: Vec<PageRange> =
-                pages.iter().flat_map(|&part| self.slots_in(shadow, part)).map(|(part, _)| part).collect();
-            let shown = without(&pages, &hidden);
-            let count: u64 = shown.iter().map(|part| part.count().0).sum();
-            // Charged before the old slot is discharged, so that no store ends in between.
-            self.put_all(shadow, shown, slot);
-            if count > 0 {
-                self.discharge(id, slot, count, effects);
-            }
-            self.free(id, hidden, slot, effects);
-        }
-        // Not before: slots count as their object does, and these change hands.
+        // Not before: slots count as their object does, and these have changed hands.
         if self.get(shadow).active > 0 {
             self.take_over(id, backing);
         }
-        self.remove(id, effects)
+        true
     }
 
-    /// All slots of an object, which has none from now on, with the pages of each in a row; the accounts do not know yet.
-    fn take_slots(&mut self, id: ObjectId) -> Vec<(Vec<PageRange>, Slot)> {
-        let all: Vec<(PageRange, Slot)> = std::mem::take(&mut self.get_mut(id).slots).iter().collect();
-        let same = all.chunk_by(|(_, a), (_, b)| a == b);
+    /// Some slots of an object, which has them no longer, with the pages of each in a row; the accounts do not know yet.
+    fn take_slots(&mut self, id: ObjectId, left: &mut usize) -> Vec<(Vec<PageRange>, Slot)> {
+        let some = self.get_mut(id).slots.take_some(left);
+        let same = some.chunk_by(|(_, a), (_, b)| a == b);
         same.map(|parts| (parts.iter().map(|(pages, _)| *pages).collect(), parts[0].1)).collect()
     }
 
@@ -216,7 +241,10 @@ mod tests {
                 objects.put(top, (page..page + 1).into(), Slot::Zero);
             }
         }
-        let ((), steps) = steps(|| objects.tidy(below, &mut Effects::default()));
+        let ((), steps) = steps(|| {
+            objects.tidy(below, &mut Effects::default());
+            while objects.go_on_tidying(&mut Effects::default()) {}
+        });
         assert_eq!(objects.len(), 1);
         steps
     }

@@ -80,6 +80,8 @@ pub struct Objects {
     pub(crate) accounts: Accounts,
     /// What has still to get into its store.
     pub(crate) writeback: WritebackQueue,
+    /// Objects that nothing needs, or only the one above, and that have something yet.
+    pub(crate) untidy: BTreeSet<ObjectId>,
 }
 
 impl Object {

@@ -151,6 +151,10 @@ impl Family {
     /// Frees some of what freezes and exits have hidden from everybody.
     pub fn tidy(&mut self, effects: &mut Effects) {
         std::mem::take(&mut self.left.tops).into_iter().for_each(|top| self.objects.shorten(top, effects));
+        if self.objects.go_on_tidying(effects) {
+            // What goes with its object is not looked up page by page.
+            return;
+        }
         let replaced = &mut self.left.replaced;
         let (mut some, mut most) = (Vec::new(), TIDIED_PAGES);
         while some.len() < TIDIED_BATCH
@@ -173,7 +177,7 @@ impl Family {
 
     /// Whether there is nothing to [tidy](Self::tidy).
     pub fn is_tidy(&self) -> bool {
-        self.left.tops.is_empty() && self.left.replaced.is_empty()
+        self.left.tops.is_empty() && self.left.replaced.is_empty() && self.objects.untidy.is_empty()
     }
 
     /// A new object over what `entry` shows, and shown by the entry at `pages` from now on.

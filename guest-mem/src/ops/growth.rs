@@ -234,6 +234,47 @@ fn a_part_of_a_check_costs_the_same_whatever_the_ram() {
     assert!(large <= small + small / 8, "{small} steps for 16 MiB, {large} for 128 MiB");
 }
 
+/// Pages that are nobody's any more, or are another object's from then on, were gone over as a whole before anybody was heard: all
+/// that a VM had, one by one, where its memory was in swap.
+#[test]
+fn an_exit_takes_steps_that_cost_the_same_whatever_there_was() {
+    const SMALL: u64 = 1 << 14;
+    let costs = |ram: u64| {
+        let (mut family, parent) = launched(ram);
+        let scattered = |family: &mut Family, vm, first: u64| {
+            family.begin_freeze(vm);
+            let moved: Vec<GfnRange> = (0..ram / 4).map(|at| (at * 4 + first..at * 4 + first + 1).into()).collect();
+            let harvest = Harvest { moved: moved.clone(), moved_private: moved, ..Harvest::default() };
+            family.finish_freeze(vm, &harvest, PageCount(0), &mut Effects::default());
+        };
+        scattered(&mut family, parent, 0);
+        let child = family.fork(parent, usize::MAX);
+        scattered(&mut family, child, 1);
+        write_back(&mut family);
+        let (mut exits, mut most) = (0, 0);
+        // The first is merged into what its child has, and then all of that goes.
+        for vm in [parent, child] {
+            // Its leaves are listed, and looked up one by one later.
+            let leaves = family.stage2_runs(family.vm(vm)).len() as u64;
+            exits = exits.max(steps(|| family.exit(vm, &mut Effects::default())).1 - leaves);
+            while !family.is_tidy() {
+                if ram == SMALL {
+                    family.check_invariants().unwrap();
+                }
+                most = most.max(steps(|| family.tidy(&mut Effects::default())).1);
+            }
+        }
+        family.check_invariants().unwrap();
+        assert_eq!((family.objects.len(), family.stage2.tables()), (0, 0));
+        [exits, most]
+    };
+    let (small, large) = (costs(SMALL), costs(4 * SMALL));
+    assert!(
+        small.iter().zip(&large).all(|(small, large)| *large <= 2 * small),
+        "{small:?} {large:?} of four times as much"
+    );
+}
+
 /// Runs on a stack that is enough for a few hundred calls one in the other.
 fn on_a_small_stack(action: impl FnOnce() + Send + 'static) {
     std::thread::Builder::new().stack_size(128 << 10).spawn(action).unwrap().join().unwrap();
@@ -295,6 +336,9 @@ fn a_deep_family_is_counted_checked_and_taken_apart_on_a_small_stack() {
         family.balloon(last, &[all], &mut effects);
         let vms: Vec<VmId> = family.vms().map(|(vm, _)| vm).collect();
         vms.into_iter().for_each(|vm| family.exit(vm, &mut effects));
+        while !family.is_tidy() {
+            family.tidy(&mut effects);
+        }
         assert_eq!((family.objects.len(), family.stage2.tables()), (0, 0));
     });
 }

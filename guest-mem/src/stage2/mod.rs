@@ -135,12 +135,17 @@ impl Stage2 {
             return;
         }
         let t = self.tables.remove(table.0 as usize);
-        for (first, entry) in entries(self.shape, &t) {
-            match entry.view(first.start()) {
+        let span = self.shape.entry_span(t.level).0;
+        let mut index = 0;
+        while index < t.entries.len() {
+            let end = t.run_end(index);
+            let pages = GfnRange::from(t.first.0 + index as u64 * span..t.first.0 + end as u64 * span);
+            match t.entries[index].view(pages.start()) {
                 View::Empty => {}
-                View::Leaf(source) => push_run(dropped, Run { pages: first, source }),
+                View::Leaf(source) => push_run(dropped, Run { pages, source }),
                 View::Table(below) => self.release(below, dropped),
             }
+            index = end;
         }
     }
 
