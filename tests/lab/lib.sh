@@ -114,7 +114,7 @@ _finish() {
     grep -q kvm_exit $_crashes/trace 2>/dev/null && echo "perhaps lost by the emulated processor"
     echo "        offshoot ls:"
     offshoot ls 2>&1 | tail -n 30 | sed 's/^/        | /'
-    for _vm in $(offshoot ls 2>/dev/null | tail -n +2 | cut -d ' ' -f 1); do
+    for _vm in $(offshoot ls -q 2>/dev/null); do
       echo "        console of $_vm:"
       console "$_vm" | tail -n 4 | sed 's/^/        | /'
     done
@@ -142,14 +142,14 @@ gone() {
 serve() {
   offshoot serve "$@" 2>>/tmp/serve.log &
   _tries=0
-  until offshoot ls >/dev/null 2>&1 || [ $_tries -ge 50 ]; do sleep 0.1 && _tries=$((_tries + 1)); done
+  until offshoot budget >/dev/null 2>&1 || [ $_tries -ge 50 ]; do sleep 0.1 && _tries=$((_tries + 1)); done
 }
 
 # on_one_processor: VMs run on one of the machine's two processors from now on, their server on both. Where several guests run
 # on both and exit often for their memory, the emulation breaks within a minute: guests shut down, and the outer kernel finds
 # its stacks overwritten, which no program of its could do. On one processor nothing of that was seen.
 on_one_processor() {
-  offshoot ls >/dev/null
+  offshoot budget none >/dev/null
   for _pid in $(pidof offshoot); do
     grep -q zygote /proc/"$_pid"/comm && taskset -p 2 "$_pid" >/dev/null && return
   done

@@ -78,7 +78,7 @@ impl Guest for Vm {
     #[track_caller]
     fn log(&self) -> String {
         let mut text = Vec::new();
-        self.logs().expect("logs").read_to_end(&mut text).expect("read the log to its end");
+        self.logs(None).expect("logs").read_to_end(&mut text).expect("read the log to its end");
         String::from_utf8_lossy(&text).into_owned()
     }
 

@@ -100,7 +100,7 @@ impl TestHome {
 
     fn connect(&self) -> Client {
         if !self.setup.disable.is_empty() || self.setup.user != User::Same {
-            self.cli(&["ls"]).good();
+            self.cli(&["budget", "none"]).good();
         }
         Client::builder().home(self.path()).binary(binary()).connect().expect("start a server and connect to it")
     }

@@ -129,7 +129,7 @@ fn devices_that_cannot_be_had_are_refused() {
     let Some(home) = TestHome::new() else { return };
     let Some(device) = Loop::new(&home.path().with_file_name("backing")) else { return };
     let refused = |place: &str, why: &str| {
-        let said = home.cli(&["serve", "--swap", place]).failure(2);
+        let said = home.cli(&["serve", "--swap", place, "--force"]).failure(2);
         assert!(said.starts_with("offshoot: serve: swap on /dev/") && said.contains(why), "{said}");
         fs::remove_file(home.path().join("lock")).expect("nothing else is left");
     };

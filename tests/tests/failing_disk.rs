@@ -38,7 +38,7 @@ impl Family {
             }
         };
         let place = format!("{}:{DISK}", disk.path().display());
-        let server = Served::new(&home, &["--swap", &place, "--compressed", "1M"]);
+        let server = Served::new(&home, &["--swap", &place, "--force", "--compressed", "1M"]);
         let parent = home.launch("a", ByteSize::mib(64));
         let clones = fork_settled(&parent, CLONES);
         each(&clones, |index, clone| clone.fill(OWN, 10 + index as u64));

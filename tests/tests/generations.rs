@@ -31,7 +31,7 @@ fn live(line: Line, page: impl Fn(u64) -> u64) {
             Line::Child => std::mem::replace(&mut vm, forked.vm).remove().unwrap(),
         }
         let descriptors = fs::read_dir(format!("/proc/{}/fd", home.server().unwrap())).unwrap().count();
-        costs.push((descriptors, forked.figures.runs));
+        costs.push((descriptors, forked.figures.window_runs));
         // Of the monitor's own pages it writes a few each time.
         let taken = forked.figures.moved_pages;
         assert!(generation == 0 || taken <= 16, "{line:?} stood still for {taken} pages, having written one");

@@ -107,7 +107,7 @@ fn an_ordinary_user_has_isolation_by_user_namespace() {
     assert_eq!(home.cli(&["fork", "u", "--count", "2"]).good(), "u-1\nu-2\n");
     home.cli(&["send", "u", "fill 1500 10 6"]).good();
     home.cli(&["send", "u-2", "fork"]).good();
-    for name in ["u-1", "u-2", "u-2-1"] {
+    for name in ["u-1", "u-2", "u-3"] {
         assert_eq!(home.cli(&["send", name, "verify 1000 2000 5"]).good(), "ok verified=2000\n");
     }
     let report = home.cli(&["check", "--json"]).json();

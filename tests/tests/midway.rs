@@ -151,8 +151,8 @@ fn a_guest_forks_itself() {
     assert_eq!(vm.say("fork 3"), "parent child=i-2 child=i-3 child=i-4");
     vm.fill(1000..1010, 4);
     let child = home.client().vm("i-3");
-    assert_eq!(child.say("fork 2"), "parent child=i-3-1 child=i-3-2");
-    for (name, index) in [("i-1", 1), ("i-2", 1), ("i-3", 2), ("i-4", 3), ("i-3-1", 1), ("i-3-2", 2)] {
+    assert_eq!(child.say("fork 2"), "parent child=i-5 child=i-6");
+    for (name, index) in [("i-1", 1), ("i-2", 1), ("i-3", 2), ("i-4", 3), ("i-5", 1), ("i-6", 2)] {
         let vm = home.client().vm(name);
         vm.verify(1000..1500, 3);
         assert!(vm.say("id").starts_with(&format!("name={name} ")));

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
-use vmm::api::{Reply, Request, VmState};
+use vmm::api::{Answer, Line, Reply, Request, VmState};
 use vmm::client::{ForkOptions, Forked, Home, Vm};
 use vmm::units::ByteSize;
 
@@ -37,7 +37,7 @@ fn ask_at_once(home: &TestHome, requests: &[Request]) -> Vec<Reply> {
     let answer = |mut connection: BufReader<UnixStream>| {
         let mut line = String::new();
         connection.read_line(&mut line).expect("an answer in time");
-        serde_json::from_str(&line).unwrap()
+        serde_json::from_str::<Line<Answer>>(&line).unwrap().into()
     };
     connections.into_iter().map(answer).collect()
 }

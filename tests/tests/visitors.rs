@@ -4,6 +4,7 @@ use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
 use offshoot_tests::process::{descriptors, run_ticks};
 use offshoot_tests::{Guest, Lack, TEN_SECONDS, TestHome, is_root, skip, wait_until};
+use serde_json::Value;
 use std::fs::{self, Permissions};
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -78,7 +79,11 @@ fn a_server_without_descriptors_rests() {
     }
     let socket = home.path().join("socket");
     let clients: Vec<UnixStream> = (0..10).map(|_| UnixStream::connect(&socket).expect("connect")).collect();
-    wait_until("it has no descriptors left", TEN_SECONDS, || home.server_log().contains("clients wait"));
+    wait_until("it has no descriptors left", TEN_SECONDS, || home.server_log().contains("too many connections"));
+    // Who is too many is told so, and does not wait in vain.
+    let refusal = home.cli(&["ls", "--json"]);
+    let error: Value = serde_json::from_str(&refusal.err).expect("an object");
+    assert_eq!((refusal.code, &error["error"]["kind"]), (2, &Value::from("limit")), "{refusal:?}");
     // What the pool had may be used up: it cannot be filled.
     let pool = home.processes().into_iter().find(|&pid| pid != vm.pid());
     pool.into_iter().for_each(offshoot_tests::process::kill);
@@ -115,7 +120,7 @@ fn a_swap_file_that_somebody_else_may_have_open_is_refused() {
     }
     for name in refused {
         let place = format!("{}:16M", path(name).display());
-        let said = home.cli(&["serve", "--swap", &place]).failure(2);
+        let said = home.cli(&["serve", "--swap", &place, "--force"]).failure(2);
         assert!(said.starts_with("offshoot: serve: "), "{name}: {said}");
         assert_eq!(fs::read(path(name)).expect("read a file"), [7; 10], "{name} stays as it was");
     }

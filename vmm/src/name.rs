@@ -14,22 +14,22 @@ pub enum NameError {
     /// It has a character that names do not have.
     #[error("a VM name has letters, digits, '.', '_' and '-', and this has {0:?}")]
     BadCharacter(char),
-    /// It means something else to every file system.
-    #[error("'.' and '..' are no VM names")]
-    Dots,
+    /// It could be taken for an option, or for what file systems hide.
+    #[error("a VM name begins with a letter, a digit or '_', and this begins with {0:?}")]
+    BadStart(char),
 }
 
-/// Checks a VM's name: ASCII letters, digits, `.`, `_` and `-`, 64 at most, and neither `.` nor `..`.
+/// Checks a VM's name: ASCII letters, digits, `.`, `_` and `-`, 64 at most, and the first is neither `.` nor `-`.
 pub fn check_name(name: &str) -> Result<(), NameError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    match name {
-        "" => Err(NameError::Empty),
-        "." | ".." => Err(NameError::Dots),
-        _ => match name.chars().find(|&c| !allowed(c)) {
-            Some(c) => Err(NameError::BadCharacter(c)),
-            None if name.len() > MAX_NAME => Err(NameError::TooLong(name.len())),
-            None => Ok(()),
-        },
+    if let Some(c) = name.chars().find(|&c| !allowed(c)) {
+        return Err(NameError::BadCharacter(c));
+    }
+    match name.chars().next() {
+        None => Err(NameError::Empty),
+        Some(c @ ('.' | '-')) => Err(NameError::BadStart(c)),
+        Some(_) if name.len() > MAX_NAME => Err(NameError::TooLong(name.len())),
+        Some(_) => Ok(()),
     }
 }
 
@@ -39,11 +39,13 @@ mod tests {
 
     #[test]
     fn names() {
-        for name in ["a", "base-1", "A.b_c-9", "...", "-", &"x".repeat(64)] {
+        for name in ["a", "base-1", "A.b_c-9", "_", "9.", &"x".repeat(64)] {
             assert_eq!(check_name(name), Ok(()), "{name}");
         }
         assert_eq!(check_name(""), Err(NameError::Empty));
-        assert_eq!(check_name(".."), Err(NameError::Dots));
+        for (name, start) in [("--all", '-'), ("-", '-'), ("..", '.'), (".hidden", '.')] {
+            assert_eq!(check_name(name), Err(NameError::BadStart(start)), "{name}");
+        }
         assert_eq!(check_name("a/b"), Err(NameError::BadCharacter('/')));
         assert_eq!(check_name("a b"), Err(NameError::BadCharacter(' ')));
         assert_eq!(check_name("é"), Err(NameError::BadCharacter('é')));

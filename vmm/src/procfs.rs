@@ -1,6 +1,7 @@
 //! What `/proc` says of a process's memory.
 
 use guest_mem::PAGE_SHIFT;
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io;
@@ -195,6 +196,17 @@ pub fn user_namespace(pid: i32) -> io::Result<u64> {
 pub fn children() -> io::Result<Vec<Pid>> {
     let children = std::fs::read_to_string("/proc/thread-self/children")?;
     Ok(children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect())
+}
+
+/// The signals that this process ignores.
+///
+/// # Errors
+/// There is no `/proc`, or it says something else.
+pub fn ignored_signals() -> io::Result<SigSet> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Signal::iterator().filter(|&signal| mask & (1 << (signal as i32 - 1)) != 0).collect())
 }
 
 #[cfg(test)]

@@ -8,16 +8,19 @@ use std::str::FromStr;
 /// Bytes of a page.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// A number of bytes, written `268435456`, `262144K`, `256M` or `1G` (powers of 1024).
+/// A number of bytes, written `268435456`, `262144K`, `256M`, `256MiB`, `0.25G` or `1G` (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ByteSize(pub u64);
+
+/// Digits that a fraction of a size may have.
+const FRACTION_DIGITS: usize = 12;
 
 /// Why a text is no size.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
     /// It does not read as a number with a unit.
-    #[error("not a size: write bytes, or a number and K, M, G or T, like 64M or 1G")]
+    #[error("not a size: write bytes, or a number and K, M, G or T (powers of 1024), like 64M, 64MiB or 0.5G")]
     Malformed,
     /// It does not fit 64 bits.
     #[error("more bytes than 64 bits can count")]
@@ -60,27 +63,57 @@ impl ByteSize {
             _ => format!("{:.1} GiB", bytes / 1_073_741_824.0),
         }
     }
+
+    /// For eyes, and columns: `63.9M`.
+    pub fn short(self) -> String {
+        match self.0 {
+            0 => "0".into(),
+            _ => self.approx().replace("iB", "").replace(' ', ""),
+        }
+    }
+}
+
+/// So many of something that is called this, one or more of it: `1 VM`, `2 VMs`.
+pub fn count(number: u64, noun: &str) -> String {
+    let end = match noun {
+        _ if number == 1 => "",
+        _ if noun.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{number} {noun}{end}")
 }
 
 impl FromStr for ByteSize {
     type Err = SizeError;
 
+    /// A fraction of a unit comes to whole bytes, one of M, G or T to whole pages: nobody who writes 1.2G wants to hear of
+    /// multiples of 4K.
     fn from_str(text: &str) -> Result<Self, SizeError> {
-        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-        let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
-            "" => 0,
+        let number = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let unit = text[number.len()..].to_ascii_uppercase();
+        let shift = match unit.strip_suffix("IB").unwrap_or(&unit) {
+            "" if unit.is_empty() => 0,
             "K" => 10,
             "M" => 20,
             "G" => 30,
             "T" => 40,
             _ => return Err(SizeError::Malformed),
         };
-        if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        let fine = fraction.len() <= FRACTION_DIGITS && (shift > 0 || !number.contains('.'));
+        if !digits(whole) || !digits(fraction) || !fine {
             return Err(SizeError::Malformed);
         }
         // Digits alone fail to parse only by being too many.
-        let count: u64 = digits.parse().map_err(|_| SizeError::TooLarge)?;
-        count.checked_mul(1 << shift).map(Self).ok_or(SizeError::TooLarge)
+        let count: u64 = whole.parse().map_err(|_| SizeError::TooLarge)?;
+        let whole = count.checked_mul(1 << shift).ok_or(SizeError::TooLarge)?;
+        let parts: u64 = fraction.parse().map_err(|_| SizeError::Malformed)?;
+        let part = (u128::from(parts) << shift) / 10_u128.pow(fraction.len() as u32);
+        let grain = if shift >= 20 { PAGE_BYTES } else { 1 };
+        // Less than one unit.
+        let part = part as u64 / grain * grain;
+        whole.checked_add(part).map(Self).ok_or(SizeError::TooLarge)
     }
 }
 
@@ -92,7 +125,7 @@ impl fmt::Display for ByteSize {
             bytes if bytes.trailing_zeros() >= 30 => write!(f, "{}G", bytes >> 30),
             bytes if bytes.trailing_zeros() >= 20 => write!(f, "{}M", bytes >> 20),
             bytes if bytes.trailing_zeros() >= 10 => write!(f, "{}K", bytes >> 10),
-            bytes => write!(f, "{bytes} bytes"),
+            bytes => f.write_str(&count(bytes, "byte")),
         }
     }
 }
@@ -111,8 +144,45 @@ mod tests {
     }
 
     #[test]
+    fn units_may_be_written_out_and_have_fractions() {
+        for (text, bytes) in [
+            ("512MiB", 512 << 20),
+            ("1GiB", 1 << 30),
+            ("4kib", 4 << 10),
+            ("0.5G", 512 << 20),
+            ("1.5GiB", 1536 << 20),
+            ("0.5K", 512),
+            ("0.0625T", 64 << 30),
+            // Whole pages.
+            ("1.2G", 1_288_486_912),
+        ] {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+    }
+
+    #[test]
     fn what_is_no_size_is_refused() {
-        for text in ["", "M", "-1", "+1", "1.5G", "1GB", "0x10", "1 M", " 1M", "M1", "1é", "١"] {
+        for text in [
+            "",
+            "M",
+            "-1",
+            "+1",
+            "1.5",
+            "1.",
+            ".5G",
+            "1..5G",
+            "1.5.5G",
+            "1.0000000000000G",
+            "1GB",
+            "1iB",
+            "1Mi",
+            "0x10",
+            "1 M",
+            " 1M",
+            "M1",
+            "1é",
+            "١",
+        ] {
             assert_eq!(text.parse::<ByteSize>(), Err(SizeError::Malformed), "{text}");
         }
         for text in ["18446744073709551616", "16777216T", "99999999999999999999999G"] {
@@ -136,6 +206,13 @@ mod tests {
             assert_eq!(text.parse::<ByteSize>().unwrap().to_string(), text);
         }
         assert_eq!(ByteSize(1536 << 20).to_string(), "1536M");
+        assert_eq!((ByteSize(1).to_string(), ByteSize(3).to_string()), ("1 byte".into(), "3 bytes".into()));
         assert_eq!(ByteSize(67_000_000).approx(), "63.9 MiB");
+        assert_eq!(ByteSize(67_000_000).short(), "63.9M");
+        assert_eq!([0, 3, 12 << 10].map(|bytes| ByteSize(bytes).short()), ["0", "3B", "12.0K"]);
+        assert_eq!(
+            (count(1, "VM"), count(2, "VM"), count(0, "page")),
+            ("1 VM".into(), "2 VMs".into(), "0 pages".into())
+        );
     }
 }

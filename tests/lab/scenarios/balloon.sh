@@ -14,18 +14,18 @@ on_one_processor
 boot a -m 256M
 memory=$(figure a total_memory)
 at_most "it tells how much memory it has" $((256 << 20)) "$memory"
-at_most "and how much of that is free" "$memory" "$(figure a free_memory)"
+at_most "and how much of that is free" "$memory" "$(figure a free_memory_bytes)"
 at_most "just now (ms)" 2000 "$(figure a age_ms)"
 expect "and the rest" '"(major|minor)_faults": [0-9]+' offshoot stats a --json
-before=$(figure a free_memory)
+before=$(figure a free_memory_bytes)
 told "it takes 64 MiB" a 'head -c 67108864 /dev/urandom >/tmp/x; echo taken' '(?m)^taken' 60
-at_most "which are not free any more" $((before - (60 << 20))) "$(figure a free_memory)"
+at_most "which are not free any more" $((before - (60 << 20))) "$(figure a free_memory_bytes)"
 told "and gives them back" a 'rm /tmp/x; echo gone' '(?m)^gone'
 
 check "down to half" offshoot balloon a 128M --timeout 120
 same "the balloon holds the other half" $((128 << 20)) "$(figure a balloon_bytes)"
 at_most "the host sees no more than half in use (KiB)" $((128 * 1024 + 8192)) "$(anonymous a)"
-at_most "the guest has less free" $((memory - (128 << 20))) "$(figure a free_memory)"
+at_most "the guest has less free" $((memory - (128 << 20))) "$(figure a free_memory_bytes)"
 # The shell's prompt may be on the line that an answer begins on.
 run='(stress-ng --vm 1 --vm-bytes 24M --vm-method all --verify --timeout 12s </dev/null; s=$?; echo; echo stress=$s)'
 offshoot send a "$run &" --expect 'dispatching|lab#' --timeout 30 >/dev/null

@@ -23,7 +23,7 @@ check "an idle guest gives what it can spare" until_balloon a -gt $((64 << 20)) 
 sleep 12
 given=$(ballooned a)
 note "$((given >> 20)) MiB in its balloon"
-at_most "it keeps some to begin with" "$(figure a available_memory)" $((16 << 20))
+at_most "it keeps some to begin with" "$(figure a available_memory_bytes)" $((16 << 20))
 child=$(fork a 1) && pass "fork" || fail "fork"
 grandchild=$(fork "$child" 1 --name g) && pass "fork of the clone" || fail "fork of the clone"
 same "they have its balloon" "$given $given" "$(ballooned "$child") $(ballooned "$grandchild")"

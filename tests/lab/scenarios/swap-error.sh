@@ -30,7 +30,7 @@ told "its own as well" "$1" "verify-page 4096 4096 2" '(?m)^ok verified' 60
 check "the device fails" sh -c "echo '0 $sectors error' | dm swap"
 for vm in "$2" "$3"; do
   offshoot send "$vm" "verify-page $((pages / 2)) $((pages / 2)) 1" --expect '(?m)^ok verified' --timeout 20 >/dev/null 2>&1
-  expect "$vm stops, and says why" 'dead: memory at .* could not be read back from swap' sh -c "offshoot ls | grep '^$vm '"
+  expect "$vm stops, and says why" 'dead: memory at .* could not be read back from swap' offshoot inspect "$vm"
 done
 expect "the clone that has its pages lives" 'running' sh -c "offshoot ls | grep '^$1 '"
 told "and goes on" "$1" 'verify-page 0 4096 1' '(?m)^ok verified' 60

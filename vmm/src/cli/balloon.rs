@@ -29,15 +29,14 @@ pub fn resize(client: &Client, name: &str, size: ByteSize, timeout: Duration) ->
 }
 
 /// What a guest has, in words.
-pub fn text(balloon: &Balloon) -> String {
-    format!("{} left, {} in the balloon", ByteSize(balloon.size_bytes), ByteSize(balloon.balloon_bytes))
+pub fn text(size_bytes: u64, balloon_bytes: u64) -> String {
+    format!("{} left, {} in the balloon", ByteSize(size_bytes), ByteSize(balloon_bytes))
 }
 
 fn tell_progress(client: &Client, name: &str) {
     let vms = client.list().unwrap_or_default();
     if let Some(vm) = vms.iter().find(|vm| vm.name == name) {
-        let (memory, balloon_bytes) = (vm.mem_pages * PAGE_BYTES, vm.balloon_bytes);
-        let balloon = Balloon { size_bytes: memory.saturating_sub(balloon_bytes), balloon_bytes };
-        tell(&format!("balloon {name}: {} so far", text(&balloon)));
+        let (memory, given) = (vm.mem_pages * PAGE_BYTES, vm.balloon_bytes);
+        tell(&format!("balloon {name}: {} so far", text(memory.saturating_sub(given), given)));
     }
 }

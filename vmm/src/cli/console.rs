@@ -8,7 +8,8 @@ use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::read;
 use std::io::{self, IsTerminal, Read, Stdin, Write};
 use std::os::fd::AsFd;
-use vmm::client::Stream;
+use vmm::api::VmState;
+use vmm::client::Vm;
 
 /// Ctrl-]: leaves the console.
 const LEAVE: u8 = 0x1d;
@@ -16,11 +17,16 @@ const LEAVE: u8 = 0x1d;
 const QUIET: u16 = 1000;
 
 /// What is typed goes to the guest, and what it says is shown, until the leave key, a signal, or the VM's end.
-pub fn attach(mut console: Stream, name: &str, signals: &Signals, out: &mut impl Write) -> Done {
+pub fn attach(vm: &Vm, signals: &Signals, out: &mut impl Write) -> Done {
+    let mut console = vm.console()?;
     let stdin = io::stdin();
     let is_terminal = stdin.is_terminal();
+    let name = vm.name();
     if is_terminal {
         tell(&format!("console of {name}; Ctrl-] leaves"));
+    }
+    if vm.summary()?.state == VmState::Paused {
+        tell(&format!("{name} is paused: it reads what is typed after `offshoot resume {name}`"));
     }
     let _raw = is_terminal.then(|| RawMode::enter(&stdin)).transpose()?;
     let mut typing = true;

@@ -4,25 +4,29 @@ mod args;
 mod balloon;
 mod console;
 mod demo;
+mod each;
 mod errors;
+mod look;
+mod make;
+mod manual;
+mod notify;
+mod reach;
 mod serve;
 mod show;
 mod signals;
+mod talk;
 mod vm_process;
 
-use args::{Cli, Launch, Output, Verb};
+use args::{Cli, Output, Verb};
 use clap::Parser;
 use errors::CliError;
+use reach::{with_client, with_server};
 use serde_json::json;
-use signals::Signals;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
-use std::time::Duration;
-use vmm::api::{Child, VmState};
-use vmm::client::{Client, ClientBuilder, ForkOptions, LaunchOptions, Stream};
+use vmm::client::Client;
 use vmm::host::HostReport;
 use vmm::machine::Voice;
-use vmm::plain;
 
 /// How a command ends that did not fail.
 type Done = Result<ExitCode, CliError>;
@@ -35,9 +39,16 @@ const BAD_INPUT: u8 = 2;
 /// Timed out.
 const TIMED_OUT: u8 = 3;
 
+/// How things are told: to people, or to programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Plain,
+    Json,
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(args::in_order(std::env::args_os())) {
         Ok(cli) => cli,
         Err(e) => return errors::usage(&e),
     };
@@ -46,121 +57,80 @@ pub fn main() -> ExitCode {
         logger.target(env_logger::Target::Pipe(Box::new(Voice)));
     }
     logger.filter_level(cli.log_level).format_timestamp_micros().init();
+    let format = if cli.verb.is_json() { Format::Json } else { Format::Plain };
     let done = run(cli).and_then(|code| {
         io::stdout().flush()?;
         Ok(code)
     });
-    done.unwrap_or_else(|e| e.report())
+    done.unwrap_or_else(|e| e.report(format))
 }
 
 fn run(cli: Cli) -> Done {
     let out = &mut io::stdout().lock();
-    let mut server = Client::builder().log_level(cli.log_level);
+    // Whatever this binary is called, and whatever became of its file since.
+    let mut server = Client::builder().log_level(cli.log_level).binary("/proc/self/exe");
     if let Some(home) = &cli.home {
         server = server.home(home);
     }
     match cli.verb {
-        Verb::Launch(launch) => self::launch(launch, server, out),
-        Verb::Fork(fork) => {
-            let mut options = ForkOptions::new().count(fork.count).wait_settled(fork.wait_settled).paused(fork.paused);
-            if let Some(prefix) = fork.prefix {
-                options = options.prefix(prefix);
-            }
-            if let Some(ms) = fork.hint_free {
-                options = options.hint_free(Duration::from_millis(ms));
-            }
-            with_client(server, |client| {
-                let children = client.vm(fork.name).fork(options)?;
-                if fork.output.json {
-                    let figures: Vec<&Child> = children.iter().map(|child| &child.figures).collect();
-                    show::json(out, &figures)?;
-                } else {
-                    children.iter().try_for_each(|child| writeln!(out, "{}", child.vm.name()))?;
-                }
-                Ok(SUCCESS)
-            })
+        Verb::Launch(launch) => make::launch(launch, server, out),
+        Verb::Fork(fork) => make::fork(fork, server, out),
+        Verb::Send { name, text, expect, timeout, output } => {
+            let line = talk::Line { text: text.join(" "), expect, timeout };
+            with_server(server, Some(&name), |client| talk::send(&client.vm(&name), line, output, out))
         }
-        Verb::Send { name, text, expect, timeout } => with_client(server, |client| {
-            let (vm, text) = (client.vm(name), text.join(" "));
-            if let Some(pattern) = &expect {
-                let found = vm.expect(&text, pattern, timeout)?;
-                writeln!(out, "{}", plain::lines(&found))?;
-                return Ok(SUCCESS);
-            }
-            let Some(answer) = vm.tell(&text, timeout)? else { return Ok(SUCCESS) };
-            writeln!(out, "{}", plain::lines(&answer))?;
-            let good = answer.split(' ').next() == Some("ok");
-            Ok(if good { SUCCESS } else { FAILED.into() })
-        }),
         Verb::Console { name } => {
-            let signals = Signals::catch()?;
-            with_client(server, |client| console::attach(client.vm(&name).console()?, &name, &signals, out))
+            let signals = signals::Signals::catch()?;
+            with_server(server, Some(&name), |client| console::attach(&client.vm(&name), &signals, out))
         }
-        Verb::Logs { name, follow } => with_client(server, |client| {
-            let vm = client.vm(name);
-            copy(if follow { vm.follow_logs()? } else { vm.logs()? }, out)
+        Verb::Logs { name, follow, tail } => with_server(server, Some(&name), |client| {
+            let vm = client.vm(&name);
+            talk::copy(if follow { vm.follow_logs(tail)? } else { vm.logs(tail)? }, out)
         }),
-        Verb::Ls { output } => with_client(server, |client| {
-            let vms = client.list()?;
-            shown(output, out, &vms, |out| show::vms(out, &vms))
-        }),
-        Verb::Tree { output } => with_client(server, |client| {
-            let rows = client.tree()?;
-            shown(output, out, &rows, |out| show::tree(out, &rows))
-        }),
-        Verb::Stats { name, output } => with_client(server, |client| {
-            let stats = match name {
-                Some(name) => client.vm(name).stats_and_totals()?,
-                None => client.stats()?,
-            };
-            shown(output, out, &stats, |out| show::stats(out, &stats))
-        }),
-        Verb::Balloon { name, size, timeout, output } => with_client(server, |client| {
-            let balloon = balloon::resize(client, &name, size, timeout)?;
-            shown(output, out, &balloon, |out| writeln!(out, "{name}: {}", balloon::text(&balloon)))
-        }),
-        Verb::Pause { name } => with_client(server, |client| Ok(client.vm(name).pause().map(|()| SUCCESS)?)),
-        Verb::Resume { name } => with_client(server, |client| Ok(client.vm(name).resume().map(|()| SUCCESS)?)),
-        Verb::Stop { name } => with_client(server, |client| Ok(client.vm(name).stop().map(|()| SUCCESS)?)),
-        Verb::Wait { name, timeout, output } => with_client(server, |client| {
-            let end = client.vm(name).wait(timeout)?;
-            let word = if end.state == VmState::Dead { "dead" } else { "off" };
-            shown(output, out, &end, |out| match &end.reason {
-                Some(reason) => writeln!(out, "{word}: {reason}"),
-                None => writeln!(out, "{word}"),
-            })?;
-            Ok(if end.state == VmState::Dead { FAILED.into() } else { SUCCESS })
-        }),
-        Verb::Rm { names, all } => with_client(server, |client| {
-            if all {
-                client.remove_all()?
-            } else {
-                client.remove(names)?
-            }
-            Ok(SUCCESS)
-        }),
-        Verb::Inspect { name, output } => with_client(server, |client| {
-            let inspection = client.vm(name).inspect()?;
+        Verb::Ls { quiet: true, output: _ } => look::names(server, out),
+        Verb::Ls { quiet: false, output } => look::list(server, output, out),
+        Verb::Tree { name, output } => look::tree(server, name, output, out),
+        Verb::Stats { name, watch: None, output } => look::stats(server, name, output, out),
+        Verb::Stats { name, watch: Some(pause), output } => look::watch(server, name, output, pause, out),
+        Verb::Inspect { name, output } => with_server(server, Some(&name), |client| {
+            let inspection = client.vm(&name).inspect()?;
             shown(output, out, &inspection, |out| show::inspection(out, &inspection))
         }),
-        Verb::Reclaim { name, size, all: _, output } => with_client(server, |client| {
-            let done = match name {
+        Verb::Check { output } => look::check(server, output, out),
+        Verb::Balloon { name, size, timeout, output } => with_server(server, Some(&name), |client| {
+            let balloon = balloon::resize(client, &name, size, timeout)?;
+            let (size, given) = (balloon.size_bytes, balloon.balloon_bytes);
+            shown(output, out, &balloon, |out| writeln!(out, "{name}: {}", balloon::text(size, given)))
+        }),
+        Verb::Pause(names) => each::vm(server, names, |vm| vm.pause()),
+        Verb::Resume(names) => each::vm(server, names, |vm| vm.resume()),
+        Verb::Stop(names) => each::vm(server, names, |vm| vm.stop()),
+        Verb::Kill(names) => each::vm(server, names, |vm| vm.kill()),
+        Verb::Wait { names, timeout, output } => each::wait(server, &names, timeout, output, out),
+        Verb::Rm { names, all: false, output } => each::remove(server, names, output, out),
+        Verb::Rm { all: true, output, .. } => each::remove_all(server, output, out),
+        Verb::Reclaim { name, size, all: _, output } => with_server(server, name.as_deref(), |client| {
+            let done = match &name {
                 Some(name) => client.vm(name).reclaim(size)?,
                 None => client.reclaim_all(size)?,
             };
             shown(output, out, &done, |out| writeln!(out, "reclaimed {}", done.reclaimed_bytes))
         }),
-        Verb::Budget { set, output } => with_client(server, |client| {
-            let budget = match set {
-                Some(args::Budget(budget)) => client.set_budget(budget)?,
-                None => client.budget()?,
+        Verb::Budget { set, output } => {
+            let act = |client: &Client| {
+                let budget = match set {
+                    Some(args::Budget(budget)) => client.set_budget(budget)?,
+                    None => client.budget()?,
+                };
+                let json = json!({ "budget_bytes": budget });
+                shown(output, out, &json, |out| match budget {
+                    Some(size) => writeln!(out, "{size}"),
+                    None => writeln!(out, "none"),
+                })
             };
-            let json = json!({ "budget_bytes": budget });
-            shown(output, out, &json, |out| match budget {
-                Some(size) => writeln!(out, "{size}"),
-                None => writeln!(out, "none"),
-            })
-        }),
+            // What is set is to stay: for that there must be a server.
+            if set.is_some() { with_client(server, act) } else { with_server(server, None, act) }
+        }
         Verb::Serve(serve) => serve::run(cli.home.as_deref(), serve),
         Verb::Shutdown => match server.start_server(false).connect() {
             // What is asked for is so.
@@ -176,67 +146,12 @@ fn run(cli: Cli) -> Done {
             shown(output, out, &report, |out| show::host(out, &report))?;
             Ok(if report.can_run { SUCCESS } else { FAILED.into() })
         }
-        Verb::Check { output } => with_client(server, |client| {
-            let report = client.check()?;
-            shown(output, out, &report, |out| show::check(out, &report))?;
-            match report.broken.first() {
-                None => Ok(SUCCESS),
-                Some(broken) => Err(CliError::failed(format!("check: {broken}"))),
-            }
-        }),
         Verb::Demo => demo::run(cli.home.as_deref(), server, out),
+        Verb::Completions { shell } => manual::completions(shell, out),
+        Verb::Man { verb, dir: None } => manual::page(verb.as_deref(), out),
+        Verb::Man { dir: Some(dir), .. } => manual::pages(&dir),
         Verb::VmProcess => vm_process::run(),
     }
-}
-
-fn launch(launch: Launch, server: ClientBuilder, out: &mut impl Write) -> Done {
-    let signals = launch.attach.then(Signals::catch).transpose()?;
-    let mut options = LaunchOptions::new().memory(launch.mem).vcpus(launch.vcpus).remove_when_off(launch.rm);
-    if let Some(name) = launch.name {
-        options = options.name(name);
-    }
-    if let Some(kernel) = launch.kernel {
-        options = options.kernel(kernel)?;
-    }
-    if let Some(initrd) = launch.initrd {
-        options = options.initrd(initrd)?;
-    }
-    if let Some(cmdline) = launch.cmdline {
-        options = options.cmdline(cmdline)?;
-    }
-    options.check()?;
-    with_client(server, |client| {
-        let vm = client.launch(options)?;
-        writeln!(out, "{}", vm.name())?;
-        out.flush()?;
-        match signals {
-            Some(signals) => console::attach(vm.console()?, vm.name(), &signals, out),
-            None => Ok(SUCCESS),
-        }
-    })
-}
-
-/// Connects, starting a server if there is none, and does something with it. If that fails, a server that was started
-/// for it is shut down again.
-fn with_client(server: ClientBuilder, act: impl FnOnce(&Client) -> Done) -> Done {
-    let client = connect(server)?;
-    let done = act(&client);
-    if done.is_err()
-        && let Err(e) = client.undo_start()
-    {
-        // What failed first is what to tell; a server that is gone needs no shutting down.
-        log::info!("shut down the server that was started: {e}");
-    }
-    done
-}
-
-fn connect(server: ClientBuilder) -> Result<Client, CliError> {
-    let client = server.connect()?;
-    let lost = client.take_lost();
-    if !lost.is_empty() {
-        errors::tell(&format!("an earlier server of this home died; lost: {}", lost.join(", ")));
-    }
-    Ok(client)
 }
 
 /// Prints a value as it was asked for.
@@ -248,15 +163,4 @@ fn shown<W: Write>(
 ) -> Done {
     if output.json { show::json(out, value) } else { plain(out) }?;
     Ok(SUCCESS)
-}
-
-/// Prints a stream, each piece as it comes.
-fn copy(mut stream: Stream, out: &mut impl Write) -> Done {
-    let mut buffer = [0; 4096];
-    loop {
-        match stream.read(&mut buffer)? {
-            0 => return Ok(SUCCESS),
-            count => out.write_all(&buffer[..count]).and_then(|()| out.flush())?,
-        }
-    }
 }

@@ -1,7 +1,7 @@
 //! One connection to a server: lines of JSON, and then perhaps raw bytes.
 
 use super::SocketPath;
-use crate::api::{Greeting, Reply, Request};
+use crate::api::{Failure, Greeting, Line, Reply, Request};
 use serde::de::DeserializeOwned;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,14 +16,14 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Connects, and hears the server's greeting within `patience`.
-    pub fn open(path: &SocketPath, patience: Duration) -> io::Result<Self> {
+    /// Connects, and hears within `patience` who the server is, or why it does not serve.
+    pub fn open(path: &SocketPath, patience: Duration) -> io::Result<Result<Self, Failure>> {
         let socket = UnixStream::connect(path)?;
         socket.set_read_timeout(Some(patience))?;
         let mut socket = BufReader::new(socket);
         let greeting = read_line(&mut socket)?;
         socket.get_ref().set_read_timeout(None)?;
-        Ok(Self { socket, greeting })
+        Ok(greeting.map(|greeting| Self { socket, greeting }))
     }
 
     pub fn greeting(&self) -> &Greeting {
@@ -51,13 +51,14 @@ impl Connection {
     }
 }
 
-fn read_line<T: DeserializeOwned>(socket: &mut BufReader<UnixStream>) -> io::Result<T> {
+fn read_line<T: DeserializeOwned>(socket: &mut BufReader<UnixStream>) -> io::Result<Result<T, Failure>> {
     let mut line = Vec::new();
     socket.read_until(b'\n', &mut line)?;
     if line.last() != Some(&b'\n') {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection"));
     }
-    Ok(serde_json::from_slice(&line)?)
+    let line: Line<T> = serde_json::from_slice(&line)?;
+    Ok(line.into())
 }
 
 /// A VM's console or log: raw bytes. It ends when the VM does, and is closed by dropping it.

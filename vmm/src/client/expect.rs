@@ -1,6 +1,7 @@
 //! Waiting for what a guest prints after a line was typed on its console.
 
 use super::{Error, Stream};
+use crate::api::{ErrorKind, Failure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use regex::Regex;
 use std::io::{Read, Write};
@@ -37,14 +38,16 @@ impl Expectation<'_> {
                 let mut buffer = [0; 4096];
                 match console.read(&mut buffer).map_err(Error::io(format!("read the console of {name}")))? {
                     0 => {
-                        return Err(Error::Failed(format!("VM {name:?} has ended before it printed {}", self.pattern)));
+                        let why = format!("VM {name:?} has ended before it printed {}", self.pattern);
+                        return Err(Failure::new(ErrorKind::VmEnded, why).about(name).into());
                     }
                     count => printed.extend_from_slice(&buffer[..count]),
                 }
             } else if let Some(found) = found {
                 return Ok(found.lines);
             } else {
-                return Err(Error::TimedOut(format!("VM {name:?} has not printed {} in time", self.pattern)));
+                let why = format!("VM {name:?} has not printed {} in time", self.pattern);
+                return Err(Failure::timed_out(why).about(name).into());
             }
         }
     }

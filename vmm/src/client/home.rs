@@ -1,15 +1,15 @@
 //! The directory that a server and its clients share.
 //!
 //! ```text
-//! HOME/            0700, owned by the user
-//!   lock           locked by the server for life (an open-file-description lock); its text is the server's pid
+//! HOME/            0700, owned by the user; locked by the server for life, so that it has one whatever is deleted in it
+//!   lock           locked as well (an open-file-description lock, which others can ask for); its text is the server's pid
 //!   socket         where the server listens
 //!   server.log     what a server in the background has to say
-//!   swap           evicted pages, while the server runs
+//!   vms            what VMs there are
 //! ```
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::libc;
 use nix::unistd::geteuid;
 use std::env;
@@ -19,9 +19,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// What a server puts into its home.
 const OURS: [&str; 6] = ["lock", "socket", "server.log", "swap", "vms", "cage"];
+
+/// How long somebody may take to ask whether a home has a server.
+const ASKING: Duration = Duration::from_millis(200);
 
 /// Bytes of a Unix socket's path, its end included.
 const SUN_PATH: usize = 108;
@@ -43,6 +48,9 @@ pub enum HomeError {
         /// Why.
         source: io::Error,
     },
+    /// It is the root of the file system, which has other uses.
+    #[error("home {}: it is the root of the file system: name a directory of the server's own", .0.display())]
+    Root(PathBuf),
     /// Something else is there.
     #[error("home {}: not a directory (and a symbolic link is not followed)", .0.display())]
     NotADirectory(PathBuf),
@@ -65,13 +73,28 @@ pub enum HomeError {
         mode: u32,
     },
     /// It has a server.
-    #[error("a server is already running for {} (pid {pid})", home.display())]
+    #[error("a server is already running for {}{}", home.display(), of_pid(*pid))]
     Locked {
         /// The home.
         home: PathBuf,
         /// The server's process; 0 if it has not said yet.
         pid: i32,
     },
+}
+
+fn of_pid(pid: i32) -> String {
+    if pid == 0 { String::new() } else { format!(" (pid {pid})") }
+}
+
+impl HomeError {
+    /// Which home it is about.
+    pub fn home(&self) -> &Path {
+        match self {
+            Self::Root(home) | Self::NotADirectory(home) => home,
+            Self::Io { home, .. } | Self::NotOurs { home, .. } => home,
+            Self::OpenToOthers { home, .. } | Self::Locked { home, .. } => home,
+        }
+    }
 }
 
 impl Home {
@@ -130,7 +153,9 @@ impl Home {
         let meta = fs::symlink_metadata(&self.0).map_err(|e| self.io("look at directory", e))?;
         let user = geteuid().as_raw();
         let mode = meta.mode() & 0o777;
-        if !meta.is_dir() {
+        if fs::metadata("/").is_ok_and(|root| (root.dev(), root.ino()) == (meta.dev(), meta.ino())) {
+            return Err(HomeError::Root(home()));
+        } else if !meta.is_dir() {
             return Err(HomeError::NotADirectory(home()));
         } else if meta.uid() != user {
             return Err(HomeError::NotOurs { home: home(), owner: meta.uid(), user });
@@ -163,6 +188,23 @@ impl Home {
     /// Becomes the server of this home, until the lock is dropped or the process ends. A second one gets
     /// [`HomeError::Locked`].
     pub fn lock(&self) -> Result<HomeLock, HomeError> {
+        let deadline = Instant::now() + ASKING;
+        let directory = loop {
+            match Flock::lock(self.open_directory()?, FlockArg::LockExclusiveNonblock) {
+                Ok(directory) => break directory,
+                Err((_, Errno::EWOULDBLOCK)) => match self.holder()? {
+                    // Somebody asks whether there is a server, and takes a moment for it.
+                    None if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+                    holder => return Err(HomeError::Locked { home: self.0.clone(), pid: holder.unwrap_or(0) }),
+                },
+                Err((_, e)) => return Err(self.io("lock directory", e.into())),
+            }
+        };
+        let file = self.lock_file()?;
+        Ok(HomeLock { home: self.clone(), directory, file })
+    }
+
+    fn lock_file(&self) -> Result<File, HomeError> {
         let mut file = self.open_lock(OpenOptions::new().read(true).write(true).create(true).mode(0o600))?;
         match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file())) {
             Ok(_) => {}
@@ -173,12 +215,28 @@ impl Home {
         }
         let wrote = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
         wrote.map_err(|e| self.io("write lock file", e))?;
-        Ok(HomeLock(file))
+        Ok(file)
     }
 
-    /// The process of the server that has the lock (0 if it has not said yet), or none. Asking takes nothing, so it
-    /// disturbs no server that starts meanwhile.
+    /// The process of the server that this home has (0 if it has not said which), or none.
     pub fn server_pid(&self) -> Result<Option<i32>, HomeError> {
+        if let Some(pid) = self.holder()? {
+            return Ok(Some(pid));
+        }
+        // Somebody may have deleted its lock file: the directory is locked as well. To take that lock as one of many is how
+        // to ask for it, and a server that starts meanwhile tries again.
+        let directory = match self.open_directory() {
+            Err(HomeError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+            directory => directory?,
+        };
+        match Flock::lock(directory, FlockArg::LockSharedNonblock) {
+            Err((_, Errno::EWOULDBLOCK)) => Ok(Some(0)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Who has the lock file locked. Asking takes nothing.
+    fn holder(&self) -> Result<Option<i32>, HomeError> {
         let mut file = match self.open_lock(OpenOptions::new().read(true)) {
             Err(HomeError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file?,
@@ -186,6 +244,12 @@ impl Home {
         let mut lock = whole_file();
         fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).map_err(|e| self.io("ask for lock", e.into()))?;
         Ok((lock.l_type != libc::F_UNLCK as libc::c_short).then(|| read_pid(&mut file)))
+    }
+
+    fn open_directory(&self) -> Result<File, HomeError> {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW);
+        options.open(&self.0).map_err(|e| self.io("open directory", e))
     }
 
     fn open_lock(&self, options: &OpenOptions) -> Result<File, HomeError> {
@@ -214,7 +278,33 @@ impl AsRef<Path> for SocketPath {
 /// The right to be a home's server. It ends when this is dropped, or with the process; children do not inherit it
 /// unless they share its file descriptors.
 #[derive(Debug)]
-pub struct HomeLock(#[expect(dead_code, reason = "held, not used")] File);
+pub struct HomeLock {
+    home: Home,
+    directory: Flock<File>,
+    file: File,
+}
+
+impl HomeLock {
+    /// Whether the home is still the directory that was locked. If not, nobody finds its server any more.
+    pub fn is_home(&self) -> bool {
+        let same = |there: fs::Metadata| {
+            self.directory.metadata().is_ok_and(|locked| (locked.dev(), locked.ino()) == (there.dev(), there.ino()))
+        };
+        fs::symlink_metadata(self.home.path()).is_ok_and(same)
+    }
+
+    /// Makes the lock file again where somebody has deleted it. Whether that was so.
+    pub fn mend(&mut self) -> Result<bool, HomeError> {
+        match fs::symlink_metadata(self.home.path().join("lock")) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                self.file = self.home.lock_file()?;
+                Ok(true)
+            }
+            Err(e) => Err(self.home.io("look at lock file", e)),
+            Ok(_) => Ok(false),
+        }
+    }
+}
 
 fn read_pid(lock: &mut File) -> i32 {
     let mut text = String::new();
@@ -271,6 +361,9 @@ mod tests {
         fs::write(dir.path().join("file"), "").unwrap();
         let file = Home::at(dir.path().join("file")).unwrap();
         assert!(matches!(file.create(), Err(HomeError::NotADirectory(_))));
+        for root in ["/", "//", "/tmp/.."] {
+            assert!(matches!(Home::at(root).unwrap().create(), Err(HomeError::Root(_))), "{root}");
+        }
         if geteuid().is_root() {
             std::os::unix::fs::chown(home.path(), Some(1), None).unwrap();
             assert!(matches!(home.create(), Err(HomeError::NotOurs { owner: 1, user: 0, .. })));
@@ -298,6 +391,45 @@ mod tests {
         drop(lock);
         assert_eq!(home.server_pid().unwrap(), None);
         home.lock().unwrap();
+    }
+
+    /// What cleans temporary directories took the lock file, and the next server did not see that there was one.
+    #[test]
+    fn a_home_has_one_server_whatever_is_deleted() {
+        let dir = TempDir::new();
+        let home = Home::at(dir.path().join("h")).unwrap();
+        home.create().unwrap();
+        let mut lock = home.lock().unwrap();
+        assert!(!lock.mend().unwrap() && lock.is_home());
+        fs::remove_file(home.path().join("lock")).unwrap();
+        assert_eq!(home.server_pid().unwrap(), Some(0));
+        let e = home.lock().unwrap_err();
+        assert!(matches!(e, HomeError::Locked { pid: 0, .. }) && !e.to_string().contains("pid"), "{e}");
+        assert!(lock.mend().unwrap());
+        assert_eq!(home.server_pid().unwrap(), Some(std::process::id() as i32));
+
+        fs::remove_dir_all(home.path()).unwrap();
+        assert!(!lock.is_home());
+        assert_eq!(home.server_pid().unwrap(), None);
+        home.create().unwrap();
+        assert!(!lock.is_home());
+        home.lock().unwrap();
+    }
+
+    #[test]
+    fn who_asks_for_a_server_keeps_none_from_starting() {
+        let dir = TempDir::new();
+        let home = Home::at(dir.path()).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    home.server_pid().unwrap();
+                }
+            });
+            (0..200).for_each(|_| drop(home.lock().unwrap()));
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     }
 
     #[test]

@@ -60,7 +60,9 @@ pub use home::{Home, HomeError, HomeLock, SocketPath};
 pub use options::{ForkOptions, LaunchOptions};
 pub use vm::{Forked, Scoped, Vm};
 
-use crate::api::{Answer, BudgetSetting, CheckReport, Reclaimed, Request, Stats, TreeRow, VmSummary};
+use crate::api::{
+    Answer, BudgetSetting, CheckReport, Failure, PROTOCOL, Reclaimed, Removed, Request, Stats, TreeRow, VmSummary,
+};
 use crate::name::check_name;
 use crate::units::ByteSize;
 use connection::Connection;
@@ -188,9 +190,14 @@ impl Client {
 
     /// Launches a guest. The built-in one has reached its prompt when this returns, a Linux guest has begun to boot.
     pub fn launch(&self, options: LaunchOptions) -> Result<Vm, Error> {
+        self.launch_told(options).map(|(vm, _)| vm)
+    }
+
+    /// The same, with what the server tells of the new VM.
+    pub fn launch_told(&self, options: LaunchOptions) -> Result<(Vm, VmSummary), Error> {
         options.check()?;
-        let name = answer!(self.call(&Request::Launch(options.0)), "launch", Launched)?;
-        Ok(Vm::new(self.clone(), name))
+        let summary = answer!(self.call(&Request::Launch(options.0)), "launch", Launched)?;
+        Ok((Vm::new(self.clone(), summary.name.clone()), summary))
     }
 
     /// The VM of that name. Whether there is one shows when it is asked for something.
@@ -213,21 +220,22 @@ impl Client {
         answer!(self.call(&Request::Stats { name: None }), "stats", Stats)
     }
 
-    /// Ends VMs and forgets them. Their processes are gone when this returns. One unknown name, and none is removed.
-    pub fn remove(&self, names: impl IntoIterator<Item = impl Into<String>>) -> Result<(), Error> {
+    /// Ends VMs and forgets them, those that are there. Their processes are gone when this returns. It tells whose they were,
+    /// and which names no VM had.
+    pub fn remove(&self, names: impl IntoIterator<Item = impl Into<String>>) -> Result<Removed, Error> {
         let names: Vec<String> = names.into_iter().map(Into::into).collect();
         names.iter().try_for_each(|name| check_vm_name("rm", name))?;
-        answer!(self.call(&Request::Remove { names, all: false }), "rm")
+        answer!(self.call(&Request::Remove { names, all: false }), "rm", Removed)
     }
 
     /// Ends all VMs and forgets them.
-    pub fn remove_all(&self) -> Result<(), Error> {
-        answer!(self.call(&Request::Remove { names: Vec::new(), all: true }), "rm")
+    pub fn remove_all(&self) -> Result<Removed, Error> {
+        answer!(self.call(&Request::Remove { names: Vec::new(), all: true }), "rm", Removed)
     }
 
     /// Takes that much out of memory, of all VMs: to swap, cold pages first. It may be less.
     pub fn reclaim_all(&self, size: ByteSize) -> Result<Reclaimed, Error> {
-        answer!(self.call(&Request::Reclaim { name: None, bytes: size.0 }), "reclaim", Reclaimed)
+        answer!(self.call(&Request::Reclaim { name: None, size_bytes: size.0 }), "reclaim", Reclaimed)
     }
 
     /// The memory budget of the server.
@@ -262,7 +270,7 @@ impl Client {
         while self.home().server_pid()?.is_some() {
             if Instant::now() > deadline {
                 let home = self.home().path().display();
-                return Err(Error::TimedOut(format!("shutdown: the server of {home} does not end")));
+                return Err(Failure::timed_out(format!("shutdown: the server of {home} does not end")).into());
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -305,8 +313,9 @@ impl Client {
     fn open(&self) -> Result<Connection, Error> {
         let (connection, starter) = self.0.launcher.connect()?;
         let greeting = connection.greeting();
-        if greeting.version != env!("CARGO_PKG_VERSION") {
-            log::warn!("the server of {} is of version {}", self.home().path().display(), greeting.version);
+        if greeting.protocol != PROTOCOL {
+            let (home, version) = (self.home().path().to_owned(), greeting.version.clone());
+            return Err(Error::OtherVersion { home, version, protocol: greeting.protocol, pid: greeting.pid });
         }
         let mut state = self.state();
         state.lost.extend(greeting.lost.iter().cloned());
@@ -332,7 +341,8 @@ impl Client {
 
 /// Refuses, before any server is asked, what cannot be a VM's name.
 fn check_vm_name(operation: &str, name: &str) -> Result<(), Error> {
-    check_name(name).map_err(|e| Error::BadInput(format!("{operation} {name:?}: {e}")))
+    let checked = check_name(name);
+    checked.map_err(|e| Failure::bad_request(format!("{operation} {name:?}: {e}")).about(name).into())
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What a launch and a fork can be told.
 
 use super::{Error, check_vm_name};
-use crate::api::{DEFAULT_MEMORY, Fork, Launch, Linux, MAX_VCPUS};
+use crate::api::{DEFAULT_MEMORY, ErrorKind, Failure, Fork, Launch, Linux, MAX_CHILDREN, MAX_VCPUS};
 use crate::boot::linux::{self, DEFAULT_CMDLINE, Plan};
 use crate::host;
 use crate::units::ByteSize;
@@ -75,7 +75,7 @@ impl LaunchOptions {
     }
 
     fn linux(&mut self, what: &str) -> Result<&mut Linux, Error> {
-        self.0.linux.as_mut().ok_or_else(|| Error::BadInput(format!("launch: {what} needs a kernel")))
+        self.0.linux.as_mut().ok_or_else(|| Error::bad_request(format!("launch: {what} needs a kernel")))
     }
 
     /// Its virtual CPUs. The built-in guest has one, a Linux guest from 1 to 8.
@@ -101,7 +101,10 @@ impl LaunchOptions {
     /// [`Client::launch`](super::Client::launch) does so too.
     pub fn check(&self) -> Result<(), Error> {
         let operation = self.0.name.as_ref().map_or("launch".into(), |name| format!("launch {name}"));
-        let bad = |cause: &dyn std::fmt::Display| Err(Error::BadInput(format!("{operation}: {cause}")));
+        let failure = |kind, cause: &dyn std::fmt::Display| {
+            Err(Failure { kind, message: format!("{operation}: {cause}"), subject: self.0.name.clone() }.into())
+        };
+        let bad = |cause: &dyn std::fmt::Display| failure(ErrorKind::BadRequest, cause);
         if let Some(name) = &self.0.name {
             check_vm_name("launch", name)?;
         }
@@ -119,7 +122,10 @@ impl LaunchOptions {
             _ => {}
         }
         if let Some(guest) = &self.0.linux {
-            let (kernel, initrd) = guest.open().map_err(|e| Error::BadInput(format!("{operation}: {e}")))?;
+            let (kernel, initrd) = match guest.open() {
+                Ok(files) => files,
+                Err(e) => return bad(&e),
+            };
             let ram = PageCount::covering(memory.0);
             let request = linux::Request { ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &guest.cmdline };
             if let Err(e) = Plan::new(request) {
@@ -127,19 +133,22 @@ impl LaunchOptions {
             }
         }
         if let Err(e) = host::open_kvm() {
-            return bad(&e);
+            return failure(ErrorKind::Unsupported, &e);
         }
         let available = host::available_memory().map_err(Error::io(format!("{operation}: read available memory")))?;
         if memory.0 > available {
             let available = ByteSize(available).approx();
-            return bad(&format_args!("{memory} of memory is more than the {available} this host can give"));
+            return failure(
+                ErrorKind::Limit,
+                &format_args!("{memory} of memory is more than the {available} this host can give"),
+            );
         }
         Ok(())
     }
 }
 
 fn absolute(what: &str, path: &Path) -> Result<PathBuf, Error> {
-    std::path::absolute(path).map_err(|e| Error::BadInput(format!("launch: {what} {}: {e}", path.display())))
+    std::path::absolute(path).map_err(|e| Error::bad_request(format!("launch: {what} {}: {e}", path.display())))
 }
 
 /// A fork: one child that runs, where nothing else is asked for.
@@ -151,6 +160,7 @@ impl Default for ForkOptions {
         Self(Fork {
             name: String::new(),
             count: 1,
+            children: Vec::new(),
             prefix: None,
             wait_settled: false,
             paused: false,
@@ -171,7 +181,14 @@ impl ForkOptions {
         self
     }
 
-    /// Children are called PREFIX-1, PREFIX-2, …; without it, the parent's name is the prefix.
+    /// What the child is called, or each of several, which then are as many as there are names.
+    pub fn children(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.0.children = names.into_iter().map(Into::into).collect();
+        self.0.count = self.0.children.len().try_into().unwrap_or(u32::MAX);
+        self
+    }
+
+    /// Children are called PREFIX-1, PREFIX-2, …; without it, the name of the first VM of the parent's family is the prefix.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.0.prefix = Some(prefix.into());
         self
@@ -201,8 +218,10 @@ impl ForkOptions {
         if let Some(prefix) = &self.0.prefix {
             check_vm_name("fork: prefix", prefix)?;
         }
-        if self.0.count == 0 {
-            return Err(Error::BadInput(format!("fork {parent}: 0 children are no fork")));
+        self.0.children.iter().try_for_each(|name| check_vm_name("fork: child", name))?;
+        if !(1..=MAX_CHILDREN).contains(&self.0.count) {
+            let why = format!("fork {parent}: {} children: from 1 to {MAX_CHILDREN} at a time", self.0.count);
+            return Err(Failure::bad_request(why).about(parent).into());
         }
         Ok(Fork { name: parent.to_owned(), ..self.0 })
     }
@@ -215,7 +234,7 @@ mod tests {
     #[test]
     fn bad_launches_are_refused() {
         let refusal = |options: LaunchOptions| match options.check() {
-            Err(Error::BadInput(message)) => message,
+            Err(Error::Failure(Failure { kind: ErrorKind::BadRequest, message, .. })) => message,
             other => panic!("{other:?}"),
         };
         let new = LaunchOptions::new;
@@ -229,8 +248,11 @@ mod tests {
 
     #[test]
     fn bad_forks_are_refused() {
-        assert!(matches!(ForkOptions::new().count(0).of("a"), Err(Error::BadInput(_))));
-        assert!(matches!(ForkOptions::new().prefix("x/y").of("a"), Err(Error::BadInput(_))));
-        assert_eq!(ForkOptions::new().of("a").unwrap().name, "a");
+        let new = ForkOptions::new;
+        for bad in [new().count(0), new().count(1001), new().prefix("x/y"), new().children(["b", "-c"])] {
+            assert_eq!(bad.of("a").unwrap_err().kind(), ErrorKind::BadRequest);
+        }
+        assert_eq!(new().of("a").unwrap().name, "a");
+        assert_eq!(new().children(["b", "c"]).of("a").unwrap().count, 2);
     }
 }

@@ -2,11 +2,13 @@
 
 use super::connection::Connection;
 use super::{Error, Home};
+use crate::api::{ErrorKind, Failure};
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -14,6 +16,10 @@ use std::time::{Duration, Instant};
 
 /// How long a server may take to start, and to greet.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a server that is there may not listen before a client that starts none gives up.
+const MUTE: Duration = Duration::from_secs(2);
+/// What is heard of a server that cannot start.
+const WORDS_MAX: u64 = 4096;
 /// How often to look whether it listens.
 const POLL: Duration = Duration::from_millis(2);
 /// How long to leave a server that is ending before the next try to replace it.
@@ -48,20 +54,31 @@ impl Launcher {
         } else {
             self.home.check()?;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let begun = Instant::now();
+        let deadline = begun + PATIENCE;
         let mut server: Option<Server> = None;
         loop {
             match Connection::open(&self.home.socket()?, PATIENCE) {
                 Ok(connection) => {
+                    let connection = connection?;
                     let pid = connection.greeting().pid;
                     let ours = server.is_some_and(|server| server.release() == pid);
                     return Ok((connection, if ours { Starter::ThisClient } else { Starter::SomebodyElse }));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(self.too_slow("connect to")),
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => return Err(Error::Protocol("greeting")),
                 Err(e) if !is_absent(&e) => {
                     return Err(Error::io(format!("connect to server of {}", self.home.path().display()))(e));
                 }
-                Err(_) if !self.start => return Err(self.no_server()),
+                Err(_) if !self.start => match self.home.server_pid()? {
+                    None => return Err(self.no_server()),
+                    // It is about to listen, or about to end.
+                    Some(pid) if Instant::now() > begun + MUTE => return Err(self.does_not_listen(pid)),
+                    Some(_) => {
+                        thread::sleep(POLL);
+                        continue;
+                    }
+                },
                 Err(_) => {}
             }
             let mut pause = POLL;
@@ -71,7 +88,7 @@ impl Launcher {
                     None => {}
                     // Another one has the lock.
                     Some(status) if status.success() => (server, pause) = (None, RETRY),
-                    Some(status) => return Err(Error::Failed(running.last_words(&status.to_string()))),
+                    Some(status) => return Err(Failure::failed(running.last_words(&status.to_string())).into()),
                 },
             }
             if Instant::now() > deadline {
@@ -88,21 +105,29 @@ impl Launcher {
         Error::NoServer(self.home.path().to_owned())
     }
 
+    fn does_not_listen(&self, pid: i32) -> Error {
+        let (home, which) =
+            (self.home.path().display(), if pid == 0 { String::new() } else { format!(" (pid {pid})") });
+        Failure::new(ErrorKind::DoesNotAnswer, format!("the server of {home}{which} does not listen")).into()
+    }
+
     fn too_slow(&self, verb: &str) -> Error {
         let home = self.home.path().display();
-        Error::TimedOut(format!("{verb} server of {home}: no greeting within {} s", PATIENCE.as_secs()))
+        Failure::timed_out(format!("{verb} server of {home}: no greeting within {} s", PATIENCE.as_secs())).into()
     }
 
     fn start(&self) -> Result<Server, Error> {
         let binary = self.find_binary()?;
         let log = self.open_log().map_err(Error::io(format!("open {}", self.home.log().display())))?;
-        let (log_start, stdout, stderr) = log;
+        let (log_start, stderr) = log;
         let child = Command::new(&binary)
+            .arg0(BINARY)
             .arg("--home")
             .arg(self.home.path())
             .args(["--log-level", self.log_level.as_str(), "serve", "--background"])
             .stdin(Stdio::null())
-            .stdout(stdout)
+            // Its last words, if it cannot start: there may be no room for them in the log.
+            .stdout(Stdio::piped())
             .stderr(stderr)
             .spawn()
             .map_err(Error::io(format!("start server {}", binary.display())))?;
@@ -110,9 +135,9 @@ impl Launcher {
         Ok(Server { child, log: self.home.log(), log_start })
     }
 
-    fn open_log(&self) -> io::Result<(u64, File, File)> {
+    fn open_log(&self) -> io::Result<(u64, File)> {
         let log = OpenOptions::new().append(true).create(true).mode(0o600).open(self.home.log())?;
-        Ok((log.metadata()?.len(), log.try_clone()?, log))
+        Ok((log.metadata()?.len(), log))
     }
 
     /// The `offshoot` binary: the one asked for, else `OFFSHOOT_BIN`, else this program if it is that, else the one
@@ -128,8 +153,8 @@ impl Launcher {
             .and_then(|this| binary_near(&this))
             .or_else(|| binary_in(&env::var_os("PATH").unwrap_or_default()))
             .ok_or_else(|| {
-                Error::BadInput(
-                    "start server: there is no `offshoot` binary near this program or in PATH; set OFFSHOOT_BIN".into(),
+                Error::bad_request(
+                    "start server: there is no `offshoot` binary near this program or in PATH; set OFFSHOOT_BIN",
                 )
             })
     }
@@ -177,15 +202,20 @@ impl Server {
     }
 
     /// The last line it wrote, for a server that ended with `status`.
-    fn last_words(&self, status: &str) -> String {
-        let mut text = String::new();
+    fn last_words(&mut self, status: &str) -> String {
+        let (mut told, mut logged) = (Vec::new(), String::new());
+        // It has ended, and what it has started has no part in this pipe.
+        let heard = self.child.stdout.take().map(|pipe| pipe.take(WORDS_MAX).read_to_end(&mut told));
         let read = File::open(&self.log).and_then(|mut log| {
             log.seek(SeekFrom::Start(self.log_start))?;
-            log.read_to_string(&mut text)
+            log.read_to_string(&mut logged)
         });
-        match text.lines().rfind(|line| !line.trim().is_empty()) {
-            Some(line) if read.is_ok() => format!("start server: {}", line.trim_start_matches("offshoot: ")),
-            _ => format!("start server: it ended with {status} and left no word in {}", self.log.display()),
+        let told = String::from_utf8_lossy(&told);
+        let last = |text: &str| text.lines().rfind(|line| !line.trim().is_empty()).map(str::to_owned);
+        let told = last(&told).filter(|_| matches!(heard, Some(Ok(_))));
+        match told.or_else(|| last(&logged).filter(|_| read.is_ok())) {
+            Some(line) => format!("start server: {}", line.trim_start_matches("offshoot: ")),
+            None => format!("start server: it ended with {status} and left no word in {}", self.log.display()),
         }
     }
 }
@@ -216,9 +246,9 @@ mod tests {
     #[test]
     fn a_server_that_cannot_start_says_why() {
         let dir = TempDir::new();
-        // `ls` has no `--home`, and says so in two lines.
+        // `ls` has no `--home`, and says so in two lines, as whom it was called.
         let e = launcher(&dir, "ls").connect().unwrap_err().to_string();
-        assert!(e.starts_with("start server: Try 'ls --help'"), "{e}");
+        assert!(e.starts_with("start server: Try 'offshoot --help'"), "{e}");
         let e = launcher(&dir, "false").connect().unwrap_err().to_string();
         assert!(e.contains("exit status: 1") && e.ends_with("server.log"), "{e}");
         let e = launcher(&dir, "/nowhere/offshoot").connect().unwrap_err().to_string();
@@ -231,5 +261,10 @@ mod tests {
         let launcher = Launcher { start: false, ..launcher(&dir, "false") };
         assert!(matches!(launcher.connect(), Err(Error::NoServer(_))));
         assert!(!launcher.home.path().exists());
+        // Nor is one that is there, and cannot be reached, taken for none: it would be said to have been shut down.
+        launcher.home.create().unwrap();
+        let _lock = launcher.home.lock().unwrap();
+        let e = launcher.connect().unwrap_err();
+        assert!(e.kind() == ErrorKind::DoesNotAnswer && e.to_string().ends_with("does not listen"), "{e}");
     }
 }

@@ -1,7 +1,7 @@
 //! What the tests of this crate need: a directory that goes away, and a server that says what it is told to.
 
 use super::Home;
-use crate::api::{Answer, Greeting, Reply, Request};
+use crate::api::{Answer, Greeting, Line, PROTOCOL, Reply, Request};
 use nix::unistd::mkdtemp;
 use serde::Serialize;
 use std::io::{self, BufRead, BufReader, Write};
@@ -33,7 +33,8 @@ impl Drop for TempDir {
 pub(crate) fn serve(home: &Home, lost: &[&str], answer: impl Fn(Request) -> Reply + Send + Sync + 'static) {
     let listener = UnixListener::bind(home.socket().unwrap()).unwrap();
     let lost = lost.iter().map(ToString::to_string).collect();
-    let greeting = Greeting { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id() as i32, lost };
+    let (protocol, version) = (PROTOCOL, env!("CARGO_PKG_VERSION").into());
+    let greeting = Greeting { protocol, version, pid: std::process::id() as i32, lost };
     let answer = Arc::new(answer);
     thread::spawn(move || {
         for connection in listener.incoming() {
@@ -44,12 +45,12 @@ pub(crate) fn serve(home: &Home, lost: &[&str], answer: impl Fn(Request) -> Repl
 }
 
 fn converse(mut socket: UnixStream, greeting: Greeting, answer: &dyn Fn(Request) -> Reply) -> io::Result<()> {
-    say(&mut socket, &greeting)?;
+    say(&mut socket, &Line::<_>::Ok(greeting))?;
     let mut lines = BufReader::new(socket.try_clone()?);
     let mut line = String::new();
     while lines.read_line(&mut line)? > 0 {
         let reply = answer(serde_json::from_str(&line)?);
-        say(&mut socket, &reply)?;
+        say(&mut socket, &Line::from(&reply))?;
         if matches!(reply, Ok(Answer::Stream)) {
             socket.write_all(b"prompt> ")?;
             return io::copy(&mut lines, &mut socket).map(drop);

@@ -1,6 +1,6 @@
 use super::testing::{TempDir, serve};
 use super::*;
-use crate::api::{Child, Failure, FailureKind, VmState};
+use crate::api::{Child, ErrorKind, Failure, VmState};
 use std::io::{Read, Write};
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -17,13 +17,14 @@ fn client(answer: impl Fn(Request) -> Result<Answer, Failure> + Send + Sync + 's
 fn child(name: &str) -> Child {
     Child {
         name: name.into(),
+        id: 7,
         pause_us: Some(80),
         ready_us: None,
         first_exit_us: None,
         moved_pages: 1,
         copied_pages: None,
         gap_pages: None,
-        runs: 3,
+        window_runs: 3,
         hinted_pages: None,
     }
 }
@@ -56,15 +57,15 @@ fn the_guest_s_answer_is_taken_apart() {
             Err(Failure::timed_out("send a: 5 s have passed"))
         }
         Request::Send { text, .. } => Ok(Answer::Said(text)),
-        _ => Err(Failure::bad_input("no")),
+        _ => Err(Failure::bad_request("no")),
     });
     let vm = client.vm("a");
     assert_eq!(vm.send("ok sum=7", PATIENCE).unwrap(), "sum=7");
     assert_eq!(vm.send("ok", PATIENCE).unwrap(), "");
     assert!(matches!(vm.send("err mismatch page=1", PATIENCE), Err(Error::Guest(text)) if text == "mismatch page=1"));
     assert!(matches!(vm.send("okay", PATIENCE), Err(Error::Protocol("send"))));
-    assert!(matches!(vm.send("slow", PATIENCE), Err(Error::TimedOut(_))));
-    assert!(matches!(vm.send("two\nlines", PATIENCE), Err(Error::BadInput(_))));
+    assert_eq!(vm.send("slow", PATIENCE).unwrap_err().kind(), ErrorKind::TimedOut);
+    assert_eq!(vm.send("two\nlines", PATIENCE).unwrap_err().kind(), ErrorKind::BadRequest);
     // And the connection is as good as before.
     assert_eq!(vm.ask("err x", PATIENCE).unwrap(), "err x");
 }
@@ -72,16 +73,20 @@ fn the_guest_s_answer_is_taken_apart() {
 #[test]
 fn failures_keep_their_kind() {
     let (_dir, client) = client(|request| match request {
-        Request::Pause { .. } => Err(Failure { kind: FailureKind::BadInput, message: "no VM is called x".into() }),
+        Request::Pause { .. } => Err(Failure::new(ErrorKind::NoSuchVm, "no VM is called x").about("x")),
         Request::Resume { .. } => Err(Failure::failed("it is stuck")),
         _ => Ok(Answer::Done),
     });
     let vm = client.vm("x");
-    assert!(matches!(vm.pause(), Err(Error::BadInput(text)) if text == "no VM is called x"));
-    assert!(matches!(vm.resume(), Err(Error::Failed(_))));
+    let e = vm.pause().unwrap_err();
+    assert_eq!(
+        (e.kind(), e.subject(), e.to_string()),
+        (ErrorKind::NoSuchVm, Some("x".into()), "no VM is called x".into())
+    );
+    assert_eq!(vm.resume().unwrap_err().kind(), ErrorKind::Failed);
     assert!(matches!(client.list(), Err(Error::Protocol("list"))));
-    assert!(matches!(client.vm("a/b").stop(), Err(Error::BadInput(_))));
-    vm.remove().unwrap();
+    assert_eq!(client.vm("a/b").stop().unwrap_err().kind(), ErrorKind::BadRequest);
+    vm.kill().unwrap();
 }
 
 #[test]
@@ -98,7 +103,7 @@ fn calls_do_not_wait_for_each_other() {
         let waiting = scope.spawn(|| client.vm("a").wait(Some(Duration::from_millis(300))));
         client.list().unwrap();
         assert!(start.elapsed() < Duration::from_millis(250));
-        assert!(matches!(waiting.join().unwrap(), Err(Error::TimedOut(_))));
+        assert_eq!(waiting.join().unwrap().unwrap_err().kind(), ErrorKind::TimedOut);
     });
 }
 
@@ -118,4 +123,33 @@ fn the_states_have_their_names_on_the_wire() {
     assert_eq!(text, "\"dead\"");
     let request = serde_json::to_string(&Request::Stats { name: None }).unwrap();
     assert_eq!(request, r#"{"verb":"stats","name":null}"#);
+}
+
+/// Fields that another version has or has not would be misread.
+#[test]
+fn a_server_of_another_protocol_is_not_talked_to() {
+    let dir = TempDir::new();
+    let home = Home::at(dir.path()).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(home.socket().unwrap()).unwrap();
+    thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        writeln!(socket, r#"{{"ok":{{"protocol":99,"version":"9.0","pid":7,"lost":[],"news":1}}}}"#).unwrap();
+    });
+    let e = Client::builder().home(dir.path()).start_server(false).connect().unwrap_err();
+    assert!(matches!(&e, Error::OtherVersion { protocol: 99, pid: 7, .. }), "{e}");
+    assert_eq!(e.kind(), ErrorKind::Connection);
+}
+
+/// A server that can hear nobody else says so instead of a greeting.
+#[test]
+fn a_server_that_does_not_serve_says_why() {
+    let dir = TempDir::new();
+    let home = Home::at(dir.path()).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(home.socket().unwrap()).unwrap();
+    thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        writeln!(socket, r#"{{"error":{{"kind":"limit","message":"too many connections","subject":null}}}}"#).unwrap();
+    });
+    let e = Client::builder().home(dir.path()).start_server(false).connect().unwrap_err();
+    assert_eq!((e.kind(), e.to_string()), (ErrorKind::Limit, "too many connections".into()));
 }

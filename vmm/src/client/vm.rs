@@ -2,7 +2,9 @@
 
 use super::expect::Expectation;
 use super::{Client, Error, ForkOptions, Stream, answer, check_vm_name};
-use crate::api::{Answer, Balloon, Child, Inspection, Reclaimed, Request, Stats, VmStats, VmSummary};
+use crate::api::{
+    Answer, Balloon, Child, ErrorKind, Failure, Inspection, Reclaimed, Request, Stats, VmStats, VmSummary,
+};
 use crate::units::ByteSize;
 use regex::Regex;
 use std::ops::Deref;
@@ -50,7 +52,7 @@ impl Vm {
     /// Takes that much out of memory, of this VM and its family: to swap, cold pages first. It may be less.
     pub fn reclaim(&self, size: ByteSize) -> Result<Reclaimed, Error> {
         check_vm_name("reclaim", &self.name)?;
-        let request = Request::Reclaim { name: Some(self.name.clone()), bytes: size.0 };
+        let request = Request::Reclaim { name: Some(self.name.clone()), size_bytes: size.0 };
         answer!(self.client.call(&request), "reclaim", Reclaimed)
     }
 
@@ -75,7 +77,7 @@ impl Vm {
     pub fn tell(&self, text: &str, timeout: Duration) -> Result<Option<String>, Error> {
         let name = self.checked_name("send")?;
         if text.contains(['\n', '\r']) {
-            return Err(Error::BadInput(format!("send {name}: a line has no newline in it")));
+            return Err(Failure::bad_request(format!("send {name}: a line has no newline in it")).about(name).into());
         }
         let timeout_ms = timeout.as_millis().try_into().unwrap_or(u64::MAX);
         match self.client.call(&Request::Send { name, text: text.to_owned(), timeout_ms })? {
@@ -93,10 +95,10 @@ impl Vm {
     }
 
     /// Has the guest give memory back, or take some back, until it has `size` left, and waits until it has: at least 16 MiB,
-    /// and not more than its memory. Of a Linux guest that is late [`Error::TimedOut`] says how far it has got; it goes on.
+    /// and not more than its memory. Of a Linux guest that is late an error of kind `TimedOut` says how far it has got; it goes on.
     pub fn balloon(&self, size: ByteSize, timeout: Duration) -> Result<Balloon, Error> {
         let name = self.checked_name("balloon")?;
-        size.as_guest_memory().map_err(|e| Error::BadInput(format!("balloon {name}: {e}")))?;
+        size.as_guest_memory().map_err(|e| Failure::bad_request(format!("balloon {name}: {e}")).about(&name))?;
         let timeout_ms = timeout.as_millis().try_into().unwrap_or(u64::MAX);
         answer!(self.client.call(&Request::Balloon { name, size_bytes: size.0, timeout_ms }), "balloon", Ballooned)
     }
@@ -116,6 +118,11 @@ impl Vm {
         answer!(self.client.call(&Request::Stop { name: self.checked_name("stop")? }), "stop")
     }
 
+    /// Ends it at once, and keeps it listed, as dead. Its process is gone when this returns.
+    pub fn kill(&self) -> Result<(), Error> {
+        answer!(self.client.call(&Request::Kill { name: self.checked_name("kill")? }), "kill")
+    }
+
     /// Waits until it is off or dead, for ever where there is no time-out.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<VmSummary, Error> {
         let name = self.checked_name("wait")?;
@@ -125,7 +132,16 @@ impl Vm {
 
     /// Ends it and forgets it.
     pub fn remove(self) -> Result<(), Error> {
-        self.client.remove([&self.name])
+        match self.client.remove([&self.name])?.missing.is_empty() {
+            true => Ok(()),
+            false => Err(no_such_vm(&self.name)),
+        }
+    }
+
+    /// Its row of the list.
+    pub fn summary(&self) -> Result<VmSummary, Error> {
+        let name = self.checked_name("ls")?;
+        self.client.list()?.into_iter().find(|vm| vm.name == name).ok_or_else(|| no_such_vm(&name))
     }
 
     /// Its figures.
@@ -144,14 +160,16 @@ impl Vm {
         answer!(self.client.call(&Request::Inspect { name }), "inspect", Inspected).map(|inspection| *inspection)
     }
 
-    /// What the guest has printed, and its answers that nobody waited for.
-    pub fn logs(&self) -> Result<Stream, Error> {
-        self.client.call_stream("logs", &Request::Logs { name: self.checked_name("logs")?, follow: false })
+    /// What the guest has printed, and its answers that nobody waited for: the last `tail_lines`, or all that is kept.
+    pub fn logs(&self, tail_lines: Option<u64>) -> Result<Stream, Error> {
+        let name = self.checked_name("logs")?;
+        self.client.call_stream("logs", &Request::Logs { name, follow: false, tail_lines })
     }
 
     /// The same, and then what is to come, until the VM ends.
-    pub fn follow_logs(&self) -> Result<Stream, Error> {
-        self.client.call_stream("logs", &Request::Logs { name: self.checked_name("logs")?, follow: true })
+    pub fn follow_logs(&self, tail_lines: Option<u64>) -> Result<Stream, Error> {
+        let name = self.checked_name("logs")?;
+        self.client.call_stream("logs", &Request::Logs { name, follow: true, tail_lines })
     }
 
     /// Its serial console, to read and to write.
@@ -163,6 +181,10 @@ impl Vm {
         check_vm_name(operation, &self.name)?;
         Ok(self.name.clone())
     }
+}
+
+fn no_such_vm(name: &str) -> Error {
+    Failure::new(ErrorKind::NoSuchVm, format!("there is no VM {name:?}")).about(name).into()
 }
 
 /// A VM that is removed when this is dropped.

@@ -21,6 +21,7 @@
 mod clients;
 mod fork;
 mod freeze;
+mod home;
 mod inspect;
 mod main_loop;
 mod memory;
@@ -42,6 +43,7 @@ use guest_mem::manager::SwapCounts;
 use guest_mem::store::memfd::MemfdStores;
 use guest_mem::swap::handle::SharedSwap;
 use guest_mem::sys::Userfaultfd;
+use home::KeptHome;
 use inspect::check::Checks;
 use inspect::look::Looks;
 use main_loop::Origin;
@@ -65,12 +67,12 @@ use procs::pool::Pool;
 use procs::process::{ProcessId, VmProcess};
 use procs::window::{RemoteWindow, Wants};
 use procs::zygote::{Jail, Zygote};
-use registry::end::Removal;
+use registry::end::{EndCause, Removal};
 use registry::roll::Roll;
 use registry::vm::{FamilyId, Generation, Vms};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -100,6 +102,15 @@ pub struct Config {
     pub isolation: Strictness,
     /// How long a VM process may take for an answer. One that takes longer is ended.
     pub answer_within: Duration,
+}
+
+/// How far a server has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It listens on this socket.
+    Listening(PathBuf),
+    /// It has been asked to end.
+    Ending,
 }
 
 /// Why a server could not start.
@@ -140,6 +151,10 @@ struct Server {
     listener_token: Option<Token>,
     /// There was no descriptor for a client: until when none is waited for.
     deaf_until: Option<Instant>,
+    /// Kept for one who has to be told that there are too many, and when that was last said in the log.
+    spare: Option<File>,
+    refused_at: Option<Instant>,
+    most_clients: usize,
     signals: SignalFd,
     clients: BTreeMap<ClientId, Client>,
     processes: BTreeMap<ProcessId, VmProcess>,
@@ -179,14 +194,16 @@ struct Server {
     replied: Vec<ClientId>,
     lost: Vec<String>,
     next_id: u64,
-    stopping: Option<ClientId>,
+    kept_home: KeptHome,
+    stopping: Option<EndCause>,
 }
 
-/// Serves `config.home` until a client asks for an end.
+/// Serves `config.home` until a client, SIGTERM, SIGINT or SIGHUP asks for an end, and says how far it has come. Of these
+/// signals those that are ignored stay so. There must be one thread.
 ///
 /// # Errors
 /// The home has a server already, or the host will not let this one start.
-pub fn run(config: Config) -> Result<(), Error> {
+pub fn run(config: Config, mut tell: impl FnMut(Stage)) -> Result<(), Error> {
     // Whatever the mask is that we were started with: what is in the home is its user's alone.
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
     heap::keep();
@@ -195,28 +212,39 @@ pub fn run(config: Config) -> Result<(), Error> {
         log::debug!("oom_score_adj: {error}");
     }
     config.home.create()?;
-    let lock = config.home.lock()?;
-    let server = Rc::new(RefCell::new(Server::new(config)?));
+    let kept = KeptHome::new(&config.home, config.home.lock()?);
+    let socket = config.home.path().join("socket");
+    let server = Rc::new(RefCell::new(Server::new(config, kept)?));
     let mut events = EventManager::new().map_err(Error::Loop)?;
     let id = events.add_subscriber(Rc::clone(&server) as Rc<RefCell<dyn MutEventSubscriber>>);
+    tell(Stage::Listening(socket));
+    let mut ending = false;
     while !server.borrow().has_stopped() {
+        if server.borrow().stopping.is_some() && !std::mem::replace(&mut ending, true) {
+            tell(Stage::Ending);
+        }
         let wait = server.borrow_mut().between_rounds();
+        // Nothing may be left that would happen.
+        if server.borrow().has_stopped() {
+            break;
+        }
         server.borrow_mut().watches.apply(&mut events.event_ops(id).map_err(Error::Loop)?);
         events.run_with_timeout(wait).map_err(Error::Loop)?;
     }
-    let done = server.borrow().clean_up();
-    drop(lock);
-    done
+    // The home is let go of with the server.
+    server.borrow().clean_up()
 }
 
 impl Server {
-    fn new(config: Config) -> Result<Self, Error> {
+    fn new(config: Config, kept_home: KeptHome) -> Result<Self, Error> {
         let Config { home, swap, budget, idle, isolation: strictness, answer_within } = config;
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
-        let mut mask = SigSet::empty();
-        mask.add(Signal::SIGCHLD);
-        mask.thread_block().map_err(|e| io("block SIGCHLD")(e.into()))?;
+        let ends = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter();
+        // Who starts a server so that it ignores one of these wants it to.
+        let ignored = crate::procfs::ignored_signals().map_err(io("ask for ignored signals"))?;
+        let mask: SigSet = ends.filter(|&signal| !ignored.contains(signal)).chain([Signal::SIGCHLD]).collect();
+        mask.thread_block().map_err(|e| io("block signals")(e.into()))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|e| io("make a signalfd")(e.into()))?;
         // It has threads, which must not take our signals.
@@ -230,7 +258,7 @@ impl Server {
         };
         // What a VM process leaves behind is ours to end.
         set_child_subreaper(true).map_err(|e| io("take in orphans")(e.into()))?;
-        let lost = Roll::left_at(&roll_path(&home));
+        let lost = lost_vms(&home);
         // After the swap's threads were made: they may wait.
         let niceness = nice::go_ahead();
         Ok(Self {
@@ -242,6 +270,9 @@ impl Server {
             listener: listen(&home)?,
             listener_token: None,
             deaf_until: None,
+            spare: clients::spare(),
+            refused_at: None,
+            most_clients: clients::most_clients(),
             signals,
             clients: BTreeMap::new(),
             processes: BTreeMap::new(),
@@ -277,6 +308,7 @@ impl Server {
             replied: Vec::new(),
             lost,
             next_id: 1,
+            kept_home,
             stopping: None,
             home,
         })
@@ -289,10 +321,23 @@ impl Server {
     }
 
     fn has_stopped(&self) -> bool {
-        self.stopping.is_some_and(|client| {
-            let gone = self.processes.is_empty() || self.removals.is_empty();
-            gone && self.clients.get(&client).is_none_or(|client| !client.has_output())
-        }) && self.removals.is_empty()
+        let told = match self.stopping {
+            None => return false,
+            Some(EndCause::Client(client)) => self.clients.get(&client).is_none_or(|client| !client.has_output()),
+            Some(EndCause::Signal | EndCause::HomeIsGone) => true,
+        };
+        told && self.removals.is_empty()
+    }
+
+    /// A child has ended, or somebody wants the server to end.
+    fn take_signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            if signal.ssi_signo != Signal::SIGCHLD as u32 {
+                log::info!("the server ends: signal {} of process {}", signal.ssi_signo, signal.ssi_pid);
+                self.shut_down(EndCause::Signal);
+            }
+        }
+        self.reap();
     }
 
     /// Leaves nothing behind but the log.
@@ -306,8 +351,12 @@ impl Server {
         for child in crate::procfs::children().unwrap_or_default() {
             let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
         }
-        HostSwap::clean_up(&self.home);
-        std::fs::remove_dir(&self.cage).map_err(|source| Error::Io { operation: "remove the empty directory", source })
+        match std::fs::remove_dir(&self.cage) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::Io { operation: "remove the empty directory", source })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -326,6 +375,11 @@ fn listen(home: &Home) -> Result<UnixListener, Error> {
         Ok(listener)
     });
     listener.map_err(|source| Error::Io { operation: "listen on the home's socket", source })
+}
+
+/// The VMs of a server that did not get to end in order, as long as no other has taken its place.
+pub fn lost_vms(home: &Home) -> Vec<String> {
+    Roll::left_at(&roll_path(home))
 }
 
 /// Where the names of VMs are kept.

@@ -122,6 +122,7 @@ fn play(stage: &Stage, options: LaunchOptions, out: &mut impl Write) -> Result<(
     for (parent, children) in &forks_again {
         add_latencies(&mut latencies, parent, children);
     }
+    writeln!(out, "microseconds: the median of the children, and the longest")?;
     show::write_table(out, &mut latencies, &[1, 2, 3, 4, 5])?;
     writeln!(out)?;
     let mut stats = client.stats()?;
@@ -136,7 +137,7 @@ fn of_stage<T>(stage: &Stage, rows: Vec<T>, name: impl Fn(&T) -> &String) -> Vec
 }
 
 fn latency_table() -> Table {
-    show::table(["FORK OF", "CHILDREN", "PAUSE µs", "READY µs", "FIRST EXIT µs", "MOVED PAGES"])
+    show::table(["FORK OF", "CHILDREN", "PAUSE", "READY", "FIRST EXIT", "MOVED PAGES"])
 }
 
 /// One fork: its pause, and the median and longest of its children's times.
@@ -145,7 +146,7 @@ fn add_latencies(table: &mut Table, parent: &str, children: &[Forked]) {
         let mut values: Vec<u64> = children.iter().filter_map(|child| pick(&child.figures)).collect();
         values.sort_unstable();
         match (values.get(values.len() / 2), values.last()) {
-            (Some(median), Some(longest)) if median < longest => format!("{median} (longest {longest})"),
+            (Some(median), Some(longest)) if median < longest => format!("{median}…{longest}"),
             (Some(value), _) => value.to_string(),
             _ => "-".into(),
         }
@@ -162,10 +163,10 @@ fn costs(out: &mut impl Write, stats: &Stats) -> io::Result<()> {
     writeln!(out, "unshared, the pages of these {} VMs would take {}", stats.vms.len(), unshared.approx())?;
     writeln!(
         out,
-        "they take {} with everything: server, VM processes, {} prepared ones, page tables ({:.1} times less)",
+        "they take {}, {:.1} times less, with everything:\nserver, VM processes, {} prepared ones, page tables",
         measured.approx(),
-        stats.total.pooled,
-        unshared.0 as f64 / measured.0.max(1) as f64
+        unshared.0 as f64 / measured.0.max(1) as f64,
+        stats.total.pooled
     )?;
     let total = &stats.total;
     writeln!(

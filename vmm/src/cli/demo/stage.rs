@@ -1,7 +1,7 @@
 //! Where the demo plays: a server of its own, or the one of a given home; cleared however the demo ends.
 
-use super::super::connect;
 use super::super::errors::{CliError, tell};
+use super::super::reach::connect;
 use super::super::signals::{self, Signals};
 use nix::unistd::mkdtemp;
 use std::path::{Path, PathBuf};

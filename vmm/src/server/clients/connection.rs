@@ -1,6 +1,6 @@
 //! Clients: connections that ask, one request at a time, and are told.
 
-use crate::api::{Reply, Request};
+use crate::api::{Line, Reply, Request};
 use crate::server::main_loop::watch::Token;
 use crate::server::registry::vm::Generation;
 use nix::sys::socket::getsockopt;
@@ -44,6 +44,8 @@ pub struct Client {
     pub mode: Mode,
     /// When the request under way was received; `CLOCK_MONOTONIC` nanoseconds.
     pub asked_ns: u64,
+    /// The VM that it is about.
+    pub subject: Option<String>,
     input: Vec<u8>,
     output: Vec<u8>,
     /// Nothing more will come.
@@ -75,6 +77,7 @@ impl Client {
             token: None,
             mode: Mode::Idle,
             asked_ns: 0,
+            subject: None,
             input: Vec::new(),
             output: Vec::new(),
             ended: false,
@@ -124,12 +127,16 @@ impl Client {
         }
     }
 
-    /// Answers the request under way.
-    pub fn reply(&mut self, reply: &Reply) {
+    /// Answers the request under way. A failure that names nothing is about the VM that the request is about.
+    pub fn reply(&mut self, mut reply: Reply) {
         if self.mode == Mode::Waiting {
             self.mode = Mode::Idle;
         }
-        self.say(reply);
+        let subject = self.subject.take();
+        if let Err(failure) = &mut reply {
+            failure.subject = failure.subject.take().or(subject);
+        }
+        self.say(&Line::from(&reply));
     }
 
     /// Sends a line.

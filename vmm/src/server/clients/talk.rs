@@ -11,6 +11,20 @@ use std::time::{Duration, Instant};
 /// Longest line for a guest, in bytes.
 const LINE_MAX: usize = 4000;
 
+/// What of a log is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPart {
+    /// And then what comes.
+    pub follow: bool,
+    /// Only so many of the last lines that there are.
+    pub tail_lines: Option<u64>,
+}
+
+impl LogPart {
+    /// Nothing of what was.
+    const NOTHING: Self = Self { follow: true, tail_lines: Some(0) };
+}
+
 /// Something that a client does not wait for any longer than until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deadline {
@@ -48,7 +62,7 @@ impl Server {
     pub fn send(&mut self, client: ClientId, name: &str, text: String, timeout_ms: u64) {
         if text.len() > LINE_MAX || text.contains(['\n', '\r', '\0']) {
             let why = format!("a line for a guest is one line of at most {LINE_MAX} bytes");
-            return self.reply(client, Err(Failure::bad_input(why)));
+            return self.reply(client, Err(Failure::bad_request(why)));
         }
         let (generation, machine) = match self.find_alive(name) {
             Ok(vm) => (vm.generation, vm.shape.machine),
@@ -66,29 +80,29 @@ impl Server {
 
     pub fn console(&mut self, client: ClientId, name: &str) {
         match self.find_alive(name).map(|vm| vm.generation) {
-            Ok(vm) => self.stream(client, vm, Mode::Console(vm)),
+            // A console shows what comes; the log is asked for by itself.
+            Ok(vm) => self.stream(client, vm, (Mode::Console(vm), LogPart::NOTHING)),
             Err(failure) => self.reply(client, Err(failure)),
         }
     }
 
-    pub fn logs(&mut self, client: ClientId, name: &str, follow: bool) {
+    pub fn logs(&mut self, client: ClientId, name: &str, part: LogPart) {
         let (generation, alive) = match self.find(name) {
             Ok(vm) => (vm.generation, vm.is_alive()),
             Err(failure) => return self.reply(client, Err(failure)),
         };
-        let mode = if follow && alive { Mode::Viewer } else { Mode::Closing };
-        self.stream(client, generation, mode);
+        let mode = if part.follow && alive { Mode::Viewer } else { Mode::Closing };
+        self.stream(client, generation, (mode, part));
     }
 
     /// Turns a connection into a view of a console, which begins with what was printed before.
-    fn stream(&mut self, client: ClientId, vm: Generation, mode: Mode) {
+    fn stream(&mut self, client: ClientId, vm: Generation, (mode, part): (Mode, LogPart)) {
         self.reply(client, Ok(Answer::Stream));
         let record = self.vms.get_mut(vm).expect("found above");
         if mode != Mode::Closing {
             record.viewers.push(client);
         }
-        // A console shows what comes; the log is asked for by itself.
-        let before = if matches!(mode, Mode::Console(_)) { Vec::new() } else { record.log.bytes() };
+        let before = record.log.tail(part.tail_lines);
         if let Some(connection) = self.clients.get_mut(&client) {
             connection.mode = mode;
             connection.write(&before);

@@ -4,7 +4,7 @@ pub mod children;
 pub mod hint;
 pub mod op;
 
-use crate::api::{Answer, Failure, Fork, MAX_NAME};
+use crate::api::{Answer, ErrorKind, Failure, Fork, MAX_CHILDREN, MAX_NAME};
 use crate::clock::monotonic_ns;
 use crate::host::latency::LEASE;
 use crate::machine::state::PackedState;
@@ -13,16 +13,16 @@ use crate::server::Server;
 use crate::server::clients::connection::ClientId;
 use crate::server::fork::hint::Hint;
 use crate::server::freeze::queue::Purpose;
-use crate::server::registry::vm::{FamilyId, Generation, Phase};
+use crate::server::registry::vm::{Ancestry, FamilyId, Generation, Phase};
 use crate::wire::{Frozen, RunState, Take, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
 use guest_mem::{Destination, VmId};
 use op::{Asker, ForkId, ForkOp};
+use std::collections::HashSet;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 use std::time::Instant;
 
-/// Most children of one fork.
-const COUNT_MAX: u32 = 1000;
 /// A guest that asks for children itself gets fewer than this at a time, and only as long as there are no more VMs than this:
 /// one that does so in a loop leaves something to others.
 const INSIDE_EACH: u32 = 65;
@@ -32,9 +32,11 @@ impl Server {
     pub fn fork(&mut self, client: ClientId, fork: Fork) {
         self.latency.lease(Instant::now() + LEASE);
         let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
-        let prefix = fork.prefix.clone().unwrap_or_else(|| fork.name.clone());
         let checked = self.find_started(&fork.name).and_then(|parent| {
-            let names = self.child_names(&prefix, fork.count)?;
+            let names = match &fork.children[..] {
+                [] => self.child_names(parent, fork.prefix.as_deref(), fork.count)?,
+                children => self.given_names(children, &fork)?,
+            };
             Ok((parent, names))
         });
         match checked {
@@ -52,15 +54,17 @@ impl Server {
     pub fn fork_from_inside(&mut self, parent: Generation, count: u32) {
         self.latency.lease(Instant::now() + LEASE);
         let asked_ns = monotonic_ns();
-        let Some(vm) = self.vms.get(parent) else { return };
-        let prefix = vm.name.clone();
+        if self.vms.get(parent).is_none() {
+            return;
+        }
         let there = self.vms.iter().filter(|vm| vm.is_alive()).count();
         let names = match count {
-            INSIDE_EACH.. => Err(Failure::bad_input(format!("{count} children: fewer than {INSIDE_EACH} at a time"))),
+            INSIDE_EACH.. => Err(Failure::bad_request(format!("{count} children: fewer than {INSIDE_EACH} at a time"))),
             _ if there + count as usize > INSIDE_ALL => {
-                Err(Failure::failed(format!("{there} VMs are there: guests fork while there are at most {INSIDE_ALL}")))
+                let why = format!("{there} VMs are there: guests fork while there are at most {INSIDE_ALL}");
+                Err(Failure::new(ErrorKind::Limit, why))
             }
-            _ => self.child_names(&prefix, count),
+            _ => self.child_names(parent, None, count),
         };
         match names {
             Err(failure) => self.tell_guest(parent, Err(failure.message)),
@@ -72,30 +76,49 @@ impl Server {
         let vm = self.find_alive(name)?;
         match vm.phase {
             Phase::Live => Ok(vm.generation),
-            _ => Err(Failure::failed(format!("VM {name:?} has not started yet"))),
+            _ => Err(Failure::new(ErrorKind::Busy, format!("VM {name:?} has not started yet"))),
         }
     }
 
-    /// The first free names PREFIX-1, PREFIX-2, ….
-    fn child_names(&self, prefix: &str, count: u32) -> Result<Vec<String>, Failure> {
-        if count == 0 || count > COUNT_MAX {
-            return Err(Failure::bad_input(format!("{count} children: from 1 to {COUNT_MAX} at a time")));
+    /// The next names PREFIX-1, PREFIX-2, …, where the prefix is, unless one is given, what the first VM of the family was
+    /// called: so names do not grow with each generation.
+    fn child_names(&mut self, parent: Generation, prefix: Option<&str>, count: u32) -> Result<Vec<String>, Failure> {
+        if !(1..=MAX_CHILDREN).contains(&count) {
+            return Err(Failure::bad_request(format!("{count} children: from 1 to {MAX_CHILDREN} at a time")));
         }
-        check_name(prefix).map_err(|e| Failure::bad_input(e.to_string()))?;
-        let names = self.vms.names().first_free(prefix, count as usize);
+        let family = Rc::clone(&self.vms.get(parent).expect("found above").ancestry.family_name);
+        let prefix = prefix.unwrap_or(&family);
+        check_name(prefix).map_err(|e| Failure::bad_request(e.to_string()).about(prefix))?;
+        let names = self.vms.draw_names(prefix, count as usize);
         if names.last().is_some_and(|name| name.len() > MAX_NAME) {
-            return Err(Failure::bad_input(format!(
-                "names of children of {prefix:?} would be longer than {MAX_NAME}: give them a prefix (--name)"
-            )));
+            let why =
+                format!("names {prefix}-N would be longer than {MAX_NAME}: give a prefix (--name) or a child's name");
+            return Err(Failure::bad_request(why));
         }
         Ok(names)
+    }
+
+    /// The names that children are to have, as they were given.
+    fn given_names(&self, names: &[String], fork: &Fork) -> Result<Vec<String>, Failure> {
+        if fork.count as usize != names.len() || names.len() > MAX_CHILDREN as usize || fork.prefix.is_some() {
+            let why = format!("{} with {} names of children, or a prefix as well", fork.count, names.len());
+            return Err(Failure::bad_request(why));
+        }
+        let mut others = HashSet::new();
+        for name in names {
+            self.check_new_name(name)?;
+            if !others.insert(name) {
+                return Err(Failure::bad_request(format!("two children cannot both be called {name:?}")).about(name));
+            }
+        }
+        Ok(names.to_vec())
     }
 
     /// Freezes the parent as soon as no other fork does, and meanwhile lists the children and finds processes for them.
     fn begin_fork(&mut self, op: ForkOp, names: Vec<String>) {
         let id = ForkId(self.fresh_id());
         let parent = self.vms.get_mut(op.parent).expect("found above");
-        let (generation, shape, parent_name) = (parent.generation, parent.shape, parent.name.clone());
+        let (generation, shape, ancestry) = (parent.generation, parent.shape, Ancestry::below(parent));
         parent.freezes.push(Purpose::Fork(id));
         let alone = parent.freezes.turn() == Some(Purpose::Fork(id));
         self.forks.insert(id, op);
@@ -113,7 +136,7 @@ impl Server {
             let process = self.take_process(shape, Some(generation));
             let child = process.map(|process| {
                 let phase = Phase::Forking(id);
-                self.add_vm(name.clone(), Some(parent_name.clone()), shape, phase, process, None)
+                self.add_vm(name.clone(), ancestry.clone(), shape, phase, process, None)
             });
             let op = self.forks.get_mut(id).expect("looked at above");
             match child {

@@ -200,13 +200,14 @@ impl ForkOp {
         let us = |ns: u64| ns.saturating_sub(self.asked_ns) / 1000;
         let child = |child: &Progress| Child {
             name: child.name.clone(),
+            id: child.generation.0,
             pause_us: self.pause_ns.map(|ns| ns / 1000),
             ready_us: child.ready_ns.map(us),
             first_exit_us: child.first_ns.map(us),
             moved_pages: self.moved,
             copied_pages: copied.map(|copied| copied.pages),
             gap_pages: copied.map(|copied| copied.copy_ups),
-            runs: child.runs,
+            window_runs: child.runs,
             hinted_pages: match self.hint {
                 Hint::Unasked => None,
                 Hint::Wanted(_) => Some(0),
@@ -321,7 +322,8 @@ mod tests {
         op.child(TWO, Step::RunsSilently { at_ns: 3_500_000 });
         op.child(Generation(9), Step::Failed);
         let answer = op.answer(None);
-        let figures: Vec<_> = answer.iter().map(|child| (child.ready_us, child.first_exit_us, child.runs)).collect();
+        let figures: Vec<_> =
+            answer.iter().map(|child| (child.ready_us, child.first_exit_us, child.window_runs)).collect();
         assert_eq!(figures, [(Some(2000), Some(3000), 5), (Some(2500), None, 0)]);
         assert!(answer.iter().all(|child| (child.pause_us, child.moved_pages) == (Some(2000), 7)));
         assert_eq!(op.names(), ["a-1", "a-2"]);

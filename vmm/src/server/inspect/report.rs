@@ -16,16 +16,17 @@ impl Server {
         self.vms.iter().map(|vm| self.summary(vm)).collect()
     }
 
-    fn summary(&self, vm: &Vm) -> VmSummary {
+    pub fn summary(&self, vm: &Vm) -> VmSummary {
         let process = vm.process.and_then(|id| self.processes.get(&id));
-        vm.summary(process.and_then(|process| process.memory.main()).map(|pid| pid.as_raw()))
+        let pid = process.and_then(|process| process.memory.main()).map(|pid| pid.as_raw());
+        self.vms.summary(vm, pid)
     }
 
     /// All VMs, each behind its parent and its older siblings.
     pub fn tree(&self, seen: &Findings) -> Vec<TreeRow> {
-        let mut children: BTreeMap<Option<&str>, Vec<&Vm>> = BTreeMap::new();
+        let mut children: BTreeMap<Option<Generation>, Vec<&Vm>> = BTreeMap::new();
         for vm in self.vms.iter() {
-            let parent = vm.parent.as_deref().filter(|parent| self.vms.find(parent).is_some());
+            let parent = vm.parent().filter(|&parent| self.vms.get(parent).is_some());
             children.entry(parent).or_default().push(vm);
         }
         let mut rows = Vec::new();
@@ -36,7 +37,7 @@ impl Server {
             let counts = seen.counts.get(&vm.generation).copied().unwrap_or_default();
             let vm_row = self.summary(vm);
             rows.push(TreeRow { vm: vm_row, depth, private_pages: counts.private, shared_pages: counts.shared });
-            let below = children.remove(&Some(vm.name.as_str())).unwrap_or_default();
+            let below = children.remove(&Some(vm.generation)).unwrap_or_default();
             stack.extend(below.into_iter().rev().map(|child| (depth + 1, child)));
         }
         rows
@@ -107,13 +108,13 @@ impl Server {
             swap_out_pages: counts.swap_out_pages,
             swap_write_pages: swap.swap_write_pages,
             swap_in_pages: counts.swap_in_pages,
-            clean_evictions: counts.clean_evictions,
+            clean_eviction_pages: counts.clean_evictions,
             discarded_pages: counts.discarded_pages,
-            refaults: counts.refaults,
+            refault_pages: counts.refaults,
             lost_pages: counts.lost_pages,
             swap_in_live_pages: counts.swap_in_live_pages,
             readahead_pages: swap.readahead_pages,
-            readahead_hits: swap.readahead_hits,
+            readahead_hit_pages: swap.readahead_hits,
             writeahead_pages: swap.writeahead_pages,
         }
     }
@@ -136,15 +137,16 @@ impl Server {
             generation: vm.generation.0,
             keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
             isolation: self.isolation.to_string(),
-            children: self.children(vm.generation),
+            children: self.children(vm).map(|child| child.name.clone()).collect(),
+            child_ids: self.children(vm).map(|child| child.generation.0).collect(),
             entries,
             runs,
         })
     }
 
-    fn children(&self, of: Generation) -> Vec<String> {
-        let name = self.vms.get(of).map(|vm| vm.name.as_str());
-        self.vms.iter().filter(|vm| vm.parent.as_deref() == name).map(|vm| vm.name.clone()).collect()
+    fn children(&self, of: &Vm) -> impl Iterator<Item = &Vm> {
+        let parent = of.generation;
+        self.vms.iter().filter(move |vm| vm.parent() == Some(parent))
     }
 
     fn address_space(&self, family: FamilyId, member: guest_mem::VmId) -> (Vec<EntryInfo>, Vec<RunInfo>) {

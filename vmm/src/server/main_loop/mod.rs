@@ -11,6 +11,7 @@ use crate::server::{FamilyManager, Server};
 use crate::wire::ToVm;
 use aside::Finding;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 /// What an event is for.
@@ -25,6 +26,7 @@ pub enum Origin {
     Files,
     Aside,
     Zygote,
+    Home,
 }
 
 impl MutEventSubscriber for Server {
@@ -32,7 +34,7 @@ impl MutEventSubscriber for Server {
         let Some((_, origin)) = self.watches.source(&events) else { return };
         match origin {
             Origin::Listener => self.accept(),
-            Origin::Signals => self.reap(),
+            Origin::Signals => self.take_signals(),
             Origin::Client(client) => self.serve_client(client),
             Origin::Process(process) => self.hear_process(process),
             Origin::Traps(process) if events.event_set().contains(EventSet::ERROR) => self.traps_broken(process),
@@ -41,6 +43,7 @@ impl MutEventSubscriber for Server {
             Origin::Files => self.file_read(),
             Origin::Aside => self.told_aside(),
             Origin::Zygote => self.hear_zygote(),
+            Origin::Home => self.home_changed(),
         }
         self.grant_wants();
     }
@@ -53,6 +56,9 @@ impl MutEventSubscriber for Server {
         // So that it is there when it is needed.
         if let Err(error) = self.start_zygote() {
             log::warn!("start a zygote: {error}");
+        }
+        if let Some(watch) = self.kept_home.watch() {
+            self.watches.add(&watch.as_fd(), EventSet::IN, Origin::Home);
         }
     }
 }
@@ -86,6 +92,7 @@ impl Server {
         let late = self.tend_answers(now).into_iter().chain(self.tend_zygote(now)).min();
         self.finish_removals(now);
         self.listen_again(now);
+        self.mend_home(now);
         let checking = self.tend_checks(now);
         self.finish_checks();
         let looking = self.tend_looks();
@@ -121,7 +128,8 @@ impl Server {
             .chain(late)
             .chain(self.forks.rest_at(now))
             .chain(self.children.next_look(now))
-            .chain(self.deaf_until);
+            .chain(self.deaf_until)
+            .chain(self.kept_home.next_look());
         let next = next.chain(self.next_idle_look()).chain(self.latency.until()).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }

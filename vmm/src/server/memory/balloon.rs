@@ -3,7 +3,7 @@
 //! The built-in guest is told which pages, line by line: the highest are in the balloon. A Linux guest is told how many,
 //! and gets there in its own time, or does not.
 
-use crate::api::{Answer, Balloon, Failure, MIN_MEMORY};
+use crate::api::{Answer, Balloon, ErrorKind, Failure, MIN_MEMORY};
 use crate::server::Server;
 use crate::server::clients::connection::ClientId;
 use crate::server::clients::talk::Deadline;
@@ -58,10 +58,10 @@ impl Server {
         let (size, memory) = (ByteSize(size_bytes), ByteSize::pages(vm.shape.ram.0));
         if size_bytes < MIN_MEMORY || size > memory || !size_bytes.is_multiple_of(PAGE_SIZE as u64) {
             let why = format!("VM {name:?} cannot have {size} left: from 16M to its {memory}, in multiples of 4K");
-            return Err(Failure::bad_input(why));
+            return Err(Failure::bad_request(why));
         }
         if self.is_ballooning(vm.generation) {
-            return Err(Failure::failed(format!("VM {name:?} is on its way to another size")));
+            return Err(Failure::new(ErrorKind::Busy, format!("VM {name:?} is on its way to another size")));
         }
         Ok((vm.generation, vm.shape.machine, vm.shape.ram.0 - PageCount::covering(size_bytes).0))
     }
@@ -94,7 +94,7 @@ impl Server {
         } else {
             let op = self.balloons.remove(at);
             self.drop_deadlines(|deadline| *deadline == Deadline::Balloon(vm, op.client));
-            self.reply(op.client, Err(Failure::failed(format!("the guest says: {}", line.text))));
+            self.reply(op.client, Err(Failure::new(ErrorKind::Guest, format!("the guest says: {}", line.text))));
         }
         true
     }
@@ -123,7 +123,7 @@ impl Server {
         let Some(record) = self.vms.get(vm) else { return };
         let Balloon { size_bytes, balloon_bytes } = balloon_of(record);
         let (size, given) = (ByteSize(size_bytes), ByteSize(balloon_bytes));
-        let why = format!("VM {:?} has come to {size} in time, with {given} in the balloon", record.name);
+        let why = format!("VM {:?} is not there in time: it has {size} left, {given} in the balloon", record.name);
         self.reply(client, Err(Failure::timed_out(why)));
     }
 

@@ -3,7 +3,7 @@
 //! A file is read whole, by a thread, before its VM is launched: one after the other, so that the second of two that are the
 //! same finds the first. What is written to it later is not seen by anybody.
 
-use crate::api::{Failure, Launch};
+use crate::api::{ErrorKind, Failure, Launch};
 use crate::nice;
 use crate::server::Server;
 use crate::server::clients::connection::ClientId;
@@ -146,7 +146,7 @@ impl Server {
     fn read_next(&mut self) {
         while let Err(error) = self.files.begin(self.niceness) {
             let failed = self.files.waiting.pop_front().expect("the first could not be read");
-            self.reply(failed.client, Err(Failure::failed(format!("read the initrd: {error}"))));
+            self.reply(failed.client, Err(Failure::host(format!("read the initrd: {error}"))));
         }
     }
 
@@ -157,12 +157,14 @@ impl Server {
             let Some(Waiting { client, launch, guest, others, .. }) = self.files.waiting.pop_front() else { return };
             let file = read.map(|read| self.files.adopt(read, &others));
             let launched = match file {
-                _ if self.stopping.is_some() => Err(Failure::failed("the server is shutting down")),
+                _ if self.stopping.is_some() => {
+                    Err(Failure::new(ErrorKind::ShuttingDown, "the server is shutting down"))
+                }
                 Ok(file) => self.launch_from(client, launch, Some((guest, Some(file)))),
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     Err(Failure::failed("the initrd has become shorter while it was read"))
                 }
-                Err(error) => Err(Failure::failed(format!("read the initrd: {error}"))),
+                Err(error) => Err(Failure::host(format!("read the initrd: {error}"))),
             };
             if let Err(failure) = launched {
                 self.reply(client, Err(failure));

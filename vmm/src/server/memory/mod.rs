@@ -8,4 +8,5 @@ pub mod idle;
 pub mod pace;
 pub mod reclaim;
 pub mod swap;
+mod swap_place;
 pub mod writeback;

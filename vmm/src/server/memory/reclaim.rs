@@ -2,7 +2,7 @@
 //!
 //! All of it goes in small pieces between rounds of the loop, so that a trap is never far from being served.
 
-use crate::api::{Answer, Failure, Reclaimed};
+use crate::api::{Answer, ErrorKind, Failure, Reclaimed};
 use crate::server::clients::connection::ClientId;
 use crate::server::freeze::queue::Purpose;
 use crate::server::main_loop::aside::Ticket;
@@ -123,12 +123,12 @@ impl Server {
             Some(Err(failure)) => return self.reply(client, Err(failure)),
             Some(Ok(None)) => {
                 let why = format!("VM {:?} has not started yet", name.unwrap_or_default());
-                return self.reply(client, Err(Failure::failed(why)));
+                return self.reply(client, Err(Failure::new(ErrorKind::Busy, why)));
             }
             Some(Ok(family)) => family,
         };
         if !self.features.userfaultfd {
-            return self.reply(client, Err(Failure::failed(NO_TRAPS)));
+            return self.reply(client, Err(Failure::new(ErrorKind::Unsupported, NO_TRAPS)));
         }
         self.reclaims.asked.push_back(AskedFreeze {
             client,

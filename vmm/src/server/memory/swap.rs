@@ -1,14 +1,15 @@
 //! The swap that all families share: opened when the first page goes there, unless it was asked for by name.
 
+use super::swap_place::{is_spare, mark};
 use crate::client::Home;
 use crate::server::{Error, FamilyManager, Origin, Server};
 use event_manager::EventSet;
-use guest_mem::PageCount;
 use guest_mem::ids::SwapSlot;
 use guest_mem::swap::{Fetch, Swap, SwapOptions, SwapStats, SwapStore};
+use guest_mem::{PAGE_SIZE, PageCount};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,8 @@ pub struct SwapConfig {
     pub size: Option<u64>,
     /// How many bytes of compressed pages may be in memory before they go there.
     pub compressed: Option<u64>,
+    /// Whether what else the path may have may go.
+    pub force: bool,
 }
 
 /// A file system that outlives a host's memory, where the home's does not.
@@ -53,7 +56,7 @@ impl HostSwap {
     /// # Errors
     /// What was asked for by name cannot be had.
     pub fn new(home: &Home, config: SwapConfig) -> Result<Self, Error> {
-        // The last server of this home may have been killed.
+        // Servers left a file with a name here once, where they were killed.
         if let Err(error) = std::fs::remove_file(file_in(home.path()))
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -63,8 +66,8 @@ impl HostSwap {
         let home = home.path().to_owned();
         let mut swap =
             Self { store: None, home, compressed, bound: u64::MAX, unwatched: false, peak: 0, failure: None };
-        if let Some(path) = config.path {
-            let store = open_named(&path, config.size, compressed);
+        if let Some(path) = &config.path {
+            let store = open_named(&config, path, compressed);
             swap.adopt(store.map_err(Error::Swap)?);
         }
         Ok(swap)
@@ -129,15 +132,6 @@ impl HostSwap {
             self.peak = now;
         }
     }
-
-    /// Leaves no file behind that nobody asked for.
-    pub fn clean_up(home: &Home) {
-        if let Err(error) = std::fs::remove_file(file_in(home.path()))
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            log::error!("remove the swap file: {error}");
-        }
-    }
 }
 
 impl Swap for HostSwap {
@@ -189,23 +183,37 @@ fn default_size(directory: &Path) -> io::Result<u64> {
     Ok(free.min(host_memory().saturating_mul(2)))
 }
 
-fn open_named(path: &Path, size: Option<u64>, compressed: u64) -> io::Result<SwapStore> {
-    // A file that is not there, or is empty, has no size of its own.
-    let size = match std::fs::metadata(path) {
-        _ if size.is_some() => size,
-        Ok(found) if !found.is_file() || found.len() > 0 => None,
-        _ => {
-            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            Some(default_size(directory)?)
-        }
-    };
-    let open = SwapStore::open(SwapOptions { path: Some(path.to_owned()), size, compressed });
-    open.map_err(|error| match error.kind() {
+fn open_named(config: &SwapConfig, path: &Path, compressed: u64) -> io::Result<SwapStore> {
+    let context = |error: io::Error| match error.kind() {
         io::ErrorKind::WouldBlock => {
             io::Error::new(error.kind(), format!("swap on {}: another server uses it", path.display()))
         }
+        // The store's own errors name it.
+        kind if !error.to_string().contains(&path.display().to_string()) => {
+            io::Error::new(kind, format!("swap on {}: {error}", path.display()))
+        }
         _ => error,
-    })
+    };
+    if !config.force && !is_spare(path, config.size).map_err(context)? {
+        let why = "it is not empty, and no server's: name another, or have it emptied with --force";
+        return Err(context(io::Error::new(io::ErrorKind::AlreadyExists, why)));
+    }
+    // A file that is not there, or is empty, has no size of its own.
+    let size = match std::fs::metadata(path) {
+        _ if config.size.is_some() => config.size,
+        Ok(found) if found.is_file() && found.len() > 0 => Some(found.len()),
+        Ok(found) if !found.is_file() => File::open(path).and_then(|mut device| device.seek(SeekFrom::End(0))).ok(),
+        _ => {
+            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Some(default_size(directory).map_err(context)?)
+        }
+    };
+    // The last page is for the mark.
+    let pages = size.map(|size| size.saturating_sub(PAGE_SIZE as u64));
+    let store =
+        SwapStore::open(SwapOptions { path: Some(path.to_owned()), size: pages, compressed }).map_err(context)?;
+    size.map_or(Ok(()), |size| mark(path, size)).map_err(context)?;
+    Ok(store)
 }
 
 /// The file in the home. Where that would be memory again, one without a name on a disk; where there is none, the
@@ -214,7 +222,10 @@ fn open_default(home: &Path, compressed: u64) -> io::Result<SwapStore> {
     let disk = Path::new(DISK);
     let (file, directory) = if !is_memory(home) {
         let mut options = OpenOptions::new();
-        (options.read(true).write(true).create_new(true).mode(0o600).open(file_in(home))?, home)
+        let file = options.read(true).write(true).create_new(true).mode(0o600).open(file_in(home))?;
+        // However the server ends, what guests had in memory does not stay on the disk.
+        std::fs::remove_file(file_in(home))?;
+        (file, home)
     } else if !is_memory(disk)
         && let Ok(file) = unnamed_in(disk)
     {
@@ -287,19 +298,22 @@ mod tests {
         assert_eq!(swap.stats(), SwapStats::default());
         let slot = swap.put(&[7; 4096]).unwrap();
         assert!(swap.take_unwatched().is_some() && swap.take_unwatched().is_none());
-        assert_eq!(file.exists(), !is_memory(dir.path()));
+        assert!(!file.exists(), "it has no name");
         swap.bound(64 << 10);
         swap.free(slot, PageCount(1));
         assert_eq!(swap.stats().slots_used, 0);
-        HostSwap::clean_up(&Home::at(dir.path()).unwrap());
-        assert!(!file.exists());
     }
 
     #[test]
     fn what_was_asked_for_is_there_at_once_and_stays() {
         let dir = TempDir::new();
         let path = dir.path().join("mine");
-        let config = |path: &Path| SwapConfig { path: Some(path.into()), size: Some(1 << 20), compressed: Some(0) };
+        let config = |path: &Path| SwapConfig {
+            path: Some(path.into()),
+            size: Some(1 << 20),
+            compressed: Some(0),
+            force: false,
+        };
         let first = swap(&dir, config(&path)).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
         let refusal = swap(&dir, config(&path)).unwrap_err().to_string();
@@ -308,6 +322,12 @@ mod tests {
         assert!(path.exists());
         assert!(swap(&dir, config(&dir.path().join("no/such"))).is_err());
         assert!(swap(&dir, config(dir.path())).is_err());
-        assert!(swap(&dir, SwapConfig { path: Some(path), ..SwapConfig::default() }).is_ok());
+        assert!(swap(&dir, SwapConfig { path: Some(path.clone()), ..SwapConfig::default() }).is_ok());
+        // What somebody else has there stays.
+        std::fs::write(&path, "thesis").unwrap();
+        let refusal = swap(&dir, config(&path)).unwrap_err().to_string();
+        assert!(refusal.starts_with(&format!("swap on {}: it is not empty", path.display())), "{refusal}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"thesis");
+        assert!(swap(&dir, SwapConfig { force: true, ..config(&path) }).is_ok());
     }
 }

@@ -286,9 +286,9 @@ impl Server {
     fn launched(&mut self, generation: Generation, client: Option<ClientId>) {
         let vm = self.vms.get_mut(generation).expect("it has just spoken");
         vm.phase = Phase::Live;
-        let name = vm.name.clone();
-        if let Some(client) = client {
-            self.reply(client, Ok(Answer::Launched(name)));
+        if let (Some(client), Some(vm)) = (client, self.vms.get(generation)) {
+            let summary = self.summary(vm);
+            self.reply(client, Ok(Answer::Launched(summary)));
         }
     }
 

@@ -15,7 +15,6 @@ use std::time::Instant;
 impl Server {
     /// Takes note of every child process that has ended.
     pub fn reap(&mut self) {
-        while let Ok(Some(_)) = self.signals.read_signal() {}
         loop {
             let (pid, how) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, status)) => (pid, format!("ended with status {status}")),

@@ -12,6 +12,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, mkdtemp};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -252,6 +253,8 @@ impl Running {
             .arg("vm-process")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
+            // A terminal's keys are for the server, which ends its VMs in order.
+            .process_group(0)
             .spawn()
             .map_err(|error| io::Error::new(error.kind(), format!("start a zygote: {error}")))?;
         let &Jail { isolation, strictness, ref on } = jail;

@@ -1,20 +1,34 @@
-//! `stop`, `wait`, `rm`, `shutdown`: how VMs end.
+//! `stop`, `kill`, `wait`, `rm`, `shutdown`: how VMs end.
 
-use crate::api::{Answer, Failure};
+use crate::api::{Answer, ErrorKind, Failure, Removed};
 use crate::server::Server;
 use crate::server::clients::connection::{ClientId, Mode};
 use crate::server::clients::talk::Deadline;
 use crate::server::procs::process::{ProcessId, Role};
 use crate::server::registry::vm::{Generation, Hold, Phase, Vm};
+use crate::units::count;
 use crate::wire::ToVm;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-/// A client that waits until these processes are gone.
+/// Why the server ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndCause {
+    /// This client asked for it, and is told.
+    Client(ClientId),
+    /// A signal did.
+    Signal,
+    /// There is no home any more in which somebody would look for it.
+    HomeIsGone,
+}
+
+/// Somebody, a client mostly, who waits until these processes are gone.
 #[derive(Debug)]
 pub struct Removal {
-    client: ClientId,
+    client: Option<ClientId>,
     processes: Vec<ProcessId>,
+    /// What it is told then.
+    answer: Answer,
     /// It waits no longer.
     pub until: Instant,
 }
@@ -30,7 +44,7 @@ impl Server {
     }
 
     pub fn wait(&mut self, client: ClientId, name: &str, timeout_ms: Option<u64>) {
-        match self.find(name).map(|vm| (vm.generation, vm.is_alive(), vm.summary(None))) {
+        match self.find(name).map(|vm| (vm.generation, vm.is_alive(), self.vms.summary(vm, None))) {
             Err(failure) => self.reply(client, Err(failure)),
             Ok((_, false, summary)) => self.reply(client, Ok(Answer::Ended(summary))),
             Ok((generation, true, _)) => {
@@ -40,49 +54,85 @@ impl Server {
         }
     }
 
-    pub fn remove(&mut self, client: ClientId, names: &[String], all: bool) {
-        let found: Result<Vec<Generation>, Failure> = match all {
-            true => Ok(self.all_from_the_leaves()),
-            false => names.iter().map(|name| self.find(name).map(|vm| vm.generation)).collect(),
-        };
-        match found {
+    /// Ends a VM, which stays listed.
+    pub fn kill(&mut self, client: ClientId, name: &str) {
+        match self.find_alive(name).map(|vm| vm.generation) {
             Err(failure) => self.reply(client, Err(failure)),
-            Ok(mut generations) => {
-                if !all {
-                    // Who names a VM before its children has them end first all the same.
-                    generations.reverse();
-                }
-                let of_these: HashSet<Generation> = generations.iter().copied().collect();
-                generations.into_iter().for_each(|generation| self.forget_vm(generation));
+            Ok(generation) => {
+                self.end_vm(generation, Phase::Dead("killed, as its user asked".into()));
                 self.grant_wants();
-                // With the last VM of a shape its pool goes, and is gone when this is answered.
-                self.end_unused();
-                // Nor does this client wait for somebody else's processes, which may hold on to what they have.
-                let waits = |vm: Option<Generation>| all || vm.is_none_or(|vm| of_these.contains(&vm));
-                let ending =
-                    self.processes.values().filter(|process| process.role == Role::Ending && waits(process.vm));
-                let processes = ending.map(|process| process.id).collect();
-                self.removals.push(Removal { client, processes, until: Instant::now() + PATIENCE });
+                self.answer_when_ended(client, Answer::Done, |vm| vm == Some(generation));
             }
         }
+    }
+
+    /// Removes the VMs that are there.
+    pub fn remove(&mut self, client: ClientId, names: &[String]) {
+        let mut gone = Removed::default();
+        let mut generations = Vec::new();
+        for name in names {
+            match self.vms.find(name).map(|vm| vm.generation) {
+                None => gone.missing.push(name.clone()),
+                Some(generation) if generations.contains(&generation) => {}
+                Some(generation) => {
+                    gone.removed.push(name.clone());
+                    generations.push(generation);
+                }
+            }
+        }
+        // Who names a VM before its children has them end first all the same.
+        generations.reverse();
+        let of_these: HashSet<Generation> = generations.iter().copied().collect();
+        self.forget_vms(generations);
+        // This client does not wait for somebody else's processes, which may hold on to what they have.
+        let waits = |vm: Option<Generation>| vm.is_none_or(|vm| of_these.contains(&vm));
+        self.answer_when_ended(client, Answer::Removed(gone), waits);
+    }
+
+    /// Removes all VMs.
+    pub fn remove_all(&mut self, client: ClientId) {
+        let removed = self.vms.iter().map(|vm| vm.name.clone()).collect();
+        self.forget_vms(self.all_from_the_leaves());
+        self.answer_when_ended(client, Answer::Removed(Removed { removed, missing: Vec::new() }), |_| true);
+    }
+
+    fn forget_vms(&mut self, generations: Vec<Generation>) {
+        generations.into_iter().for_each(|generation| self.forget_vm(generation));
+        self.grant_wants();
+        // With the last VM of a shape its pool goes, and is gone when this is answered.
+        self.end_unused();
+    }
+
+    /// Answers a client when processes that are ending, those of these VMs, are gone.
+    fn answer_when_ended(&mut self, client: ClientId, answer: Answer, of_these: impl Fn(Option<Generation>) -> bool) {
+        let ending = self.processes.values().filter(|process| process.role == Role::Ending && of_these(process.vm));
+        let processes = ending.map(|process| process.id).collect();
+        self.removals.push(Removal { client: Some(client), processes, answer, until: Instant::now() + PATIENCE });
     }
 
     /// All VMs, children first: then nothing of their parents has to settle for them. Leaves from the oldest on, since the
     /// kernel looks for processes that have ended among the oldest first.
     fn all_from_the_leaves(&self) -> Vec<Generation> {
-        let parents: HashSet<&str> = self.vms.iter().filter_map(|vm| vm.parent.as_deref()).collect();
-        let (inner, leaves): (Vec<&Vm>, Vec<&Vm>) = self.vms.iter().partition(|vm| parents.contains(vm.name.as_str()));
+        let parents: HashSet<Generation> = self.vms.iter().filter_map(Vm::parent).collect();
+        let (inner, leaves): (Vec<&Vm>, Vec<&Vm>) = self.vms.iter().partition(|vm| parents.contains(&vm.generation));
         leaves.into_iter().chain(inner.into_iter().rev()).map(|vm| vm.generation).collect()
     }
 
-    pub fn shut_down(&mut self, client: ClientId) {
-        self.stopping = Some(client);
-        self.end_zygote();
-        self.remove(client, &[], true);
-        let all = self.processes.keys().copied().collect();
-        if let Some(removal) = self.removals.last_mut() {
-            removal.processes = all;
+    /// Ends all VMs, and the server when they are gone. Who sends a second signal does not want to wait for them.
+    pub fn shut_down(&mut self, cause: EndCause) {
+        let again = self.stopping.replace(cause).is_some();
+        if again && cause == EndCause::Signal {
+            return self.removals.clear();
         }
+        self.end_zygote();
+        self.forget_vms(self.all_from_the_leaves());
+        let client = match cause {
+            EndCause::Client(client) => Some(client),
+            EndCause::Signal | EndCause::HomeIsGone => None,
+        };
+        let processes = self.processes.keys().copied().collect();
+        let until = Instant::now() + PATIENCE;
+        self.removals.push(Removal { client, processes, answer: Answer::Done, until });
     }
 
     /// Answers those whose processes are gone.
@@ -92,13 +142,21 @@ impl Server {
         // What families that are gone had in swap is given back bit by bit.
         let freeing = self.families.values().any(|manager| manager.windows() == 0 && manager.has_writeback());
         let over = |removal: &mut Removal| removal.until <= now || (!freeing && left(removal) == 0);
-        let done = self.removals.extract_if(.., over).map(|removal| (removal.client, left(&removal)));
-        for (client, left) in done.collect::<Vec<_>>() {
+        let done = self.removals.extract_if(.., over).map(|removal| (left(&removal), removal.client, removal.answer));
+        for (left, client, answer) in done.collect::<Vec<_>>() {
             let reply = match left {
-                0 => Ok(Answer::Done),
-                left => Err(Failure::failed(format!("the memory of {left} VM processes is held on to by somebody"))),
+                0 => Ok(answer),
+                left => {
+                    let processes = count(left as u64, "VM process");
+                    let why = format!("the memory of {processes} is held on to by somebody");
+                    Err(Failure::host(why))
+                }
             };
-            self.reply(client, reply);
+            match (client, reply) {
+                (Some(client), reply) => self.reply(client, reply),
+                (None, Ok(_)) => {}
+                (None, Err(failure)) => log::error!("{failure}"),
+            }
         }
     }
 
@@ -112,7 +170,7 @@ impl Server {
     pub fn end_vm(&mut self, generation: Generation, end: Phase) {
         let Some(vm) = self.vms.get_mut(generation).filter(|vm| vm.is_alive()) else { return };
         let before = std::mem::replace(&mut vm.phase, end.clone());
-        let (name, summary) = (vm.name.clone(), vm.summary(None));
+        let name = vm.name.clone();
         let (memory, process) = (vm.memory.take(), vm.process.take());
         let (freezes, viewers) = (vm.freezes.died(), std::mem::take(&mut vm.viewers));
         let waiters = std::mem::take(&mut vm.waiters);
@@ -150,16 +208,18 @@ impl Server {
         self.answer_stats_waiters(generation);
         self.freezes_died(generation, freezes, &why);
         match before {
-            Phase::Launching(Some(client)) => self.reply(client, Err(Failure::failed(why.clone()))),
+            Phase::Launching(Some(client)) => self.reply(client, Err(Failure::new(ErrorKind::VmEnded, why.clone()))),
             Phase::Forking(fork) => self.child_failed(fork, generation, why.clone()),
             _ => {}
         }
         asked.extend(self.balloon_ops_of(generation));
         for client in asked {
-            self.reply(client, Err(Failure::failed(why.clone())));
+            self.reply(client, Err(Failure::new(ErrorKind::VmEnded, why.clone())));
         }
-        for client in waiters {
-            self.reply(client, Ok(Answer::Ended(summary.clone())));
+        if let Some(summary) = self.vms.get(generation).map(|vm| self.vms.summary(vm, None)) {
+            for client in waiters {
+                self.reply(client, Ok(Answer::Ended(summary.clone())));
+            }
         }
         for viewer in viewers {
             if let Some(client) = self.clients.get_mut(&viewer) {

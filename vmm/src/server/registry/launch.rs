@@ -1,6 +1,6 @@
 //! `launch`: a new VM of a new family.
 
-use crate::api::{Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
+use crate::api::{ErrorKind, Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
 use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
@@ -8,8 +8,9 @@ use crate::server::clients::connection::ClientId;
 use crate::server::freeze::queue::FreezeQueue;
 use crate::server::memory::idle::IdleBalloon;
 use crate::server::procs::process::{Parcel, ProcessId, Role};
-use crate::server::registry::vm::{FamilyId, Generation, Hold, Log, Phase, Vm};
+use crate::server::registry::vm::{Ancestry, FamilyId, Generation, Hold, Log, Phase, Vm};
 use crate::server::{FamilyManager, Server};
+use crate::units::ByteSize;
 use crate::wire::{self, FEW, Identity, Machine, MachineShape, RunState, Start, ToVm};
 use firmware::abi;
 use guest_mem::stage2;
@@ -55,10 +56,10 @@ pub struct Guest {
 
 impl Guest {
     fn open(linux: &Linux, shape: MachineShape) -> Result<Self, Failure> {
-        let (kernel, initrd) = linux.open().map_err(Failure::bad_input)?;
+        let (kernel, initrd) = linux.open().map_err(Failure::bad_request)?;
         let request =
             linux::Request { ram: shape.ram, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &linux.cmdline };
-        let plan = Plan::new(request).map_err(|e| Failure::bad_input(e.to_string()))?;
+        let plan = Plan::new(request).map_err(|e| Failure::bad_request(e.to_string()))?;
         Ok(Self { plan, kernel, initrd })
     }
 }
@@ -94,9 +95,9 @@ impl Server {
         let shape = self.check_launch(&launch)?;
         let name = match launch.name {
             Some(name) => name,
-            None => self.vms.names().first_free("vm", 1).pop().expect("names do not end"),
+            None => self.vms.draw_names("vm", 1).pop().expect("names do not end"),
         };
-        let failed = |what: &'static str| move |e: io::Error| Failure::failed(format!("{what}: {e}"));
+        let failed = |what: &'static str| move |e: io::Error| Failure::host(format!("{what}: {e}"));
         let (files, beginning) = match guest {
             None => {
                 let image = self.files.builtin(firmware::IMAGE).map_err(failed("put the firmware into memory"))?;
@@ -124,7 +125,8 @@ impl Server {
         let family = FamilyId(self.fresh_id());
         self.families.insert(family, manager);
 
-        let generation = self.add_vm(name, None, shape, Phase::Launching(Some(client)), process, (family, vm));
+        let ancestry = Ancestry::none(&name);
+        let generation = self.add_vm(name, ancestry, shape, Phase::Launching(Some(client)), process, (family, vm));
         let record = self.vms.get_mut(generation).expect("added above");
         record.remove_when_off = launch.remove_when_off;
         self.start(generation, beginning);
@@ -132,12 +134,9 @@ impl Server {
     }
 
     fn check_launch(&self, launch: &Launch) -> Result<MachineShape, Failure> {
-        let bad = |why: String| Err(Failure::bad_input(why));
+        let bad = |why: String| Err(Failure::bad_request(why));
         if let Some(name) = &launch.name {
-            check_name(name).map_err(|e| Failure::bad_input(e.to_string()))?;
-            if self.vms.find(name).is_some() {
-                return bad(format!("there is a VM {name:?} already"));
-            }
+            self.check_new_name(name)?;
         }
         let machine = if launch.linux.is_some() { Machine::Linux } else { Machine::Monitor };
         match machine {
@@ -150,35 +149,45 @@ impl Server {
             _ => {}
         }
         if launch.mem_bytes < MIN_MEMORY || !launch.mem_bytes.is_multiple_of(PAGE_SIZE as u64) {
-            return bad(format!("memory of {} bytes: at least 16M, and a multiple of 4K", launch.mem_bytes));
+            return bad(format!("memory of {}: at least 16M, and a multiple of 4K", ByteSize(launch.mem_bytes)));
         }
-        check_shared(&launch.shared, PageCount::covering(launch.mem_bytes), machine).map_err(Failure::bad_input)?;
-        crate::host::open_kvm().map_err(|e| Failure::bad_input(e.to_string()))?;
-        let available = crate::host::available_memory().map_err(|e| Failure::failed(format!("host memory: {e}")))?;
+        check_shared(&launch.shared, PageCount::covering(launch.mem_bytes), machine).map_err(Failure::bad_request)?;
+        crate::host::open_kvm().map_err(|e| Failure::new(ErrorKind::Unsupported, e.to_string()))?;
+        let available = crate::host::available_memory().map_err(|e| Failure::host(format!("host memory: {e}")))?;
         if launch.mem_bytes > available {
-            return bad(format!("memory of {} bytes: this host can promise {available}", launch.mem_bytes));
+            let [memory, available] = [launch.mem_bytes, available].map(|bytes| ByteSize(bytes).approx());
+            return Err(Failure::new(ErrorKind::Limit, format!("{memory} of memory: this host can give {available}")));
         }
         Ok(MachineShape { ram: PageCount::covering(launch.mem_bytes), vcpus: launch.vcpus, machine })
+    }
+
+    /// Checks the name that a new VM is to have.
+    pub fn check_new_name(&self, name: &str) -> Result<(), Failure> {
+        check_name(name).map_err(|e| Failure::bad_request(e.to_string()).about(name))?;
+        match self.vms.find(name) {
+            None => Ok(()),
+            Some(_) => Err(Failure::new(ErrorKind::NameTaken, format!("there is a VM {name:?} already")).about(name)),
+        }
     }
 
     /// Lists a VM whose process is chosen.
     pub fn add_vm(
         &mut self,
         name: String,
-        parent: Option<String>,
+        ancestry: Ancestry,
         shape: MachineShape,
         phase: Phase,
         process: ProcessId,
         memory: impl Into<Option<(FamilyId, VmId)>>,
     ) -> Generation {
-        let generation = Generation(self.fresh_id());
+        let generation = self.vms.fresh_generation();
         self.pool.used(shape);
         let taken = self.processes.get_mut(&process).expect("a process just taken");
         (taken.role, taken.vm) = (Role::Vm(generation), Some(generation));
         self.vms.insert(Vm {
-            fresh: parent.is_none(),
+            fresh: ancestry.parent.is_none(),
             name,
-            parent,
+            ancestry,
             generation,
             shape,
             phase,

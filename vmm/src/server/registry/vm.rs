@@ -11,6 +11,8 @@ use crate::server::registry::names::Names;
 use crate::wire::{Machine, MachineShape};
 use guest_mem::{GfnRange, PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Names a VM of this server, and is the guest's generation id; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,9 +37,18 @@ impl Log {
         self.0.drain(..excess);
     }
 
-    /// What there is.
-    pub fn bytes(&self) -> Vec<u8> {
-        self.0.iter().copied().collect()
+    /// What there is, or only so many of its last lines.
+    pub fn tail(&self, lines: Option<u64>) -> Vec<u8> {
+        let all = || self.0.iter().copied();
+        let Some(lines) = lines else { return all().collect() };
+        // The end of the last line ends no line before it.
+        let ended = usize::from(self.0.back() == Some(&b'\n'));
+        let ends = self.0.iter().enumerate().rev().skip(ended).filter(|(_, byte)| **byte == b'\n');
+        let start = match lines {
+            0 => self.0.len(),
+            _ => ends.skip((lines - 1).try_into().unwrap_or(usize::MAX)).map(|(at, _)| at + 1).next().unwrap_or(0),
+        };
+        all().skip(start).collect()
     }
 }
 
@@ -72,13 +83,35 @@ pub enum Hold {
     Releasing,
 }
 
+/// Whom a VM descends from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ancestry {
+    /// The VM it was forked from, and what that was called: it may be gone by now, and another one be called so.
+    pub parent: Option<(Generation, String)>,
+    /// What the first VM of the family was called. Children of all of them are called after it.
+    pub family_name: Rc<str>,
+}
+
+impl Ancestry {
+    /// Of a VM that is launched.
+    pub fn none(name: &str) -> Self {
+        Self { parent: None, family_name: name.into() }
+    }
+
+    /// Of a child of this VM.
+    pub fn below(vm: &Vm) -> Self {
+        let family_name = Rc::clone(&vm.ancestry.family_name);
+        Self { parent: Some((vm.generation, vm.name.clone())), family_name }
+    }
+}
+
 /// One VM.
 #[derive(Debug)]
 pub struct Vm {
     /// Its name.
     pub name: String,
-    /// The name of the VM it was forked from.
-    pub parent: Option<String>,
+    /// Whom it descends from.
+    pub ancestry: Ancestry,
     /// Its number.
     pub generation: Generation,
     /// Its size.
@@ -148,11 +181,18 @@ impl Vm {
         !matches!(self.phase, Phase::Off | Phase::Rebooted | Phase::Dead(_))
     }
 
-    /// Its row of `ls`.
-    pub fn summary(&self, pid: Option<i32>) -> VmSummary {
+    /// The VM it was forked from.
+    pub fn parent(&self) -> Option<Generation> {
+        self.ancestry.parent.as_ref().map(|(parent, _)| *parent)
+    }
+
+    fn summary(&self, pid: Option<i32>, parent_is_gone: bool) -> VmSummary {
         VmSummary {
             name: self.name.clone(),
-            parent: self.parent.clone(),
+            id: self.generation.0,
+            parent: self.ancestry.parent.as_ref().map(|(_, name)| name.clone()),
+            parent_id: self.parent().map(|parent| parent.0),
+            parent_is_gone,
             state: self.state(),
             reason: match &self.phase {
                 Phase::Dead(reason) => Some(reason.clone()),
@@ -176,9 +216,11 @@ pub enum News {
 }
 
 /// All VMs, oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Vms {
     by_generation: BTreeMap<Generation, Vm>,
+    /// What the next VM is called among all that there ever are on this host.
+    next: Generation,
     names: Names,
     /// How many have a Linux guest.
     linux: usize,
@@ -186,7 +228,33 @@ pub struct Vms {
     pub news: Vec<News>,
 }
 
+impl Default for Vms {
+    /// Counts from the microsecond it is: an earlier server cannot have come so far, as none launches a VM in each.
+    fn default() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let next = Generation(now.as_micros() as u64);
+        Self { by_generation: BTreeMap::new(), next, names: Names::default(), linux: 0, news: Vec::new() }
+    }
+}
+
 impl Vms {
+    /// A number that no other VM has, had or will have.
+    pub fn fresh_generation(&mut self) -> Generation {
+        let fresh = self.next;
+        self.next.0 += 1;
+        fresh
+    }
+
+    /// So many names `PREFIX-N` for VMs that are to come, which nobody has or had.
+    pub fn draw_names(&mut self, prefix: &str, count: usize) -> Vec<String> {
+        self.names.draw(prefix, count)
+    }
+
+    /// A VM's row of `ls`, with its process, if it has one.
+    pub fn summary(&self, vm: &Vm, pid: Option<i32>) -> VmSummary {
+        vm.summary(pid, vm.parent().is_some_and(|parent| self.get(parent).is_none()))
+    }
+
     /// Adds a VM under its name, which is free.
     pub fn insert(&mut self, vm: Vm) {
         assert!(self.names.take(&vm.name, vm.generation), "names are unique");
@@ -202,11 +270,6 @@ impl Vms {
         self.linux -= usize::from(vm.shape.machine == Machine::Linux);
         self.news.push(News::Went(vm.name.clone()));
         Some(vm)
-    }
-
-    /// Their names.
-    pub fn names(&self) -> &Names {
-        &self.names
     }
 
     /// Whether any has a Linux guest.
@@ -232,5 +295,42 @@ impl Vms {
     /// All of them, oldest first.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Vm> {
         self.by_generation.values()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lines_of_a_log() {
+        let tail = |text: &str, lines| {
+            let mut log = Log::default();
+            log.push(text.as_bytes());
+            String::from_utf8(log.tail(lines)).unwrap()
+        };
+        assert_eq!(tail("a\nb\nc\n", None), "a\nb\nc\n");
+        for (text, lines, last) in [
+            ("a\nb\nc\n", 0, ""),
+            ("a\nb\nc\n", 1, "c\n"),
+            ("a\nb\nc\n", 2, "b\nc\n"),
+            ("a\nb\nc\n", 3, "a\nb\nc\n"),
+            ("a\nb\nc\n", u64::MAX, "a\nb\nc\n"),
+            ("a\nb", 1, "b"),
+            ("\n\n", 1, "\n"),
+            ("", 1, ""),
+        ] {
+            assert_eq!(tail(text, Some(lines)), last, "{lines} of {text:?}");
+        }
+    }
+
+    #[test]
+    fn no_server_gives_an_id_that_an_earlier_one_gave() {
+        let mut earlier = Vms::default();
+        let ids = [earlier.fresh_generation(), earlier.fresh_generation()];
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        let later = Vms::default().fresh_generation();
+        assert!(ids[0] < ids[1] && ids[1] < later, "{ids:?} {later:?}");
+        assert!(later.0 < 1 << 53, "programs that read JSON keep numbers in doubles");
     }
 }

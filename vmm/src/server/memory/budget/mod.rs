@@ -18,13 +18,14 @@ use self::decide::{
     BUSY_LOOK, Figures, GROWING_LOOK, IDLE_AFTER, Marks, QUIET_LOOK, Room, SLOW, Seen, TICKS_EVERY, VmFigures, decide,
     interval, shortage,
 };
-use crate::api::{BudgetSetting, Failure, MIN_MEMORY};
+use crate::api::{BudgetSetting, ErrorKind, Failure, MIN_MEMORY};
 use crate::procfs;
 use crate::server::Server;
 use crate::server::inspect::look::Findings;
 use crate::server::main_loop::aside::Holder;
 use crate::server::memory::reclaim::{EvictedPages, NO_TRAPS};
 use crate::server::registry::vm::{FamilyId, Generation, Hold, Phase, Vms};
+use crate::units::ByteSize;
 use guest_mem::ids::Activity;
 use guest_mem::{PAGE_SIZE, PageCount};
 use std::collections::{BTreeMap, BTreeSet};
@@ -172,9 +173,11 @@ impl Server {
         match set {
             None => {}
             Some(BudgetSetting::Bytes(bytes)) if bytes < MIN_MEMORY => {
-                return Err(Failure::bad_input(format!("a budget of {bytes} bytes: at least 16M")));
+                return Err(Failure::bad_request(format!("a budget of {}: at least 16M", ByteSize(bytes))));
             }
-            Some(BudgetSetting::Bytes(_)) if !self.features.userfaultfd => return Err(Failure::failed(NO_TRAPS)),
+            Some(BudgetSetting::Bytes(_)) if !self.features.userfaultfd => {
+                return Err(Failure::new(ErrorKind::Unsupported, NO_TRAPS));
+            }
             Some(BudgetSetting::Bytes(bytes)) => self.budget.limit = Some(bytes),
             Some(BudgetSetting::None) => self.budget.limit = None,
         }

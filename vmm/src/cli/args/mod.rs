@@ -1,16 +1,25 @@
 //! What can be written on the command line.
 
+mod line;
+mod values;
+
+pub use line::in_order;
+pub use values::{Budget, SwapPlace};
+
+use super::Format;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
-use vmm::api::{DEFAULT_MEMORY, MIN_MEMORY};
-use vmm::name::{NameError, check_name};
+use values::{
+    budget, budget_size, compressed, guest_memory, number, pattern, seconds, some_pages, swap_place, vm_name,
+};
+use vmm::api::{DEFAULT_MEMORY, MAX_CHILDREN};
 use vmm::server::AutoBalloon;
-use vmm::units::{ByteSize, SizeError};
+use vmm::units::ByteSize;
 
 /// Launch a microVM and fork it while it runs.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXIT_CODES)]
+#[command(name = "offshoot", version, after_help = AFTER_HELP)]
 pub struct Cli {
     /// Directory of the server to talk to [default: $OFFSHOOT_HOME, else $XDG_RUNTIME_DIR/offshoot, else
     /// /tmp/offshoot-UID]
@@ -23,18 +32,38 @@ pub struct Cli {
     pub verb: Verb,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed (or the guest answered `err`), 2 bad input and nothing has \
-                          changed, 3 timed out.";
+const AFTER_HELP: &str = "\
+Exit codes: 0 done, 1 failed (or the guest answered `err`), 2 bad input and nothing has changed, 3 timed out. Where a
+command takes several names, each is done, whatever becomes of the others: then 1 if only some failed.
+
+Examples:
+  offshoot launch base
+  offshoot fork base --count 3
+  offshoot tree";
+
+/// Lines for the end of a verb's help. A test runs each of them, on VMs that are called `base`, `base-1` and `base-2`.
+fn examples(lines: &[&str]) -> String {
+    format!("Examples:\n  offshoot {}", lines.join("\n  offshoot "))
+}
 
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Launch a VM and print its name
+    #[command(after_help = examples(&["launch", "launch web --memory 0.5G", "launch --rm --json"]))]
     Launch(Launch),
     /// Fork a VM while it runs, and print its children, one a line
+    ///
+    /// Children are called after the first VM of their family: those of base, of base-1 and of base-2 are all base-N, in the
+    /// order of their birth. `offshoot tree` shows who descends from whom.
+    #[command(after_help = examples(&["fork base", "fork base worker", "fork base-1 --count 10 --name job --json"]))]
     Fork(Fork),
     /// Send a line to the guest and print its answer: exit code 0 for `ok`, 1 for `err`, 3 on time-out
     ///
     /// A Linux guest gives no answer: the line is typed on its serial console, and --expect waits for what it prints.
+    ///
+    /// Words that are options of this command are options wherever they stand; all others are the line's, those that begin
+    /// with a dash too, and everything after `--`.
+    #[command(after_help = examples(&["send base fill 1000 16 7", "send base id --timeout 5 --json", "send base -- id"]))]
     Send {
         #[arg(value_parser = vm_name)]
         name: String,
@@ -43,42 +72,62 @@ pub enum Verb {
         text: Vec<String>,
         /// Type the line on the serial console, wait until this pattern (a regular expression) is in what is printed after
         /// it, and print the lines it is in; the echo of the line itself does not count
-        #[arg(long, value_name = "REGEX", value_parser = regex::Regex::new)]
+        #[arg(long, value_name = "REGEX", value_parser = pattern)]
         expect: Option<regex::Regex>,
         /// How long to wait for the answer
         #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
         timeout: Duration,
+        #[command(flatten)]
+        output: Output,
     },
     /// Attach the terminal to a VM's serial console; Ctrl-] leaves
     ///
     /// With a pipe as input there is no key to leave: the console is left when the input has ended and the guest has
     /// been quiet for a second.
+    #[command(after_help = examples(&["console base"]))]
     Console {
         #[arg(value_parser = vm_name)]
         name: String,
     },
     /// Print what the guest has printed, and its answers that nobody waited for
+    #[command(after_help = examples(&["logs base", "logs base --tail 10"]))]
     Logs {
         #[arg(value_parser = vm_name)]
         name: String,
         /// Go on with what comes, until the VM ends
         #[arg(short, long)]
         follow: bool,
+        /// Only the last LINES of what there is
+        #[arg(short = 'n', long, value_name = "LINES", value_parser = number(0..=u64::MAX))]
+        tail: Option<u64>,
     },
     /// List the VMs
+    #[command(visible_aliases = ["ps", "list"], after_help = examples(&["ls", "ls -q", "ls --json"]))]
     Ls {
+        /// Only their names, one a line
+        #[arg(short, long, conflicts_with = "json")]
+        quiet: bool,
         #[command(flatten)]
         output: Output,
     },
-    /// Draw the fork tree with each VM's private, shared and total pages
+    /// Draw the fork tree with what each VM has in memory: of its own, shared with others, and in all
+    #[command(after_help = examples(&["tree", "tree base-1", "tree --json"]))]
     Tree {
+        /// Only this VM and those that descend from it
+        #[arg(value_parser = vm_name)]
+        name: Option<String>,
         #[command(flatten)]
         output: Output,
     },
-    /// Print the figures of all VMs, or of one, and of the server
+    /// Print the figures of all VMs, or all the figures of one, and of the server
+    #[command(after_help = examples(&["stats", "stats base", "stats --json"]))]
     Stats {
         #[arg(value_parser = vm_name)]
         name: Option<String>,
+        /// Again and again, every so many seconds, until Ctrl-C
+        #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "1",
+              value_parser = seconds)]
+        watch: Option<Duration>,
         #[command(flatten)]
         output: Output,
     },
@@ -86,6 +135,7 @@ pub enum Verb {
     ///
     /// The same takes memory out of the balloon again. What the guest gives back reads zero when it uses it again. A Linux
     /// guest does this in its own time, and goes on after a time-out.
+    #[command(after_help = examples(&["balloon base 64M"]))]
     Balloon {
         #[arg(value_parser = vm_name)]
         name: String,
@@ -98,40 +148,44 @@ pub enum Verb {
         #[command(flatten)]
         output: Output,
     },
-    /// Stop a VM's vCPUs
-    Pause {
-        #[arg(value_parser = vm_name)]
-        name: String,
-    },
+    /// Stop the vCPUs of VMs
+    #[command(after_help = examples(&["pause base", "pause base-1 base-2"]))]
+    Pause(Names),
     /// Let them run again
-    Resume {
-        #[arg(value_parser = vm_name)]
-        name: String,
-    },
-    /// Ask the guest to power off, without waiting for it
-    Stop {
-        #[arg(value_parser = vm_name)]
-        name: String,
-    },
-    /// Wait until a VM is off; exit code 1 if it died instead, 3 on time-out
+    #[command(visible_alias = "unpause", after_help = examples(&["resume base", "resume base-1 base-2"]))]
+    Resume(Names),
+    /// Ask guests to power off, without waiting for it
+    #[command(after_help = examples(&["stop base", "stop base-1 base-2"]))]
+    Stop(Names),
+    /// End VMs at once, without asking their guests; they stay listed, as dead, until `rm`
+    #[command(after_help = examples(&["kill base", "kill base-1 base-2"]))]
+    Kill(Names),
+    /// Wait until VMs are off; exit code 1 if one died instead, 3 on time-out
+    #[command(after_help = examples(&["stop base", "wait base --timeout 10"]))]
     Wait {
-        #[arg(value_parser = vm_name)]
-        name: String,
-        /// How long to wait [default: for ever]
+        #[arg(required = true, value_name = "NAME", value_parser = vm_name)]
+        names: Vec<String>,
+        /// How long to wait for all of them [default: for ever]
         #[arg(long, value_name = "SECONDS", value_parser = seconds)]
         timeout: Option<Duration>,
         #[command(flatten)]
         output: Output,
     },
-    /// End VMs and forget them
+    /// End VMs at once, and forget them
+    ///
+    /// Those that are there are removed, whatever other names there are: exit code 1 if some were not there, 2 if none was.
+    #[command(after_help = examples(&["rm base-1", "rm base-2 base", "rm --all"]))]
     Rm {
         #[arg(value_parser = vm_name, required_unless_present = "all", conflicts_with = "all")]
         names: Vec<String>,
         /// All there are
         #[arg(long)]
         all: bool,
+        #[command(flatten)]
+        output: Output,
     },
     /// Print everything about a VM
+    #[command(after_help = examples(&["inspect base", "inspect base --json"]))]
     Inspect {
         #[arg(value_parser = vm_name)]
         name: String,
@@ -142,13 +196,13 @@ pub enum Verb {
     ///
     /// Frozen pages, which clones share, go first, the oldest before others; then what VMs have written themselves: they
     /// stand still for it as for a fork. Pages come back when they are touched. It is no error if it came to less.
-    #[command(allow_missing_positional = true)]
+    #[command(allow_missing_positional = true, after_help = examples(&["reclaim base 64M", "reclaim --all 64M"]))]
     Reclaim {
         /// The VM; its whole family counts
         #[arg(value_parser = vm_name, required_unless_present = "all", conflicts_with = "all")]
         name: Option<String>,
         /// How much
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = some_pages)]
         size: ByteSize,
         /// Of all VMs
         #[arg(long)]
@@ -160,6 +214,7 @@ pub enum Verb {
     ///
     /// What counts is what VMs have in memory, compressed or not. When it comes near the budget, memory is reclaimed, that
     /// of paused and idle VMs first; VMs that write faster than that are stopped for moments.
+    #[command(after_help = examples(&["budget", "budget 1G", "budget none"]))]
     Budget {
         #[arg(value_name = "SIZE", value_parser = budget)]
         set: Option<Budget>,
@@ -167,20 +222,28 @@ pub enum Verb {
         output: Output,
     },
     /// Run the server in the foreground; the first command starts one in the background otherwise
+    ///
+    /// It ends as by `offshoot shutdown` on SIGTERM, SIGINT and SIGHUP, also as process 1 of a container, and tells systemd
+    /// when it is ready (Type=notify).
+    #[command(after_help = examples(&["serve", "serve --swap /var/swapfile:8G --compressed 512M --memory 1G"]))]
     Serve(Serve),
     /// End all VMs and the server
+    #[command(after_help = examples(&["shutdown"]))]
     Shutdown,
     /// Print the version
+    #[command(after_help = examples(&["version", "version --json"]))]
     Version {
         #[command(flatten)]
         output: Output,
     },
     /// Tell what this host allows, and what follows; exit code 1 if it cannot run VMs
+    #[command(after_help = examples(&["doctor", "doctor --json"]))]
     Doctor {
         #[command(flatten)]
         output: Output,
     },
     /// Check the live server's invariants; exit code 1 if one does not hold
+    #[command(after_help = examples(&["check", "check --json"]))]
     Check {
         #[command(flatten)]
         output: Output,
@@ -188,32 +251,85 @@ pub enum Verb {
     /// Launch, fill, fork, write, fork again, verify every page, show what it cost, clean up
     ///
     /// Uses a server of its own, unless --home is given.
+    #[command(after_help = examples(&["demo"]))]
     Demo,
+    /// Print what a shell needs to complete commands
+    #[command(after_help = examples(&["completions bash", "completions zsh", "completions fish"]))]
+    Completions {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Print a man page, or write those of all commands into a directory
+    #[command(after_help = examples(&["man", "man fork", "man --dir man1"]))]
+    Man {
+        /// The command [default: offshoot itself]
+        verb: Option<String>,
+        /// Write offshoot.1, offshoot-launch.1 and so on there
+        #[arg(long, value_name = "DIR", conflicts_with = "verb")]
+        dir: Option<PathBuf>,
+    },
     /// The zygote, which makes the process of each VM; the server starts it, with a socket as standard input
     #[command(hide = true)]
     VmProcess,
 }
 
-#[derive(Debug, Args)]
+impl Verb {
+    /// Whether the answer is to be JSON, and with it what goes wrong.
+    pub fn is_json(&self) -> bool {
+        match self {
+            Self::Launch(Launch { output, .. }) | Self::Fork(Fork { output, .. }) => output.json,
+            Self::Send { output, .. } | Self::Ls { output, .. } | Self::Tree { output, .. } => output.json,
+            Self::Stats { output, .. } | Self::Balloon { output, .. } | Self::Wait { output, .. } => output.json,
+            Self::Rm { output, .. } | Self::Inspect { output, .. } | Self::Reclaim { output, .. } => output.json,
+            Self::Budget { output, .. } | Self::Version { output } | Self::Doctor { output } => output.json,
+            Self::Check { output } => output.json,
+            Self::Pause(_)
+            | Self::Resume(_)
+            | Self::Stop(_)
+            | Self::Kill(_)
+            | Self::Console { .. }
+            | Self::Logs { .. }
+            | Self::Serve(_)
+            | Self::Shutdown
+            | Self::Demo => false,
+            Self::Completions { .. } | Self::Man { .. } | Self::VmProcess => false,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Args)]
 pub struct Output {
-    /// Print JSON
+    /// Print JSON, on stderr too: what fails is an object {"error": {"kind", "message", "subject"}} on a line of its own
     #[arg(long)]
     pub json: bool,
 }
 
+impl Output {
+    pub fn format(self) -> Format {
+        if self.json { Format::Json } else { Format::Plain }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Names {
+    #[arg(required = true, value_name = "NAME", value_parser = vm_name)]
+    pub names: Vec<String>,
+}
+
 #[derive(Debug, Args)]
 pub struct Launch {
-    /// Its name: letters, digits, '.', '_' and '-', 64 at most [default: vm-1, vm-2, …]
+    /// Its name: letters, digits, '.', '_' and '-', 64 at most, '.' and '-' not as the first [default: vm-1, vm-2, …]
     #[arg(value_parser = vm_name)]
     pub name: Option<String>,
-    /// Its memory: bytes, or with K, M or G; at least 16M, and a multiple of 4K
-    #[arg(short, long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_MEMORY), value_parser = guest_memory)]
-    pub mem: ByteSize,
+    /// Its memory: bytes, or with K, M or G, like 256M, 256MiB or 0.25G; at least 16M, and a multiple of 4K
+    #[arg(short, long, alias = "mem", value_name = "SIZE", default_value_t = ByteSize(DEFAULT_MEMORY),
+          value_parser = guest_memory)]
+    pub memory: ByteSize,
     /// Its virtual CPUs; the built-in guest has one, a Linux guest from 1 to 8
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = number(0..=u8::MAX))]
     pub vcpus: u8,
     /// Attach the terminal to its console; Ctrl-] leaves
-    #[arg(long)]
+    #[arg(long, conflicts_with = "json")]
     pub attach: bool,
     /// Remove it when it is off
     #[arg(long)]
@@ -227,6 +343,8 @@ pub struct Launch {
     /// The kernel's command line [default: console=ttyS0 panic=-1]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     pub cmdline: Option<String>,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -234,11 +352,14 @@ pub struct Fork {
     /// The parent, running or paused
     #[arg(value_parser = vm_name)]
     pub name: String,
+    /// What the child is to be called, or each of several
+    #[arg(value_name = "CHILD", value_parser = vm_name, conflicts_with_all = ["count", "prefix"])]
+    pub children: Vec<String>,
     /// How many children
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = number(1..=MAX_CHILDREN))]
     pub count: u32,
-    /// Children are called PREFIX-1, PREFIX-2, … [default: the parent's name]
-    #[arg(long = "name", value_name = "PREFIX", value_parser = vm_name)]
+    /// Children are called PREFIX-1, PREFIX-2, … [default: the name of the first VM of the family]
+    #[arg(long = "name", visible_alias = "prefix", value_name = "PREFIX", value_parser = vm_name)]
     pub prefix: Option<String>,
     /// Return when all moved pages have settled; `copied_pages` and `gap_pages` are known then
     #[arg(long)]
@@ -249,24 +370,31 @@ pub struct Fork {
     /// Have a Linux guest tell of its free pages first, which are neither copied nor shared then; the fork waits for that for
     /// MS milliseconds at most
     #[arg(long, value_name = "MS", num_args = 0..=1, require_equals = true, default_missing_value = "100",
-          value_parser = clap::value_parser!(u64).range(1..=HINT_MS_MAX))]
+          value_parser = number(1..=HINT_MS_MAX))]
     pub hint_free: Option<u64>,
     #[command(flatten)]
     pub output: Output,
 }
 
+/// A fork waits no longer than this for free pages.
+const HINT_MS_MAX: u64 = 10_000;
+
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// Where evicted pages go once they do not fit into memory: a file, which is emptied, or a block device; SIZE is how
-    /// much of it to use [default: a file in the home, while the server runs; as large as the host's memory twice, if
+    /// Where evicted pages go once they do not fit into memory: a file, which must be empty or an earlier server's, or a
+    /// block device; SIZE is how much of it to use [default: a file in the home, while the server runs; as large as the host's memory twice, if
     /// the disk has room]
     #[arg(long, value_name = "PATH[:SIZE]", value_parser = swap_place)]
     pub swap: Option<SwapPlace>,
-    /// How much memory compressed pages may take before they go to the disk [default: a quarter of the host's memory]
-    #[arg(long, value_name = "SIZE")]
+    /// Take --swap's file or device even if it holds something that is no server's, which is lost then
+    #[arg(long, requires = "swap")]
+    pub force: bool,
+    /// How much memory compressed pages may take before they go to the disk; 0 for none [default: a quarter of the host's
+    /// memory]
+    #[arg(long, value_name = "SIZE", value_parser = compressed)]
     pub compressed: Option<ByteSize>,
     /// The memory budget, as of `offshoot budget` [default: none]
-    #[arg(long, value_name = "SIZE", value_parser = budget_size)]
+    #[arg(short, long, visible_alias = "budget", alias = "mem", value_name = "SIZE", value_parser = budget_size)]
     pub memory: Option<ByteSize>,
     /// When idle Linux guests give what they can spare to their balloons, until they run again
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = WhenIdle::Pressure)]
@@ -324,161 +452,5 @@ impl From<WhenIdle> for AutoBalloon {
     }
 }
 
-/// A budget as it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Budget(pub Option<ByteSize>);
-
-/// A file or a block device, and how much of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SwapPlace {
-    pub path: PathBuf,
-    pub size: Option<ByteSize>,
-}
-
-fn budget(text: &str) -> Result<Budget, String> {
-    match text {
-        "none" => Ok(Budget(None)),
-        size => budget_size(size).map(|size| Budget(Some(size))),
-    }
-}
-
-fn budget_size(text: &str) -> Result<ByteSize, String> {
-    let size = text.parse::<ByteSize>().map_err(|e| e.to_string())?;
-    at_least(size, MIN_MEMORY, "a budget")
-}
-
-fn swap_place(text: &str) -> Result<SwapPlace, String> {
-    let (path, size) = match text.rsplit_once(':') {
-        None => (text, None),
-        Some((path, size)) => {
-            let size = size.parse::<ByteSize>().map_err(|e| format!("{size:?}: {e}"))?;
-            (path, Some(at_least(size, MIN_SWAP, "a swap file")?))
-        }
-    };
-    if path.is_empty() {
-        return Err("no path".into());
-    }
-    Ok(SwapPlace { path: path.into(), size })
-}
-
-/// A fork waits no longer than this for free pages.
-const HINT_MS_MAX: u64 = 10_000;
-
-/// The smallest swap file.
-const MIN_SWAP: u64 = 1 << 20;
-
-fn at_least(size: ByteSize, least: u64, what: &str) -> Result<ByteSize, String> {
-    if size.0 >= least { Ok(size) } else { Err(format!("{what} has at least {}, and this is {size}", ByteSize(least))) }
-}
-
-fn vm_name(text: &str) -> Result<String, NameError> {
-    check_name(text).map(|()| text.to_owned())
-}
-
-fn guest_memory(text: &str) -> Result<ByteSize, SizeError> {
-    text.parse::<ByteSize>()?.as_guest_memory()
-}
-
-fn seconds(text: &str) -> Result<Duration, &'static str> {
-    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    seconds.filter(|time| !time.is_zero()).ok_or("not a number of seconds above 0, like 5 or 0.5")
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::CommandFactory;
-
-    fn parse(line: &str) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(line.split(' '))
-    }
-
-    #[test]
-    fn the_command_line_makes_sense() {
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn what_the_issue_shows_is_understood() {
-        for line in [
-            "offshoot launch",
-            "offshoot launch base -m 1G --vcpus 1 --attach --rm",
-            "offshoot launch --mem 64M --home /tmp/x",
-            "offshoot --home /tmp/x --log-level debug fork base --count 3 --name w --wait-settled --paused --json",
-            "offshoot fork base --hint-free",
-            "offshoot fork --hint-free base",
-            "offshoot fork base --hint-free=20 --json",
-            "offshoot send base verify 64 10 1 --timeout 0.5",
-            "offshoot logs base --follow",
-            "offshoot ls --json",
-            "offshoot balloon base 64M --timeout 5 --json",
-            "offshoot rm a b",
-            "offshoot rm --all",
-            "offshoot stats base --json",
-            "offshoot reclaim base 64M",
-            "offshoot reclaim --all 64M --json",
-            "offshoot reclaim 64M --all",
-            "offshoot budget",
-            "offshoot budget none",
-            "offshoot budget 1G --json",
-            "offshoot serve --swap /x/swap:1G --compressed 64M --memory 1G",
-            "offshoot serve --swap /x/a:b:1G --compressed 0",
-            "offshoot serve --swap /x/swap",
-            "offshoot serve --auto-balloon off",
-            "offshoot serve --auto-balloon idle --balloon-idle 2.5",
-            "offshoot serve --answer-within 0.5",
-            "offshoot vm-process",
-        ] {
-            parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
-        }
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_not() {
-        for line in [
-            "offshoot launch a/b",
-            "offshoot launch --mem 0",
-            "offshoot launch --mem 3",
-            "offshoot launch --mem 16777217",
-            "offshoot launch --mem 99999999999G",
-            "offshoot launch --initrd x",
-            "offshoot launch --vcpus 256",
-            "offshoot balloon base",
-            "offshoot balloon base 15M",
-            "offshoot fork base --count 0",
-            "offshoot fork base --count -1",
-            "offshoot fork base --name x/y",
-            "offshoot fork",
-            "offshoot fork base --hint-free=0",
-            "offshoot fork base --hint-free=10001",
-            "offshoot fork base --hint-free=soon",
-            "offshoot send base",
-            "offshoot send base hello --timeout 0",
-            "offshoot send base hello --timeout nan",
-            "offshoot send base hello --timeout 1e99",
-            "offshoot rm",
-            "offshoot rm a --all",
-            "offshoot reclaim",
-            "offshoot reclaim 64M",
-            "offshoot reclaim base",
-            "offshoot reclaim --all",
-            "offshoot reclaim base 64Q",
-            "offshoot reclaim base 64M --all",
-            "offshoot budget x",
-            "offshoot budget 3",
-            "offshoot serve --swap /x/swap:y",
-            "offshoot serve --swap /x/swap:",
-            "offshoot serve --swap /x/swap:4K",
-            "offshoot serve --swap :1G",
-            "offshoot serve --compressed much",
-            "offshoot serve --memory 1",
-            "offshoot serve --auto-balloon maybe",
-            "offshoot serve --balloon-idle 0",
-            "offshoot serve --answer-within 0",
-            "offshoot serve --answer-within soon",
-            "offshoot fly",
-        ] {
-            assert!(parse(line).is_err(), "{line}");
-        }
-    }
-}
+mod tests;

@@ -1,0 +1,205 @@
+//! What a client asks for.
+
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// What a client asks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "verb")]
+pub enum Request {
+    /// Launch a guest. Answered by `Launched`: the built-in guest's has reached its prompt, a Linux guest's vCPU runs.
+    Launch(Launch),
+    /// Fork a VM. Answered by `Forked`.
+    Fork(Fork),
+    /// Send a line to the guest and wait for its answer. Answered by `Said`. A Linux guest is not waited for: the line
+    /// is typed on its serial console. Answered by `Done`.
+    Send {
+        /// The VM.
+        name: String,
+        /// The line, without a newline.
+        text: String,
+        /// How long to wait.
+        timeout_ms: u64,
+    },
+    /// Attach to the serial console. Answered by `Stream`.
+    Console {
+        /// The VM.
+        name: String,
+    },
+    /// What the guest printed, and its answers that nobody waited for. Answered by `Stream`.
+    Logs {
+        /// The VM.
+        name: String,
+        /// Go on with what comes.
+        follow: bool,
+        /// Only so many of the last lines that there are; null for all.
+        tail_lines: Option<u64>,
+    },
+    /// All VMs. Answered by `Vms`.
+    List,
+    /// All VMs with their page counts, parents before children. Answered by `Tree`.
+    Tree,
+    /// Figures of all VMs, or of one. Answered by `Stats`.
+    Stats {
+        /// The one.
+        name: Option<String>,
+    },
+    /// Stop the vCPUs. Answered by `Done`.
+    Pause {
+        /// The VM.
+        name: String,
+    },
+    /// Let them run. Answered by `Done`.
+    Resume {
+        /// The VM.
+        name: String,
+    },
+    /// Ask the guest to power off. Answered by `Done`, at once.
+    Stop {
+        /// The VM.
+        name: String,
+    },
+    /// End a VM at once, and keep it listed, as dead. Answered by `Done` when its process is gone.
+    Kill {
+        /// The VM.
+        name: String,
+    },
+    /// Wait until it is off or dead. Answered by `Ended`.
+    Wait {
+        /// The VM.
+        name: String,
+        /// How long; null for ever.
+        timeout_ms: Option<u64>,
+    },
+    /// Have a guest give memory back, or take some back, until it has so much left. Answered by `Ballooned` when it has.
+    Balloon {
+        /// The VM.
+        name: String,
+        /// What it is to have left: at least 16 MiB, whole pages, not more than its memory.
+        size_bytes: u64,
+        /// How long to wait.
+        timeout_ms: u64,
+    },
+    /// End VMs and forget them, those that are there. Answered by `Removed` when their processes are gone.
+    Remove {
+        /// Which; ignored where `all` is set.
+        names: Vec<String>,
+        /// All there are.
+        all: bool,
+    },
+    /// Everything about one VM. Answered by `Inspected`.
+    Inspect {
+        /// The VM.
+        name: String,
+    },
+    /// Take that much out of memory. Answered by `Reclaimed` when it is done, or no more can be done.
+    Reclaim {
+        /// Of this VM's family; null for all.
+        name: Option<String>,
+        /// How much.
+        size_bytes: u64,
+    },
+    /// The budget, set to something else first where that is asked for. Answered by `Budget`.
+    Budget {
+        /// What to set it to.
+        set: Option<BudgetSetting>,
+    },
+    /// Run the invariants on the live server. Answered by `Checked`.
+    Check,
+    /// End all VMs and the server. Answered by `Done`.
+    Shutdown,
+}
+
+impl Request {
+    /// The one VM that it is about, if there is one.
+    pub fn vm(&self) -> Option<&str> {
+        match self {
+            Self::Launch(launch) => launch.name.as_deref(),
+            Self::Fork(fork) => Some(&fork.name),
+            Self::Send { name, .. } | Self::Console { name } | Self::Logs { name, .. } => Some(name),
+            Self::Pause { name } | Self::Resume { name } | Self::Stop { name } | Self::Kill { name } => Some(name),
+            Self::Wait { name, .. } | Self::Balloon { name, .. } | Self::Inspect { name } => Some(name),
+            Self::Stats { name } | Self::Reclaim { name, .. } => name.as_deref(),
+            Self::List | Self::Tree | Self::Remove { .. } | Self::Budget { .. } => None,
+            Self::Check | Self::Shutdown => None,
+        }
+    }
+}
+
+/// A new budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BudgetSetting {
+    /// None.
+    None,
+    /// This many bytes.
+    Bytes(u64),
+}
+
+/// A launch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Launch {
+    /// Its name; null for one the server makes (`vm-1`, `vm-2`, …).
+    pub name: Option<String>,
+    /// RAM in bytes.
+    pub mem_bytes: u64,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Remove it when it is off.
+    pub remove_when_off: bool,
+    /// The Linux guest to start; null for the built-in guest.
+    pub linux: Option<Linux>,
+    /// Memory that all VMs which descend from this one share: what one of them writes there, all see. Sorted, apart, whole
+    /// pages.
+    pub shared: Vec<Range<u64>>,
+}
+
+/// A Linux guest. Paths are absolute.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Linux {
+    /// Its kernel: a bzImage, or an x86-64 ELF file.
+    pub kernel: PathBuf,
+    /// Its initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+impl Linux {
+    /// Opens the kernel and the initial RAM disk.
+    ///
+    /// # Errors
+    /// Which of them cannot be opened, and why.
+    pub fn open(&self) -> Result<(File, Option<File>), String> {
+        let open = |what, path: &PathBuf| open_regular(path).map_err(|e| format!("{what} {}: {e}", path.display()));
+        Ok((open("kernel", &self.kernel)?, self.initrd.as_ref().map(|path| open("initrd", path)).transpose()?))
+    }
+}
+
+/// A FIFO or a device would make us wait, or has no length.
+fn open_regular(path: &Path) -> io::Result<File> {
+    if std::fs::metadata(path)?.is_file() { File::open(path) } else { Err(io::Error::other("not a regular file")) }
+}
+
+/// A fork.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Fork {
+    /// The parent.
+    pub name: String,
+    /// How many children.
+    pub count: u32,
+    /// What they are called, each of them; empty for names that the server makes.
+    pub children: Vec<String>,
+    /// Names that the server makes are PREFIX-1, PREFIX-2, …; null for the name of the first VM of the parent's family.
+    pub prefix: Option<String>,
+    /// Answer when all moved pages have settled.
+    pub wait_settled: bool,
+    /// Leave the children paused.
+    pub paused: bool,
+    /// Have a Linux guest tell of its free pages first, and wait for that no longer than so many milliseconds; null for not
+    /// at all.
+    pub hint_free_ms: Option<u64>,
+}
