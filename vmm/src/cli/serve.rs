@@ -12,12 +12,23 @@ use std::io::{self, Write};
 use std::path::Path;
 use vmm::api::ErrorKind;
 use vmm::client::{Home, HomeError};
+use vmm::host::latency::WakeUps;
 use vmm::server::{self, Stage};
 
 pub fn run(home: Option<&Path>, serve: Serve) -> Done {
     let home = home.map_or_else(Home::of_user, Home::at)?;
-    let Serve { swap, force, compressed, memory, auto_balloon, balloon_idle, isolation, answer_within, background } =
-        serve;
+    let Serve {
+        swap,
+        force,
+        compressed,
+        memory,
+        auto_balloon,
+        balloon_idle,
+        isolation,
+        answer_within,
+        low_latency,
+        background,
+    } = serve;
     let (path, size) = swap.map_or((None, None), |place| (Some(place.path), place.size));
     let swap = server::SwapConfig { path, size: size.map(|s| s.0), compressed: compressed.map(|s| s.0), force };
     let idle = server::IdleConfig { when: auto_balloon.into(), after: balloon_idle };
@@ -27,7 +38,9 @@ pub fn run(home: Option<&Path>, serve: Serve) -> Done {
     }
     // As `ps` shows it, whatever file it was started from.
     let _ = set_name(c"offshoot");
-    let config = server::Config { home, swap, budget, idle, isolation: isolation.into(), answer_within };
+    let wake_ups = if low_latency { WakeUps::Fast } else { WakeUps::AsTheyAre };
+    let isolation = isolation.into();
+    let config = server::Config { home, swap, budget, idle, isolation, answer_within, wake_ups };
     let served = raise_open_files().and_then(|()| match server::run(config, |stage| tell(background, stage)) {
         Ok(()) => Ok(SUCCESS),
         // Another one was faster: the client that started this one finds it.

@@ -30,6 +30,16 @@ fn open() -> io::Result<File> {
     File::options().write(true).open(DEVICE)
 }
 
+/// What idle processors do during a fork.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WakeUps {
+    /// As the host is set up.
+    #[default]
+    AsTheyAre,
+    /// They poll, all of the host's.
+    Fast,
+}
+
 /// Keeps idle processors awake for moments. Dropping it, or the end of the process, ends that.
 #[derive(Debug, Default)]
 pub struct WakeLatency {
@@ -38,10 +48,11 @@ pub struct WakeLatency {
 }
 
 impl WakeLatency {
-    /// Opens the device, which asks for nothing yet. Where it cannot be had, leases have no effect.
-    pub fn open() -> Self {
-        let device = open().inspect_err(|error| log::debug!("{DEVICE}: {error}; idle processors halt during forks"));
-        Self { device: device.ok(), until: None }
+    /// Opens the device, where that is wanted, which asks for nothing yet. Where it cannot be had, leases have no effect.
+    pub fn open(wanted: WakeUps) -> Self {
+        let device = (wanted == WakeUps::Fast).then(open).transpose();
+        let device = device.inspect_err(|error| log::warn!("{DEVICE}: {error}; idle processors halt during forks"));
+        Self { device: device.ok().flatten(), until: None }
     }
 
     /// Idle processors poll until `until`, or until a later moment that was asked for before.
@@ -79,6 +90,12 @@ impl WakeLatency {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+
+    /// It concerns the whole host: nobody gets it who has not asked.
+    #[test]
+    fn nothing_is_opened_unasked() {
+        assert!(WakeLatency::open(WakeUps::default()).device.is_none());
+    }
 
     fn watched() -> (WakeLatency, impl FnMut() -> Vec<i32>) {
         let file = tempfile();

@@ -4,7 +4,7 @@
 //! has a fallback, to test that.
 
 pub(crate) mod heap;
-pub(crate) mod latency;
+pub mod latency;
 mod memory;
 mod probe;
 mod report;

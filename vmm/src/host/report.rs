@@ -329,7 +329,11 @@ fn page_sizes() -> Item {
 fn wake_latency() -> Item {
     const NAME: &str = "wake-up latency";
     match latency::probe() {
-        Ok(()) => ok(NAME, "can be asked for", "during a fork idle processors poll, which makes it faster"),
+        Ok(()) => ok(
+            NAME,
+            "can be asked for",
+            "with `serve --low-latency` idle processors poll during a fork, which makes it faster",
+        ),
         Err(e) => {
             ok(NAME, format!("as it is: {e}"), "idle processors halt during a fork, which makes it a little slower")
         }

@@ -31,7 +31,7 @@ mod working_set;
 
 use crate::client::{Home, HomeError};
 use crate::host::heap;
-use crate::host::latency::WakeLatency;
+use crate::host::latency::{WakeLatency, WakeUps};
 use crate::nice;
 use crate::wire::{HostFeatures, Isolation};
 use clients::connection::{Client, ClientId};
@@ -102,6 +102,8 @@ pub struct Config {
     pub isolation: Strictness,
     /// How long a VM process may take for an answer. One that takes longer is ended.
     pub answer_within: Duration,
+    /// What idle processors of the host do during forks.
+    pub wake_ups: WakeUps,
 }
 
 /// How far a server has come.
@@ -237,7 +239,7 @@ pub fn run(config: Config, mut tell: impl FnMut(Stage)) -> Result<(), Error> {
 
 impl Server {
     fn new(config: Config, kept_home: KeptHome) -> Result<Self, Error> {
-        let Config { home, swap, budget, idle, isolation: strictness, answer_within } = config;
+        let Config { home, swap, budget, idle, isolation: strictness, answer_within, wake_ups } = config;
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
         let ends = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter();

@@ -408,6 +408,10 @@ pub struct Serve {
     /// A VM whose process does not answer for so long, or a few times as long where the host is behind, is dead
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub answer_within: Duration,
+    /// Have idle processors of the host poll instead of halting during forks, which makes these faster in a virtual machine;
+    /// takes /dev/cpu_dma_latency
+    #[arg(long)]
+    pub low_latency: bool,
     /// Leave the terminal, and leave quietly where there is a server already
     #[arg(long, hide = true)]
     pub background: bool,
