@@ -10,18 +10,15 @@ const BEGIN: &str = "<!-- figures: written by tests/bench --readme -->";
 const END: &str = "<!-- end of figures -->";
 
 /// What the project's first page shows; the tests' page shows all.
-const SHOWN: [&str; 12] = [
+const SHOWN: [&str; 9] = [
     "fork/first-instruction",
     "ram/flat",
-    "live-clones/first-instruction/500",
     "depth/flat",
     "pause/64 MiB",
-    "scattered/pause",
     "writes/not read before/500 live",
     "crowd/500 forks, each answers",
     "memory",
     "launch",
-    "swap-in/one page",
     "overcommit/accounted",
 ];
 

@@ -31,12 +31,22 @@ pub enum Answer {
     Inspected(Box<Inspection>),
     /// What was taken out of memory.
     Reclaimed(Reclaimed),
-    /// The budget in bytes, if there is one.
-    Budget(Option<u64>),
+    /// The budget.
+    Budget(BudgetReport),
     /// The invariants that do not hold: none, if all is well.
     Checked(CheckReport),
     /// It is done.
     Done,
+}
+
+/// The budget, and what of it cannot be kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BudgetReport {
+    /// What is set; null if nothing is.
+    pub budget_bytes: Option<u64>,
+    /// What no eviction takes: VM processes without their guests' pages, files, shared memory, the server's books.
+    pub floor_bytes: u64,
 }
 
 /// A forked VM.

@@ -15,8 +15,8 @@ mod page;
 mod request;
 
 pub use answer::{
-    Answer, Balloon, CheckReport, Child, EntryInfo, GuestStats, Inspection, Reclaimed, Removed, RunInfo, Stats, Totals,
-    TreeRow, VmState, VmStats, VmSummary,
+    Answer, Balloon, BudgetReport, CheckReport, Child, EntryInfo, GuestStats, Inspection, Reclaimed, Removed, RunInfo,
+    Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
 };
 pub use error::{ErrorKind, Failure};
 pub use request::{BudgetSetting, Fork, Launch, Linux, Request};

@@ -93,7 +93,7 @@ fn answers() -> Vec<Answer> {
         Answer::Ballooned(Balloon::default()),
         Answer::Inspected(Box::default()),
         Answer::Reclaimed(Reclaimed::default()),
-        Answer::Budget(None),
+        Answer::Budget(BudgetReport::default()),
         Answer::Checked(CheckReport::default()),
         Answer::Done,
     ]
@@ -170,6 +170,7 @@ fn every_field_is_on_the_page() {
         ("removed", json(&Removed::default())),
         ("balloon's value", json(&Balloon::default())),
         ("reclaimed", json(&Reclaimed::default())),
+        ("budget's value", json(&BudgetReport::default())),
         ("report of a check", json(&CheckReport::default())),
         ("stats' value", json(&Stats::default())),
         ("guest_stats", json(&GuestStats::default())),

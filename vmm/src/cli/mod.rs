@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use vmm::client::Client;
 use vmm::host::HostReport;
 use vmm::machine::Voice;
+use vmm::units::ByteSize;
 
 /// How a command ends that did not fail.
 type Done = Result<ExitCode, CliError>;
@@ -122,8 +123,12 @@ fn run(cli: Cli) -> Done {
                     Some(args::Budget(budget)) => client.set_budget(budget)?,
                     None => client.budget()?,
                 };
-                let json = json!({ "budget_bytes": budget });
-                shown(output, out, &json, |out| match budget {
+                let floor = ByteSize(budget.floor_bytes).approx();
+                if let Some(bytes) = budget.budget_bytes.filter(|bytes| budget.floor_bytes > bytes / 4 * 3) {
+                    eprintln!("offshoot: budget: {floor} of {} cannot be taken out of memory", ByteSize(bytes));
+                }
+                shown(output, out, &budget, |out| match budget.budget_bytes.map(ByteSize) {
+                    Some(size) if set.is_none() => writeln!(out, "{size} (floor {floor})"),
                     Some(size) => writeln!(out, "{size}"),
                     None => writeln!(out, "none"),
                 })
@@ -146,7 +151,7 @@ fn run(cli: Cli) -> Done {
             shown(output, out, &report, |out| show::host(out, &report))?;
             Ok(if report.can_run { SUCCESS } else { FAILED.into() })
         }
-        Verb::Demo => demo::run(cli.home.as_deref(), server, out),
+        Verb::Demo { svg } => demo::run(cli.home.as_deref(), server, svg.as_deref(), out),
         Verb::Completions { shell } => manual::completions(shell, out),
         Verb::Man { verb, dir: None } => manual::page(verb.as_deref(), out),
         Verb::Man { dir: Some(dir), .. } => manual::pages(&dir),

@@ -61,7 +61,8 @@ pub use options::{ForkOptions, LaunchOptions};
 pub use vm::{Forked, Scoped, Vm};
 
 use crate::api::{
-    Answer, BudgetSetting, CheckReport, Failure, PROTOCOL, Reclaimed, Removed, Request, Stats, TreeRow, VmSummary,
+    Answer, BudgetReport, BudgetSetting, CheckReport, Failure, PROTOCOL, Reclaimed, Removed, Request, Stats, TreeRow,
+    VmSummary,
 };
 use crate::name::check_name;
 use crate::units::ByteSize;
@@ -239,18 +240,17 @@ impl Client {
     }
 
     /// The memory budget of the server.
-    pub fn budget(&self) -> Result<Option<ByteSize>, Error> {
+    pub fn budget(&self) -> Result<BudgetReport, Error> {
         self.ask_budget(None)
     }
 
     /// Sets it, or does away with it. Returns it.
-    pub fn set_budget(&self, budget: Option<ByteSize>) -> Result<Option<ByteSize>, Error> {
+    pub fn set_budget(&self, budget: Option<ByteSize>) -> Result<BudgetReport, Error> {
         self.ask_budget(Some(budget.map_or(BudgetSetting::None, |size| BudgetSetting::Bytes(size.0))))
     }
 
-    fn ask_budget(&self, set: Option<BudgetSetting>) -> Result<Option<ByteSize>, Error> {
-        let budget = answer!(self.call(&Request::Budget { set }), "budget", Budget)?;
-        Ok(budget.map(ByteSize))
+    fn ask_budget(&self, set: Option<BudgetSetting>) -> Result<BudgetReport, Error> {
+        answer!(self.call(&Request::Budget { set }), "budget", Budget)
     }
 
     /// Runs the invariants on the live server, which compares what it knows with what the kernel says.

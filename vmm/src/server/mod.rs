@@ -294,7 +294,7 @@ impl Server {
             files: Files::new().map_err(io("make an eventfd"))?,
             vms: Vms::default(),
             roll: Roll::at(roll_path(&home)),
-            latency: WakeLatency::open(),
+            latency: WakeLatency::open(wake_ups),
             forks: Forks::default(),
             balloons: Vec::new(),
             stats_waiters: Vec::new(),

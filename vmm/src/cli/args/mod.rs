@@ -251,8 +251,12 @@ pub enum Verb {
     /// Launch, fill, fork, write, fork again, verify every page, show what it cost, clean up
     ///
     /// Uses a server of its own, unless --home is given.
-    #[command(after_help = examples(&["demo"]))]
-    Demo,
+    #[command(after_help = examples(&["demo", "demo --svg tree.svg"]))]
+    Demo {
+        /// Draw the tree of its VMs, and whose the memory of each is, into this file
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
     /// Print what a shell needs to complete commands
     #[command(after_help = examples(&["completions bash", "completions zsh", "completions fish"]))]
     Completions {
@@ -291,7 +295,7 @@ impl Verb {
             | Self::Logs { .. }
             | Self::Serve(_)
             | Self::Shutdown
-            | Self::Demo => false,
+            | Self::Demo { .. } => false,
             Self::Completions { .. } | Self::Man { .. } | Self::VmProcess => false,
         }
     }

@@ -1,5 +1,6 @@
 //! The whole thing in half a minute: launch, fill, fork, write, fork again, verify every page, what it took, clean up.
 
+mod picture;
 mod stage;
 
 use super::errors::CliError;
@@ -8,6 +9,7 @@ use super::{Done, SUCCESS, show};
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 use stage::Stage;
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -27,12 +29,14 @@ const SEED: u64 = 1;
 /// For a guest to answer, on the slowest of hosts.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-pub fn run(home: Option<&Path>, server: ClientBuilder, out: &mut impl Write) -> Done {
+pub fn run(home: Option<&Path>, server: ClientBuilder, svg: Option<&Path>, out: &mut impl Write) -> Done {
+    let bad_file = |path: &Path, error| CliError::bad_input(format!("demo: --svg {}: {error}", path.display()));
+    let picture = svg.map(|path| File::create(path).map_err(|error| bad_file(path, error))).transpose()?;
     let signals = Signals::catch()?;
     let options = LaunchOptions::new().memory(MEMORY);
     options.check()?;
     let stage = Stage::set(home, server, signals)?;
-    let played = play(&stage, options, out);
+    let played = play(&stage, options, picture, out);
     // Also after a failure; which is the one to tell of, if both failed.
     let cleared = stage.clear();
     played?;
@@ -73,7 +77,7 @@ impl Member {
     }
 }
 
-fn play(stage: &Stage, options: LaunchOptions, out: &mut impl Write) -> Result<(), CliError> {
+fn play(stage: &Stage, options: LaunchOptions, picture: Option<File>, out: &mut impl Write) -> Result<(), CliError> {
     let mut steps = Steps::new(out);
     let client = stage.client();
 
@@ -115,7 +119,11 @@ fn play(stage: &Stage, options: LaunchOptions, out: &mut impl Write) -> Result<(
     drop(steps);
 
     writeln!(out)?;
-    show::tree(out, &of_stage(stage, client.tree()?, |row| &row.vm.name))?;
+    let tree = of_stage(stage, client.tree()?, |row| &row.vm.name);
+    show::tree(out, &tree)?;
+    if let Some(mut picture) = picture {
+        picture.write_all(picture::svg(&tree).as_bytes())?;
+    }
     writeln!(out)?;
     let mut latencies = latency_table();
     add_latencies(&mut latencies, root.vm.name(), &forks);

@@ -18,7 +18,7 @@ use self::decide::{
     BUSY_LOOK, Figures, GROWING_LOOK, IDLE_AFTER, Marks, QUIET_LOOK, Room, SLOW, Seen, TICKS_EVERY, VmFigures, decide,
     interval, shortage,
 };
-use crate::api::{BudgetSetting, ErrorKind, Failure, MIN_MEMORY};
+use crate::api::{BudgetReport, BudgetSetting, ErrorKind, Failure, MIN_MEMORY};
 use crate::procfs;
 use crate::server::Server;
 use crate::server::inspect::look::Findings;
@@ -169,7 +169,7 @@ impl Budget {
 
 impl Server {
     /// Sets the budget, where that is asked for. What it is then.
-    pub fn set_budget(&mut self, set: Option<BudgetSetting>) -> Result<Option<u64>, Failure> {
+    pub fn set_budget(&mut self, set: Option<BudgetSetting>) -> Result<BudgetReport, Failure> {
         match set {
             None => {}
             Some(BudgetSetting::Bytes(bytes)) if bytes < MIN_MEMORY => {
@@ -181,8 +181,11 @@ impl Server {
             Some(BudgetSetting::Bytes(bytes)) => self.budget.limit = Some(bytes),
             Some(BudgetSetting::None) => self.budget.limit = None,
         }
-        self.budget.next = Instant::now();
-        Ok(self.budget.limit)
+        let now = Instant::now();
+        self.budget.next = now;
+        // What there is of a floor was seen a while ago, where there was no budget to keep.
+        self.look(now);
+        Ok(BudgetReport { budget_bytes: self.budget.limit, floor_bytes: self.floor() })
     }
 
     /// Stores, compressed pages, and the anonymous memory of VM processes, prepared ones included, as it was seen.
