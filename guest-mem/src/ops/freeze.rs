@@ -232,7 +232,9 @@ impl Family {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family::ObjectMapping;
     use crate::ops::{Fault, Placed};
+    use crate::space::map::Protection;
     use crate::stage2::Shape;
     use crate::testing::ranges;
 
@@ -302,6 +304,53 @@ mod tests {
         family.balloon(parent, &ranges(&[(100, 141)]), &mut effects);
         family.check_invariants().unwrap();
         assert_eq!(child_runs(&mut family, parent), [(0, SPAN, None)]);
+    }
+
+    /// Stacked spaces only when they contain pages (Lokier 2000), and one object for all freezes between two forks (Dillon 2000):
+    /// what a freeze takes nothing of shows what it showed, and an object that nobody else has takes more pages in.
+    #[test]
+    fn an_object_is_made_where_pages_are_taken_and_the_last_is_somebody_elses() {
+        let mut family = Family::new(Shape::X86_64);
+        let (file, _) = family.add_file(PageCount(16));
+        let vm = family.launch(&[(0..SPAN).into()], &[ObjectMapping { pages: (100..116).into(), object: file }]);
+        let shown = |family: &Family| -> Vec<Option<ObjectId>> {
+            let entries: Vec<_> = family.vm(vm).map.iter().map(|(_, entry)| entry.object).collect();
+            assert_eq!(family.objects.len(), entries.iter().flatten().count(), "there are no others");
+            entries
+        };
+        freeze(&mut family, vm, &[(0, 10)], &[]);
+        let first = shown(&family);
+        assert!(first[0].is_some() && first[1..] == [Some(file), None], "{first:?}");
+        freeze(&mut family, vm, &[(5, 20)], &[(30, 31)]);
+        assert_eq!(shown(&family), first);
+        freeze(&mut family, vm, &[], &[]);
+        assert_eq!(shown(&family), first);
+        let child = family.fork(vm, 1000);
+        freeze(&mut family, vm, &[(200, 201)], &[]);
+        let entries: Vec<_> = family.vm(vm).map.iter().map(|(_, entry)| entry.object).collect();
+        assert_eq!(entries[..2], first[..2], "nothing was taken there");
+        freeze(&mut family, vm, &[(5, 6)], &[]);
+        let after = family.vm(vm).map.get(Gfn(0)).expect("memory").1.object;
+        assert_ne!(after, first[0], "its child has that one");
+        assert_eq!(family.vm(child).map.get(Gfn(0)).expect("memory").1.object, first[0]);
+        // Whose part is protected is still one object.
+        family.protect(vm, (0..8).into(), Protection::ReadOnly, &mut Effects::default());
+        freeze(&mut family, vm, &[(9, 10)], &[]);
+        assert_eq!([0, 9].map(|gfn| family.vm(vm).map.get(Gfn(gfn)).expect("memory").1.object), [after; 2]);
+    }
+
+    /// A VM process that is taken over may say that it has moved shared memory out: it would be everybody's no longer.
+    #[test]
+    fn nothing_of_shared_memory_is_taken_whatever_is_said() {
+        let mut family = Family::new(Shape::X86_64);
+        let (shared, _) = family.add_shared(PageCount(16));
+        let vm = family.launch(&[(0..SPAN).into()], &[ObjectMapping { pages: (100..116).into(), object: shared }]);
+        let before = family.vm(vm).map.get(Gfn(100));
+        freeze(&mut family, vm, &[(90, 130)], &[(1, 2)]);
+        assert_eq!(family.vm(vm).map.get(Gfn(100)), before);
+        freeze(&mut family, vm, &[(100, 110)], &[(115, 116)]);
+        assert_eq!(family.vm(vm).map.get(Gfn(100)), before);
+        assert_eq!(family.in_flight(), PageCount(25), "without those that are shared");
     }
 
     /// A store goes with its last page. Zeros between those may be mapped from it still.
