@@ -94,9 +94,17 @@ fn all_who_wait_for_a_stopped_process_are_told() {
         forks.into_iter().for_each(|fork| is_told(fork.join().expect("a thread")));
     });
     is_dead(&home, "a");
-    let vm = home.launch("b", ByteSize::mib(64));
+    let (vm, other) = (home.launch("b", ByteSize::mib(64)), home.launch("c", ByteSize::mib(64)));
+    [&vm, &other].into_iter().for_each(|vm| vm.fill(1000..3000, 1));
     signal(vm.pid(), Signal::SIGSTOP);
-    in_time("reclaim", || vm.reclaim(ByteSize::mib(16))).expect("nothing is taken out");
+    thread::scope(|scope| {
+        let reclaim = scope.spawn(|| in_time("the one", || vm.reclaim(ByteSize::mib(16))));
+        thread::sleep(Duration::from_millis(300));
+        let began = Instant::now();
+        let reclaimed = other.reclaim(ByteSize::mib(4)).expect("it waits for nobody");
+        assert!(reclaimed.reclaimed_bytes > 0 && began.elapsed() < WITHIN / 2, "{reclaimed:?} {:?}", began.elapsed());
+        reclaim.join().expect("a thread").expect("nothing is taken out");
+    });
     is_dead(&home, "b");
 }
 

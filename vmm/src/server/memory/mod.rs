@@ -7,6 +7,7 @@ pub mod files;
 pub mod idle;
 pub mod pace;
 pub mod reclaim;
+pub mod request;
 pub mod swap;
 mod swap_place;
 pub mod writeback;

@@ -2,16 +2,16 @@
 //!
 //! All of it goes in small pieces between rounds of the loop, so that a trap is never far from being served.
 
-use crate::api::{Answer, ErrorKind, Failure, Reclaimed};
+use super::request::{InFlight, Next, ReclaimRequest};
+use crate::api::{Answer, ErrorKind, Failure};
 use crate::server::clients::connection::ClientId;
 use crate::server::freeze::queue::Purpose;
 use crate::server::main_loop::aside::Ticket;
 use crate::server::registry::vm::{FamilyId, Generation, Phase, Vm};
 use crate::server::{FamilyManager, Server};
 use crate::wire::{Frozen, Take, ToVm};
-use guest_mem::{Along, Destination, PAGE_SIZE, PageCount, StoreId};
+use guest_mem::{Along, Destination, PageCount, StoreId};
 use rangemap::RangeSet;
-use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -44,51 +44,12 @@ struct Settling {
     family: FamilyId,
     store: StoreId,
     moved: PageCount,
-    for_client: bool,
 }
-
-/// A request to take memory out.
-#[derive(Debug)]
-struct AskedFreeze {
-    client: ClientId,
-    /// The one family whose memory it is about.
-    only: Option<FamilyId>,
-    requested: u64,
-    wanted: PageCount,
-    taken: PageCount,
-    /// Families that may have frozen pages in memory.
-    left: Vec<FamilyId>,
-    /// VMs whose live layer it has taken.
-    frozen: BTreeSet<Generation>,
-    /// The one whose live layer it takes now.
-    freezing: Option<Generation>,
-    layers: Layers,
-    /// Swap takes no more.
-    full: bool,
-}
-
-/// What a request knows of live layers that it may take.
-#[derive(Debug, Default)]
-enum Layers {
-    /// Nothing.
-    #[default]
-    Unknown,
-    /// Some VMs have been asked about, and others are to be.
-    AskedFreeze { ticket: Ticket, left: Vec<Generation>, sizes: Vec<Size> },
-    /// All that were not empty; the next one is the last.
-    Known(Vec<Size>),
-}
-
-/// A live layer: whether its VM stands still, its pages, and whose it is. The larger, the sooner it goes.
-type Size = (bool, u64, Generation);
-
-/// VMs whose live layers are asked for at a time.
-const ASKED: usize = 64;
 
 /// What is under way.
 #[derive(Debug, Default)]
 pub struct Reclaims {
-    asked: VecDeque<AskedFreeze>,
+    asked: Vec<ReclaimRequest>,
     settling: Vec<Settling>,
     /// Swap is not asked to take more before then.
     rest_until: Option<Instant>,
@@ -130,129 +91,81 @@ impl Server {
         if !self.features.userfaultfd {
             return self.reply(client, Err(Failure::new(ErrorKind::Unsupported, NO_TRAPS)));
         }
-        self.reclaims.asked.push_back(AskedFreeze {
-            client,
-            only,
-            requested: bytes,
-            wanted: PageCount(bytes.div_ceil(PAGE_SIZE as u64)),
-            taken: PageCount(0),
-            left: self.families.keys().copied().filter(|family| only.is_none_or(|only| only == *family)).collect(),
-            frozen: BTreeSet::new(),
-            freezing: None,
-            layers: Layers::Unknown,
-            full: false,
-        });
+        let families = self.families.keys().copied().filter(|family| only.is_none_or(|only| only == *family));
+        self.reclaims.asked.push(ReclaimRequest::new(client, only, bytes, families.collect()));
     }
 
-    /// Goes on with the oldest request. Whether there is more to do at once.
+    /// Goes on with the oldest request that has something to do. Whether there is more to do at once.
     pub fn tend_reclaims(&mut self, now: Instant) -> bool {
         self.finish_settling();
-        if !self.reclaims.may_put(now) {
-            return false;
-        }
-        let Some(mut asked) = self.reclaims.asked.pop_front() else { return false };
-        let going = self.go_on_reclaiming(&mut asked, now);
-        if going != Going::Done {
-            self.reclaims.asked.push_front(asked);
-            return going == Going::On;
-        }
-        let reclaimed_bytes = asked.taken.bytes();
-        let reclaimed = Reclaimed { requested_bytes: asked.requested, reclaimed_bytes };
-        self.reply(asked.client, Ok(Answer::Reclaimed(reclaimed)));
-        !self.reclaims.asked.is_empty()
+        let mut asked = std::mem::take(&mut self.reclaims.asked);
+        let mut going = Going::Waits;
+        asked.retain_mut(|request| {
+            if going != Going::Waits || !self.reclaims.may_put(now) {
+                return true;
+            }
+            going = self.go_on_reclaiming(request, now);
+            if going == Going::Done {
+                self.reply(request.client, Ok(Answer::Reclaimed(request.answer())));
+            }
+            going != Going::Done
+        });
+        self.reclaims.asked = asked;
+        going != Going::Waits && !self.reclaims.asked.is_empty()
     }
 
-    fn go_on_reclaiming(&mut self, asked: &mut AskedFreeze, now: Instant) -> Going {
-        if asked.taken >= asked.wanted {
-            return Going::Done;
-        }
-        if let Some(&family) = asked.left.last() {
-            let limit = PageCount(asked.wanted.0 - asked.taken.0);
-            let (pages, end) = self.evict(family, limit, now);
-            asked.taken.0 += pages.0;
-            match end {
-                EvictedPages::Some => return Going::On,
-                EvictedPages::Behind => return Going::Waits,
-                // What has not settled yet can be evicted when it has.
-                EvictedPages::All if self.has_writeback(family) => return Going::Waits,
-                EvictedPages::All => {}
-                EvictedPages::Full | EvictedPages::Failing => asked.full = true,
-            }
-            asked.left.pop();
-            return Going::On;
-        }
-        if asked.freezing.is_some_and(|vm| self.is_taking_live_layer(vm)) {
-            return Going::Waits;
-        }
-        asked.freezing = None;
-        // In a full swap there is no room for what is not in stores yet either.
-        let vm = match std::mem::take(&mut asked.layers) {
-            _ if asked.full => return Going::Done,
-            Layers::Unknown => {
-                let left: Vec<Generation> = self.may_give_layers(asked).collect();
-                if left.is_empty() {
-                    return Going::Done;
+    fn go_on_reclaiming(&mut self, request: &mut ReclaimRequest, now: Instant) -> Going {
+        match request.next(|vm| self.is_taking_live_layer(vm)) {
+            Next::Evict(family, limit) => {
+                let (pages, end) = self.evict(family, limit, now);
+                match request.evicted(pages, end, self.in_flight(family)) {
+                    true => return Going::On,
+                    false => return Going::Waits,
                 }
-                asked.layers = self.ask_sizes(left, Vec::new());
+            }
+            Next::AskWho => request.could_give(self.may_give_layers(request.only)),
+            Next::AskSizes(vms) => {
+                request.asked(self.ask_live_layers(&vms));
                 return Going::Waits;
             }
-            waits @ Layers::AskedFreeze { .. } => {
-                asked.layers = waits;
-                return Going::Waits;
+            Next::Freeze(vm) => {
+                if self.freeze_to_swap(vm) {
+                    request.takes(vm);
+                    return Going::Waits;
+                }
             }
-            Layers::Known(mut sizes) => {
-                let Some((_, _, vm)) = sizes.pop() else { return Going::Done };
-                // When all have given theirs, others may have something.
-                asked.layers = if sizes.is_empty() { Layers::Unknown } else { Layers::Known(sizes) };
-                vm
-            }
-        };
-        asked.frozen.insert(vm);
-        if self.freeze_to_swap(vm, true) {
-            asked.freezing = Some(vm);
-            return Going::Waits;
+            Next::Wait => return Going::Waits,
+            Next::Done => return Going::Done,
         }
         Going::On
     }
 
-    fn has_writeback(&self, family: FamilyId) -> bool {
-        self.families.get(&family).is_some_and(|manager| manager.family().in_flight().0 > 0)
+    fn in_flight(&self, family: FamilyId) -> InFlight {
+        match self.families.get(&family).is_some_and(|manager| manager.family().in_flight().0 > 0) {
+            true => InFlight::Some,
+            false => InFlight::None,
+        }
     }
 
-    /// VMs whose live layers could be taken, and have not been.
-    fn may_give_layers(&self, asked: &AskedFreeze) -> impl Iterator<Item = Generation> {
-        let mine = |vm: &&Vm| {
-            let mine = vm.memory.is_some_and(|(family, _)| asked.only.is_none_or(|only| only == family));
-            mine && self.may_freeze(vm.generation) && !asked.frozen.contains(&vm.generation)
+    /// VMs whose live layers could be taken, of one family where that is said.
+    fn may_give_layers(&self, only: Option<FamilyId>) -> impl Iterator<Item = Generation> {
+        let mine = move |vm: &&Vm| {
+            let mine = vm.memory.is_some_and(|(family, _)| only.is_none_or(|only| only == family));
+            mine && self.may_freeze(vm.generation)
         };
         self.vms.iter().filter(mine).map(|vm| vm.generation)
     }
 
-    fn ask_sizes(&mut self, mut left: Vec<Generation>, sizes: Vec<Size>) -> Layers {
-        let some = left.split_off(left.len().saturating_sub(ASKED));
-        Layers::AskedFreeze { ticket: self.ask_live_layers(&some), left, sizes }
-    }
-
     /// It has been found out how large some live layers are.
     pub fn sizes_came(&mut self, ticket: Ticket, layers: Vec<(Generation, RangeSet<u64>)>) {
-        let Some(mut asked) = self.reclaims.asked.pop_front() else { return };
-        asked.layers = match std::mem::take(&mut asked.layers) {
-            Layers::AskedFreeze { ticket: awaited, left, mut sizes } if awaited == ticket => {
-                let size = |(vm, live): (Generation, RangeSet<u64>)| {
-                    let pages = live.iter().map(|part| part.end - part.start).sum();
-                    Some((self.vms.get(vm)?.paused, pages, vm))
-                };
-                sizes.extend(layers.into_iter().filter_map(size).filter(|(_, pages, _)| *pages > 0));
-                if left.is_empty() {
-                    sizes.sort_unstable();
-                    Layers::Known(sizes)
-                } else {
-                    self.ask_sizes(left, sizes)
-                }
-            }
-            layers => layers,
+        let vms = &self.vms;
+        let size = |(vm, live): (Generation, RangeSet<u64>)| {
+            let pages = live.iter().map(|part| part.end - part.start).sum();
+            Some((vms.get(vm)?.paused, pages, vm))
         };
-        self.reclaims.asked.push_front(asked);
+        if let Some(request) = self.reclaims.asked.iter_mut().find(|request| request.has_asked(ticket)) {
+            request.sizes_came(layers.into_iter().filter_map(size));
+        }
     }
 
     /// Evicts frozen pages of a family for a moment.
@@ -281,7 +194,7 @@ impl Server {
     }
 
     /// Moves a VM's live layer out, to settle into swap. Whether that has begun.
-    pub fn freeze_to_swap(&mut self, generation: Generation, for_client: bool) -> bool {
+    pub fn freeze_to_swap(&mut self, generation: Generation) -> bool {
         if !self.may_freeze(generation) {
             return false;
         }
@@ -296,7 +209,7 @@ impl Server {
                 self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
                 vm.freezes.push(Purpose::Swap);
                 let moved = PageCount(0);
-                self.reclaims.settling.push(Settling { vm: generation, family, store, moved, for_client });
+                self.reclaims.settling.push(Settling { vm: generation, family, store, moved });
                 self.freeze_begins(generation, store);
                 true
             }
@@ -342,12 +255,9 @@ impl Server {
             let manager = self.families.get(&settling.family);
             let stayed = manager.map_or(PageCount(0), |manager| manager.family().resident_in(settling.store));
             self.budget.layer_taken(settling.vm);
-            if let Some(asked) = self.reclaims.asked.front_mut().filter(|_| settling.for_client) {
-                asked.taken.0 += settling.moved.0.saturating_sub(stayed.0);
-                if stayed.0 > 0 && manager.is_some() && !asked.left.contains(&settling.family) {
-                    // What swap did not take at once, it may take now.
-                    asked.left.push(settling.family);
-                }
+            if let Some(request) = self.reclaims.asked.iter_mut().find(|request| request.is_taking(settling.vm)) {
+                let swapped = PageCount(settling.moved.0.saturating_sub(stayed.0));
+                request.took(swapped, (stayed.0 > 0 && manager.is_some()).then_some(settling.family));
             }
         }
     }

@@ -266,7 +266,7 @@ impl Server {
             self.hold(vm, now);
         }
         for vm in decision.freeze {
-            self.freeze_to_swap(vm, false);
+            self.freeze_to_swap(vm);
         }
         decision.evict > 0 && self.evict_in_turn(decision.evict, now)
     }
