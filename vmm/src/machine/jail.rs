@@ -14,7 +14,7 @@ use crate::wire::Isolation;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{chdir, getgid, getuid, pivot_root};
+use nix::unistd::{chdir, chroot, getgid, getuid, pivot_root};
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -50,9 +50,16 @@ pub(super) fn enter(how: Isolation, on: &Path) -> Result<(), IsolateError> {
     let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | inert();
     mount(nothing, on, nothing, read_only, nothing).map_err(during("a root that is read-only"))?;
     chdir(on).map_err(during("chdir to the root"))?;
-    pivot_root(".", ".").map_err(during("pivot_root"))?;
-    // The old root lies on top of the new one now.
-    umount2(".", MntFlags::MNT_DETACH).map_err(during("unmount the host's files"))?;
+    match pivot_root(".", ".") {
+        // The old root lies on top of the new one now.
+        Ok(()) => umount2(".", MntFlags::MNT_DETACH).map_err(during("unmount the host's files"))?,
+        // The host has its initial file system as its root, which cannot be taken away: the new root covers it, for good.
+        Err(Errno::EINVAL) => {
+            mount(Some("."), "/", nothing, MsFlags::MS_MOVE, nothing).map_err(during("a root over the initial one"))?;
+            chroot(".").map_err(during("chroot to the root"))?;
+        }
+        Err(cause) => return Err(during("pivot_root")(cause)),
+    }
     chdir("/").map_err(during("chdir"))?;
     empty_bounding_set()
 }
