@@ -308,6 +308,21 @@ fn without_userfaultfd_nothing_is_taken() {
     assert_eq!(home.cli(&["budget"]).good(), "none\n");
 }
 
+/// A budget that VM processes alone take next to all of cannot be kept, and nobody was told.
+#[test]
+fn a_budget_tells_its_floor() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = home.launch("a", ByteSize::mib(16));
+    fork_settled(&vm, 47);
+    let set = home.cli(&["budget", "16M"]);
+    assert_eq!((set.code, set.out.as_str()), (0, "16M\n"), "{set:?}");
+    assert!(set.err.starts_with("offshoot: budget: ") && set.err.contains("of 16M cannot be taken out"), "{set:?}");
+    let told = home.cli(&["budget", "--json"]).json();
+    assert!(told["floor_bytes"].as_u64().is_some_and(|floor| floor > 12 << 20), "{told}");
+    // Of a large one nothing needs to be said.
+    home.cli(&["budget", "4G"]).good();
+}
+
 #[test]
 fn bad_input_is_refused() {
     let Some(home) = TestHome::new() else { return };

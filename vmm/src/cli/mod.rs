@@ -124,7 +124,9 @@ fn run(cli: Cli) -> Done {
                     None => client.budget()?,
                 };
                 let floor = ByteSize(budget.floor_bytes).approx();
-                if let Some(bytes) = budget.budget_bytes.filter(|bytes| budget.floor_bytes > bytes / 4 * 3) {
+                let tight = budget.budget_bytes.filter(|bytes| budget.floor_bytes > bytes / 4 * 3);
+                // Whoever reads JSON has both numbers, and takes a line on stderr for an error.
+                if let Some(bytes) = tight.filter(|_| !output.json) {
                     eprintln!("offshoot: budget: {floor} of {} cannot be taken out of memory", ByteSize(bytes));
                 }
                 shown(output, out, &budget, |out| match budget.budget_bytes.map(ByteSize) {

@@ -2,12 +2,6 @@
 
 use super::memory::{Memory, Scratch};
 use super::*;
-
-fn memory_of_this(process: u64, wants: Wants) -> Memory {
-    let memory = Memory::new(ProcessId(process), wants);
-    memory.is_born(Pid::this());
-    memory
-}
 use crate::skips::{Lack, skip};
 use guest_mem::sys::Memfd;
 use guest_mem::window::host::{Features, HostWindow, HugePages, Place};
@@ -17,22 +11,36 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
+fn memory_of_this(process: u64, wants: Wants) -> Memory {
+    let memory = Memory::new(ProcessId(process), wants);
+    memory.is_born(Pid::this());
+    memory
+}
+
+/// A store that pages 0 to 15 of windows show.
+const STORE: StoreId = StoreId(1);
+
+/// Such a window, whose store's file has the first `pages` alone.
+fn window_on(features: Features, pages: PageCount) -> HostWindow {
+    let all = GfnRange::from(0..16);
+    let mut window = HostWindow::reserve(&[all], Place::Anywhere, features).unwrap();
+    let file = Memfd::new("store", pages).unwrap();
+    let run = Run { pages: all, source: Source::Store { store: STORE, origin: PageOrigin(0) } };
+    window.map(&[run], &[(STORE, file.as_fd())], HugePages::Never).unwrap();
+    window
+}
+
 /// Pages whose process lives were taken for lost where they could not be read for a moment. Here a part of a mapping lies
 /// beyond its file, which the kernel tells as it tells that it was short of memory.
 #[test]
 fn only_memory_that_is_gone_is_lost() {
-    let pages = GfnRange::from(0..16);
-    let features = Features { userfaultfd: false, pagemap_scan: false };
-    let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
-    let (store, file) = (StoreId(1), Memfd::new("store", PageCount(4)).unwrap());
-    let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
-    window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
+    let window = window_on(Features { userfaultfd: false, pagemap_scan: false }, PageCount(4));
     let remote = RemoteWindow(Rc::new(memory_of_this(1, Wants::default())));
     remote.0.open_image().unwrap();
     let range = ScratchRange::new(window.base(), Gfn(0), &[]);
-    remote.0.scratch.borrow_mut().insert(store, Scratch { range, copy: None, uncopied: Vec::new() });
+    remote.0.scratch.borrow_mut().insert(STORE, Scratch { range, copy: None, uncopied: Vec::new() });
     let read = |first| {
-        let read = remote.read_scratch(store, Gfn(first), &mut [0; 2 * PAGE_SIZE]);
+        let read = remote.read_scratch(STORE, Gfn(first), &mut [0; 2 * PAGE_SIZE]);
         read.map_err(|error| error.kind())
     };
     assert_eq!(read(2), Ok(()));
@@ -53,21 +61,16 @@ fn whoever_reads_memory_never_waits_for_who_has_it() {
     if !crate::host::features().userfaultfd {
         return skip(Lack::Userfaultfd, "no userfaultfd");
     }
-    let pages = GfnRange::from(0..16);
-    let features = Features { userfaultfd: true, pagemap_scan: false };
-    let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
-    let (store, file) = (StoreId(1), Memfd::new("store", PageCount(16)).unwrap());
-    let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
-    window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
+    let mut window = window_on(Features { userfaultfd: true, pagemap_scan: false }, PageCount(16));
     let wants = Wants::default();
     let remote = RemoteWindow(Rc::new(memory_of_this(1, Rc::clone(&wants))));
     remote.0.open_image().unwrap();
     let range = ScratchRange::new(window.base(), Gfn(0), &[]);
-    remote.0.scratch.borrow_mut().insert(store, Scratch { range, copy: None, uncopied: Vec::new() });
+    remote.0.scratch.borrow_mut().insert(STORE, Scratch { range, copy: None, uncopied: Vec::new() });
     // Page 5 is there, its neighbours trap.
     window.supply(Gfn(5), &[9; PAGE_SIZE]).unwrap();
     let mut page = [0; PAGE_SIZE];
-    remote.read_scratch(store, Gfn(5), &mut page).unwrap();
+    remote.read_scratch(STORE, Gfn(5), &mut page).unwrap();
     assert_eq!(page, [9; PAGE_SIZE]);
     let (done, is_done) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -78,12 +81,12 @@ fn whoever_reads_memory_never_waits_for_who_has_it() {
         }
     });
     for first in [4, 5, 6] {
-        assert!(remote.read_scratch(store, Gfn(first), &mut [0; 2 * PAGE_SIZE]).is_err(), "{first}");
+        assert!(remote.read_scratch(STORE, Gfn(first), &mut [0; 2 * PAGE_SIZE]).is_err(), "{first}");
     }
     done.send(()).unwrap();
     let failed = || wants.borrow().iter().any(|(_, want)| matches!(want, Want::Fail(_)));
     assert!(!failed());
-    (0..REFUSED_MOST).for_each(|_| drop(remote.read_scratch(store, Gfn(6), &mut page)));
+    (0..REFUSED_MOST).for_each(|_| drop(remote.read_scratch(STORE, Gfn(6), &mut page)));
     assert!(failed(), "what is held back for long ends the VM");
 }
 
@@ -112,12 +115,7 @@ fn who_waits_for_a_forgotten_trap_touches_its_page_again() {
     if !crate::host::features().userfaultfd {
         return skip(Lack::Userfaultfd, "no userfaultfd");
     }
-    let pages = GfnRange::from(0..16);
-    let features = Features { userfaultfd: true, pagemap_scan: false };
-    let mut window = HostWindow::reserve(&[pages], Place::Anywhere, features).unwrap();
-    let (store, file) = (StoreId(1), Memfd::new("store", PageCount(16)).unwrap());
-    let run = Run { pages, source: Source::Store { store, origin: PageOrigin(0) } };
-    window.map(&[run], &[(store, file.as_fd())], HugePages::Never).unwrap();
+    let window = window_on(Features { userfaultfd: true, pagemap_scan: false }, PageCount(16));
     let memory = memory_of_this(1, Wants::default());
     let traps = window.userfaultfd().unwrap().try_clone_to_owned().unwrap();
     memory.traps.set(Userfaultfd::from_fd(traps)).unwrap();
