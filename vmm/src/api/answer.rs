@@ -135,6 +135,10 @@ pub struct VmSummary {
     pub balloon_bytes: u64,
     /// Its process; null once it has none.
     pub pid: Option<i32>,
+    /// How long until the server ends it; null for never, and once it has ended.
+    pub ttl_ms: Option<u64>,
+    /// How many VMs may descend from the launched VM that it is, or descends from; null for any number.
+    pub max_children: Option<u32>,
 }
 
 /// A guest's memory and its balloon.

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A client and a server of different ones do not talk: a field that is missing would be taken
 /// for one that says nothing.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 /// Smallest guest memory, in bytes.
 pub const MIN_MEMORY: u64 = 16 << 20;
 /// Guest memory where none is asked for, in bytes.

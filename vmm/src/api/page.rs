@@ -39,6 +39,7 @@ fn fork() -> Fork {
         wait_settled: false,
         paused: false,
         hint_free_ms: None,
+        ttl_ms: None,
     }
 }
 
@@ -47,8 +48,16 @@ fn linux() -> Linux {
 }
 
 fn launch() -> Launch {
-    let mem_bytes = MIN_MEMORY;
-    Launch { name: None, mem_bytes, vcpus: 1, remove_when_off: false, linux: Some(linux()), shared: Vec::new() }
+    Launch {
+        name: None,
+        mem_bytes: MIN_MEMORY,
+        vcpus: 1,
+        remove_when_off: false,
+        linux: Some(linux()),
+        shared: Vec::new(),
+        ttl_ms: None,
+        max_children: None,
+    }
 }
 
 /// One request of each verb.
@@ -193,7 +202,7 @@ fn every_kind_of_error_is_on_the_page_with_its_exit_code() {
 }
 
 /// Numbers that are neither bytes, pages nor durations: counts of something else, ids and addresses.
-const UNITLESS: [&str; 32] = [
+const UNITLESS: [&str; 33] = [
     "protocol",
     "pid",
     "vcpus",
@@ -202,6 +211,7 @@ const UNITLESS: [&str; 32] = [
     "id",
     "parent_id",
     "depth",
+    "max_children",
     "window_runs",
     "vms",
     "mappings",

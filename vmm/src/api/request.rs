@@ -155,6 +155,10 @@ pub struct Launch {
     /// Memory that all VMs which descend from this one share: what one of them writes there, all see. Sorted, apart, whole
     /// pages.
     pub shared: Vec<Range<u64>>,
+    /// How long it lives; null for as long as it likes. Who is forked from it ends with it, unless the fork says otherwise.
+    pub ttl_ms: Option<u64>,
+    /// How many VMs may descend from it at a time, those that have ended and are still listed included; null for any number.
+    pub max_children: Option<u32>,
 }
 
 /// A Linux guest. Paths are absolute.
@@ -202,4 +206,6 @@ pub struct Fork {
     /// Have a Linux guest tell of its free pages first, and wait for that no longer than so many milliseconds; null for not
     /// at all.
     pub hint_free_ms: Option<u64>,
+    /// How long each child lives; null for as long as the parent.
+    pub ttl_ms: Option<u64>,
 }

@@ -35,6 +35,12 @@ fn options_of(launch: Launch) -> Result<LaunchOptions, vmm::client::Error> {
     if let Some(name) = launch.name {
         options = options.name(name);
     }
+    if let Some(ttl) = launch.ttl {
+        options = options.ttl(ttl);
+    }
+    if let Some(most) = launch.max_children {
+        options = options.max_children(most);
+    }
     if let Some(kernel) = launch.kernel {
         options = options.kernel(kernel)?;
     }
@@ -57,6 +63,9 @@ pub fn fork(fork: Fork, server: ClientBuilder, out: &mut impl Write) -> Done {
     }
     if let Some(ms) = fork.hint_free {
         options = options.hint_free(Duration::from_millis(ms));
+    }
+    if let Some(ttl) = fork.ttl {
+        options = options.ttl(ttl);
     }
     with_server(server, Some(&fork.name), |client| {
         let children = client.vm(&fork.name).fork(options)?;

@@ -27,6 +27,7 @@ pub fn run(home: Option<&Path>, serve: Serve) -> Done {
         isolation,
         answer_within,
         low_latency,
+        max_vms,
         background,
     } = serve;
     let (path, size) = swap.map_or((None, None), |place| (Some(place.path), place.size));
@@ -40,7 +41,7 @@ pub fn run(home: Option<&Path>, serve: Serve) -> Done {
     let _ = set_name(c"offshoot");
     let wake_ups = if low_latency { WakeUps::Fast } else { WakeUps::AsTheyAre };
     let isolation = isolation.into();
-    let config = server::Config { home, swap, budget, idle, isolation, answer_within, wake_ups };
+    let config = server::Config { home, swap, budget, idle, isolation, answer_within, wake_ups, max_vms };
     let served = raise_open_files().and_then(|()| match server::run(config, |stage| tell(background, stage)) {
         Ok(()) => Ok(SUCCESS),
         // Another one was faster: the client that started this one finds it.

@@ -177,6 +177,8 @@ pub fn inspection(out: &mut impl Write, inspection: &Inspection) -> io::Result<(
             ("parent", &parent(vm)),
             ("children", &dash(&Some(inspection.children.join(" ")).filter(|names| !names.is_empty()))),
             ("generation", &inspection.generation),
+            ("ends", &vm.ttl_ms.map_or("-".into(), |ms| format!("in {}.{} s", ms / 1000, ms % 1000 / 100))),
+            ("max. children", &dash(&vm.max_children)),
             ("memory", &mem(vm)),
             ("private", &pages(stats.private_pages)),
             ("shared", &pages(stats.shared_pages)),

@@ -23,6 +23,8 @@ impl Default for LaunchOptions {
             remove_when_off: false,
             linux: None,
             shared: Vec::new(),
+            ttl_ms: None,
+            max_children: None,
         })
     }
 }
@@ -97,6 +99,20 @@ impl LaunchOptions {
         self
     }
 
+    /// Has the server end it after so long, whether it runs or not. Who is forked from it ends with it, unless the fork says
+    /// otherwise.
+    pub fn ttl(mut self, time: Duration) -> Self {
+        self.0.ttl_ms = Some(milliseconds(time));
+        self
+    }
+
+    /// How many VMs may descend from it at a time: children, their children and so on, whoever forks them. Those that have
+    /// ended count until they are removed. The limit stays when this VM is removed.
+    pub fn max_children(mut self, count: u32) -> Self {
+        self.0.max_children = Some(count);
+        self
+    }
+
     /// Checks all that needs no server: the name, the sizes, and whether this host has KVM and the memory.
     /// [`Client::launch`](super::Client::launch) does so too.
     pub fn check(&self) -> Result<(), Error> {
@@ -151,6 +167,10 @@ fn absolute(what: &str, path: &Path) -> Result<PathBuf, Error> {
     std::path::absolute(path).map_err(|e| Error::bad_request(format!("launch: {what} {}: {e}", path.display())))
 }
 
+fn milliseconds(time: Duration) -> u64 {
+    time.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
 /// A fork: one child that runs, where nothing else is asked for.
 #[derive(Clone, Debug)]
 pub struct ForkOptions(pub(super) Fork);
@@ -165,6 +185,7 @@ impl Default for ForkOptions {
             wait_settled: false,
             paused: false,
             hint_free_ms: None,
+            ttl_ms: None,
         })
     }
 }
@@ -209,7 +230,13 @@ impl ForkOptions {
     /// Has a Linux guest tell of its free pages first, and waits for that no longer than `bound`: these are neither copied
     /// nor shared. A guest without a balloon driver tells nothing, and is waited for in vain.
     pub fn hint_free(mut self, bound: Duration) -> Self {
-        self.0.hint_free_ms = Some(bound.as_millis().try_into().unwrap_or(u64::MAX));
+        self.0.hint_free_ms = Some(milliseconds(bound));
+        self
+    }
+
+    /// Has the server end each child after so long, be it sooner or later than the parent.
+    pub fn ttl(mut self, time: Duration) -> Self {
+        self.0.ttl_ms = Some(milliseconds(time));
         self
     }
 

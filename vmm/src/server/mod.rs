@@ -104,6 +104,8 @@ pub struct Config {
     pub answer_within: Duration,
     /// What idle processors of the host do during forks.
     pub wake_ups: WakeUps,
+    /// How many VMs it may list.
+    pub max_vms: Option<u32>,
 }
 
 /// How far a server has come.
@@ -175,6 +177,7 @@ struct Server {
     past: SwapCounts,
     files: Files,
     vms: Vms,
+    max_vms: Option<u32>,
     roll: Roll,
     latency: WakeLatency,
     forks: Forks,
@@ -239,7 +242,7 @@ pub fn run(config: Config, mut tell: impl FnMut(Stage)) -> Result<(), Error> {
 
 impl Server {
     fn new(config: Config, kept_home: KeptHome) -> Result<Self, Error> {
-        let Config { home, swap, budget, idle, isolation: strictness, answer_within, wake_ups } = config;
+        let Config { home, swap, budget, idle, isolation: strictness, answer_within, wake_ups, max_vms } = config;
         let io = |operation| move |source: io::Error| Error::Io { operation, source };
         let features = crate::host::features();
         let ends = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter();
@@ -293,6 +296,7 @@ impl Server {
             past: SwapCounts::default(),
             files: Files::new().map_err(io("make an eventfd"))?,
             vms: Vms::default(),
+            max_vms,
             roll: Roll::at(roll_path(&home)),
             latency: WakeLatency::open(wake_ups),
             forks: Forks::default(),

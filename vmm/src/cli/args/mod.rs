@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
 use values::{
-    budget, budget_size, compressed, guest_memory, number, pattern, seconds, some_pages, swap_place, vm_name,
+    budget, budget_size, compressed, duration, guest_memory, number, pattern, seconds, some_pages, swap_place, vm_name,
 };
 use vmm::api::{DEFAULT_MEMORY, MAX_CHILDREN};
 use vmm::server::AutoBalloon;
@@ -49,13 +49,13 @@ fn examples(lines: &[&str]) -> String {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Launch a VM and print its name
-    #[command(after_help = examples(&["launch", "launch web --memory 0.5G", "launch --rm --json"]))]
+    #[command(after_help = examples(&["launch", "launch web --memory 0.5G --ttl 10m", "launch --rm --json"]))]
     Launch(Launch),
     /// Fork a VM while it runs, and print its children, one a line
     ///
     /// Children are called after the first VM of their family: those of base, of base-1 and of base-2 are all base-N, in the
     /// order of their birth. `offshoot tree` shows who descends from whom.
-    #[command(after_help = examples(&["fork base", "fork base worker", "fork base-1 --count 10 --name job --json"]))]
+    #[command(after_help = examples(&["fork base", "fork base worker --ttl 90", "fork base-1 --count 10 --name job --json"]))]
     Fork(Fork),
     /// Send a line to the guest and print its answer: exit code 0 for `ok`, 1 for `err`, 3 on time-out
     ///
@@ -347,6 +347,13 @@ pub struct Launch {
     /// The kernel's command line [default: console=ttyS0 panic=-1]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     pub cmdline: Option<String>,
+    /// End it after so long, whether it runs or not: seconds, or a number with ms, s, m, h or d. What is forked from it ends
+    /// with it, unless the fork says otherwise
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub ttl: Option<Duration>,
+    /// How many VMs may descend from it at a time, whoever forks them; those that have ended count until `rm`
+    #[arg(long, value_name = "N", value_parser = number(0..=u32::MAX))]
+    pub max_children: Option<u32>,
     #[command(flatten)]
     pub output: Output,
 }
@@ -376,6 +383,9 @@ pub struct Fork {
     #[arg(long, value_name = "MS", num_args = 0..=1, require_equals = true, default_missing_value = "100",
           value_parser = number(1..=HINT_MS_MAX))]
     pub hint_free: Option<u64>,
+    /// End each child after so long, like 90, 1.5h or 2d [default: when the parent ends by its own --ttl]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub ttl: Option<Duration>,
     #[command(flatten)]
     pub output: Output,
 }
@@ -416,6 +426,9 @@ pub struct Serve {
     /// takes /dev/cpu_dma_latency
     #[arg(long)]
     pub low_latency: bool,
+    /// How many VMs there may be, those that have ended and are still listed included [default: any number]
+    #[arg(long, value_name = "N", value_parser = number(1..=u32::MAX))]
+    pub max_vms: Option<u32>,
     /// Leave the terminal, and leave quietly where there is a server already
     #[arg(long, hide = true)]
     pub background: bool,

@@ -56,6 +56,10 @@ fn what_the_issue_shows_is_understood() {
         "offshoot serve --auto-balloon off",
         "offshoot serve --auto-balloon idle --balloon-idle 2.5",
         "offshoot serve --answer-within 0.5",
+        "offshoot serve --max-vms 10",
+        "offshoot launch --ttl 90 --max-children 0",
+        "offshoot launch --ttl 1.5h",
+        "offshoot fork base --ttl 250ms",
         "offshoot vm-process",
     ] {
         parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -119,6 +123,17 @@ fn what_makes_no_sense_is_not() {
         "offshoot reclaim base 0",
         "offshoot reclaim base 4095",
         "offshoot serve --compressed 1",
+        "offshoot serve --max-vms 0",
+        "offshoot launch --ttl 0",
+        "offshoot launch --ttl 0.1ms",
+        "offshoot launch --ttl -1",
+        "offshoot launch --ttl 1w",
+        "offshoot launch --ttl 1e3",
+        "offshoot launch --ttl inf",
+        "offshoot launch --ttl 3651d",
+        "offshoot fork base --ttl h",
+        "offshoot launch --max-children -1",
+        "offshoot launch --max-children many",
         "offshoot completions tcl",
         "offshoot fly",
     ] {

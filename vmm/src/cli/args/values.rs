@@ -79,6 +79,30 @@ pub fn seconds(text: &str) -> Result<Duration, &'static str> {
     seconds.filter(|time| !time.is_zero()).ok_or("not a number of seconds above 0, like 5 or 0.5")
 }
 
+/// A time to live is no longer than that: ten years.
+const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
+
+/// Seconds, or a number with a unit.
+pub fn duration(text: &str) -> Result<Duration, &'static str> {
+    let unit = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(unit);
+    let seconds = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        "d" => 86_400.0,
+        _ => return Err(NO_DURATION),
+    };
+    let plain = digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let number = digits.parse::<f64>().ok().filter(|_| plain);
+    let time = number.and_then(|number| Duration::try_from_secs_f64(number * seconds).ok());
+    time.filter(|time| (Duration::from_millis(1)..=LONGEST).contains(time)).ok_or(NO_DURATION)
+}
+
+const NO_DURATION: &str =
+    "not a duration from 1ms to 3650d: write seconds, or a number and ms, s, m, h or d, like 90 or 1.5h";
+
 /// A pattern that says something: an empty one is in everything.
 pub fn pattern(text: &str) -> Result<regex::Regex, String> {
     if text.is_empty() {

@@ -38,6 +38,8 @@ pub enum Deadline {
     Stats(Generation, ClientId),
     /// What its guest tells of free pages, for this fork.
     Hint(Generation, ForkId),
+    /// A VM's end, which is the server's doing then.
+    TimeToLive(Generation),
 }
 
 impl Deadline {
@@ -47,9 +49,10 @@ impl Deadline {
     }
 
     fn vm(&self) -> Generation {
-        let (Self::Answer(vm, ..) | Self::End(vm, _) | Self::Balloon(vm, _) | Self::Stats(vm, _) | Self::Hint(vm, _)) =
-            *self;
-        vm
+        match *self {
+            Self::Answer(vm, ..) | Self::End(vm, _) | Self::Balloon(vm, _) | Self::Stats(vm, _) => vm,
+            Self::Hint(vm, _) | Self::TimeToLive(vm) => vm,
+        }
     }
 
     /// Whether it is for anything of this VM's.
@@ -182,6 +185,7 @@ impl Server {
                 Deadline::Balloon(vm, client) => self.balloon_late(vm, client),
                 Deadline::Stats(vm, _) => self.answer_stats_waiters(vm),
                 Deadline::Hint(vm, fork) => self.hint_late(vm, fork),
+                Deadline::TimeToLive(vm) => self.time_is_over(vm),
                 _ => {}
             }
             let Some(vm) = self.vms.get_mut(deadline.vm()) else { continue };

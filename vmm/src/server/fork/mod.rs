@@ -13,6 +13,7 @@ use crate::server::Server;
 use crate::server::clients::connection::ClientId;
 use crate::server::fork::hint::Hint;
 use crate::server::freeze::queue::Purpose;
+use crate::server::registry::quota;
 use crate::server::registry::vm::{Ancestry, FamilyId, Generation, Phase};
 use crate::wire::{Frozen, RunState, Take, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
@@ -33,19 +34,21 @@ impl Server {
         self.latency.lease(Instant::now() + LEASE);
         let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
         let checked = self.find_started(&fork.name).and_then(|parent| {
+            let expires = quota::expires(fork.ttl_ms, Instant::now())?;
+            self.check_quotas(Some(parent), fork.count as usize)?;
             let names = match &fork.children[..] {
                 [] => self.child_names(parent, fork.prefix.as_deref(), fork.count)?,
                 children => self.given_names(children, &fork)?,
             };
-            Ok((parent, names))
+            Ok((parent, names, expires))
         });
         match checked {
             Err(failure) => self.reply(client, Err(failure)),
-            Ok((parent, names)) => {
+            Ok((parent, names, expires)) => {
                 let mut op = ForkOp::new(Asker::Client(client), parent, asked_ns, Instant::now());
                 (op.paused, op.wait_settled) = (fork.paused, fork.wait_settled);
                 op.hint = fork.hint_free_ms.map_or(Hint::Unasked, Hint::Wanted);
-                self.begin_fork(op, names);
+                self.begin_fork(op, names, expires);
             }
         }
     }
@@ -54,21 +57,24 @@ impl Server {
     pub fn fork_from_inside(&mut self, parent: Generation, count: u32) {
         self.latency.lease(Instant::now() + LEASE);
         let asked_ns = monotonic_ns();
-        if self.vms.get(parent).is_none() {
-            return;
-        }
-        let there = self.vms.iter().filter(|vm| vm.is_alive()).count();
+        let Some(vm) = self.vms.get(parent) else { return };
+        let lineage = Rc::clone(&vm.ancestry.lineage);
+        // Those that have ended count as well: they are listed until somebody removes them.
+        let there = self.vms.iter().len();
         let names = match count {
             INSIDE_EACH.. => Err(Failure::bad_request(format!("{count} children: fewer than {INSIDE_EACH} at a time"))),
             _ if there + count as usize > INSIDE_ALL => {
                 let why = format!("{there} VMs are there: guests fork while there are at most {INSIDE_ALL}");
                 Err(Failure::new(ErrorKind::Limit, why))
             }
-            _ => self.child_names(parent, None, count),
+            _ => self
+                .check_quotas(Some(parent), count as usize)
+                .and_then(|()| lineage.ask(count, Instant::now()))
+                .and_then(|()| self.child_names(parent, None, count)),
         };
         match names {
             Err(failure) => self.tell_guest(parent, Err(failure.message)),
-            Ok(names) => self.begin_fork(ForkOp::new(Asker::Guest, parent, asked_ns, Instant::now()), names),
+            Ok(names) => self.begin_fork(ForkOp::new(Asker::Guest, parent, asked_ns, Instant::now()), names, None),
         }
     }
 
@@ -86,7 +92,7 @@ impl Server {
         if !(1..=MAX_CHILDREN).contains(&count) {
             return Err(Failure::bad_request(format!("{count} children: from 1 to {MAX_CHILDREN} at a time")));
         }
-        let family = Rc::clone(&self.vms.get(parent).expect("found above").ancestry.family_name);
+        let family = Rc::clone(&self.vms.get(parent).expect("found above").ancestry.lineage.name);
         let prefix = prefix.unwrap_or(&family);
         check_name(prefix).map_err(|e| Failure::bad_request(e.to_string()).about(prefix))?;
         let names = self.vms.draw_names(prefix, count as usize);
@@ -115,10 +121,12 @@ impl Server {
     }
 
     /// Freezes the parent as soon as no other fork does, and meanwhile lists the children and finds processes for them.
-    fn begin_fork(&mut self, op: ForkOp, names: Vec<String>) {
+    /// They end when the parent does where no time of their own is given.
+    fn begin_fork(&mut self, op: ForkOp, names: Vec<String>, expires: Option<Instant>) {
         let id = ForkId(self.fresh_id());
         let parent = self.vms.get_mut(op.parent).expect("found above");
         let (generation, shape, ancestry) = (parent.generation, parent.shape, Ancestry::below(parent));
+        let expires = expires.or(parent.expires);
         parent.freezes.push(Purpose::Fork(id));
         let alone = parent.freezes.turn() == Some(Purpose::Fork(id));
         self.forks.insert(id, op);
@@ -140,7 +148,10 @@ impl Server {
             });
             let op = self.forks.get_mut(id).expect("looked at above");
             match child {
-                Ok(child) => op.add_child(child, name),
+                Ok(child) => {
+                    op.add_child(child, name);
+                    self.live_until(child, expires);
+                }
                 Err(e) => {
                     op.fail(format!("start a VM process: {e}"));
                     break;

@@ -8,6 +8,7 @@ use crate::server::clients::connection::ClientId;
 use crate::server::freeze::queue::FreezeQueue;
 use crate::server::memory::idle::IdleBalloon;
 use crate::server::procs::process::{Parcel, ProcessId, Role};
+use crate::server::registry::quota::{self, Lineage};
 use crate::server::registry::vm::{Ancestry, FamilyId, Generation, Hold, Log, Phase, Vm};
 use crate::server::{FamilyManager, Server};
 use crate::units::ByteSize;
@@ -23,6 +24,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Instant;
 
 /// How a VM begins.
 #[derive(Debug)]
@@ -93,6 +95,7 @@ impl Server {
     ) -> Result<(), Failure> {
         // Other VMs may have come meanwhile.
         let shape = self.check_launch(&launch)?;
+        let expires = quota::expires(launch.ttl_ms, Instant::now())?;
         let name = match launch.name {
             Some(name) => name,
             None => self.vms.draw_names("vm", 1).pop().expect("names do not end"),
@@ -125,10 +128,11 @@ impl Server {
         let family = FamilyId(self.fresh_id());
         self.families.insert(family, manager);
 
-        let ancestry = Ancestry::none(&name);
+        let ancestry = Ancestry::none(Lineage::new(&name, launch.max_children));
         let generation = self.add_vm(name, ancestry, shape, Phase::Launching(Some(client)), process, (family, vm));
         let record = self.vms.get_mut(generation).expect("added above");
         record.remove_when_off = launch.remove_when_off;
+        self.live_until(generation, expires);
         self.start(generation, beginning);
         Ok(())
     }
@@ -138,6 +142,7 @@ impl Server {
         if let Some(name) = &launch.name {
             self.check_new_name(name)?;
         }
+        self.check_quotas(None, 1)?;
         let machine = if launch.linux.is_some() { Machine::Linux } else { Machine::Monitor };
         match machine {
             Machine::Monitor if launch.vcpus != 1 => {
@@ -210,6 +215,7 @@ impl Server {
             traps: 0,
             born: None,
             guest_memory: None,
+            expires: None,
         });
         generation
     }

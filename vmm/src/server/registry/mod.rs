@@ -3,6 +3,7 @@
 pub mod end;
 pub mod launch;
 pub mod names;
+pub mod quota;
 pub mod roll;
 pub mod vm;
 

@@ -8,11 +8,12 @@ use crate::server::inspect::guest_stats::GuestMemory;
 use crate::server::memory::idle::IdleBalloon;
 use crate::server::procs::process::ProcessId;
 use crate::server::registry::names::Names;
+use crate::server::registry::quota::{Lineage, left_ms};
 use crate::wire::{Machine, MachineShape};
 use guest_mem::{GfnRange, PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Names a VM of this server, and is the guest's generation id; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,24 +85,24 @@ pub enum Hold {
 }
 
 /// Whom a VM descends from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Ancestry {
     /// The VM it was forked from, and what that was called: it may be gone by now, and another one be called so.
     pub parent: Option<(Generation, String)>,
-    /// What the first VM of the family was called. Children of all of them are called after it.
-    pub family_name: Rc<str>,
+    /// What it has in common with all that descend from the same launched VM.
+    pub lineage: Rc<Lineage>,
 }
 
 impl Ancestry {
     /// Of a VM that is launched.
-    pub fn none(name: &str) -> Self {
-        Self { parent: None, family_name: name.into() }
+    pub fn none(lineage: Rc<Lineage>) -> Self {
+        Self { parent: None, lineage }
     }
 
     /// Of a child of this VM.
     pub fn below(vm: &Vm) -> Self {
-        let family_name = Rc::clone(&vm.ancestry.family_name);
-        Self { parent: Some((vm.generation, vm.name.clone())), family_name }
+        let lineage = Rc::clone(&vm.ancestry.lineage);
+        Self { parent: Some((vm.generation, vm.name.clone())), lineage }
     }
 }
 
@@ -158,6 +159,8 @@ pub struct Vm {
     pub born: Option<(Generation, Vec<GfnRange>)>,
     /// What the guest said of its memory.
     pub guest_memory: Option<GuestMemory>,
+    /// When the server ends it.
+    pub expires: Option<Instant>,
 }
 
 impl Vm {
@@ -202,6 +205,8 @@ impl Vm {
             mem_pages: self.shape.ram.0,
             balloon_bytes: self.balloon_pages * PAGE_SIZE as u64,
             pid,
+            ttl_ms: left_ms(self.expires.filter(|_| self.is_alive()), Instant::now()),
+            max_children: self.ancestry.lineage.max_children,
         }
     }
 }
