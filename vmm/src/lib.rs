@@ -4,6 +4,7 @@ pub mod api;
 pub mod boot;
 pub mod client;
 pub mod clock;
+mod confinement;
 pub mod devices;
 pub mod host;
 pub mod layout;

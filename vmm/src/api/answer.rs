@@ -1,5 +1,6 @@
 //! What the server tells.
 
+use super::Confinement;
 use serde::{Deserialize, Serialize};
 
 /// What the server answers.
@@ -324,6 +325,8 @@ pub struct Inspection {
     pub keeper_pid: Option<i32>,
     /// How its process is isolated.
     pub isolation: String,
+    /// What keeps its process apart, as the kernel tells it; null if it has none, or that is about to begin.
+    pub confinement: Option<Confinement>,
     /// Its children that are listed.
     pub children: Vec<String>,
     /// Their ids.

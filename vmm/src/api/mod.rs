@@ -9,6 +9,7 @@
 //! pages of 4 KiB `…_pages`, durations `…_us` or `…_ms`.
 
 mod answer;
+mod confinement;
 mod error;
 #[cfg(test)]
 mod page;
@@ -18,6 +19,7 @@ pub use answer::{
     Answer, Balloon, BudgetReport, CheckReport, Child, EntryInfo, GuestStats, Inspection, Reclaimed, Removed, RunInfo,
     Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
 };
+pub use confinement::{Confinement, Limits};
 pub use error::{ErrorKind, Failure};
 pub use request::{BudgetSetting, Fork, Launch, Linux, Request};
 

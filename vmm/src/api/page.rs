@@ -185,6 +185,8 @@ fn every_field_is_on_the_page() {
         ("guest_stats", json(&GuestStats::default())),
         ("figures of the server", json(&Totals::default())),
         ("inspection", json(&Inspection::default())),
+        ("confinement", json(&Confinement::default())),
+        ("limits", json(&Limits::default())),
         ("entry", json(&EntryInfo::default())),
         ("run", json(&RunInfo::default())),
     ] {
@@ -202,7 +204,7 @@ fn every_kind_of_error_is_on_the_page_with_its_exit_code() {
 }
 
 /// Numbers that are neither bytes, pages nor durations: counts of something else, ids and addresses.
-const UNITLESS: [&str; 33] = [
+const UNITLESS: [&str; 38] = [
     "protocol",
     "pid",
     "vcpus",
@@ -212,6 +214,11 @@ const UNITLESS: [&str; 33] = [
     "parent_id",
     "depth",
     "max_children",
+    "user",
+    "group",
+    "root_entries",
+    "open_files",
+    "processes",
     "window_runs",
     "vms",
     "mappings",

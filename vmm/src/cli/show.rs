@@ -4,7 +4,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::io::{self, Write};
-use vmm::api::{CheckReport, GuestStats, Inspection, Stats, Totals, TreeRow, VmState, VmStats, VmSummary};
+use vmm::api::{CheckReport, Confinement, GuestStats, Inspection, Stats, Totals, TreeRow, VmState, VmStats, VmSummary};
 use vmm::host::{HostReport, Verdict};
 use vmm::units::{ByteSize, count};
 
@@ -168,6 +168,10 @@ fn totals(out: &mut impl Write, total: &Totals) -> io::Result<()> {
 pub fn inspection(out: &mut impl Write, inspection: &Inspection) -> io::Result<()> {
     let VmStats { vm, .. } = &inspection.stats;
     let stats = &inspection.stats;
+    let isolation = match inspection.confinement.as_ref().map(|found| found.weaknesses.len()) {
+        None | Some(0) => inspection.isolation.clone(),
+        Some(weak) => format!("{}, with {weak} of its parts weaker than they should be", inspection.isolation),
+    };
     fields(
         out,
         &[
@@ -187,11 +191,14 @@ pub fn inspection(out: &mut impl Write, inspection: &Inspection) -> io::Result<(
             ("guest's memory", &dash(&stats.guest_stats.as_ref().map(guest_memory))),
             ("pid", &dash(&vm.pid)),
             ("keeper", &dash(&inspection.keeper_pid)),
-            ("isolation", &inspection.isolation),
+            ("isolation", &isolation),
             ("chain depth", &stats.chain_depth),
             ("window runs", &stats.window_runs),
         ],
     )?;
+    if let Some(found) = &inspection.confinement {
+        confinement(out, found)?;
+    }
     writeln!(out, "entries")?;
     for entry in &inspection.entries {
         let chain: Vec<String> = entry.chain.iter().map(|id| format!("object {id}")).collect();
@@ -208,6 +215,46 @@ pub fn inspection(out: &mut impl Write, inspection: &Inspection) -> io::Result<(
         0 => Ok(()),
         more => writeln!(out, "  and {more} more"),
     }
+}
+
+/// What keeps a process apart.
+fn confinement(out: &mut impl Write, found: &Confinement) -> io::Result<()> {
+    let limit = |limit: Option<u64>| limit.map_or("any".into(), |limit| limit.to_string());
+    let size = |limit: Option<u64>| limit.map_or("any".into(), |limit| ByteSize(limit).to_string());
+    let root = match (found.root_entries, found.root_read_only) {
+        (Some(entries), Some(read_only)) => {
+            format!("{}, {}", count(entries, "file"), if read_only { "read-only" } else { "can be written" })
+        }
+        _ => "?".into(),
+    };
+    let limits = found.limits;
+    writeln!(out, "confinement, as /proc tells it")?;
+    let rows: [(&str, &dyn std::fmt::Display); 9] = [
+        ("  user, group", &format_args!("{}, {}", found.user, found.group)),
+        ("  system calls", &found.seccomp),
+        ("  no new privs", &if found.no_new_privs { "yes" } else { "no" }),
+        (
+            "  capabilities",
+            &format_args!("{}, bounded by {}", found.effective_capabilities, found.bounding_capabilities),
+        ),
+        ("  namespaces", &format_args!("own: {}", found.own_namespaces.join(" "))),
+        ("", &format_args!("the server's: {}", found.shared_namespaces.join(" "))),
+        ("  root", &root),
+        ("  control group", &dash(&found.control_group)),
+        (
+            "  limits",
+            &format_args!(
+                "{} open files, {} processes, files of {}, {} locked, cores of {}",
+                limit(limits.open_files),
+                limit(limits.processes),
+                size(limits.file_size_bytes),
+                size(limits.locked_memory_bytes),
+                size(limits.core_bytes)
+            ),
+        ),
+    ];
+    fields(out, &rows)?;
+    found.weaknesses.iter().try_for_each(|weak| writeln!(out, "  weaker than it should be: {weak}"))
 }
 
 pub fn check(out: &mut impl Write, report: &CheckReport) -> io::Result<()> {

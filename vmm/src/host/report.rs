@@ -2,6 +2,7 @@
 
 use super::memory::{available_memory, cgroups};
 use super::{features, isolation, latency, max_map_count, open_kvm, probe};
+use crate::api::Confinement;
 use crate::units::{ByteSize, PAGE_BYTES};
 use crate::wire::Isolation;
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PRE_FAULT_MEMORY};
@@ -45,16 +46,21 @@ pub struct HostReport {
     pub can_run: bool,
     /// Why, one by one.
     pub items: Vec<Item>,
+    /// What keeps a VM process apart that was made to find out, as the kernel tells it; null if none could be made.
+    pub confinement: Option<Confinement>,
 }
 
 impl HostReport {
     /// Asks this host. It takes some milliseconds: a KVM VM is made, and processes. `jail` tries to make one that is kept apart.
-    pub fn probe(jail: impl FnOnce() -> Result<(), String>) -> Self {
+    pub fn probe(jail: impl FnOnce() -> Result<Option<Confinement>, String>) -> Self {
         let mut items = kvm();
         items.extend([virtualization(), kernel(), userfaultfd(), pagemap_scan(), isolation_kind()]);
-        items.extend([jailed(jail()), filter(), memory()]);
+        let (jailed, confinement) = jailed(jail());
+        items.push(jailed);
+        items.extend(confinement.as_ref().map(confined));
+        items.extend([filter(), memory()]);
         items.extend([files(), processes(), mappings(), overcommit(), huge_pages(), page_sizes(), wake_latency()]);
-        Self { can_run: items.iter().all(|item| item.verdict != Verdict::Missing), items }
+        Self { can_run: items.iter().all(|item| item.verdict != Verdict::Missing), items, confinement }
     }
 }
 
@@ -212,9 +218,10 @@ fn isolation_kind() -> Item {
     }
 }
 
-fn jailed(tried: Result<(), String>) -> Item {
+fn jailed(tried: Result<Option<Confinement>, String>) -> (Item, Option<Confinement>) {
     const NAME: &str = "jail";
-    match tried {
+    let (found, tried) = tried.map_or_else(|why| (None, Err(why)), |found| (found, Ok(())));
+    let item = match tried {
         Ok(()) => {
             let meaning =
                 "VM processes have mount, network, IPC and UTS namespaces of their own, and an empty, read-only root";
@@ -225,6 +232,15 @@ fn jailed(tried: Result<(), String>) -> Item {
             why,
             "VMs run with `serve --isolation weaker` alone: namespaces take CAP_SYS_ADMIN, or user namespaces",
         ),
+    };
+    (item, found)
+}
+
+fn confined(found: &Confinement) -> Item {
+    const NAME: &str = "confinement";
+    match &found.weaknesses[..] {
+        [] => ok(NAME, "complete", "read back from /proc of a VM process: `inspect` tells it of each VM"),
+        weak => degraded(NAME, weak.join("; "), "a VM process could do more to this host than it should"),
     }
 }
 
@@ -361,7 +377,7 @@ mod tests {
 
     #[test]
     fn a_report_has_no_empty_words() {
-        let report = HostReport::probe(|| Ok(()));
+        let report = HostReport::probe(|| Ok(None));
         assert!(report.items.len() >= 12);
         for item in &report.items {
             assert!(!item.item.is_empty() && !item.value.is_empty() && !item.meaning.is_empty(), "{item:?}");

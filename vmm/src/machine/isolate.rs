@@ -96,6 +96,8 @@ pub(super) fn isolate(how: Isolation, cage: &Path) -> Result<(), IsolateError> {
         Isolation::UserNamespace => {
             unshare(CloneFlags::CLONE_NEWUSER).map_err(during("unshare(CLONE_NEWUSER)"))?;
             enter(cage)?;
+            // Who makes a user namespace may get every right there is, in that.
+            empty_bounding_set()?;
             drop_capabilities().map_err(during("capset"))?;
         }
     }

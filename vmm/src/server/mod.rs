@@ -85,7 +85,7 @@ use working_set::WorkingSets;
 pub use crate::wire::Strictness;
 pub use memory::idle::{AutoBalloon, IdleConfig};
 pub use memory::swap::SwapConfig;
-pub use procs::zygote::try_jail;
+pub use procs::trial::try_jail;
 
 /// What a server needs to know.
 #[derive(Debug)]

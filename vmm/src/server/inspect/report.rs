@@ -1,9 +1,11 @@
 //! `ls`, `tree`, `stats`, `inspect`: what the verbs that look tell.
 
-use crate::api::{EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
+use crate::api::{Confinement, EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
+use crate::confinement;
 use crate::server::Server;
 use crate::server::inspect::look::Findings;
 use crate::server::main_loop::aside::Holder;
+use crate::server::procs::process::VmProcess;
 use crate::server::registry::vm::{FamilyId, Generation, Vm};
 use guest_mem::{GfnRange, PAGE_SIZE, Source};
 use std::collections::BTreeMap;
@@ -137,11 +139,19 @@ impl Server {
             generation: vm.generation.0,
             keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
             isolation: self.isolation.to_string(),
+            confinement: process.filter(|process| process.ready).and_then(|process| self.confinement(process)),
             children: self.children(vm).map(|child| child.name.clone()).collect(),
             child_ids: self.children(vm).map(|child| child.generation.0).collect(),
             entries,
             runs,
         })
+    }
+
+    /// What keeps a process apart; none if it is just ending.
+    fn confinement(&self, process: &VmProcess) -> Option<Confinement> {
+        let pid = process.memory.main()?;
+        let found = confinement::of(pid.as_raw(), self.isolation);
+        found.inspect_err(|error| log::warn!("what keeps process {pid} apart: {error}")).ok()
     }
 
     fn children(&self, of: &Vm) -> impl Iterator<Item = &Vm> {

@@ -9,5 +9,6 @@ pub mod late;
 pub mod pool;
 pub mod process;
 pub mod reap;
+pub mod trial;
 pub mod window;
 pub mod zygote;

@@ -272,7 +272,7 @@ impl VmProcess {
 }
 
 /// Both ends of a socket to a process. It sends its userfaultfd, once.
-fn link_to(bounds: &Bounds) -> io::Result<(Link, OwnedFd)> {
+pub fn link_to(bounds: &Bounds) -> io::Result<(Link, OwnedFd)> {
     let (link, theirs) = Link::pair()?;
     Ok((link.limited(bounds.bytes, 1), theirs))
 }

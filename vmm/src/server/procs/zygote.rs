@@ -6,17 +6,15 @@ use super::process::ProcessId;
 use crate::link::Link;
 use crate::server::main_loop::watch::Token;
 use crate::wire::{Isolation, Made, Strictness, ToZygote};
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
-use nix::unistd::{Pid, mkdtemp};
+use nix::unistd::Pid;
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use std::{env, fs, io};
+use std::{fs, io};
 
 /// The zygote, or where it would be, and what it has been asked for.
 #[derive(Debug)]
@@ -137,6 +135,11 @@ impl Zygote {
         }
     }
 
+    /// What hears it, if it runs.
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.running.as_ref().map(|running| running.link.as_fd())
+    }
+
     /// Sends what is queued. The watch on it, and whether there is more.
     pub fn flush(&mut self) -> Option<(Token, bool)> {
         let running = self.running.as_mut()?;
@@ -191,45 +194,6 @@ pub enum Still {
     Reaped,
 }
 
-/// How long [`try_jail`] waits, in milliseconds. Without trouble it takes a few.
-const TRIED_FOR: u16 = 5000;
-
-/// Makes a VM process as a server here would, and ends it. Here somebody waits.
-///
-/// # Errors
-/// Why it is not kept apart.
-pub fn try_jail() -> Result<(), String> {
-    let on = mkdtemp(&env::temp_dir().join("offshoot-jail-XXXXXX")).map_err(|error| format!("a directory: {error}"))?;
-    let (isolation, strictness) = (crate::host::isolation(), Strictness::Strict);
-    let mut zygote = Zygote::new(Jail { isolation, strictness, on: on.clone() });
-    let tried = zygote.make_one().map_err(|error| error.to_string());
-    if let (_, Some(Running { pid, .. })) = zygote.end(Still::There)
-        && let Err(error) = waitpid(pid, None)
-    {
-        log::warn!("end zygote {pid}: {error}");
-    }
-    // It ends with its socket.
-    let ended = tried.and_then(|pid| waitpid(pid, None).map(drop).map_err(|error| error.to_string()));
-    fs::remove_dir(&on).map_err(|error| format!("{}: {error}", on.display()))?;
-    ended
-}
-
-impl Zygote {
-    fn make_one(&mut self) -> io::Result<Pid> {
-        let (_, theirs) = Link::pair()?;
-        self.start(|_| Token::NONE)?;
-        self.ask_for(ProcessId(0), &theirs, Instant::now())?;
-        if let Some(Running { link, .. }) = &self.running {
-            poll(&mut [PollFd::new(link.as_fd(), PollFlags::POLLIN)], TRIED_FOR)?;
-        }
-        match self.hear(Instant::now())? {
-            Some((_, Birth::Lives(pid))) => Ok(pid),
-            Some((_, Birth::Failed(why))) => Err(io::Error::other(why)),
-            Some((_, Birth::Ended)) | None => Err(io::ErrorKind::TimedOut.into()),
-        }
-    }
-}
-
 /// A zygote that runs.
 #[derive(Debug)]
 pub struct Running {
@@ -240,6 +204,11 @@ pub struct Running {
 }
 
 impl Running {
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
     /// The watch on its socket.
     pub fn token(&self) -> Token {
         self.token
