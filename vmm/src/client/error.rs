@@ -1,6 +1,7 @@
 //! How a client's call can fail.
 
 use super::HomeError;
+use super::agent::AgentError;
 use crate::api::{ErrorKind, Failure, PROTOCOL};
 use std::io;
 use std::path::PathBuf;
@@ -15,6 +16,9 @@ pub enum Error {
     /// The guest answered `err`, and this.
     #[error("the guest answered: err {0}")]
     Guest(String),
+    /// The guest's agent refused, or failed.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
     /// There is no server, and none was to be started.
     #[error("no server at {}", .0.display())]
     NoServer(PathBuf),
@@ -56,6 +60,7 @@ impl Error {
         match self {
             Self::Failure(failure) => failure.kind,
             Self::Guest(_) => ErrorKind::Guest,
+            Self::Agent(e) => e.error_kind(),
             Self::NoServer(_) => ErrorKind::NoServer,
             Self::Home(_) => ErrorKind::Home,
             Self::Io { .. } | Self::Protocol(_) | Self::OtherVersion { .. } => ErrorKind::Connection,
@@ -66,6 +71,7 @@ impl Error {
     pub fn subject(&self) -> Option<String> {
         match self {
             Self::Failure(failure) => failure.subject.clone(),
+            Self::Agent(e) => Some(e.name.clone()),
             Self::NoServer(home) | Self::OtherVersion { home, .. } => Some(home.display().to_string()),
             Self::Home(e) => Some(e.home().display().to_string()),
             Self::Guest(_) | Self::Io { .. } | Self::Protocol(_) => None,

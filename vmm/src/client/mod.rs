@@ -44,6 +44,7 @@
 //! # one_test().and(another_test()).unwrap()
 //! ```
 
+pub mod agent;
 mod connection;
 mod error;
 mod expect;
