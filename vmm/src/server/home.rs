@@ -1,12 +1,10 @@
 //! The home as its server keeps it: locked, and whole. What somebody deletes in it is made again; a home that is deleted
 //! itself, or moved away, is the server's end: nobody would find it any more.
 
-use super::main_loop::Origin;
 use super::registry::end::EndCause;
 use super::registry::roll::Roll;
 use super::{Server, listen, roll_path};
 use crate::client::{Home, HomeLock};
-use event_manager::EventSet;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -91,24 +89,19 @@ impl Server {
             match listen(&self.home) {
                 Ok(listener) => {
                     log::warn!("somebody deleted {home}/socket: it is made again");
-                    let before = std::mem::replace(&mut self.listener, listener);
-                    if let Some(token) = self.listener_token.take() {
-                        self.watches.remove(token, before);
-                    }
-                    self.deaf_until = None;
-                    self.listener_token = Some(self.watches.add(&self.listener, EventSet::IN, Origin::Listener));
+                    self.clients.listener().replace(listener, &mut self.watches);
                 }
                 Err(e) => log::error!("{home}/socket is deleted: {e}"),
             }
         }
         if is_missing(self, "cage")
-            && let Err(e) = fs::create_dir(&self.cage)
+            && let Err(e) = fs::create_dir(&self.host.cage)
         {
-            log::error!("{}: {e}", self.cage.display());
+            log::error!("{}: {e}", self.host.cage.display());
         }
-        if is_missing(self, "vms") && self.vms.iter().len() > 0 {
-            self.roll = Roll::at(roll_path(&self.home));
-            if let Err(e) = self.roll.note(&[], self.vms.iter().map(|vm| vm.name.as_str())) {
+        if is_missing(self, "vms") && self.registry.vms.iter().len() > 0 {
+            self.registry.roll = Roll::at(roll_path(&self.home));
+            if let Err(e) = self.registry.roll.note(&[], self.registry.vms.iter().map(|vm| vm.name.as_str())) {
                 log::error!("record of VMs in {home}: {e}");
             }
         }

@@ -4,12 +4,13 @@
 //! guest's answer) is a state that a later message completes, or a deadline, and pages settle in small batches between rounds.
 //! So a trap is never far from being served, whatever else is going on.
 //!
-//! Each folder is a room. A room uses those above it in this table.
+//! The server consists of parts, which own what they need and do not see each other: what happens goes in, and what is to be
+//! done comes out, or is noted in what comes along. Each folder is a room. A room uses those above it in this table.
 //!
 //! | room | has |
 //! | --- | --- |
-//! | `main_loop` | what is done when something happens, and between rounds; the descriptors that are watched; the thread that asks the kernel what it takes long to tell |
-//! | `clients` | who is connected, what they ask, and talking to guests |
+//! | `ids`, `watch`, `aside`, `host` | names of things; the descriptors that are watched; the thread that asks the kernel what it takes long to tell; what is known of the host |
+//! | `clients` | where clients come from, who is connected, what they say; until when somebody waits |
 //! | `registry` | the list of VMs, their names and its copy in the home; how VMs come and how they end |
 //! | `procs` | VM processes: the zygote that makes them, what they say, their windows, and the prepared ones with what they expect |
 //! | `working_set` | what children of a VM need first |
@@ -17,25 +18,32 @@
 //! | `freeze` | the freezes of a VM, whoever wants them |
 //! | `fork` | freeze the parent, share what it has, start the children |
 //! | `inspect` | the verbs that look, and `check` |
+//! | `control` | requests, carried out on the parts that they concern |
+//! | `main_loop` | what is done when something happens, and between rounds |
 
+mod aside;
 mod clients;
+mod control;
 mod fork;
 mod freeze;
 mod home;
+mod host;
+mod ids;
 mod inspect;
 mod main_loop;
 mod memory;
 mod procs;
 mod registry;
+mod watch;
 mod working_set;
 
 use crate::client::{Home, HomeError};
 use crate::host::heap;
 use crate::host::latency::{WakeLatency, WakeUps};
 use crate::nice;
-use crate::wire::{HostFeatures, Isolation};
-use clients::connection::{Client, ClientId};
-use clients::talk::Deadline;
+use aside::Aside;
+use clients::deadlines::Deadlines;
+use clients::{Clients, most_clients};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use fork::op::Forks;
 use guest_mem::Manager;
@@ -44,12 +52,9 @@ use guest_mem::store::memfd::MemfdStores;
 use guest_mem::swap::handle::SharedSwap;
 use guest_mem::sys::Userfaultfd;
 use home::KeptHome;
-use inspect::check::Checks;
-use inspect::look::Looks;
-use main_loop::Origin;
-use main_loop::aside::Aside;
-use main_loop::watch::{Token, Watches};
-use memory::balloon::BalloonOp;
+use host::HostFacts;
+use inspect::Inspect;
+use memory::MemoryPolicy;
 use memory::budget::Budget;
 use memory::dedup::Dedups;
 use memory::files::Files;
@@ -61,25 +66,24 @@ use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{Mode, umask};
-use procs::children::Children;
+use procs::Procs;
 use procs::late::Patience;
-use procs::pool::Pool;
-use procs::process::{ProcessId, VmProcess};
 use procs::window::{RemoteWindow, Wants};
-use procs::zygote::{Jail, Zygote};
-use registry::end::{EndCause, Removal};
+use procs::zygote::Jail;
+use registry::Registry;
+use registry::end::EndCause;
 use registry::roll::Roll;
-use registry::vm::{FamilyId, Generation, Vms};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::{File, Permissions};
+use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use watch::{Origin, Watches};
 use working_set::WorkingSets;
 
 pub use crate::wire::Strictness;
@@ -143,63 +147,19 @@ type FamilyManager = Manager<MemfdStores, RemoteWindow>;
 
 struct Server {
     home: Home,
-    features: HostFeatures,
-    /// What VM processes run with.
-    niceness: i32,
-    isolation: Isolation,
-    cage: PathBuf,
-    /// Mappings a window may have: a quarter of what the kernel allows a process.
-    max_runs: u32,
-    watches: Watches<Origin>,
-    listener: UnixListener,
-    listener_token: Option<Token>,
-    /// There was no descriptor for a client: until when none is waited for.
-    deaf_until: Option<Instant>,
-    /// Kept for one who has to be told that there are too many, and when that was last said in the log.
-    spare: Option<File>,
-    refused_at: Option<Instant>,
-    most_clients: usize,
-    signals: SignalFd,
-    clients: BTreeMap<ClientId, Client>,
-    processes: BTreeMap<ProcessId, VmProcess>,
-    children: Children,
-    zygote: Zygote,
-    patience: Patience,
-    wants: Wants,
-    pool: Pool,
-    families: BTreeMap<FamilyId, FamilyManager>,
-    stores: MemfdStores,
-    swap: Rc<RefCell<HostSwap>>,
-    reclaims: Reclaims,
-    budget: Budget,
-    idle: IdlePolicy,
-    /// What families that are gone have counted.
-    past: SwapCounts,
-    files: Files,
-    vms: Vms,
-    max_vms: Option<u32>,
-    roll: Roll,
-    latency: WakeLatency,
-    forks: Forks,
-    balloons: Vec<BalloonOp>,
-    /// Clients that wait for what a guest says of its memory.
-    stats_waiters: Vec<(ClientId, Generation)>,
-    aside: Aside,
-    looks: Looks,
-    checks: Checks,
-    removals: Vec<Removal>,
-    deadlines: Vec<(Instant, Deadline)>,
-    /// What is to leave windows.
-    dedups: Dedups,
-    working_sets: WorkingSets,
-    /// When families do again what failed, or could not be done yet.
-    retries: BTreeMap<FamilyId, Instant>,
-    pace: Pace,
-    /// Clients that got an answer, and may have asked the next thing already.
-    replied: Vec<ClientId>,
-    lost: Vec<String>,
-    next_id: u64,
     kept_home: KeptHome,
+    host: HostFacts,
+    watches: Watches<Origin>,
+    signals: SignalFd,
+    clients: Clients,
+    deadlines: Deadlines,
+    registry: Registry,
+    procs: Procs,
+    wants: Wants,
+    memory: MemoryPolicy,
+    working_sets: WorkingSets,
+    forks: Forks,
+    inspect: Inspect,
     stopping: Option<EndCause>,
 }
 
@@ -267,72 +227,51 @@ impl Server {
         // After the swap's threads were made: they may wait.
         let niceness = nice::go_ahead();
         Ok(Self {
-            features,
-            niceness,
-            isolation,
-            max_runs: crate::host::max_map_count() / 4,
-            watches: Watches::new(),
-            listener: listen(&home)?,
-            listener_token: None,
-            deaf_until: None,
-            spare: clients::spare(),
-            refused_at: None,
-            most_clients: clients::most_clients(),
-            signals,
-            clients: BTreeMap::new(),
-            processes: BTreeMap::new(),
-            children: Children::default(),
-            zygote: Zygote::new(Jail { isolation, strictness, on: cage.clone() }),
-            cage,
-            patience: Patience::new(answer_within),
-            wants: Wants::default(),
-            pool: Pool::default(),
-            families: BTreeMap::new(),
-            stores: MemfdStores::new(userfaultfd).with_swap(SharedSwap::new(Rc::clone(&swap))),
-            swap,
-            reclaims: Reclaims::default(),
-            budget: Budget::new(budget),
-            idle: IdlePolicy::new(idle),
-            past: SwapCounts::default(),
-            files: Files::new().map_err(io("make an eventfd"))?,
-            vms: Vms::default(),
-            max_vms,
-            roll: Roll::at(roll_path(&home)),
-            latency: WakeLatency::open(wake_ups),
-            forks: Forks::default(),
-            balloons: Vec::new(),
-            stats_waiters: Vec::new(),
-            aside: Aside::new(niceness).map_err(io("make an eventfd"))?,
-            looks: Looks::default(),
-            checks: Checks::default(),
-            removals: Vec::new(),
-            deadlines: Vec::new(),
-            dedups: Dedups::default(),
-            working_sets: WorkingSets::default(),
-            retries: BTreeMap::new(),
-            pace: Pace::default(),
-            replied: Vec::new(),
-            lost,
-            next_id: 1,
             kept_home,
+            watches: Watches::new(),
+            signals,
+            clients: Clients::new(listen(&home)?, most_clients(), lost),
+            deadlines: Deadlines::default(),
+            registry: Registry::new(Roll::at(roll_path(&home)), max_vms),
+            procs: Procs::new(Jail { isolation, strictness, on: cage.clone() }, Patience::new(answer_within)),
+            wants: Wants::default(),
+            memory: MemoryPolicy {
+                families: BTreeMap::new(),
+                stores: MemfdStores::new(userfaultfd).with_swap(SharedSwap::new(Rc::clone(&swap))),
+                swap,
+                reclaims: Reclaims::default(),
+                budget: Budget::new(budget),
+                idle: IdlePolicy::new(idle),
+                past: SwapCounts::default(),
+                files: Files::new().map_err(io("make an eventfd"))?,
+                dedups: Dedups::default(),
+                balloons: Vec::new(),
+                retries: BTreeMap::new(),
+                pace: Pace::default(),
+            },
+            working_sets: WorkingSets::default(),
+            forks: Forks::default(),
+            inspect: Inspect::new(Aside::new(niceness).map_err(io("make an eventfd"))?),
+            host: HostFacts {
+                features,
+                niceness,
+                isolation,
+                cage,
+                max_runs: crate::host::max_map_count() / 4,
+                latency: WakeLatency::open(wake_ups),
+            },
             stopping: None,
             home,
         })
     }
 
-    /// A number nothing else of this server has.
-    fn fresh_id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
-    }
-
     fn has_stopped(&self) -> bool {
         let told = match self.stopping {
             None => return false,
-            Some(EndCause::Client(client)) => self.clients.get(&client).is_none_or(|client| !client.has_output()),
+            Some(EndCause::Client(client)) => self.clients.has_read_all(client),
             Some(EndCause::Signal | EndCause::HomeIsGone) => true,
         };
-        told && self.removals.is_empty()
+        told && self.registry.removals.is_empty()
     }
 
     /// A child has ended, or somebody wants the server to end.
@@ -357,7 +296,7 @@ impl Server {
         for child in crate::procfs::children().unwrap_or_default() {
             let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
         }
-        match std::fs::remove_dir(&self.cage) {
+        match std::fs::remove_dir(&self.host.cage) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(Error::Io { operation: "remove the empty directory", source })
             }

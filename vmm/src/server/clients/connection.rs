@@ -1,18 +1,14 @@
 //! Clients: connections that ask, one request at a time, and are told.
 
 use crate::api::{Line, Reply, Request};
-use crate::server::main_loop::watch::Token;
-use crate::server::registry::vm::Generation;
+use crate::server::ids::Generation;
+use crate::server::watch::Token;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::unistd::geteuid;
 use serde::Serialize;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-
-/// Names a connection; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ClientId(pub u64);
 
 /// Longest request line.
 const REQUEST_MAX: usize = 1 << 20;

@@ -1,11 +1,12 @@
 //! Children: they begin when their parent has been frozen, and are waited for until they live.
 
-use super::op::{ForkId, Step};
+use super::op::Step;
 use crate::machine::state::PackedState;
 use crate::server::Server;
+use crate::server::ids::{FamilyId, ForkId, Generation};
 use crate::server::procs::process::Parcel;
 use crate::server::registry::launch::Beginning;
-use crate::server::registry::vm::{FamilyId, Generation, Vm};
+use crate::server::registry::vm::Vm;
 use crate::wire::{self, Machine, RunState, ToVm};
 use guest_mem::{GfnRange, PageCount, VmId};
 use std::time::Instant;
@@ -19,19 +20,19 @@ impl Server {
         let parent_generation = op.parent;
         self.write_back_ahead(parent_generation, (family, parent));
         let op = self.forks.get(fork).expect("a fork under way");
-        let ahead = self.working_sets.writes(parent_generation, self.families[&family].family(), parent);
-        let Some(parent_vm) = self.vms.get(op.parent) else { return };
+        let ahead = self.working_sets.writes(parent_generation, self.memory.families[&family].family(), parent);
+        let Some(parent_vm) = self.registry.vms.get(op.parent) else { return };
         let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
         let (asked_balloon, idle) = (op.balloon.0, op.balloon.1.of_child(Instant::now()));
         let activity = if op.paused { RunState::Paused } else { RunState::Running };
         let children: Vec<Generation> = op.children().collect();
         for (index, generation) in (1..).zip(children) {
-            let Some(process) = self.vms.get(generation).and_then(|vm| vm.process) else { continue };
+            let Some(process) = self.registry.vms.get(generation).and_then(|vm| vm.process) else { continue };
             let window = self.window_of(process);
-            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
             let child = manager.fork(parent, window).expect("a family knows its VMs");
             let runs = manager.family().runs(child).len() as u64;
-            let vm = self.vms.get_mut(generation).expect("a child of the fork");
+            let vm = self.registry.vms.get_mut(generation).expect("a child of the fork");
             vm.memory = Some((family, child));
             vm.paused = activity == RunState::Paused;
             vm.born = Some((parent_generation, ahead.clone()));
@@ -46,7 +47,7 @@ impl Server {
 
     /// Writes back what children are about to read, if it is not in a store yet.
     fn write_back_ahead(&mut self, parent: Generation, (family, member): (FamilyId, VmId)) {
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         for gfn in self.working_sets.reads(parent) {
             if !manager.family().at_hand(member, GfnRange::new(gfn, PageCount(1))).is_empty() {
                 self.working_sets.was_there(parent, gfn);
@@ -58,8 +59,8 @@ impl Server {
 
     /// A child tells what it has written since it began: so far, or in all of its first moments.
     pub fn child_wrote(&mut self, child: Generation, pages: &[GfnRange], last: bool) {
-        let Some((parent, ahead)) = self.vms.get(child).and_then(|vm| vm.born.as_ref()) else { return };
-        if self.vms.get(*parent).is_some_and(Vm::is_alive) {
+        let Some((parent, ahead)) = self.registry.vms.get(child).and_then(|vm| vm.born.as_ref()) else { return };
+        if self.registry.vms.get(*parent).is_some_and(Vm::is_alive) {
             match last {
                 true => self.working_sets.began(*parent, child, ahead, pages),
                 false => self.working_sets.wrote(*parent, child, pages),
@@ -71,20 +72,20 @@ impl Server {
     pub fn load_children(&mut self, fork: ForkId, parent: Generation, state: PackedState) {
         let Some(op) = self.forks.get(fork) else { return };
         let children: Vec<Generation> = op.children().collect();
-        for process in children.iter().filter_map(|&child| self.vms.get(child).and_then(|vm| vm.process)) {
-            let process = self.processes.get_mut(&process).expect("a VM's process");
+        for process in children.iter().filter_map(|&child| self.registry.vms.get(child).and_then(|vm| vm.process)) {
+            let process = self.procs.all.get_mut(&process).expect("a VM's process");
             let expected = process.expectation.take_state().is_some_and(|expected| *expected == state);
             let message = if expected { ToVm::LoadExpected } else { ToVm::Load(state.clone()) };
             process.send_when_ready(Parcel { message, descriptors: Vec::new() });
         }
-        if let Some(vm) = self.vms.get(parent) {
-            self.pool.saved(vm.shape, parent, state);
+        if let Some(vm) = self.registry.vms.get(parent) {
+            self.procs.pool.saved(vm.shape, parent, state);
         }
     }
 
     /// A child's vCPU is about to run, or stands still as asked. A Linux guest gives no sign of its own.
     pub fn child_ready(&mut self, fork: ForkId, generation: Generation, at_ns: Option<u64>) {
-        let silent = self.vms.get(generation).is_some_and(|vm| vm.shape.machine == Machine::Linux);
+        let silent = self.registry.vms.get(generation).is_some_and(|vm| vm.shape.machine == Machine::Linux);
         let step = match at_ns {
             None => Step::Stands,
             Some(at_ns) if silent => Step::RunsSilently { at_ns },

@@ -1,11 +1,10 @@
 //! Free pages that a guest tells of before it is forked, so that they are neither copied nor shared.
 
 use crate::server::Server;
-use crate::server::clients::talk::Deadline;
-use crate::server::fork::op::ForkId;
+use crate::server::clients::deadlines::Deadline;
 use crate::server::freeze::queue::Purpose;
+use crate::server::ids::{ForkId, Generation};
 use crate::server::inspect::guest_stats::can_tell;
-use crate::server::registry::vm::Generation;
 use crate::wire::ToVm;
 
 /// Whether the guest tells of its free pages before it is frozen.
@@ -22,7 +21,7 @@ pub enum Hint {
 impl Server {
     /// Whether the guest is to tell of its free pages before this fork freezes it, and has not.
     pub fn asks_for_hints(&mut self, parent: Generation, fork: ForkId) -> bool {
-        let Some(vm) = self.vms.get(parent) else { return false };
+        let Some(vm) = self.registry.vms.get(parent) else { return false };
         let can_tell = can_tell(vm) && vm.pausers.is_empty();
         let Some(op) = self.forks.get_mut(fork) else { return false };
         match op.hint {
@@ -43,7 +42,7 @@ impl Server {
 
     /// The fork that is the next to have this VM frozen.
     fn fork_in_turn(&self, parent: Generation) -> Option<ForkId> {
-        match self.vms.get(parent)?.freezes.turn()? {
+        match self.registry.vms.get(parent)?.freezes.turn()? {
             Purpose::Fork(fork) => Some(fork),
             Purpose::Swap => None,
         }
@@ -60,7 +59,7 @@ impl Server {
     /// A guest has told of all its free pages.
     pub fn hinted(&mut self, parent: Generation) {
         if let Some(fork) = self.fork_in_turn(parent) {
-            self.drop_deadlines(|deadline| *deadline == Deadline::Hint(parent, fork));
+            self.deadlines.met(Deadline::Hint(parent, fork));
             self.hint_late(parent, fork);
         }
     }

@@ -6,19 +6,18 @@ pub mod op;
 
 use crate::api::{Answer, ErrorKind, Failure, Fork, MAX_CHILDREN, MAX_NAME};
 use crate::clock::monotonic_ns;
-use crate::host::latency::LEASE;
 use crate::machine::state::PackedState;
 use crate::name::check_name;
 use crate::server::Server;
-use crate::server::clients::connection::ClientId;
 use crate::server::fork::hint::Hint;
 use crate::server::freeze::queue::Purpose;
+use crate::server::ids::{ClientId, FamilyId, ForkId, Generation};
 use crate::server::registry::quota;
-use crate::server::registry::vm::{Ancestry, FamilyId, Generation, Phase};
+use crate::server::registry::vm::{Ancestry, Phase};
 use crate::wire::{Frozen, RunState, Take, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
 use guest_mem::{Destination, VmId};
-use op::{Asker, ForkId, ForkOp};
+use op::{Asker, ForkOp};
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -31,8 +30,8 @@ const INSIDE_ALL: usize = 1024;
 
 impl Server {
     pub fn fork(&mut self, client: ClientId, fork: Fork) {
-        self.latency.lease(Instant::now() + LEASE);
-        let asked_ns = self.clients.get(&client).map_or_else(monotonic_ns, |client| client.asked_ns);
+        self.host.fork_begins(Instant::now());
+        let asked_ns = self.clients.asked_ns(client);
         let checked = self.find_started(&fork.name).and_then(|parent| {
             let expires = quota::expires(fork.ttl_ms, Instant::now())?;
             self.check_quotas(Some(parent), fork.count as usize)?;
@@ -55,12 +54,12 @@ impl Server {
 
     /// The guest of `parent` rang for a fork.
     pub fn fork_from_inside(&mut self, parent: Generation, count: u32) {
-        self.latency.lease(Instant::now() + LEASE);
+        self.host.fork_begins(Instant::now());
         let asked_ns = monotonic_ns();
-        let Some(vm) = self.vms.get(parent) else { return };
+        let Some(vm) = self.registry.vms.get(parent) else { return };
         let lineage = Rc::clone(&vm.ancestry.lineage);
         // Those that have ended count as well: they are listed until somebody removes them.
-        let there = self.vms.iter().len();
+        let there = self.registry.vms.iter().len();
         let names = match count {
             INSIDE_EACH.. => Err(Failure::bad_request(format!("{count} children: fewer than {INSIDE_EACH} at a time"))),
             _ if there + count as usize > INSIDE_ALL => {
@@ -92,10 +91,10 @@ impl Server {
         if !(1..=MAX_CHILDREN).contains(&count) {
             return Err(Failure::bad_request(format!("{count} children: from 1 to {MAX_CHILDREN} at a time")));
         }
-        let family = Rc::clone(&self.vms.get(parent).expect("found above").ancestry.lineage.name);
+        let family = Rc::clone(&self.registry.vms.get(parent).expect("found above").ancestry.lineage.name);
         let prefix = prefix.unwrap_or(&family);
         check_name(prefix).map_err(|e| Failure::bad_request(e.to_string()).about(prefix))?;
-        let names = self.vms.draw_names(prefix, count as usize);
+        let names = self.registry.vms.draw_names(prefix, count as usize);
         if names.last().is_some_and(|name| name.len() > MAX_NAME) {
             let why =
                 format!("names {prefix}-N would be longer than {MAX_NAME}: give a prefix (--name) or a child's name");
@@ -123,14 +122,14 @@ impl Server {
     /// Freezes the parent as soon as no other fork does, and meanwhile lists the children and finds processes for them.
     /// They end when the parent does where no time of their own is given.
     fn begin_fork(&mut self, op: ForkOp, names: Vec<String>, expires: Option<Instant>) {
-        let id = ForkId(self.fresh_id());
-        let parent = self.vms.get_mut(op.parent).expect("found above");
+        let id = self.forks.fresh_id();
+        let parent = self.registry.vms.get_mut(op.parent).expect("found above");
         let (generation, shape, ancestry) = (parent.generation, parent.shape, Ancestry::below(parent));
         let expires = expires.or(parent.expires);
         parent.freezes.push(Purpose::Fork(id));
         let alone = parent.freezes.turn() == Some(Purpose::Fork(id));
         self.forks.insert(id, op);
-        self.pool.forked(shape, generation);
+        self.procs.pool.forked(shape, generation);
         // Of one that is still everything is known, and children start at once: they must be listed before.
         let first = alone && self.still(generation).is_none();
         if first {
@@ -165,36 +164,36 @@ impl Server {
 
     /// The state of a VM that has not run since its last freeze, if that is known.
     fn still(&self, vm: Generation) -> Option<&PackedState> {
-        let process = self.vms.get(vm)?.process?;
-        self.processes.get(&process)?.still()
+        let process = self.registry.vms.get(vm)?.process?;
+        self.procs.all.get(&process)?.still()
     }
 
     /// It is this fork's turn to have its parent frozen.
     pub fn freeze_for_fork(&mut self, parent: Generation, fork: ForkId) {
         self.release(parent);
-        let Some(vm) = self.vms.get(parent) else { return };
+        let Some(vm) = self.registry.vms.get(parent) else { return };
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return };
         if self.asks_for_hints(parent, fork) {
             return;
         }
         // It hears of later ones when it is frozen.
-        if let (Some(op), Some(vm)) = (self.forks.get_mut(fork), self.vms.get(parent)) {
+        if let (Some(op), Some(vm)) = (self.forks.get_mut(fork), self.registry.vms.get(parent)) {
             op.balloon = (vm.asked_balloon, vm.idle);
         }
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         let lost = !manager.mends(member).expect("a family knows its VMs").is_empty();
         // What its children would miss, a freeze takes.
         if let Some(state) = self.still(parent).filter(|_| !lost).cloned() {
             return self.fork_still(parent, (family, member), state);
         }
-        let may_copy = self.vms.get(parent).is_some_and(|vm| vm.fresh) && self.has_room_twice(parent);
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let may_copy = self.registry.vms.get(parent).is_some_and(|vm| vm.fresh) && self.has_room_twice(parent);
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Store) {
             Ok(store) => {
                 let along = manager.takes_along(member).expect("a family knows its VMs");
                 let file = manager.store(store).expect("just made");
-                let (max_runs, first) = (self.max_runs, self.working_sets.reads(parent));
-                let process = self.processes.get_mut(&process).expect("a VM's process");
+                let (max_runs, first) = (self.host.max_runs, self.working_sets.reads(parent));
+                let process = self.procs.all.get_mut(&process).expect("a VM's process");
                 // What is frozen in a copy is in memory twice, until it has left the window.
                 let lifeline = may_copy.then(|| process.memory.spin_lifeline().ok()).flatten();
                 let take = if lifeline.is_some() { Take::Snapshot } else { Take::CopyInPlace };
@@ -212,7 +211,7 @@ impl Server {
 
     /// What a freeze would find is known: the parent is left alone.
     fn fork_still(&mut self, parent: Generation, memory: (FamilyId, VmId), state: PackedState) {
-        let Some(vm) = self.vms.get_mut(parent) else { return };
+        let Some(vm) = self.registry.vms.get_mut(parent) else { return };
         let Some(Purpose::Fork(fork)) = vm.freezes.skip() else { return };
         let pause = (!vm.stands()).then_some(0);
         let op = self.forks.get_mut(fork).expect("a queued fork");
@@ -226,10 +225,10 @@ impl Server {
 
     /// The parent has been frozen, and most likely runs on, or will when it has copied what stays. `before`: whether it stood.
     pub fn taken_for_fork(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen, before: RunState) {
-        let Some(memory) = self.vms.get(parent).and_then(|vm| vm.memory) else { return };
+        let Some(memory) = self.registry.vms.get(parent).and_then(|vm| vm.memory) else { return };
         let Some(op) = self.forks.get_mut(fork) else { return };
         op.begin((memory.0, frozen.store), frozen.harvest.count().0);
-        if !self.features.userfaultfd && !self.settle_now(parent, fork) {
+        if !self.host.features.userfaultfd && !self.settle_now(parent, fork) {
             return;
         }
         if frozen.activity == RunState::Paused && before == RunState::Running {
@@ -264,7 +263,7 @@ impl Server {
     /// fork are over.
     fn settle_now(&mut self, parent: Generation, fork: ForkId) -> bool {
         let Some((family, store)) = self.forks.get(fork).and_then(ForkOp::store) else { return true };
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         while !manager.is_written_back(store) {
             if let Err(error) = manager.write_back(WRITEBACK_BATCH) {
                 self.memory_error(family, &error);
@@ -279,8 +278,8 @@ impl Server {
 
     /// The parent has stood still until its pages had settled, and goes on.
     fn resume_settled(&mut self, parent: Generation, fork: ForkId, frozen: &Frozen) {
-        let Some(process) = self.vms.get(parent).and_then(|vm| vm.process) else { return };
-        self.processes.get_mut(&process).expect("a VM's process").send(&ToVm::Resume, &[]);
+        let Some(process) = self.registry.vms.get(parent).and_then(|vm| vm.process) else { return };
+        self.procs.all.get_mut(&process).expect("a VM's process").send(&ToVm::Resume, &[]);
         self.note_pause(fork, monotonic_ns().saturating_sub(frozen.kicked_ns));
     }
 
@@ -301,7 +300,7 @@ impl Server {
         if op.failure().is_none() {
             // Whether somebody waits for pages to settle or not: they are VMs like any other.
             for child in op.children() {
-                if let Some(vm) = self.vms.get_mut(child).filter(|vm| vm.phase == Phase::Forking(fork)) {
+                if let Some(vm) = self.registry.vms.get_mut(child).filter(|vm| vm.phase == Phase::Forking(fork)) {
                     vm.phase = Phase::Live;
                 }
             }
@@ -314,8 +313,8 @@ impl Server {
     /// Whether all pages are where they belong, and nowhere else.
     fn has_settled(&self, op: &ForkOp) -> bool {
         op.store().is_none_or(|(family, store)| {
-            let shed = self.vms.get(op.parent).is_none_or(|parent| parent.shedding != Some(store));
-            shed && self.families.get(&family).is_none_or(|manager| manager.is_written_back(store))
+            let shed = self.registry.vms.get(op.parent).is_none_or(|parent| parent.shedding != Some(store));
+            shed && self.memory.families.get(&family).is_none_or(|manager| manager.is_written_back(store))
         })
     }
 
@@ -343,7 +342,7 @@ impl Server {
             Asker::Client(client) => {
                 let copied = match op.store() {
                     Some((family, store)) if op.wait_settled => {
-                        self.families.get_mut(&family).map(|manager| manager.take_copied(store))
+                        self.memory.families.get_mut(&family).map(|manager| manager.take_copied(store))
                     }
                     None if op.wait_settled => Some(Copied::default()),
                     _ => None,
@@ -354,8 +353,8 @@ impl Server {
     }
 
     fn tell_guest(&mut self, parent: Generation, result: Result<Vec<String>, String>) {
-        let process = self.vms.get(parent).and_then(|vm| vm.process);
-        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)) {
+        let process = self.registry.vms.get(parent).and_then(|vm| vm.process);
+        if let Some(process) = process.and_then(|id| self.procs.all.get_mut(&id)) {
             process.send(&ToVm::ForkDone(result), &[]);
         }
     }

@@ -2,17 +2,12 @@
 
 use super::hint::Hint;
 use crate::api::Child;
-use crate::server::clients::connection::ClientId;
+use crate::server::ids::{ClientId, FamilyId, ForkId, Generation};
 use crate::server::memory::idle::IdleBalloon;
-use crate::server::registry::vm::{FamilyId, Generation};
 use guest_mem::StoreId;
 use guest_mem::manager::Copied;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-
-/// Names a fork under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ForkId(pub u64);
 
 /// For so long what is not urgent waits for a fork: the list of names, processes for the next one.
 const HURRY: Duration = Duration::from_millis(50);
@@ -220,9 +215,15 @@ impl ForkOp {
 
 /// The forks under way.
 #[derive(Debug, Default)]
-pub struct Forks(BTreeMap<ForkId, ForkOp>);
+pub struct Forks(BTreeMap<ForkId, ForkOp>, u64);
 
 impl Forks {
+    /// A name that no other fork of this server has had.
+    pub fn fresh_id(&mut self) -> ForkId {
+        self.1 += 1;
+        ForkId(self.1)
+    }
+
     /// One more.
     pub fn insert(&mut self, id: ForkId, op: ForkOp) {
         self.0.insert(id, op);

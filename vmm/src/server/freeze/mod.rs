@@ -11,9 +11,10 @@ mod tests;
 
 use crate::machine::state::PackedState;
 use crate::server::Server;
+use crate::server::ids::{Generation, ProcessId};
 use crate::server::procs::answers::Owed;
-use crate::server::procs::process::{ProcessId, Role};
-use crate::server::registry::vm::{Generation, Phase};
+use crate::server::procs::process::Role;
+use crate::server::registry::vm::Phase;
 use crate::wire::{Frozen, RunState};
 use guest_mem::StoreId;
 use op::{Broken, FreezeAction, FreezeEvent, Rest};
@@ -53,7 +54,7 @@ impl Said {
 impl Server {
     /// Freezes a VM for whoever has the turn, if it is now.
     pub fn freeze(&mut self, vm: Generation) {
-        match self.vms.get(vm).and_then(|vm| vm.freezes.turn()) {
+        match self.registry.vms.get(vm).and_then(|vm| vm.freezes.turn()) {
             Some(Purpose::Fork(fork)) => self.freeze_for_fork(vm, fork),
             // Begun as soon as it is wanted, and only then.
             Some(Purpose::Swap) | None => {}
@@ -62,14 +63,14 @@ impl Server {
 
     /// A VM process has been told of a freeze.
     pub fn freeze_begins(&mut self, vm: Generation, store: StoreId) {
-        if let Some(vm) = self.vms.get_mut(vm) {
+        if let Some(vm) = self.registry.vms.get_mut(vm) {
             vm.freezes.begin(store);
         }
     }
 
     /// A VM process says something of a freeze.
     pub fn freeze_says(&mut self, generation: Generation, said: Said) {
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         let (store, event) = said.event();
         let Some(step) = vm.freezes.on(store, event) else {
             return self.freeze_broken(generation, Broken::Order);
@@ -77,13 +78,13 @@ impl Server {
         match (step.action, said) {
             (FreezeAction::Stand, _) => {
                 if let Some((family, member)) = vm.memory {
-                    let manager = self.families.get_mut(&family).expect("a VM has a family");
+                    let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
                     manager.stands(member).expect("a family knows its VMs");
                 }
             }
             (FreezeAction::Take, Said::Frozen(frozen)) => self.take(generation, &step, &frozen),
             (FreezeAction::HandOn, Said::Saved { store, state, still }) => {
-                let process = vm.process.and_then(|id| self.processes.get_mut(&id)).filter(|_| still);
+                let process = vm.process.and_then(|id| self.procs.all.get_mut(&id)).filter(|_| still);
                 process.into_iter().for_each(|process| process.stood_still(store, &state));
                 if let Purpose::Fork(fork) = step.purpose {
                     self.load_children(fork, generation, state);
@@ -104,7 +105,8 @@ impl Server {
 
     /// Nothing has come of a freeze for too long, and `why` says so.
     pub fn freeze_is_late(&mut self, generation: Generation, store: StoreId, why: &str) {
-        let step = self.vms.get_mut(generation).and_then(|vm| vm.freezes.on(Some(store), FreezeEvent::Deadline));
+        let step =
+            self.registry.vms.get_mut(generation).and_then(|vm| vm.freezes.on(Some(store), FreezeEvent::Deadline));
         match step.map(|step| step.action) {
             Some(FreezeAction::End(Broken::Silence)) => self.end_vm(generation, Phase::Dead(why.into())),
             Some(FreezeAction::End(broken)) => self.freeze_broken(generation, broken),
@@ -117,8 +119,8 @@ impl Server {
         if step.last == Last::No {
             return;
         }
-        let process = self.vms.get(generation).and_then(|vm| vm.process);
-        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)) {
+        let process = self.registry.vms.get(generation).and_then(|vm| vm.process);
+        if let Some(process) = process.and_then(|id| self.procs.all.get_mut(&id)) {
             process.answers.paid(Owed::Freeze(step.store));
         }
         if let Purpose::Fork(fork) = step.purpose {
@@ -128,12 +130,12 @@ impl Server {
 
     /// A freeze has taken what it takes.
     fn take(&mut self, generation: Generation, step: &Step, frozen: &Frozen) {
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return };
         vm.fresh = false;
         let before = if vm.stands() { RunState::Paused } else { RunState::Running };
-        self.processes[&process].memory.note_scratch(frozen);
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        self.procs.all[&process].memory.note_scratch(frozen);
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         manager.finish_freeze(member, &frozen.harvest).expect("a family knows its VMs");
         if frozen.copy.is_some() {
             self.dedup_later(generation, frozen.store);
@@ -147,12 +149,12 @@ impl Server {
 
     /// The window could not freeze, and has changed nothing.
     fn abort_freeze(&mut self, generation: Generation, step: &Step, why: &str) {
-        let Some(vm) = self.vms.get(generation) else { return };
-        if let Some(process) = vm.process.and_then(|id| self.processes.get(&id)) {
+        let Some(vm) = self.registry.vms.get(generation) else { return };
+        if let Some(process) = vm.process.and_then(|id| self.procs.all.get(&id)) {
             process.memory.cut_lifeline();
         }
         if let Some((family, member)) = vm.memory {
-            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
             manager.abort_freeze(member).expect("a family knows its VMs");
         }
         match step.purpose {
@@ -167,7 +169,7 @@ impl Server {
 
     /// Whoever has the turn gets no freeze: there is no store for it.
     pub fn no_freeze(&mut self, generation: Generation, why: &str) {
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         let why = format!("freeze VM {:?}: {why}", vm.name);
         if let Some(Purpose::Fork(fork)) = vm.freezes.skip() {
             self.fail_fork(fork, &why);
@@ -206,7 +208,7 @@ impl Server {
     /// All pages that stayed with the parent at this freeze can be read, also of a parent that is about to end: what its window
     /// shows may be others by now.
     pub fn copied(&mut self, process: ProcessId, store: StoreId) {
-        let Some(process) = self.processes.get(&process) else { return };
+        let Some(process) = self.procs.all.get(&process) else { return };
         let role = process.role;
         process.memory.copied(store);
         self.pages_came();

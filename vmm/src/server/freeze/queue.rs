@@ -1,7 +1,7 @@
 //! The freezes of one VM: those that wait for their turn, and those that are under way.
 
 use super::op::{FreezeAction, FreezeEvent, FreezeOp};
-use crate::server::fork::op::ForkId;
+use crate::server::ids::ForkId;
 use guest_mem::StoreId;
 use std::collections::VecDeque;
 

@@ -2,7 +2,7 @@
 
 use super::op::{Broken, FreezeAction, FreezeEvent, FreezeOp, Rest};
 use super::queue::{FreezeQueue, Last, Purpose, Step};
-use crate::server::fork::op::ForkId;
+use crate::server::ids::ForkId;
 use guest_mem::StoreId;
 use std::collections::BTreeMap;
 

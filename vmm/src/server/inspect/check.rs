@@ -6,9 +6,9 @@
 
 use crate::api::{Answer, CheckReport};
 use crate::procfs::{self, Mapping};
-use crate::server::clients::connection::ClientId;
-use crate::server::main_loop::aside::{Finding, LiveLayer, Ticket};
-use crate::server::registry::vm::{FamilyId, Generation, Vm};
+use crate::server::aside::{Finding, LiveLayer, Ticket};
+use crate::server::ids::{ClientId, FamilyId, Generation};
+use crate::server::registry::vm::Vm;
 use crate::server::{FamilyManager, Server};
 use crate::wire::ToVm;
 use guest_mem::check::{Part as BooksPart, check_swap};
@@ -73,45 +73,46 @@ impl Server {
     pub fn check(&mut self, client: ClientId) {
         let report = CheckReport::default();
         let mut left = VecDeque::new();
-        for (&family, manager) in &self.families {
+        for (&family, manager) in &self.memory.families {
             left.extend(manager.family().check_parts(FRAMES).into_iter().map(|part| CheckPart::Books(family, part)));
             left.extend(manager.stores().map(|store| CheckPart::Store(family, store)));
         }
         left.push_back(CheckPart::Swap);
         let window = |vm: &Vm| CheckedWindow { vm: vm.generation, at: Instant::now(), looks: LOOKS, told: None };
-        left.extend(self.vms.iter().map(|vm| CheckPart::Window(window(vm))));
+        left.extend(self.registry.vms.iter().map(|vm| CheckPart::Window(window(vm))));
         left.push_back(CheckPart::Isolation);
-        self.checks.0.push(Check { client, report, left, asked: None, awaited: BTreeSet::new(), until: None });
+        self.inspect.checks.0.push(Check { client, report, left, asked: None, awaited: BTreeSet::new(), until: None });
     }
 
     /// Goes on with a part of a check. When there is more to do, unless something is to be heard first.
     pub fn tend_checks(&mut self, now: Instant) -> Option<Instant> {
-        let mut checks = std::mem::take(&mut self.checks.0);
+        let mut checks = std::mem::take(&mut self.inspect.checks.0);
         if let Some(check) = checks.iter_mut().find(|check| !check.left.is_empty()) {
             self.go_on_checking(check, now);
         }
-        checks.append(&mut self.checks.0);
-        self.checks.0 = checks;
+        checks.append(&mut self.inspect.checks.0);
+        self.inspect.checks.0 = checks;
         let late = self.give_up_late(now);
-        let next =
-            self.checks.0.iter().find(|check| !check.left.is_empty()).and_then(|next| match next.left.front()? {
+        let next = self.inspect.checks.0.iter().find(|check| !check.left.is_empty()).and_then(|next| {
+            match next.left.front()? {
                 _ if next.asked.is_some() => None,
                 CheckPart::Window(window) => Some(window.at),
                 _ => Some(now),
-            });
+            }
+        });
         next.into_iter().chain(late).min()
     }
 
     /// Checks wait no longer for processes that do not answer. When the next one would.
     fn give_up_late(&mut self, now: Instant) -> Option<Instant> {
-        for check in self.checks.0.iter_mut().filter(|check| check.until.is_some_and(|until| until <= now)) {
+        for check in self.inspect.checks.0.iter_mut().filter(|check| check.until.is_some_and(|until| until <= now)) {
             check.until = None;
             for vm in std::mem::take(&mut check.awaited) {
-                let name = self.vms.get(vm).map_or("?", |vm| vm.name.as_str());
+                let name = self.registry.vms.get(vm).map_or("?", |vm| vm.name.as_str());
                 check.report.broken.push(format!("10: {name:?} does not say whether it can write to a store"));
             }
         }
-        self.checks.0.iter().filter_map(|check| check.until).min()
+        self.inspect.checks.0.iter().filter_map(|check| check.until).min()
     }
 
     fn go_on_checking(&mut self, check: &mut Check, now: Instant) {
@@ -119,7 +120,7 @@ impl Server {
         let Some(part) = left.front_mut().filter(|_| asked.is_none()) else { return };
         match part {
             CheckPart::Books(family, part) => {
-                if let Some(manager) = self.families.get(family) {
+                if let Some(manager) = self.memory.families.get(family) {
                     manager.family().check_part(*part, &mut report.broken);
                 }
             }
@@ -130,7 +131,9 @@ impl Server {
                 Some((ticket, told)) => (*asked, window.told) = (Some(ticket), Some(told)),
                 None => report.vms += u64::from(self.steady(window.vm).is_some()),
             },
-            CheckPart::Isolation => (*awaited, *until) = (self.probe_isolation(), Some(now + self.patience.within())),
+            CheckPart::Isolation => {
+                (*awaited, *until) = (self.probe_isolation(), Some(now + self.procs.patience.within()))
+            }
         }
         if asked.is_none() {
             left.pop_front();
@@ -139,29 +142,29 @@ impl Server {
 
     /// Takes out the part that asked this.
     fn take_asked(&mut self, ticket: Ticket) -> Option<CheckPart> {
-        let check = self.checks.0.iter_mut().find(|check| check.asked == Some(ticket))?;
+        let check = self.inspect.checks.0.iter_mut().find(|check| check.asked == Some(ticket))?;
         check.asked = None;
         check.left.pop_front()
     }
 
     /// The check that has its turn. One that has had an answer has something left: isolation is looked at last.
     fn current_check(&mut self) -> Option<&mut Check> {
-        self.checks.0.iter_mut().find(|check| !check.left.is_empty())
+        self.inspect.checks.0.iter_mut().find(|check| !check.left.is_empty())
     }
 
     /// 3 and 6: has what is in a store listed.
     fn ask_extents(&mut self, family: FamilyId, store: StoreId) -> Option<Ticket> {
-        let manager = self.families.get_mut(&family)?;
+        let manager = self.memory.families.get_mut(&family)?;
         let file = manager.store(store)?.read_only().try_clone_to_owned().ok()?;
         manager.watch_store(store);
-        Some(self.aside.ask(move || Finding::Extents(memfd::extents(file))))
+        Some(self.inspect.aside.ask(move || Finding::Extents(memfd::extents(file))))
     }
 
     /// What is in a store has been listed.
     pub fn extents_came(&mut self, ticket: Ticket, extents: io::Result<Vec<PageRange>>) {
         let Some(CheckPart::Store(family, store)) = self.take_asked(ticket) else { return };
         let mut broken = Vec::new();
-        match (self.families.get_mut(&family), extents) {
+        match (self.memory.families.get_mut(&family), extents) {
             (None, _) => {}
             (Some(manager), Ok(extents)) => manager.check_store(store, &extents, &mut broken),
             (Some(_), Err(error)) => broken.push(format!("3: {store:?} cannot tell what it has: {error}")),
@@ -173,10 +176,10 @@ impl Server {
 
     /// 4: no slot of swap is owned twice, and those in use are those that are owned.
     fn check_swap(&self, report: &mut CheckReport) {
-        let owned = || self.families.values().flat_map(FamilyManager::swap_slots);
-        check_swap(owned(), Some(&*self.swap.borrow()), &mut report.broken);
+        let owned = || self.memory.families.values().flat_map(FamilyManager::swap_slots);
+        check_swap(owned(), Some(&*self.memory.swap.borrow()), &mut report.broken);
         let owned: u64 = owned().map(|(_, count)| count.0).sum();
-        let used = self.swap.borrow().stats().slots_used;
+        let used = self.memory.swap.borrow().stats().slots_used;
         if owned != used {
             report.broken.push(format!("4: {used} slots of swap are in use, the books own {owned}"));
         }
@@ -184,20 +187,20 @@ impl Server {
 
     /// A VM whose window can be checked now: nothing is under way that changes it.
     fn steady(&self, vm: Generation) -> Option<&Vm> {
-        self.vms.get(vm).filter(|vm| vm.is_alive() && vm.freezes.is_idle())
+        self.registry.vms.get(vm).filter(|vm| vm.is_alive() && vm.freezes.is_idle())
     }
 
     /// Has what a VM process maps listed, and tells what it should.
     fn ask_mappings(&mut self, generation: Generation) -> Option<(Ticket, Runs)> {
         let vm = self.steady(generation)?;
         let (family, member) = vm.memory?;
-        let process = self.processes.get(&vm.process?)?;
+        let process = self.procs.all.get(&vm.process?)?;
         let pid = process.memory.main().filter(|_| process.ready && process.waiting.is_empty())?;
-        let told = self.families[&family].family().runs(member).clone();
+        let told = self.memory.families[&family].family().runs(member).clone();
         let base = process.memory.base.get();
         let bounds = base..base + told.last().map_or(0, |run| run.pages.end().gpa());
         let (maps, layer) = (procfs::maps(pid.as_raw()), self.live_layer(vm));
-        let ticket = self.aside.ask(move || {
+        let ticket = self.inspect.aside.ask(move || {
             let live = layer.map(LiveLayer::read).unwrap_or_default();
             let mappings = maps.and_then(|maps| procfs::mappings(maps, &bounds));
             Finding::Window(mappings, live.iter().map(|part| part.end - part.start).sum())
@@ -210,7 +213,7 @@ impl Server {
         let Some(CheckPart::Window(window)) = self.take_asked(ticket) else { return };
         let again = CheckedWindow { at: Instant::now() + PAUSE, ..window.clone() };
         let Some(vm) = self.steady(window.vm) else { return };
-        let told = vm.memory.map(|(family, member)| self.families[&family].family().runs(member).clone());
+        let told = vm.memory.map(|(family, member)| self.memory.families[&family].family().runs(member).clone());
         let one = match (&told, mappings) {
             (Some(told), Ok(mappings)) => self.check_window(vm, told, &mappings, live),
             // One that was killed a moment ago has none, and will be reaped.
@@ -238,9 +241,9 @@ impl Server {
     fn check_window(&self, vm: &Vm, told: &Runs, mappings: &[Mapping], live: u64) -> CheckReport {
         let mut report = CheckReport { vms: 1, ..CheckReport::default() };
         let Some((family, process)) = vm.memory.map(|(family, _)| family).zip(vm.process) else { return report };
-        let Some(process) = self.processes.get(&process) else { return report };
-        let manager = &self.families[&family];
-        if told.len() > self.max_runs as usize {
+        let Some(process) = self.procs.all.get(&process) else { return report };
+        let manager = &self.memory.families[&family];
+        if told.len() > self.host.max_runs as usize {
             report.broken.push(format!("8: the window of {:?} has {} runs", vm.name, told.len()));
         }
         let base = process.memory.base.get();
@@ -275,14 +278,14 @@ impl Server {
     /// 10: asks every VM process to try to write to a store of its own family.
     fn probe_isolation(&mut self) -> BTreeSet<Generation> {
         let mut awaited = BTreeSet::new();
-        for vm in self.vms.iter().filter(|vm| vm.is_alive()) {
+        for vm in self.registry.vms.iter().filter(|vm| vm.is_alive()) {
             let (Some((family, member)), Some(id)) = (vm.memory, vm.process) else { continue };
-            let manager = &self.families[&family];
+            let manager = &self.memory.families[&family];
             let store = manager.family().runs(member).iter().find_map(|run| match run.source {
                 Source::Store { store, .. } => manager.store(store),
                 Source::Anonymous | Source::Shared { .. } => None,
             });
-            let Some(process) = self.processes.get_mut(&id).filter(|p| p.ready && p.waiting.is_empty()) else {
+            let Some(process) = self.procs.all.get_mut(&id).filter(|p| p.ready && p.waiting.is_empty()) else {
                 continue;
             };
             if let Some(store) = store {
@@ -295,9 +298,9 @@ impl Server {
 
     /// A VM process tells how its attempt went.
     pub fn probed(&mut self, generation: Generation, ways: Vec<String>) {
-        let name = self.vms.get(generation).map_or("?", |vm| vm.name.as_str());
-        let isolated = self.isolation != crate::wire::Isolation::Off;
-        for check in &mut self.checks.0 {
+        let name = self.registry.vms.get(generation).map_or("?", |vm| vm.name.as_str());
+        let isolated = self.host.isolation != crate::wire::Isolation::Off;
+        for check in &mut self.inspect.checks.0 {
             if check.awaited.remove(&generation) && isolated {
                 check.report.broken.extend(ways.iter().map(|way| format!("10: {name:?} can write to a store: {way}")));
             }
@@ -306,14 +309,14 @@ impl Server {
 
     /// A VM that has ended tells nothing more.
     pub fn check_lost_vm(&mut self, generation: Generation) {
-        for check in &mut self.checks.0 {
+        for check in &mut self.inspect.checks.0 {
             check.awaited.remove(&generation);
         }
     }
 
     /// Answers the checks that have heard from everybody.
     pub fn finish_checks(&mut self) {
-        let done: Vec<Check> = self.checks.0.extract_if(.., Check::is_done).collect();
+        let done: Vec<Check> = self.inspect.checks.0.extract_if(.., Check::is_done).collect();
         for check in done {
             self.reply(check.client, Ok(Answer::Checked(check.report)));
         }

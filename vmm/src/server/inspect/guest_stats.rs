@@ -5,10 +5,10 @@
 
 use crate::api::GuestStats;
 use crate::server::Server;
-use crate::server::clients::connection::ClientId;
-use crate::server::clients::talk::Deadline;
+use crate::server::clients::deadlines::Deadline;
+use crate::server::ids::{ClientId, Generation};
 use crate::server::inspect::look::Wanted;
-use crate::server::registry::vm::{Generation, Vm};
+use crate::server::registry::vm::Vm;
 use crate::wire::ToVm;
 use std::time::Instant;
 
@@ -69,7 +69,7 @@ impl Server {
         let asked = self.find(name).ok().filter(|vm| can_tell(vm)).map(|vm| vm.generation);
         match asked {
             Some(vm) => {
-                self.stats_waiters.push((client, vm));
+                self.inspect.stats_waiters.push((client, vm));
                 self.set_deadline(Some(PATIENCE_MS), Deadline::Stats(vm, client));
                 self.tell(vm, &ToVm::AskStats);
             }
@@ -79,7 +79,7 @@ impl Server {
 
     /// A guest has told how it is off for memory.
     pub fn guest_told(&mut self, generation: Generation, figures: &[(u16, u64)]) {
-        if let Some(vm) = self.vms.get_mut(generation) {
+        if let Some(vm) = self.registry.vms.get_mut(generation) {
             vm.guest_memory = Some(GuestMemory::new(figures, Instant::now()));
         }
         self.answer_stats_waiters(generation);
@@ -87,10 +87,10 @@ impl Server {
 
     /// Those who asked for a guest's figures wait no longer.
     pub fn answer_stats_waiters(&mut self, generation: Generation) {
-        let waiting: Vec<_> = self.stats_waiters.extract_if(.., |(_, vm)| *vm == generation).collect();
-        let Some(name) = self.vms.get(generation).map(|vm| vm.name.clone()) else { return };
+        let waiting: Vec<_> = self.inspect.stats_waiters.extract_if(.., |(_, vm)| *vm == generation).collect();
+        let Some(name) = self.registry.vms.get(generation).map(|vm| vm.name.clone()) else { return };
         for (client, _) in waiting {
-            self.drop_deadlines(|deadline| *deadline == Deadline::Stats(generation, client));
+            self.deadlines.met(Deadline::Stats(generation, client));
             self.begin_look(client, Wanted::Stats(Some(name.clone())));
         }
     }

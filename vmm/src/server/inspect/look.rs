@@ -1,14 +1,14 @@
 //! `tree`, `stats`, `inspect`: how the verbs that look find out what [`report`](super::report) tells.
 //!
-//! What processes use, and what their guests have written, is asked [aside](crate::server::main_loop::aside), some processes at a time. The books
+//! What processes use, and what their guests have written, is asked [aside](crate::server::aside), some processes at a time. The books
 //! are looked at here, and a part of a VM's memory after the other: others are heard between.
 
 use crate::api::{Answer, Failure};
 use crate::procfs::{Usage, UsageFiles};
 use crate::server::Server;
-use crate::server::clients::connection::ClientId;
-use crate::server::main_loop::aside::{self, Holder, LiveLayer, Ticket};
-use crate::server::registry::vm::{Generation, Vm};
+use crate::server::aside::{self, Holder, LiveLayer, Ticket};
+use crate::server::ids::{ClientId, Generation};
+use crate::server::registry::vm::Vm;
 use guest_mem::stats::PageCounts;
 use guest_mem::sys::{Pagemap, ScanMethod};
 use guest_mem::{Gfn, GfnRange};
@@ -78,8 +78,9 @@ impl Server {
             Ok(only) => only,
             Err(failure) => return self.reply(client, Err(failure)),
         };
-        let vms = self.vms.iter().map(|vm| vm.generation).filter(|vm| only.is_none_or(|only| only == *vm)).collect();
-        let all = || self.processes.keys().map(|&id| Holder::Process(id));
+        let vms =
+            self.registry.vms.iter().map(|vm| vm.generation).filter(|vm| only.is_none_or(|only| only == *vm)).collect();
+        let all = || self.procs.all.keys().map(|&id| Holder::Process(id));
         let holders = match wanted {
             Wanted::Tree => VecDeque::new(),
             // What everything uses is among the totals.
@@ -87,17 +88,17 @@ impl Server {
             Wanted::Inspect(_) => all().filter(|id| only.and_then(|vm| self.holder_of(vm)) == Some(*id)).collect(),
         };
         let (asked, counting, seen) = (None, VecDeque::new(), Findings::default());
-        self.looks.0.push(Look { client, wanted, holders, vms, asked, counting, seen });
+        self.inspect.looks.0.push(Look { client, wanted, holders, vms, asked, counting, seen });
     }
 
     fn holder_of(&self, vm: Generation) -> Option<Holder> {
-        self.vms.get(vm)?.process.map(Holder::Process)
+        self.registry.vms.get(vm)?.process.map(Holder::Process)
     }
 
     /// Goes on with looks for a moment. Whether there is more to do at once.
     pub fn tend_looks(&mut self) -> bool {
         let until = Instant::now() + SLICE;
-        let mut looks = std::mem::take(&mut self.looks.0);
+        let mut looks = std::mem::take(&mut self.inspect.looks.0);
         looks.retain_mut(|look| {
             self.go_on_looking(look, until);
             let done = look.is_done();
@@ -107,9 +108,9 @@ impl Server {
             }
             !done
         });
-        looks.append(&mut self.looks.0);
-        self.looks.0 = looks;
-        self.looks.0.iter().any(|look| !look.counting.is_empty())
+        looks.append(&mut self.inspect.looks.0);
+        self.inspect.looks.0 = looks;
+        self.inspect.looks.0.iter().any(|look| !look.counting.is_empty())
     }
 
     fn go_on_looking(&mut self, look: &mut Look, until: Instant) {
@@ -128,7 +129,7 @@ impl Server {
             let some = look.holders.drain(..look.holders.len().min(ASKED));
             let open = |holder| Some((holder, UsageFiles::open(self.pid_of(holder)?).ok()?));
             let files: Vec<(Holder, UsageFiles)> = some.filter_map(open).collect();
-            look.asked = Some(self.aside.ask(move || aside::usage(files)));
+            look.asked = Some(self.inspect.aside.ask(move || aside::usage(files)));
         } else if !look.vms.is_empty() {
             let some: Vec<Generation> = look.vms.drain(..look.vms.len().min(ASKED)).collect();
             look.asked = Some(self.ask_live_layers(&some));
@@ -137,24 +138,24 @@ impl Server {
 
     /// Has the live layers of these VMs read.
     pub fn ask_live_layers(&mut self, vms: &[Generation]) -> Ticket {
-        let layer = |&vm: &Generation| (vm, self.vms.get(vm).and_then(|vm| self.live_layer(vm)));
+        let layer = |&vm: &Generation| (vm, self.registry.vms.get(vm).and_then(|vm| self.live_layer(vm)));
         let layers: Vec<(Generation, Option<LiveLayer>)> = vms.iter().map(layer).collect();
-        self.aside.ask(move || aside::layers(layers))
+        self.inspect.aside.ask(move || aside::layers(layers))
     }
 
     fn pid_of(&self, holder: Holder) -> Option<i32> {
         let memory = match holder {
             Holder::Server => return Some(std::process::id() as i32),
-            Holder::Process(id) => &self.processes.get(&id)?.memory,
+            Holder::Process(id) => &self.procs.all.get(&id)?.memory,
         };
         memory.main().or(memory.keeper.get()).map(|pid| pid.as_raw())
     }
 
     /// The private pages of a VM's window, to be read; none of one whose process is not ready, or has gone.
     pub fn live_layer(&self, vm: &Vm) -> Option<LiveLayer> {
-        let process = vm.process.and_then(|id| self.processes.get(&id)).filter(|process| process.ready)?;
+        let process = vm.process.and_then(|id| self.procs.all.get(&id)).filter(|process| process.ready)?;
         let pid = process.memory.main()?;
-        let method = if self.features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
+        let method = if self.host.features.pagemap_scan { ScanMethod::Scan } else { ScanMethod::Read };
         let pagemap = Pagemap::open_process(pid.as_raw(), method);
         let pagemap = pagemap.inspect_err(|error| log::debug!("pagemap of {pid}: {error}")).ok()?;
         Some(LiveLayer { pagemap, base: process.memory.base.get(), ram: crate::layout::ram_ranges(vm.shape.ram) })
@@ -162,8 +163,8 @@ impl Server {
 
     /// Counts the next part of a VM's pages. Whether that was the last.
     fn count_part(&self, counting: &mut Counting) -> bool {
-        let Some((family, member)) = self.vms.get(counting.vm).and_then(|vm| vm.memory) else { return true };
-        let family = self.families[&family].family();
+        let Some((family, member)) = self.registry.vms.get(counting.vm).and_then(|vm| vm.memory) else { return true };
+        let family = self.memory.families[&family].family();
         let end = family.vm(member).map().iter().last().map_or(Gfn(0), |(pages, _)| pages.end());
         let part = GfnRange::between(counting.next, Gfn(counting.next.0 + PART));
         counting.counts += family.page_counts_within(member, part, &counting.live);
@@ -173,14 +174,14 @@ impl Server {
 
     /// What processes use has been found out.
     pub fn usage_came(&mut self, ticket: Ticket, usage: Vec<(Holder, Usage)>) {
-        if let Some(look) = self.looks.take_asked(ticket) {
+        if let Some(look) = self.inspect.looks.take_asked(ticket) {
             look.seen.usage.extend(usage);
         }
     }
 
     /// What VMs have written has been found out. Whether it was asked for by a look.
     pub fn layers_came(&mut self, ticket: Ticket, layers: Vec<(Generation, RangeSet<u64>)>) {
-        let Some(look) = self.looks.take_asked(ticket) else { return self.sizes_came(ticket, layers) };
+        let Some(look) = self.inspect.looks.take_asked(ticket) else { return self.sizes_came(ticket, layers) };
         let counting = |(vm, live)| Counting { vm, live, next: Gfn(0), counts: PageCounts::default() };
         look.counting.extend(layers.into_iter().map(counting));
     }

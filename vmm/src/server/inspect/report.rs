@@ -3,10 +3,11 @@
 use crate::api::{Confinement, EntryInfo, Failure, Inspection, RunInfo, Stats, Totals, TreeRow, VmStats, VmSummary};
 use crate::confinement;
 use crate::server::Server;
+use crate::server::aside::Holder;
+use crate::server::ids::{FamilyId, Generation};
 use crate::server::inspect::look::Findings;
-use crate::server::main_loop::aside::Holder;
 use crate::server::procs::process::VmProcess;
-use crate::server::registry::vm::{FamilyId, Generation, Vm};
+use crate::server::registry::vm::Vm;
 use guest_mem::{GfnRange, PAGE_SIZE, Source};
 use std::collections::BTreeMap;
 
@@ -15,20 +16,20 @@ const RUNS_SHOWN: usize = 64;
 
 impl Server {
     pub fn list(&self) -> Vec<VmSummary> {
-        self.vms.iter().map(|vm| self.summary(vm)).collect()
+        self.registry.vms.iter().map(|vm| self.summary(vm)).collect()
     }
 
     pub fn summary(&self, vm: &Vm) -> VmSummary {
-        let process = vm.process.and_then(|id| self.processes.get(&id));
+        let process = vm.process.and_then(|id| self.procs.all.get(&id));
         let pid = process.and_then(|process| process.memory.main()).map(|pid| pid.as_raw());
-        self.vms.summary(vm, pid)
+        self.registry.vms.summary(vm, pid)
     }
 
     /// All VMs, each behind its parent and its older siblings.
     pub fn tree(&self, seen: &Findings) -> Vec<TreeRow> {
         let mut children: BTreeMap<Option<Generation>, Vec<&Vm>> = BTreeMap::new();
-        for vm in self.vms.iter() {
-            let parent = vm.parent().filter(|&parent| self.vms.get(parent).is_some());
+        for vm in self.registry.vms.iter() {
+            let parent = vm.parent().filter(|&parent| self.registry.vms.get(parent).is_some());
             children.entry(parent).or_default().push(vm);
         }
         let mut rows = Vec::new();
@@ -47,17 +48,17 @@ impl Server {
 
     pub fn stats(&self, name: Option<&str>, seen: &Findings) -> Result<Stats, Failure> {
         let only = name.map(|name| self.find(name).map(|vm| vm.generation)).transpose()?;
-        let vms = self.vms.iter().filter(|vm| only.is_none_or(|only| only == vm.generation));
+        let vms = self.registry.vms.iter().filter(|vm| only.is_none_or(|only| only == vm.generation));
         let vms = vms.map(|vm| self.vm_stats(vm, seen)).collect();
         Ok(Stats { vms, total: self.totals(seen) })
     }
 
     fn vm_stats(&self, vm: &Vm, seen: &Findings) -> VmStats {
         let counts = seen.counts.get(&vm.generation).copied().unwrap_or_default();
-        let process = vm.process.and_then(|id| self.processes.get(&id));
+        let process = vm.process.and_then(|id| self.procs.all.get(&id));
         let runs = process.filter(|process| process.memory.main().is_some());
         let usage = runs.and_then(|process| seen.usage.get(&Holder::Process(process.id)));
-        let books = vm.memory.map(|(family, member)| (self.families[&family].family(), member));
+        let books = vm.memory.map(|(family, member)| (self.memory.families[&family].family(), member));
         VmStats {
             vm: self.summary(vm),
             private_pages: counts.private,
@@ -77,7 +78,7 @@ impl Server {
 
     fn totals(&self, seen: &Findings) -> Totals {
         let mut sum = guest_mem::stats::FamilyTotals::default();
-        for manager in self.families.values() {
+        for manager in self.memory.families.values() {
             let family = manager.family().totals();
             sum.objects += family.objects;
             sum.stores += family.stores;
@@ -87,12 +88,13 @@ impl Server {
             sum.tables += family.tables;
             sum.unshared_tables += family.unshared_tables;
         }
-        let swap = self.swap.borrow().stats();
-        let unneeded: u64 = self.families.values().map(|manager| manager.unneeded_slots().0).sum();
-        let counts = self.families.values().map(|manager| manager.counts()).fold(self.past, std::ops::Add::add);
+        let swap = self.memory.swap.borrow().stats();
+        let unneeded: u64 = self.memory.families.values().map(|manager| manager.unneeded_slots().0).sum();
+        let counts =
+            self.memory.families.values().map(|manager| manager.counts()).fold(self.memory.past, std::ops::Add::add);
         Totals {
             server_pid: std::process::id() as i32,
-            vms: self.vms.iter().count() as u64,
+            vms: self.registry.vms.iter().count() as u64,
             objects: sum.objects,
             stores: sum.stores,
             resident_pages: sum.resident,
@@ -102,7 +104,7 @@ impl Server {
             stage2_tables_unshared_equivalent: sum.unshared_tables,
             pooled: self.pooled(),
             host_bytes: self.host_bytes(sum.resident, seen),
-            budget_bytes: self.budget.limit(),
+            budget_bytes: self.memory.budget.limit(),
             accounted_bytes: self.accounted_bytes(seen),
             compressed_bytes: swap.compressed_bytes,
             disk_bytes: swap.disk_bytes,
@@ -124,12 +126,12 @@ impl Server {
     /// What everything uses: processes without their shares of stores, and the stores.
     fn host_bytes(&self, resident: u64, seen: &Findings) -> u64 {
         let used = seen.usage.values().map(|usage| usage.pss - usage.pss_shared.min(usage.pss) + usage.page_tables);
-        used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.files.resident().bytes() + self.shared_bytes()
+        used.sum::<u64>() + resident * PAGE_SIZE as u64 + self.memory.files.resident().bytes() + self.shared_bytes()
     }
 
     pub fn inspect(&self, name: &str, seen: &Findings) -> Result<Inspection, Failure> {
         let vm = self.find(name)?;
-        let process = vm.process.and_then(|id| self.processes.get(&id));
+        let process = vm.process.and_then(|id| self.procs.all.get(&id));
         let (entries, runs) = match vm.memory {
             Some((family, member)) => self.address_space(family, member),
             None => Default::default(),
@@ -138,7 +140,7 @@ impl Server {
             stats: self.vm_stats(vm, seen),
             generation: vm.generation.0,
             keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
-            isolation: self.isolation.to_string(),
+            isolation: self.host.isolation.to_string(),
             confinement: process.filter(|process| process.ready).and_then(|process| self.confinement(process)),
             children: self.children(vm).map(|child| child.name.clone()).collect(),
             child_ids: self.children(vm).map(|child| child.generation.0).collect(),
@@ -150,17 +152,17 @@ impl Server {
     /// What keeps a process apart; none if it is just ending.
     fn confinement(&self, process: &VmProcess) -> Option<Confinement> {
         let pid = process.memory.main()?;
-        let found = confinement::of(pid.as_raw(), self.isolation);
+        let found = confinement::of(pid.as_raw(), self.host.isolation);
         found.inspect_err(|error| log::warn!("what keeps process {pid} apart: {error}")).ok()
     }
 
     fn children(&self, of: &Vm) -> impl Iterator<Item = &Vm> {
         let parent = of.generation;
-        self.vms.iter().filter(move |vm| vm.parent() == Some(parent))
+        self.registry.vms.iter().filter(move |vm| vm.parent() == Some(parent))
     }
 
     fn address_space(&self, family: FamilyId, member: guest_mem::VmId) -> (Vec<EntryInfo>, Vec<RunInfo>) {
-        let family = self.families[&family].family();
+        let family = self.memory.families[&family].family();
         let vm = family.vm(member);
         let bounds = |pages: GfnRange| (pages.start().gpa(), pages.end().gpa());
         let entries = vm.map().iter().map(|(pages, entry)| {

@@ -1,39 +1,21 @@
 //! The loop: what an event is for, and what is done between rounds.
 
-pub mod aside;
-pub mod watch;
-
-use crate::server::clients::connection::ClientId;
-use crate::server::procs::process::{Parcel, ProcessId, Role};
+use crate::server::aside::Finding;
+use crate::server::procs::process::{Parcel, Role};
 use crate::server::procs::window::Want;
 use crate::server::registry::vm::{Phase, Vm};
+use crate::server::watch::Origin;
 use crate::server::{FamilyManager, Server};
 use crate::wire::ToVm;
-use aside::Finding;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::os::fd::AsFd;
 use std::time::Instant;
-
-/// What an event is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
-    Listener,
-    Signals,
-    Client(ClientId),
-    Process(ProcessId),
-    Traps(ProcessId),
-    Swap,
-    Files,
-    Aside,
-    Zygote,
-    Home,
-}
 
 impl MutEventSubscriber for Server {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         let Some((_, origin)) = self.watches.source(&events) else { return };
         match origin {
-            Origin::Listener => self.accept(),
+            Origin::Listener => self.clients.accept(Instant::now(), &mut self.watches),
             Origin::Signals => self.take_signals(),
             Origin::Client(client) => self.serve_client(client),
             Origin::Process(process) => self.hear_process(process),
@@ -49,10 +31,10 @@ impl MutEventSubscriber for Server {
     }
 
     fn init(&mut self, _ops: &mut EventOps) {
-        self.listener_token = Some(self.watches.add(&self.listener, EventSet::IN, Origin::Listener));
+        self.clients.listener().listen(&mut self.watches);
         self.watches.add(&self.signals, EventSet::IN, Origin::Signals);
-        self.watches.add(self.files.bell(), EventSet::IN, Origin::Files);
-        self.watches.add(self.aside.bell(), EventSet::IN, Origin::Aside);
+        self.watches.add(self.memory.files.bell(), EventSet::IN, Origin::Files);
+        self.watches.add(self.inspect.aside.bell(), EventSet::IN, Origin::Aside);
         // So that it is there when it is needed.
         if let Err(error) = self.start_zygote() {
             log::warn!("start a zygote: {error}");
@@ -67,12 +49,12 @@ impl Server {
     /// What is done when no event waits. How long the loop may wait for the next, in milliseconds.
     pub fn between_rounds(&mut self) -> i32 {
         let now = Instant::now();
-        self.latency.tend(now);
+        self.host.latency.tend(now);
         let hurried = self.forks.hurry(now);
         if !hurried {
             self.record_names();
         }
-        for client in std::mem::take(&mut self.replied) {
+        for client in self.clients.take_pending() {
             self.hear(client);
         }
         self.pass_deadlines(now);
@@ -83,7 +65,7 @@ impl Server {
         let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
         self.tend_idle(now);
         self.watch_swap();
-        self.swap.borrow_mut().trim();
+        self.memory.swap.borrow_mut().trim();
         self.grant_wants();
         let bringing = self.bring_ahead();
         let filling = self.tend_pool(now, settling || bringing);
@@ -91,13 +73,13 @@ impl Server {
         self.end_strays(now);
         let late = self.tend_answers(now).into_iter().chain(self.tend_zygote(now)).min();
         self.finish_removals(now);
-        self.listen_again(now);
+        self.clients.listener().tend(now, &mut self.watches);
         self.mend_home(now);
         let checking = self.tend_checks(now);
         self.finish_checks();
         let looking = self.tend_looks();
-        let (past, budget) = (&mut self.past, &mut self.budget);
-        self.families.retain(|&family, manager| {
+        let (past, budget) = (&mut self.memory.past, &mut self.memory.budget);
+        self.memory.families.retain(|&family, manager| {
             let lives = manager.windows() > 0 || manager.has_writeback();
             if !lives {
                 *past = *past + manager.counts();
@@ -105,32 +87,32 @@ impl Server {
             }
             lives
         });
-        self.pool.retain(|parent| self.vms.get(parent).is_some_and(Vm::is_alive));
+        self.procs.pool.retain(|parent| self.registry.vms.get(parent).is_some_and(Vm::is_alive));
         let busy = reclaiming
             || bringing
             || filling
             || looking
             || checking.is_some_and(|at| at <= now)
-            || !self.replied.is_empty();
+            || self.clients.has_pending();
         if settling || busy {
-            return self.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
+            return self.memory.pace.wait(now).filter(|_| !busy).map_or(0, |wait| wait.as_millis() as i32);
         }
         if !hurried {
-            self.families.values_mut().for_each(FamilyManager::stock_up);
+            self.memory.families.values_mut().for_each(FamilyManager::stock_up);
         }
-        let pool = self.pool.next_look();
+        let pool = self.procs.pool.next_look();
         let next =
-            self.deadlines.iter().map(|(at, _)| *at).chain(self.retries.values().copied()).chain(pool).chain(checking);
-        let next = next.chain(self.reclaims.next_look()).chain(self.budget.next_look(&self.vms));
-        let removals = self.removals.iter().map(|removal| removal.until).filter(|until| *until > now);
+            self.deadlines.next().into_iter().chain(self.memory.retries.values().copied()).chain(pool).chain(checking);
+        let next = next.chain(self.memory.reclaims.next_look()).chain(self.memory.budget.next_look(&self.registry.vms));
+        let removals = self.registry.removals.iter().map(|removal| removal.until).filter(|until| *until > now);
         let next = next
             .chain(removals)
             .chain(late)
             .chain(self.forks.rest_at(now))
-            .chain(self.children.next_look(now))
-            .chain(self.deaf_until)
+            .chain(self.procs.children.next_look(now))
+            .chain(self.clients.next_look())
             .chain(self.kept_home.next_look());
-        let next = next.chain(self.next_idle_look()).chain(self.latency.until()).min();
+        let next = next.chain(self.next_idle_look()).chain(self.host.latency.until()).min();
         next.map_or(-1, |at| at.saturating_duration_since(now).as_millis().min(60_000) as i32 + 1)
     }
 
@@ -138,11 +120,11 @@ impl Server {
     pub fn grant_wants(&mut self) {
         loop {
             let Some((id, want)) = self.wants.borrow_mut().pop_front() else { return };
-            let Some(process) = self.processes.get_mut(&id) else { continue };
+            let Some(process) = self.procs.all.get_mut(&id) else { continue };
             match want {
                 Want::DropScratch(store) => {
                     // Its memory is less from now on.
-                    self.budget.stir();
+                    self.memory.budget.stir();
                     process.send(&ToVm::DropScratch(store), &[]);
                 }
                 Want::LeaveScratch(store, pages) => {
@@ -153,7 +135,7 @@ impl Server {
                     process.send_when_ready(Parcel { message, descriptors: Vec::new() });
                 }
                 Want::Room => self.watch_process(id),
-                Want::Answer => self.patience.begin(Instant::now()),
+                Want::Answer => self.procs.patience.begin(Instant::now()),
                 Want::Release => self.end_process(id),
                 Want::Fail(why) => {
                     if let Role::Vm(generation) = process.role {
@@ -166,7 +148,7 @@ impl Server {
 
     /// Something that was asked aside has been found out.
     fn told_aside(&mut self) {
-        for (ticket, finding) in self.aside.answers() {
+        for (ticket, finding) in self.inspect.aside.answers() {
             match finding {
                 Finding::Usage(usage) => self.usage_came(ticket, usage),
                 Finding::Layers(layers) => self.layers_came(ticket, layers),

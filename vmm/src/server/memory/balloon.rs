@@ -5,10 +5,10 @@
 
 use crate::api::{Answer, Balloon, ErrorKind, Failure, MIN_MEMORY};
 use crate::server::Server;
-use crate::server::clients::connection::ClientId;
-use crate::server::clients::talk::Deadline;
+use crate::server::clients::deadlines::Deadline;
+use crate::server::ids::{ClientId, Generation};
 use crate::server::memory::idle::IdleBalloon;
-use crate::server::registry::vm::{Generation, Phase, Vm};
+use crate::server::registry::vm::{Phase, Vm};
 use crate::units::ByteSize;
 use crate::wire::{Line, Machine, ToVm};
 use firmware::abi::FIRST_FREE_PAGE;
@@ -37,10 +37,10 @@ impl Server {
                     Machine::Monitor => self.balloon_lines(vm, target),
                     Machine::Linux => VecDeque::new(),
                 };
-                if let Some(vm) = self.vms.get_mut(vm) {
+                if let Some(vm) = self.registry.vms.get_mut(vm) {
                     (vm.asked_balloon, vm.idle) = (target, IdleBalloon::AsAsked);
                 }
-                self.balloons.push(BalloonOp { client, vm, target, lines, tag: 0 });
+                self.memory.balloons.push(BalloonOp { client, vm, target, lines, tag: 0 });
                 self.set_deadline(Some(timeout_ms), Deadline::Balloon(vm, client));
                 match machine {
                     Machine::Monitor => self.say_next_line(vm),
@@ -68,15 +68,15 @@ impl Server {
 
     /// Whatever is in the balloon now: in the end it is the highest pages.
     fn balloon_lines(&self, vm: Generation, target: u64) -> VecDeque<String> {
-        let pages = self.vms.get(vm).map_or(0, |vm| vm.shape.ram.0);
+        let pages = self.registry.vms.get(vm).map_or(0, |vm| vm.shape.ram.0);
         let first = pages - target;
         let below = first - FIRST_FREE_PAGE;
         [format!("deflate {FIRST_FREE_PAGE} {below}"), format!("inflate {first} {target}")].into()
     }
 
     fn say_next_line(&mut self, vm: Generation) {
-        let tag = self.fresh_id();
-        let Some(op) = self.balloons.iter_mut().find(|op| op.vm == vm) else { return };
+        let tag = self.registry.vms.fresh_tag();
+        let Some(op) = self.memory.balloons.iter_mut().find(|op| op.vm == vm) else { return };
         match op.lines.pop_front() {
             Some(text) => {
                 op.tag = tag;
@@ -88,29 +88,33 @@ impl Server {
 
     /// Whether the answer is to a line of ours.
     pub fn balloon_answered(&mut self, vm: Generation, line: &Line) -> bool {
-        let Some(at) = self.balloons.iter().position(|op| op.vm == vm && op.tag == line.tag) else { return false };
+        let Some(at) = self.memory.balloons.iter().position(|op| op.vm == vm && op.tag == line.tag) else {
+            return false;
+        };
         if line.text.split(' ').next() == Some("ok") {
             self.say_next_line(vm);
         } else {
-            let op = self.balloons.remove(at);
-            self.drop_deadlines(|deadline| *deadline == Deadline::Balloon(vm, op.client));
+            let op = self.memory.balloons.remove(at);
+            self.deadlines.met(Deadline::Balloon(vm, op.client));
             self.reply(op.client, Err(Failure::new(ErrorKind::Guest, format!("the guest says: {}", line.text))));
         }
         true
     }
 
     fn finish_balloon_if_there(&mut self, vm: Generation) {
-        let Some(record) = self.vms.get(vm).filter(|record| record.shape.machine == Machine::Linux) else { return };
-        if self.balloons.iter().any(|op| op.vm == vm && op.target == record.balloon_pages) {
+        let Some(record) = self.registry.vms.get(vm).filter(|record| record.shape.machine == Machine::Linux) else {
+            return;
+        };
+        if self.memory.balloons.iter().any(|op| op.vm == vm && op.target == record.balloon_pages) {
             self.finish_balloon(vm);
         }
     }
 
     fn finish_balloon(&mut self, vm: Generation) {
-        let Some(at) = self.balloons.iter().position(|op| op.vm == vm) else { return };
-        let client = self.balloons.remove(at).client;
-        self.drop_deadlines(|deadline| *deadline == Deadline::Balloon(vm, client));
-        if let Some(record) = self.vms.get(vm) {
+        let Some(at) = self.memory.balloons.iter().position(|op| op.vm == vm) else { return };
+        let client = self.memory.balloons.remove(at).client;
+        self.deadlines.met(Deadline::Balloon(vm, client));
+        if let Some(record) = self.registry.vms.get(vm) {
             let balloon = balloon_of(record);
             self.reply(client, Ok(Answer::Ballooned(balloon)));
         }
@@ -118,9 +122,9 @@ impl Server {
 
     /// The guest is not where it should be, and a client waits no longer. A Linux guest goes on.
     pub fn balloon_late(&mut self, vm: Generation, client: ClientId) {
-        let Some(at) = self.balloons.iter().position(|op| op.vm == vm && op.client == client) else { return };
-        self.balloons.remove(at);
-        let Some(record) = self.vms.get(vm) else { return };
+        let Some(at) = self.memory.balloons.iter().position(|op| op.vm == vm && op.client == client) else { return };
+        self.memory.balloons.remove(at);
+        let Some(record) = self.registry.vms.get(vm) else { return };
         let Balloon { size_bytes, balloon_bytes } = balloon_of(record);
         let (size, given) = (ByteSize(size_bytes), ByteSize(balloon_bytes));
         let why = format!("VM {:?} is not there in time: it has {size} left, {given} in the balloon", record.name);
@@ -129,18 +133,18 @@ impl Server {
 
     /// Whether a VM is on its way to a size that somebody waits for.
     pub fn is_ballooning(&self, vm: Generation) -> bool {
-        self.balloons.iter().any(|op| op.vm == vm)
+        self.memory.balloons.iter().any(|op| op.vm == vm)
     }
 
     /// Who waits for a VM's size; nobody does any more.
     pub fn balloon_ops_of(&mut self, vm: Generation) -> Vec<ClientId> {
-        self.balloons.extract_if(.., |op| op.vm == vm).map(|op| op.client).collect()
+        self.memory.balloons.extract_if(.., |op| op.vm == vm).map(|op| op.client).collect()
     }
 
     /// A guest has given pages back, and its window shows nothing there any more.
     pub fn ballooned(&mut self, generation: Generation, pages: &[GfnRange]) {
-        let Some((family, member)) = self.vms.get(generation).and_then(|vm| vm.memory) else { return };
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let Some((family, member)) = self.registry.vms.get(generation).and_then(|vm| vm.memory) else { return };
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         if manager.family().vm(member).stands() {
             // Ours does one after the other.
             return self
@@ -154,7 +158,7 @@ impl Server {
 
     /// A guest's balloon has another size now.
     pub fn balloon_resized(&mut self, generation: Generation, pages: u64) {
-        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        let vm = self.registry.vms.get_mut(generation).expect("it has just spoken");
         vm.balloon_pages = pages.min(vm.shape.ram.0);
         self.finish_balloon_if_there(generation);
     }

@@ -1,7 +1,8 @@
 //! Pages that stayed in a window at a VM's first freeze, and leave it when they have settled.
 
 use crate::server::Server;
-use crate::server::registry::vm::{Generation, Phase, Vm};
+use crate::server::ids::Generation;
+use crate::server::registry::vm::{Phase, Vm};
 use crate::wire::ToVm;
 use guest_mem::window::host::HostWindow;
 use guest_mem::{GfnRange, PageCount, StoreId};
@@ -17,18 +18,18 @@ pub struct Dedups(BTreeSet<Generation>);
 impl Server {
     /// A VM has been frozen in a copy of its process.
     pub fn dedup_later(&mut self, generation: Generation, store: StoreId) {
-        if let Some(vm) = self.vms.get_mut(generation) {
+        if let Some(vm) = self.registry.vms.get_mut(generation) {
             vm.shedding = Some(store);
-            self.dedups.0.insert(generation);
+            self.memory.dedups.0.insert(generation);
         }
     }
 
     /// Has VMs shed what has settled, a batch at a time.
     pub fn tend_dedups(&mut self) {
-        let ready = |generation: &Generation| self.vms.get(*generation).is_none_or(|vm| self.may_dedup(vm));
-        let ready: Vec<Generation> = self.dedups.0.iter().copied().filter(ready).collect();
+        let ready = |generation: &Generation| self.registry.vms.get(*generation).is_none_or(|vm| self.may_dedup(vm));
+        let ready: Vec<Generation> = self.memory.dedups.0.iter().copied().filter(ready).collect();
         for generation in ready {
-            self.dedups.0.remove(&generation);
+            self.memory.dedups.0.remove(&generation);
             self.dedup(generation);
         }
     }
@@ -36,15 +37,15 @@ impl Server {
     /// Whether all pages have settled, and the VM is not wanted for a freeze.
     fn may_dedup(&self, vm: &Vm) -> bool {
         let (Some((family, _)), Some(store)) = (vm.memory, vm.shedding) else { return true };
-        vm.freezes.is_idle() && self.families[&family].is_written_back(store)
+        vm.freezes.is_idle() && self.memory.families[&family].is_written_back(store)
     }
 
     fn dedup(&mut self, generation: Generation) {
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         let (Some((family, member)), Some(store)) = (vm.memory, vm.shedding) else { return };
-        let manager = &self.families[&family];
+        let manager = &self.memory.families[&family];
         let pages = manager.to_dedup(member, store, HostWindow::SHED_LEAST, BATCH).expect("a family knows its VMs");
-        let process = vm.process.and_then(|id| self.processes.get_mut(&id));
+        let process = vm.process.and_then(|id| self.procs.all.get_mut(&id));
         match (pages.is_empty(), process, manager.store(store)) {
             (false, Some(process), Some(file)) => process.send(&ToVm::Shed { store, pages }, &[file.read_only()]),
             _ => vm.shedding = None,
@@ -53,18 +54,18 @@ impl Server {
 
     /// A VM has shed these pages, and may have more.
     pub fn deduped(&mut self, generation: Generation, store: StoreId, pages: &[GfnRange]) {
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         let Some((family, member)) = vm.memory else { return };
         if vm.shedding != Some(store) {
             return self.end_vm(generation, Phase::Dead("its process has shed what it was not asked for".into()));
         }
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         manager.dedup(member, store, pages).expect("a family knows its VMs");
-        self.budget.stir();
+        self.memory.budget.stir();
         if pages.is_empty() {
             vm.shedding = None;
         } else {
-            self.dedups.0.insert(generation);
+            self.memory.dedups.0.insert(generation);
         }
     }
 }

@@ -6,7 +6,7 @@
 use crate::api::{ErrorKind, Failure, Launch};
 use crate::nice;
 use crate::server::Server;
-use crate::server::clients::connection::ClientId;
+use crate::server::ids::ClientId;
 use crate::server::registry::launch::Guest;
 use guest_mem::PageCount;
 use guest_mem::store::file::MemfdFile;
@@ -137,25 +137,27 @@ impl Server {
     /// Launches a VM as soon as its initrd, of `len` bytes, has been read.
     pub fn launch_when_read(&mut self, client: ClientId, launch: Launch, guest: Guest, initrd: (File, u64)) {
         let (initrd, len) = initrd;
-        self.files.waiting.push_back(Waiting { client, launch, guest, initrd, len, others: Vec::new() });
-        if self.files.waiting.len() == 1 {
+        self.memory.files.waiting.push_back(Waiting { client, launch, guest, initrd, len, others: Vec::new() });
+        if self.memory.files.waiting.len() == 1 {
             self.read_next();
         }
     }
 
     fn read_next(&mut self) {
-        while let Err(error) = self.files.begin(self.niceness) {
-            let failed = self.files.waiting.pop_front().expect("the first could not be read");
+        while let Err(error) = self.memory.files.begin(self.host.niceness) {
+            let failed = self.memory.files.waiting.pop_front().expect("the first could not be read");
             self.reply(failed.client, Err(Failure::host(format!("read the initrd: {error}"))));
         }
     }
 
     /// A file has been read.
     pub fn file_read(&mut self) {
-        let _ = self.files.bell.read();
-        while let Ok(read) = self.files.has_read.1.try_recv() {
-            let Some(Waiting { client, launch, guest, others, .. }) = self.files.waiting.pop_front() else { return };
-            let file = read.map(|read| self.files.adopt(read, &others));
+        let _ = self.memory.files.bell.read();
+        while let Ok(read) = self.memory.files.has_read.1.try_recv() {
+            let Some(Waiting { client, launch, guest, others, .. }) = self.memory.files.waiting.pop_front() else {
+                return;
+            };
+            let file = read.map(|read| self.memory.files.adopt(read, &others));
             let launched = match file {
                 _ if self.stopping.is_some() => {
                     Err(Failure::new(ErrorKind::ShuttingDown, "the server is shutting down"))

@@ -16,8 +16,9 @@
 
 use crate::api::MIN_MEMORY;
 use crate::server::Server;
+use crate::server::ids::Generation;
 use crate::server::inspect::guest_stats::can_tell;
-use crate::server::registry::vm::{Generation, Phase, Vm};
+use crate::server::registry::vm::{Phase, Vm};
 use crate::wire::{Machine, ToVm};
 use guest_mem::{PAGE_SIZE, PageCount};
 use std::time::{Duration, Instant};
@@ -190,26 +191,26 @@ fn spare(known: &Known, available: u64) -> u64 {
 impl Server {
     /// When idle VMs are to be looked at again.
     pub fn next_idle_look(&self) -> Option<Instant> {
-        let any = self.idle.config.when != AutoBalloon::Off && self.vms.any_linux();
-        any.then_some(self.idle.next)
+        let any = self.memory.idle.config.when != AutoBalloon::Off && self.registry.vms.any_linux();
+        any.then_some(self.memory.idle.next)
     }
 
     /// Looks after the balloons of idle VMs.
     pub fn tend_idle(&mut self, now: Instant) {
-        let IdleConfig { when, after } = self.idle.config;
-        if when == AutoBalloon::Off || now < self.idle.next || self.stopping.is_some() {
+        let IdleConfig { when, after } = self.memory.idle.config;
+        if when == AutoBalloon::Off || now < self.memory.idle.next || self.stopping.is_some() {
             return;
         }
-        self.idle.next = now + LOOK;
+        self.memory.idle.next = now + LOOK;
         let wanted = match when {
             AutoBalloon::Idle => true,
             _ => self.is_memory_tight(),
         };
         let known: Vec<(Generation, Known)> =
-            self.vms.iter().filter_map(|vm| Some((vm.generation, self.known(vm, wanted)?))).collect();
+            self.registry.vms.iter().filter_map(|vm| Some((vm.generation, self.known(vm, wanted)?))).collect();
         for (generation, known) in known {
             let (balloon, act) = next(&known, after, now);
-            let vm = self.vms.get_mut(generation).expect("listed above");
+            let vm = self.registry.vms.get_mut(generation).expect("listed above");
             if vm.idle != balloon {
                 log::debug!("balloon of {:?}: {balloon:?}, {act:?}", vm.name);
             }
@@ -231,7 +232,7 @@ impl Server {
         }
         Some(Known {
             balloon: vm.idle,
-            ran_at: self.budget.busy_at(vm.generation)?,
+            ran_at: self.memory.budget.busy_at(vm.generation)?,
             wanted,
             ram: vm.shape.ram.0,
             actual: vm.balloon_pages,

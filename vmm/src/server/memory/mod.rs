@@ -11,3 +11,39 @@ pub mod request;
 pub mod swap;
 mod swap_place;
 pub mod writeback;
+
+use crate::server::FamilyManager;
+use crate::server::ids::FamilyId;
+use balloon::BalloonOp;
+use budget::Budget;
+use dedup::Dedups;
+use files::Files;
+use guest_mem::manager::SwapCounts;
+use guest_mem::store::memfd::MemfdStores;
+use idle::IdlePolicy;
+use pace::Pace;
+use reclaim::Reclaims;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Instant;
+use swap::HostSwap;
+
+/// The memory of all families, and what is done to keep it small.
+pub struct MemoryPolicy {
+    pub families: BTreeMap<FamilyId, FamilyManager>,
+    pub stores: MemfdStores,
+    pub swap: Rc<RefCell<HostSwap>>,
+    pub reclaims: Reclaims,
+    pub budget: Budget,
+    pub idle: IdlePolicy,
+    /// What families that are gone have counted.
+    pub past: SwapCounts,
+    pub files: Files,
+    /// What is to leave windows.
+    pub dedups: Dedups,
+    pub balloons: Vec<BalloonOp>,
+    /// When families do again what failed, or could not be done yet.
+    pub retries: BTreeMap<FamilyId, Instant>,
+    pub pace: Pace,
+}

@@ -4,10 +4,10 @@
 
 use super::request::{InFlight, Next, ReclaimRequest};
 use crate::api::{Answer, ErrorKind, Failure};
-use crate::server::clients::connection::ClientId;
+use crate::server::aside::Ticket;
 use crate::server::freeze::queue::Purpose;
-use crate::server::main_loop::aside::Ticket;
-use crate::server::registry::vm::{FamilyId, Generation, Phase, Vm};
+use crate::server::ids::{ClientId, FamilyId, Generation};
+use crate::server::registry::vm::{Phase, Vm};
 use crate::server::{FamilyManager, Server};
 use crate::wire::{Frozen, Take, ToVm};
 use guest_mem::{Along, Destination, PageCount, StoreId};
@@ -88,20 +88,20 @@ impl Server {
             }
             Some(Ok(family)) => family,
         };
-        if !self.features.userfaultfd {
+        if !self.host.features.userfaultfd {
             return self.reply(client, Err(Failure::new(ErrorKind::Unsupported, NO_TRAPS)));
         }
-        let families = self.families.keys().copied().filter(|family| only.is_none_or(|only| only == *family));
-        self.reclaims.asked.push(ReclaimRequest::new(client, only, bytes, families.collect()));
+        let families = self.memory.families.keys().copied().filter(|family| only.is_none_or(|only| only == *family));
+        self.memory.reclaims.asked.push(ReclaimRequest::new(client, only, bytes, families.collect()));
     }
 
     /// Goes on with the oldest request that has something to do. Whether there is more to do at once.
     pub fn tend_reclaims(&mut self, now: Instant) -> bool {
         self.finish_settling();
-        let mut asked = std::mem::take(&mut self.reclaims.asked);
+        let mut asked = std::mem::take(&mut self.memory.reclaims.asked);
         let mut going = Going::Waits;
         asked.retain_mut(|request| {
-            if going != Going::Waits || !self.reclaims.may_put(now) {
+            if going != Going::Waits || !self.memory.reclaims.may_put(now) {
                 return true;
             }
             going = self.go_on_reclaiming(request, now);
@@ -110,8 +110,8 @@ impl Server {
             }
             going != Going::Done
         });
-        self.reclaims.asked = asked;
-        going != Going::Waits && !self.reclaims.asked.is_empty()
+        self.memory.reclaims.asked = asked;
+        going != Going::Waits && !self.memory.reclaims.asked.is_empty()
     }
 
     fn go_on_reclaiming(&mut self, request: &mut ReclaimRequest, now: Instant) -> Going {
@@ -141,7 +141,7 @@ impl Server {
     }
 
     fn in_flight(&self, family: FamilyId) -> InFlight {
-        match self.families.get(&family).is_some_and(|manager| manager.family().in_flight().0 > 0) {
+        match self.memory.families.get(&family).is_some_and(|manager| manager.family().in_flight().0 > 0) {
             true => InFlight::Some,
             false => InFlight::None,
         }
@@ -153,30 +153,30 @@ impl Server {
             let mine = vm.memory.is_some_and(|(family, _)| only.is_none_or(|only| only == family));
             mine && self.may_freeze(vm.generation)
         };
-        self.vms.iter().filter(mine).map(|vm| vm.generation)
+        self.registry.vms.iter().filter(mine).map(|vm| vm.generation)
     }
 
     /// It has been found out how large some live layers are.
     pub fn sizes_came(&mut self, ticket: Ticket, layers: Vec<(Generation, RangeSet<u64>)>) {
-        let vms = &self.vms;
+        let vms = &self.registry.vms;
         let size = |(vm, live): (Generation, RangeSet<u64>)| {
             let pages = live.iter().map(|part| part.end - part.start).sum();
             Some((vms.get(vm)?.paused, pages, vm))
         };
-        if let Some(request) = self.reclaims.asked.iter_mut().find(|request| request.has_asked(ticket)) {
+        if let Some(request) = self.memory.reclaims.asked.iter_mut().find(|request| request.has_asked(ticket)) {
             request.sizes_came(layers.into_iter().filter_map(size));
         }
     }
 
     /// Evicts frozen pages of a family for a moment.
     pub fn evict(&mut self, family: FamilyId, limit: PageCount, now: Instant) -> (PageCount, EvictedPages) {
-        let Some(manager) = self.families.get_mut(&family) else { return (PageCount(0), EvictedPages::All) };
+        let Some(manager) = self.memory.families.get_mut(&family) else { return (PageCount(0), EvictedPages::All) };
         let (pages, end) = evict_for(manager, limit, Instant::now() + SLICE);
         if end == EvictedPages::Full && self.reclaim_swap_cache(family) {
             return (pages, EvictedPages::Some);
         }
         if matches!(end, EvictedPages::Behind | EvictedPages::Full | EvictedPages::Failing) {
-            self.reclaims.rest_until = Some(now + SWAP_RETRY);
+            self.memory.reclaims.rest_until = Some(now + SWAP_RETRY);
         }
         (pages, end)
     }
@@ -184,13 +184,16 @@ impl Server {
     /// Swap is full, and `short` has given up all that it has there of what it has in memory too: so do the others, one
     /// after the other. Whether there was something.
     fn reclaim_swap_cache(&mut self, short: FamilyId) -> bool {
-        let mut others = self.families.iter_mut().filter(|(family, _)| **family != short);
+        let mut others = self.memory.families.iter_mut().filter(|(family, _)| **family != short);
         others.any(|(_, manager)| manager.reclaim_swap_cache(BATCH).0 > 0)
     }
 
     /// Whether a VM can be frozen now, and is not.
     pub fn may_freeze(&self, vm: Generation) -> bool {
-        self.vms.get(vm).is_some_and(|vm| vm.phase == Phase::Live && vm.freezes.is_idle() && vm.memory.is_some())
+        self.registry
+            .vms
+            .get(vm)
+            .is_some_and(|vm| vm.phase == Phase::Live && vm.freezes.is_idle() && vm.memory.is_some())
     }
 
     /// Moves a VM's live layer out, to settle into swap. Whether that has begun.
@@ -198,18 +201,18 @@ impl Server {
         if !self.may_freeze(generation) {
             return false;
         }
-        let vm = self.vms.get_mut(generation).expect("looked at above");
+        let vm = self.registry.vms.get_mut(generation).expect("looked at above");
         let (Some((family, member)), Some(process)) = (vm.memory, vm.process) else { return false };
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         match manager.begin_freeze(member, Destination::Swap) {
             Ok(store) => {
                 let file = manager.store(store).expect("just made");
-                let (max_runs, take) = (self.max_runs, Take::Remap);
+                let (max_runs, take) = (self.host.max_runs, Take::Remap);
                 let message = ToVm::Freeze { store, max_runs, take, along: Along::default(), first: Vec::new() };
-                self.processes.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
+                self.procs.all.get_mut(&process).expect("a VM's process").send(&message, &[file.read_only()]);
                 vm.freezes.push(Purpose::Swap);
                 let moved = PageCount(0);
-                self.reclaims.settling.push(Settling { vm: generation, family, store, moved });
+                self.memory.reclaims.settling.push(Settling { vm: generation, family, store, moved });
                 self.freeze_begins(generation, store);
                 true
             }
@@ -222,40 +225,41 @@ impl Server {
 
     /// Whether a VM's live layer is on its way to swap.
     fn is_taking_live_layer(&self, vm: Generation) -> bool {
-        self.reclaims.settling.iter().any(|settling| settling.vm == vm)
+        self.memory.reclaims.settling.iter().any(|settling| settling.vm == vm)
     }
 
     /// A freeze for swap has taken a live layer.
     pub fn taken_for_swap(&mut self, generation: Generation, frozen: &Frozen) {
-        let Some((family, _)) = self.vms.get(generation).and_then(|vm| vm.memory) else { return };
+        let Some((family, _)) = self.registry.vms.get(generation).and_then(|vm| vm.memory) else { return };
         let moved = frozen.harvest.count();
         let mine = |settling: &&mut Settling| (settling.family, settling.store) == (family, frozen.store);
-        self.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
+        self.memory.reclaims.settling.iter_mut().filter(mine).for_each(|settling| settling.moved = moved);
         self.layer_moved(generation, moved);
     }
 
     /// A freeze for swap has changed nothing.
     pub fn no_freeze_for_swap(&mut self, generation: Generation, store: StoreId, why: &str) {
-        let Some(vm) = self.vms.get(generation) else { return };
+        let Some(vm) = self.registry.vms.get(generation) else { return };
         log::warn!("take memory of VM {:?}: {why}", vm.name);
         if let Some((family, _)) = vm.memory {
-            self.reclaims.settling.retain(|settling| (settling.family, settling.store) != (family, store));
+            self.memory.reclaims.settling.retain(|settling| (settling.family, settling.store) != (family, store));
         }
     }
 
     /// Takes note of live layers that are where they belong.
     fn finish_settling(&mut self) {
-        let (families, vms) = (&self.families, &self.vms);
+        let (families, vms) = (&self.memory.families, &self.registry.vms);
         let is_over = |settling: &mut Settling| {
             let standing = vms.get(settling.vm).is_some_and(|vm| vm.freezes.taking() == Some(settling.store));
             !standing && families.get(&settling.family).is_none_or(|manager| manager.is_written_back(settling.store))
         };
-        let over: Vec<Settling> = self.reclaims.settling.extract_if(.., is_over).collect();
+        let over: Vec<Settling> = self.memory.reclaims.settling.extract_if(.., is_over).collect();
         for settling in over {
-            let manager = self.families.get(&settling.family);
+            let manager = self.memory.families.get(&settling.family);
             let stayed = manager.map_or(PageCount(0), |manager| manager.family().resident_in(settling.store));
-            self.budget.layer_taken(settling.vm);
-            if let Some(request) = self.reclaims.asked.iter_mut().find(|request| request.is_taking(settling.vm)) {
+            self.memory.budget.layer_taken(settling.vm);
+            if let Some(request) = self.memory.reclaims.asked.iter_mut().find(|request| request.is_taking(settling.vm))
+            {
                 let swapped = PageCount(settling.moved.0.saturating_sub(stayed.0));
                 request.took(swapped, (stayed.0 > 0 && manager.is_some()).then_some(settling.family));
             }

@@ -5,9 +5,8 @@
 
 use super::reclaim::EvictedPages;
 use crate::api::Reclaimed;
-use crate::server::clients::connection::ClientId;
-use crate::server::main_loop::aside::Ticket;
-use crate::server::registry::vm::{FamilyId, Generation};
+use crate::server::aside::Ticket;
+use crate::server::ids::{ClientId, FamilyId, Generation};
 use guest_mem::{PAGE_SIZE, PageCount};
 use std::collections::BTreeSet;
 

@@ -2,7 +2,8 @@
 
 use super::swap_place::{is_spare, mark};
 use crate::client::Home;
-use crate::server::{Error, FamilyManager, Origin, Server};
+use crate::server::watch::Origin;
+use crate::server::{Error, FamilyManager, Server};
 use event_manager::EventSet;
 use guest_mem::ids::SwapSlot;
 use guest_mem::swap::{Fetch, Swap, SwapOptions, SwapStats, SwapStore};
@@ -250,15 +251,15 @@ fn is_memory(directory: &Path) -> bool {
 impl Server {
     /// Watches the swap once it is there.
     pub fn watch_swap(&mut self) {
-        if let Some(store) = self.swap.borrow_mut().take_unwatched() {
+        if let Some(store) = self.memory.swap.borrow_mut().take_unwatched() {
             self.watches.add(store.event(), EventSet::IN, Origin::Swap);
         }
     }
 
     /// Reads from swap have ended, or writes.
     pub fn swap_moved(&mut self) {
-        let came = self.swap.borrow_mut().complete();
-        self.reclaims.swap_moved();
+        let came = self.memory.swap.borrow_mut().complete();
+        self.memory.reclaims.swap_moved();
         if came {
             self.pages_came();
         }
@@ -266,12 +267,12 @@ impl Server {
 
     /// Brings some pages back that nobody has asked for yet, unless others had to go for them. Whether there are more.
     pub fn bring_ahead(&mut self) -> bool {
-        if !self.families.values().any(FamilyManager::has_ahead) {
+        if !self.memory.families.values().any(FamilyManager::has_ahead) {
             return false;
         }
         let room = self.room_ahead();
         let mut more = false;
-        for manager in self.families.values_mut() {
+        for manager in self.memory.families.values_mut() {
             manager.set_room_ahead(room);
             more |= manager.bring_ahead();
         }

@@ -1,9 +1,10 @@
 //! How VM processes come to be: the zygote is asked for them, and tells of them in its own time.
 
-use super::process::{ProcessId, Role, VmProcess};
+use super::process::{Role, VmProcess};
 use super::zygote::{Birth, Still};
 use crate::server::Server;
-use crate::server::main_loop::Origin;
+use crate::server::ids::ProcessId;
+use crate::server::watch::Origin;
 use crate::wire::{Bounds, MachineShape, ToVm};
 use event_manager::EventSet;
 use std::io;
@@ -19,17 +20,17 @@ impl Server {
     /// # Errors
     /// Descriptors are short, or there is no zygote.
     pub fn spawn_process(&mut self, shape: MachineShape) -> io::Result<ProcessId> {
-        let id = ProcessId(self.fresh_id());
-        let bounds = Rc::new(Bounds::of(shape, self.max_runs));
+        let id = self.procs.fresh_id();
+        let bounds = Rc::new(Bounds::of(shape, self.host.max_runs));
         let prepare = self.prepare_message(shape);
         let (process, theirs) = VmProcess::unborn(id, (shape, bounds), &prepare, Rc::clone(&self.wants))?;
         self.start_zygote()?;
-        self.processes.insert(id, process);
-        let asked = self.zygote.ask_for(id, &theirs, Instant::now());
+        self.procs.all.insert(id, process);
+        let asked = self.procs.zygote.ask_for(id, &theirs, Instant::now());
         if let Err(error) = asked {
             self.renew_zygote(Still::There, &error.to_string());
             if let Err(error) = self.order_with_new_socket(id, shape) {
-                self.processes.remove(&id);
+                self.procs.all.remove(&id);
                 return Err(error);
             }
         }
@@ -40,11 +41,11 @@ impl Server {
     fn prepare_message(&self, shape: MachineShape) -> ToVm {
         ToVm::Prepare {
             shape,
-            isolation: self.isolation,
-            features: self.features,
-            cage: self.cage.clone(),
+            isolation: self.host.isolation,
+            features: self.host.features,
+            cage: self.host.cage.clone(),
             server: std::process::id() as i32,
-            niceness: self.niceness,
+            niceness: self.host.niceness,
         }
     }
 
@@ -53,12 +54,12 @@ impl Server {
     /// # Errors
     /// No process, or no descriptors.
     pub fn start_zygote(&mut self) -> io::Result<()> {
-        self.zygote.start(|link| self.watches.add(link, EventSet::IN, Origin::Zygote))
+        self.procs.zygote.start(|link| self.watches.add(link, EventSet::IN, Origin::Zygote))
     }
 
     /// Sends what is queued for the zygote, and waits for more room where that is not all.
     fn watch_zygote(&mut self) {
-        if let Some((token, left)) = self.zygote.flush() {
+        if let Some((token, left)) = self.procs.zygote.flush() {
             let events = if left { EventSet::IN | EventSet::OUT } else { EventSet::IN };
             self.watches.modify(token, events);
         }
@@ -68,7 +69,7 @@ impl Server {
     pub fn hear_zygote(&mut self) {
         self.watch_zygote();
         loop {
-            match self.zygote.hear(Instant::now()) {
+            match self.procs.zygote.hear(Instant::now()) {
                 Ok(None) => return,
                 Ok(Some((id, birth))) => self.born(id, birth),
                 Err(error) => return self.renew_zygote(Still::There, &error.to_string()),
@@ -78,17 +79,17 @@ impl Server {
 
     /// A zygote that does not answer is replaced. When to look again.
     pub fn tend_zygote(&mut self, now: Instant) -> Option<Instant> {
-        let late = self.zygote.late_at(self.patience.within())?;
+        let late = self.procs.zygote.late_at(self.procs.patience.within())?;
         if late > now {
             return Some(late);
         }
         self.renew_zygote(Still::There, "it does not answer");
-        self.zygote.late_at(self.patience.within())
+        self.procs.zygote.late_at(self.procs.patience.within())
     }
 
     /// The zygote is gone, or is to go: another takes its place, and makes what this one has not.
     pub fn renew_zygote(&mut self, still: Still, why: &str) {
-        if let Some(pid) = self.zygote.pid() {
+        if let Some(pid) = self.procs.zygote.pid() {
             log::warn!("zygote {pid}: {why}; a new one takes its place");
         }
         let again = self.drop_zygote(still);
@@ -103,7 +104,7 @@ impl Server {
     }
 
     fn drop_zygote(&mut self, still: Still) -> Vec<ProcessId> {
-        let (asked, running) = self.zygote.end(still);
+        let (asked, running) = self.procs.zygote.end(still);
         if let Some(running) = running {
             self.watches.remove(running.token(), running);
         }
@@ -113,7 +114,7 @@ impl Server {
     /// Asks anew for processes that were not made. Whoever may have been made with the old socket finds its end.
     fn order_again(&mut self, all: Vec<ProcessId>) {
         for id in all {
-            let Some(process) = self.processes.get_mut(&id) else { continue };
+            let Some(process) = self.procs.all.get_mut(&id) else { continue };
             process.tries += 1;
             let (tries, shape, role) = (process.tries, process.shape, process.role);
             let made = match role {
@@ -129,29 +130,29 @@ impl Server {
 
     fn order_with_new_socket(&mut self, id: ProcessId, shape: MachineShape) -> io::Result<()> {
         let prepare = self.prepare_message(shape);
-        let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
+        let Some(process) = self.procs.all.get_mut(&id) else { return Ok(()) };
         let theirs = process.begin_anew(&prepare)?;
         self.start_zygote()?;
-        self.zygote.ask_for(id, &theirs, Instant::now())?;
+        self.procs.zygote.ask_for(id, &theirs, Instant::now())?;
         self.watch_zygote();
         Ok(())
     }
 
     /// A process has been made, or not.
     fn born(&mut self, id: ProcessId, birth: Birth) {
-        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some(process) = self.procs.all.get_mut(&id) else { return };
         match birth {
             Birth::Lives(pid) => {
                 process.memory.is_born(pid);
                 process.link_token = Some(self.watches.add(&process.link, EventSet::IN, Origin::Process(id)));
-                self.children.adopt(pid, id);
+                self.procs.children.adopt(pid, id);
             }
             Birth::Ended => self.is_not_there(id, "its process ended at once"),
             Birth::Failed(why) => {
                 let (role, shape) = (process.role, process.shape);
                 if role == Role::Preparing {
                     log::warn!("prepare a VM process for the pool: {why}");
-                    self.pool.rest(shape, Instant::now());
+                    self.procs.pool.rest(shape, Instant::now());
                     process.role = Role::Ending;
                 }
                 self.is_not_there(id, &format!("start a VM process: {why}"));
@@ -161,7 +162,7 @@ impl Server {
 
     /// There is no process, and what it was for ends.
     fn is_not_there(&mut self, id: ProcessId, why: &str) {
-        if let Some(process) = self.processes.get_mut(&id) {
+        if let Some(process) = self.procs.all.get_mut(&id) {
             process.memory.is_no_more();
             process.answers.forget();
         }

@@ -1,6 +1,6 @@
 //! Whose the server's children are: VM processes, their keepers and copies; and what is left of those that have ended.
 
-use super::process::ProcessId;
+use crate::server::ids::ProcessId;
 use nix::unistd::Pid;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};

@@ -14,9 +14,9 @@
 
 use crate::machine::state::PackedState;
 use crate::server::Server;
-use crate::server::procs::process::{Parcel, ProcessId, Role};
+use crate::server::ids::{FamilyId, Generation, ProcessId};
+use crate::server::procs::process::{Parcel, Role};
 use crate::server::registry::launch::stores_of;
-use crate::server::registry::vm::{FamilyId, Generation};
 use crate::wire::{Expect, Machine, MachineShape, ToVm};
 use firmware::abi::EVENT_PAGE;
 use guest_mem::space::runs::{Runs, changed};
@@ -156,31 +156,31 @@ impl Server {
     /// meanwhile. Whether there was.
     pub fn tell_what_to_expect(&mut self) -> bool {
         let to_tell = |(shape, favourites): (MachineShape, &Favourites)| {
-            let ready: Vec<ProcessId> = self.pool.ready(shape).collect();
-            let expected: Vec<_> = ready.iter().map(|id| self.processes[id].expectation.parent).collect();
+            let ready: Vec<ProcessId> = self.procs.pool.ready(shape).collect();
+            let expected: Vec<_> = ready.iter().map(|id| self.procs.all[id].expectation.parent).collect();
             favourites.to_tell(&expected).map(|(at, parent)| (shape, parent, ready[at]))
         };
-        let Some((shape, parent, process)) = self.pool.favourites().find_map(to_tell) else { return false };
+        let Some((shape, parent, process)) = self.procs.pool.favourites().find_map(to_tell) else { return false };
         if self.expect(shape, parent, process) {
-            self.pool.withdraw(shape, process);
-            self.processes.get_mut(&process).expect("a process of the pool").role = Role::Preparing;
+            self.procs.pool.withdraw(shape, process);
+            self.procs.all.get_mut(&process).expect("a process of the pool").role = Role::Preparing;
         }
         true
     }
 
     /// Tells a process whose child it most likely becomes. Whether there is something that it is to get ready.
     fn expect(&mut self, shape: MachineShape, parent: Generation, process: ProcessId) -> bool {
-        let memory = self.vms.get(parent).and_then(|parent| parent.memory);
-        let process = self.processes.get_mut(&process).expect("a process of the pool");
+        let memory = self.registry.vms.get(parent).and_then(|parent| parent.memory);
+        let process = self.procs.all.get_mut(&process).expect("a process of the pool");
         process.expectation = Expectation { parent: Some(parent), ..Expectation::default() };
         let Some((family, member)) = memory else { return false };
-        let manager = self.families.get_mut(&family).expect("a VM has a family");
+        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
         let runs = without_shared(manager.runs_of_child(member).expect("a family knows its VMs"));
         // Where descriptors are short, it expects nothing.
         let Ok((stores, descriptors)) = stores_of(manager, &runs) else { return false };
-        let state = self.pool.state_to_expect(shape, parent);
+        let state = self.procs.pool.state_to_expect(shape, parent);
         // Without traps it would plant zeros in the store of a page that has left it.
-        let ahead = match self.features.userfaultfd {
+        let ahead = match self.host.features.userfaultfd {
             true => {
                 let books = manager.family();
                 let told = told_first(shape.machine).into_iter().flat_map(|page| books.at_hand(member, page));

@@ -3,11 +3,12 @@
 use crate::api::Answer;
 use crate::machine::isolate;
 use crate::procfs;
-use crate::server::clients::connection::ClientId;
+use crate::server::Server;
 use crate::server::freeze::Said;
-use crate::server::procs::process::{ProcessId, Role};
-use crate::server::registry::vm::{Generation, Hold, Phase};
-use crate::server::{Origin, Server};
+use crate::server::ids::{ClientId, Generation, ProcessId};
+use crate::server::procs::process::Role;
+use crate::server::registry::vm::{Hold, Phase};
+use crate::server::watch::Origin;
 use crate::wire::{self, Ending, FromVm, Isolation, Line, Machine};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
@@ -34,7 +35,7 @@ enum Claim {
 impl Server {
     /// Sends what is queued, and watches for more room where that is not all.
     pub fn watch_process(&mut self, id: ProcessId) {
-        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some(process) = self.procs.all.get_mut(&id) else { return };
         let pending = process.link.flush().unwrap_or(false);
         if let Some(token) = process.link_token {
             self.watches.modify(token, if pending { EventSet::IN | EventSet::OUT } else { EventSet::IN });
@@ -46,7 +47,7 @@ impl Server {
         if !self.serve_process(id) {
             return;
         }
-        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some(process) = self.procs.all.get_mut(&id) else { return };
         let traps = !process.traps.is_empty();
         if let Some(how) = process.ended.take() {
             self.main_is_silent(id, &how);
@@ -59,10 +60,10 @@ impl Server {
     /// Reads what a VM process has said, as far as that is one process's share of a round. Whether it was all.
     pub fn serve_process(&mut self, id: ProcessId) -> bool {
         self.watch_process(id);
-        let Some(process) = self.processes.get(&id) else { return true };
+        let Some(process) = self.procs.all.get(&id) else { return true };
         let most = process.link.received() + ROUND_BYTES;
         for _ in 0..ROUND_PACKETS {
-            let process = self.processes.get_mut(&id).filter(|process| process.link_ended.is_none());
+            let process = self.procs.all.get_mut(&id).filter(|process| process.link_ended.is_none());
             let Some(process) = process else { return true };
             if process.link.received() >= most {
                 return false;
@@ -89,7 +90,7 @@ impl Server {
 
     /// The socket has come to its end. What the process left is dealt with when it is reaped.
     fn link_ended(&mut self, id: ProcessId, error: &io::Error) {
-        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some(process) = self.procs.all.get_mut(&id) else { return };
         process.kill();
         if let Some(token) = process.link_token.take() {
             // The descriptor stays with the process until that is gone.
@@ -106,7 +107,7 @@ impl Server {
     /// # Errors
     /// `InvalidData`: ours never say such a thing.
     fn heard(&mut self, id: ProcessId, message: FromVm, fds: Vec<OwnedFd>) -> io::Result<()> {
-        let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
+        let Some(process) = self.procs.all.get_mut(&id) else { return Ok(()) };
         process.answers.heard(&message, process.shape.machine, Instant::now());
         let message = match message.plain() {
             FromVm::Log(line) => {
@@ -115,7 +116,7 @@ impl Server {
             }
             message => message,
         };
-        let Some(process) = self.processes.get(&id) else { return Ok(()) };
+        let Some(process) = self.procs.all.get(&id) else { return Ok(()) };
         if process.ready == message.comes_first() || !message.is_valid(&process.bounds) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "out of turn, or of pages that are not there"));
         }
@@ -124,17 +125,17 @@ impl Server {
         {
             self.note_copy(id, Pid::from_raw(copy))?;
         }
-        let Some(process) = self.processes.get(&id) else { return Ok(()) };
+        let Some(process) = self.procs.all.get(&id) else { return Ok(()) };
         match (message, process.role) {
             (FromVm::Ready { keeper, window_base }, _) => self.prepared(id, keeper, window_base, fds)?,
             (FromVm::PrepareFailed(why), _) => self.prepare_failed(id, &why),
             (FromVm::Expecting, Role::Preparing) => self.offer(id),
             (FromVm::StartFailed(why), Role::Preparing) => {
                 log::error!("a prepared process cannot become what it is to expect: {why}");
-                let shape = self.processes[&id].shape;
-                self.pool.ended(shape);
+                let shape = self.procs.all[&id].shape;
+                self.procs.pool.ended(shape);
                 // The next would fare no better.
-                self.pool.forget_favourites(shape);
+                self.procs.pool.forget_favourites(shape);
                 self.end_process(id);
             }
             (FromVm::Copied { store }, _) => self.copied(id, store),
@@ -149,10 +150,10 @@ impl Server {
     /// # Errors
     /// `InvalidData`: that is somebody else's, or no freeze is under way for which it was to make one.
     fn note_copy(&mut self, id: ProcessId, copy: Pid) -> io::Result<()> {
-        let memory = Rc::clone(&self.processes[&id].memory);
+        let memory = Rc::clone(&self.procs.all[&id].memory);
         if self.claimed(id, copy, || memory.has_lifeline(copy))? == Claim::Lives {
             memory.note_copy(copy);
-            self.children.adopt(copy, id);
+            self.procs.children.adopt(copy, id);
         }
         Ok(())
     }
@@ -164,7 +165,7 @@ impl Server {
     /// # Errors
     /// `InvalidData`: it is not, or another process has been told of it.
     fn claimed(&self, id: ProcessId, pid: Pid, proven: impl Fn() -> bool) -> io::Result<Claim> {
-        let known = self.children.knows(pid) || self.zygote.is(pid);
+        let known = self.procs.children.knows(pid) || self.procs.zygote.is(pid);
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         let lives = || matches!(waitid(Id::Pid(pid), look), Ok(WaitStatus::StillAlive));
         if known || pid.as_raw() <= 0 {
@@ -183,25 +184,25 @@ impl Server {
     /// Whether a child of ours runs as the user that this VM process was given, where it was given one.
     fn is_user_of(&self, id: ProcessId, child: Pid) -> bool {
         let user = || procfs::user(child.as_raw()).ok().and_then(isolate::process_of_user);
-        let born = self.processes[&id].memory.born();
-        self.isolation != Isolation::OwnUser || (born.is_some() && user() == born)
+        let born = self.procs.all[&id].memory.born();
+        self.host.isolation != Isolation::OwnUser || (born.is_some() && user() == born)
     }
 
     fn prepared(&mut self, id: ProcessId, keeper: i32, window_base: u64, fds: Vec<OwnedFd>) -> io::Result<()> {
         let keeper = Pid::from_raw(keeper);
         let lives = self.claimed(id, keeper, || true)? == Claim::Lives;
         let keeper = lives.then_some(keeper);
-        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        let process = self.procs.all.get_mut(&id).expect("it has just spoken");
         let memory = Rc::clone(&process.memory);
         memory.keeper.set(keeper);
-        keeper.into_iter().for_each(|keeper| self.children.adopt(keeper, id));
+        keeper.into_iter().for_each(|keeper| self.procs.children.adopt(keeper, id));
         memory.base.set(window_base);
         process.ready = true;
         if let Err(error) = memory.open_image() {
             // It may just have ended.
             log::error!("memory of {id:?}: {error}");
         }
-        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        let process = self.procs.all.get_mut(&id).expect("it has just spoken");
         process.namespace = memory.main().and_then(|main| procfs::user_namespace(main.as_raw()).ok());
         if let Some(fd) = fds.into_iter().next() {
             let traps = memory.traps.get_or_init(|| Userfaultfd::from_fd(fd));
@@ -217,29 +218,29 @@ impl Server {
 
     /// A process is prepared, and has ready what it expects.
     fn offer(&mut self, id: ProcessId) {
-        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        let process = self.procs.all.get_mut(&id).expect("it has just spoken");
         process.role = Role::Pooled;
         let shape = process.shape;
-        if !self.pool.put(shape, id) {
+        if !self.procs.pool.put(shape, id) {
             self.end_process(id);
         }
     }
 
     fn prepare_failed(&mut self, id: ProcessId, why: &str) {
-        let process = self.processes.get_mut(&id).expect("it has just spoken");
+        let process = self.procs.all.get_mut(&id).expect("it has just spoken");
         log::error!("a VM process could not be prepared: {why}");
         process.ready = true;
         let (role, shape) = (process.role, process.shape);
         self.end_process(id);
         match role {
             Role::Vm(generation) => self.start_failed(generation, why),
-            Role::Preparing => self.pool.failed(shape),
+            Role::Preparing => self.procs.pool.failed(shape),
             Role::Pooled | Role::Ending => {}
         }
     }
 
     fn vm_says(&mut self, generation: Generation, message: FromVm) {
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         match message {
             FromVm::Ready { .. }
             | FromVm::PrepareFailed(_)
@@ -284,16 +285,16 @@ impl Server {
     }
 
     fn launched(&mut self, generation: Generation, client: Option<ClientId>) {
-        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        let vm = self.registry.vms.get_mut(generation).expect("it has just spoken");
         vm.phase = Phase::Live;
-        if let (Some(client), Some(vm)) = (client, self.vms.get(generation)) {
+        if let (Some(client), Some(vm)) = (client, self.registry.vms.get(generation)) {
             let summary = self.summary(vm);
             self.reply(client, Ok(Answer::Launched(summary)));
         }
     }
 
     fn changed_activity(&mut self, generation: Generation, at_ns: Option<u64>) {
-        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        let vm = self.registry.vms.get_mut(generation).expect("it has just spoken");
         if let Phase::Forking(fork) = vm.phase {
             self.child_ready(fork, generation, at_ns);
         } else if let (Phase::Launching(client), Machine::Linux) = (&vm.phase, vm.shape.machine) {
@@ -310,10 +311,10 @@ impl Server {
         if self.balloon_answered(generation, &line) {
             return;
         }
-        let vm = self.vms.get_mut(generation).expect("it has just spoken");
+        let vm = self.registry.vms.get_mut(generation).expect("it has just spoken");
         match vm.sends.remove(&line.tag) {
             Some(client) => {
-                self.drop_deadlines(|deadline| deadline.is_of_line(generation, line.tag));
+                self.deadlines.line_answered(generation, line.tag);
                 self.reply(client, Ok(Answer::Said(line.text)));
             }
             None => self.guest_printed(generation, format!("{}\n", line.text).as_bytes()),

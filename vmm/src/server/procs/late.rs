@@ -1,9 +1,10 @@
 //! Processes that do not answer in time end, and with them what they are for. Nobody else waits for them.
 
 use super::answers::{Excuse, Owed, is_late};
-use super::process::{ProcessId, Role, VmProcess};
+use super::process::{Role, VmProcess};
 use crate::procfs;
 use crate::server::Server;
+use crate::server::ids::ProcessId;
 use std::time::{Duration, Instant};
 
 /// A process with an excuse is looked at so often in the time that it has to answer.
@@ -66,21 +67,21 @@ impl Patience {
 impl Server {
     /// Ends the processes that are late. When to look again.
     pub fn tend_answers(&mut self, now: Instant) -> Option<Instant> {
-        if self.patience.is_time(now) {
+        if self.procs.patience.is_time(now) {
             let owed = |process: &VmProcess| process.answers.oldest().map(|(owed, since)| (process.id, owed, since));
-            let owed = self.processes.values().filter_map(owed);
-            let (late, look_at) = self.patience.late(now, owed, |&id| self.excuse(id));
-            self.patience.look_at = look_at;
+            let owed = self.procs.all.values().filter_map(owed);
+            let (late, look_at) = self.procs.patience.late(now, owed, |&id| self.excuse(id));
+            self.procs.patience.look_at = look_at;
             late.into_iter().for_each(|(id, owed)| self.is_late(id, owed));
         }
-        self.patience.look_at
+        self.procs.patience.look_at
     }
 
     fn excuse(&self, id: ProcessId) -> Excuse {
-        let Some(process) = self.processes.get(&id) else { return Excuse::None };
+        let Some(process) = self.procs.all.get(&id) else { return Excuse::None };
         let waits = |process: &VmProcess| {
-            let (family, member) = self.vms.get(process.vm?)?.memory?;
-            self.families.get(&family)?.waiting_for_pages().find(|(vm, _)| *vm == member)
+            let (family, member) = self.registry.vms.get(process.vm?)?.memory?;
+            self.memory.families.get(&family)?.waiting_for_pages().find(|(vm, _)| *vm == member)
         };
         match process.memory.main() {
             // The zygote is what is late.
@@ -92,15 +93,15 @@ impl Server {
     }
 
     fn is_late(&mut self, id: ProcessId, owed: Owed) {
-        let Some(process) = self.processes.get(&id) else { return };
-        let why = format!("does not answer: its process was told to {owed} {:?} ago", self.patience.within);
+        let Some(process) = self.procs.all.get(&id) else { return };
+        let why = format!("does not answer: its process was told to {owed} {:?} ago", self.procs.patience.within);
         log::warn!("{id:?} {why}");
         match (owed, process.role) {
             (Owed::Freeze(store), Role::Vm(vm)) => self.freeze_is_late(vm, store, &why),
             _ => self.expel(id, &why),
         }
         // Whatever it was for; what it has made is looked for when it has been reaped.
-        if let Some(process) = self.processes.get_mut(&id) {
+        if let Some(process) = self.procs.all.get_mut(&id) {
             process.kill();
         }
     }

@@ -5,10 +5,10 @@
 
 use crate::machine::state::PackedState;
 use crate::server::Server;
+use crate::server::ids::{Generation, ProcessId};
 use crate::server::procs::expect::{Favourites, fitting};
-use crate::server::procs::process::{ProcessId, Role, VmProcess};
+use crate::server::procs::process::{Role, VmProcess};
 use crate::server::procs::window::RemoteWindow;
-use crate::server::registry::vm::Generation;
 use crate::wire::MachineShape;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -145,9 +145,9 @@ impl Server {
     /// A process for a VM of this shape, a child of `parent`: a prepared one, best one that expects that, or one that starts to
     /// prepare itself now.
     pub fn take_process(&mut self, shape: MachineShape, parent: Option<Generation>) -> io::Result<ProcessId> {
-        if let Some(shelf) = self.pool.0.get_mut(&shape) {
+        if let Some(shelf) = self.procs.pool.0.get_mut(&shape) {
             shelf.used = Instant::now();
-            let expected = shelf.ready.iter().map(|id| self.processes[id].expectation.parent);
+            let expected = shelf.ready.iter().map(|id| self.procs.all[id].expectation.parent);
             if let Some(id) = fitting(expected, parent).and_then(|best| shelf.ready.remove(best)) {
                 return Ok(id);
             }
@@ -162,8 +162,8 @@ impl Server {
         self.end_unused();
         let mut surplus = Vec::new();
         let mut hungry = None;
-        let most = if self.budget.is_tight() { SMALLEST } else { LARGEST };
-        for (&shape, shelf) in &mut self.pool.0 {
+        let most = if self.memory.budget.is_tight() { SMALLEST } else { LARGEST };
+        for (&shape, shelf) in &mut self.procs.pool.0 {
             shelf.wanted = shelf.wanted.min(most);
             if shelf.wanted > SMALLEST && now >= shelf.used + PATIENCE {
                 shelf.wanted = (shelf.wanted / 2).max(SMALLEST);
@@ -178,7 +178,7 @@ impl Server {
             // What expects a VM that is none any more has seen its memory, and is of no use to others.
             let is_stale = |parent| !favourites.contains(&parent);
             shelf.ready.retain(|id| {
-                let stale = self.processes[id].expectation.parent.is_some_and(is_stale);
+                let stale = self.procs.all[id].expectation.parent.is_some_and(is_stale);
                 surplus.extend(stale.then_some(*id));
                 !stale
             });
@@ -194,17 +194,17 @@ impl Server {
             self.end_process(id);
         }
         // While a fork hurries its own processes come first.
-        if self.forks.hurry(now) || self.pool.1.is_some_and(|until| until > now) {
+        if self.forks.hurry(now) || self.procs.pool.1.is_some_and(|until| until > now) {
             return false;
         }
-        let rested = self.pool.1.take().is_some();
+        let rested = self.procs.pool.1.take().is_some();
         let Some(shape) = hungry else { return !settling && self.tell_what_to_expect() };
-        self.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1;
+        self.procs.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1;
         if let Err(error) = self.spawn_process(shape) {
             if !rested {
                 log::warn!("prepare a VM process for the pool: {error}");
             }
-            self.pool.rest(shape, now);
+            self.procs.pool.rest(shape, now);
             return false;
         }
         true
@@ -212,28 +212,29 @@ impl Server {
 
     /// Ends the prepared processes of shapes that no VM has any more, and those on their way.
     pub fn end_unused(&mut self) {
-        let unused: Vec<MachineShape> = self.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
+        let unused: Vec<MachineShape> =
+            self.procs.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
         for shape in unused {
-            self.pool.0.remove(&shape);
+            self.procs.pool.0.remove(&shape);
             let spare =
                 |process: &&VmProcess| process.shape == shape && matches!(process.role, Role::Preparing | Role::Pooled);
-            let spare: Vec<ProcessId> = self.processes.values().filter(spare).map(|process| process.id).collect();
+            let spare: Vec<ProcessId> = self.procs.all.values().filter(spare).map(|process| process.id).collect();
             spare.into_iter().for_each(|id| self.end_process(id));
         }
     }
 
     fn is_used(&self, shape: MachineShape) -> bool {
-        self.stopping.is_none() && self.vms.iter().any(|vm| vm.is_alive() && vm.shape == shape)
+        self.stopping.is_none() && self.registry.vms.iter().any(|vm| vm.is_alive() && vm.shape == shape)
     }
 
     /// Prepared processes there are.
     pub fn pooled(&self) -> u64 {
-        self.processes.values().filter(|process| process.is_prepared()).count() as u64
+        self.procs.all.values().filter(|process| process.is_prepared()).count() as u64
     }
 
     /// Ends a process that holds no window. One that is not prepared yet ends when it is: only then its keeper is known.
     pub fn end_process(&mut self, id: ProcessId) {
-        if let Some(process) = self.processes.get_mut(&id) {
+        if let Some(process) = self.procs.all.get_mut(&id) {
             process.role = Role::Ending;
             if process.ready {
                 process.kill();
@@ -244,6 +245,6 @@ impl Server {
 
     /// The window of the process that is to hold a VM's memory.
     pub fn window_of(&self, id: ProcessId) -> RemoteWindow {
-        RemoteWindow(Rc::clone(&self.processes[&id].memory))
+        RemoteWindow(Rc::clone(&self.procs.all[&id].memory))
     }
 }

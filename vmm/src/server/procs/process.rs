@@ -3,12 +3,12 @@
 use crate::link::Link;
 use crate::machine::state::PackedState;
 use crate::procfs;
-use crate::server::main_loop::watch::Token;
+use crate::server::ids::{Generation, ProcessId};
 use crate::server::procs::answers::Answers;
 use crate::server::procs::expect::Expectation;
 use crate::server::procs::window::memory::Memory;
 use crate::server::procs::window::{Want, Wants};
-use crate::server::registry::vm::Generation;
+use crate::server::watch::Token;
 use crate::wire::{Bounds, MachineShape, ToVm};
 use guest_mem::StoreId;
 use guest_mem::sys::FaultEvent;
@@ -18,10 +18,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-
-/// Names a VM process of this server; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ProcessId(pub u64);
 
 /// What a VM process is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,12 @@
 //! A trial: a VM process is made as a server here would make it, looked at, and ended. Here somebody waits.
 
-use super::process::{ProcessId, link_to};
+use super::process::link_to;
 use super::zygote::{Birth, Jail, Still, Zygote};
 use crate::api::{Confinement, MIN_MEMORY};
 use crate::confinement;
 use crate::host;
-use crate::server::main_loop::watch::Token;
+use crate::server::ids::ProcessId;
+use crate::server::watch::Token;
 use crate::wire::{Bounds, FromVm, Machine, MachineShape, Said, Strictness, ToVm};
 use guest_mem::PageCount;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

@@ -2,9 +2,9 @@
 //!
 //! Nobody waits for it. It is asked, and heard like anybody else; until it has told of a process, that process has no number.
 
-use super::process::ProcessId;
 use crate::link::Link;
-use crate::server::main_loop::watch::Token;
+use crate::server::ids::ProcessId;
+use crate::server::watch::Token;
 use crate::wire::{Isolation, Made, Strictness, ToZygote};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

@@ -2,10 +2,10 @@
 
 use crate::api::{Answer, ErrorKind, Failure, Removed};
 use crate::server::Server;
-use crate::server::clients::connection::{ClientId, Mode};
-use crate::server::clients::talk::Deadline;
-use crate::server::procs::process::{ProcessId, Role};
-use crate::server::registry::vm::{Generation, Hold, Phase, Vm};
+use crate::server::clients::deadlines::Deadline;
+use crate::server::ids::{ClientId, Generation, ProcessId};
+use crate::server::procs::process::Role;
+use crate::server::registry::vm::{Hold, Phase, Vm};
 use crate::units::count;
 use crate::wire::ToVm;
 use std::collections::HashSet;
@@ -44,11 +44,11 @@ impl Server {
     }
 
     pub fn wait(&mut self, client: ClientId, name: &str, timeout_ms: Option<u64>) {
-        match self.find(name).map(|vm| (vm.generation, vm.is_alive(), self.vms.summary(vm, None))) {
+        match self.find(name).map(|vm| (vm.generation, vm.is_alive(), self.registry.vms.summary(vm, None))) {
             Err(failure) => self.reply(client, Err(failure)),
             Ok((_, false, summary)) => self.reply(client, Ok(Answer::Ended(summary))),
             Ok((generation, true, _)) => {
-                self.vms.get_mut(generation).expect("found above").waiters.push(client);
+                self.registry.vms.get_mut(generation).expect("found above").waiters.push(client);
                 self.set_deadline(timeout_ms, Deadline::End(generation, client));
             }
         }
@@ -71,7 +71,7 @@ impl Server {
         let mut gone = Removed::default();
         let mut generations = Vec::new();
         for name in names {
-            match self.vms.find(name).map(|vm| vm.generation) {
+            match self.registry.vms.find(name).map(|vm| vm.generation) {
                 None => gone.missing.push(name.clone()),
                 Some(generation) if generations.contains(&generation) => {}
                 Some(generation) => {
@@ -91,7 +91,7 @@ impl Server {
 
     /// Removes all VMs.
     pub fn remove_all(&mut self, client: ClientId) {
-        let removed = self.vms.iter().map(|vm| vm.name.clone()).collect();
+        let removed = self.registry.vms.iter().map(|vm| vm.name.clone()).collect();
         self.forget_vms(self.all_from_the_leaves());
         self.answer_when_ended(client, Answer::Removed(Removed { removed, missing: Vec::new() }), |_| true);
     }
@@ -105,16 +105,22 @@ impl Server {
 
     /// Answers a client when processes that are ending, those of these VMs, are gone.
     fn answer_when_ended(&mut self, client: ClientId, answer: Answer, of_these: impl Fn(Option<Generation>) -> bool) {
-        let ending = self.processes.values().filter(|process| process.role == Role::Ending && of_these(process.vm));
+        let ending = self.procs.all.values().filter(|process| process.role == Role::Ending && of_these(process.vm));
         let processes = ending.map(|process| process.id).collect();
-        self.removals.push(Removal { client: Some(client), processes, answer, until: Instant::now() + PATIENCE });
+        self.registry.removals.push(Removal {
+            client: Some(client),
+            processes,
+            answer,
+            until: Instant::now() + PATIENCE,
+        });
     }
 
     /// All VMs, children first: then nothing of their parents has to settle for them. Leaves from the oldest on, since the
     /// kernel looks for processes that have ended among the oldest first.
     fn all_from_the_leaves(&self) -> Vec<Generation> {
-        let parents: HashSet<Generation> = self.vms.iter().filter_map(Vm::parent).collect();
-        let (inner, leaves): (Vec<&Vm>, Vec<&Vm>) = self.vms.iter().partition(|vm| parents.contains(&vm.generation));
+        let parents: HashSet<Generation> = self.registry.vms.iter().filter_map(Vm::parent).collect();
+        let (inner, leaves): (Vec<&Vm>, Vec<&Vm>) =
+            self.registry.vms.iter().partition(|vm| parents.contains(&vm.generation));
         leaves.into_iter().chain(inner.into_iter().rev()).map(|vm| vm.generation).collect()
     }
 
@@ -122,7 +128,7 @@ impl Server {
     pub fn shut_down(&mut self, cause: EndCause) {
         let again = self.stopping.replace(cause).is_some();
         if again && cause == EndCause::Signal {
-            return self.removals.clear();
+            return self.registry.removals.clear();
         }
         self.end_zygote();
         self.forget_vms(self.all_from_the_leaves());
@@ -130,19 +136,20 @@ impl Server {
             EndCause::Client(client) => Some(client),
             EndCause::Signal | EndCause::HomeIsGone => None,
         };
-        let processes = self.processes.keys().copied().collect();
+        let processes = self.procs.all.keys().copied().collect();
         let until = Instant::now() + PATIENCE;
-        self.removals.push(Removal { client, processes, answer: Answer::Done, until });
+        self.registry.removals.push(Removal { client, processes, answer: Answer::Done, until });
     }
 
     /// Answers those whose processes are gone.
     pub fn finish_removals(&mut self, now: Instant) {
-        let processes = &self.processes;
+        let processes = &self.procs.all;
         let left = |removal: &Removal| removal.processes.iter().filter(|id| processes.contains_key(id)).count();
         // What families that are gone had in swap is given back bit by bit.
-        let freeing = self.families.values().any(|manager| manager.windows() == 0 && manager.has_writeback());
+        let freeing = self.memory.families.values().any(|manager| manager.windows() == 0 && manager.has_writeback());
         let over = |removal: &mut Removal| removal.until <= now || (!freeing && left(removal) == 0);
-        let done = self.removals.extract_if(.., over).map(|removal| (left(&removal), removal.client, removal.answer));
+        let done =
+            self.registry.removals.extract_if(.., over).map(|removal| (left(&removal), removal.client, removal.answer));
         for (left, client, answer) in done.collect::<Vec<_>>() {
             let reply = match left {
                 0 => Ok(answer),
@@ -163,12 +170,12 @@ impl Server {
     /// Ends a VM if it has not ended, and takes it off the list.
     pub fn forget_vm(&mut self, generation: Generation) {
         self.end_vm(generation, Phase::Dead("removed".into()));
-        self.vms.remove(generation);
+        self.registry.vms.remove(generation);
     }
 
     /// A VM has come to its end: its process ends, what only it held is freed, and everybody who waits is told.
     pub fn end_vm(&mut self, generation: Generation, end: Phase) {
-        let Some(vm) = self.vms.get_mut(generation).filter(|vm| vm.is_alive()) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation).filter(|vm| vm.is_alive()) else { return };
         let before = std::mem::replace(&mut vm.phase, end.clone());
         let name = vm.name.clone();
         let (memory, process) = (vm.memory.take(), vm.process.take());
@@ -189,13 +196,13 @@ impl Server {
         log::info!("{why}");
         self.working_sets.forget(generation);
         if let Some((family, member)) = memory {
-            let manager = self.families.get_mut(&family).expect("a VM has a family");
+            let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
             manager.exit(member).expect("a family knows its VMs");
         }
         if let Some(id) = process {
             match memory {
                 Some(_) => {
-                    let process = self.processes.get_mut(&id).expect("a VM's process");
+                    let process = self.procs.all.get_mut(&id).expect("a VM's process");
                     process.role = Role::Ending;
                     if process.ready {
                         process.kill();
@@ -216,21 +223,18 @@ impl Server {
         for client in asked {
             self.reply(client, Err(Failure::new(ErrorKind::VmEnded, why.clone())));
         }
-        if let Some(summary) = self.vms.get(generation).map(|vm| self.vms.summary(vm, None)) {
+        if let Some(summary) = self.registry.vms.get(generation).map(|vm| self.registry.vms.summary(vm, None)) {
             for client in waiters {
                 self.reply(client, Ok(Answer::Ended(summary.clone())));
             }
         }
         for viewer in viewers {
-            if let Some(client) = self.clients.get_mut(&viewer) {
-                client.mode = Mode::Closing;
-            }
-            self.replied.push(viewer);
+            self.clients.close(viewer);
         }
         self.check_lost_vm(generation);
-        self.drop_deadlines(|deadline| deadline.is_of(generation));
+        self.deadlines.forget(generation);
         if remove {
-            self.vms.remove(generation);
+            self.registry.vms.remove(generation);
         }
     }
 }

@@ -4,12 +4,12 @@ use crate::api::{ErrorKind, Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
 use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
-use crate::server::clients::connection::ClientId;
 use crate::server::freeze::queue::FreezeQueue;
+use crate::server::ids::{ClientId, FamilyId, Generation, ProcessId};
 use crate::server::memory::idle::IdleBalloon;
-use crate::server::procs::process::{Parcel, ProcessId, Role};
+use crate::server::procs::process::{Parcel, Role};
 use crate::server::registry::quota::{self, Lineage};
-use crate::server::registry::vm::{Ancestry, FamilyId, Generation, Hold, Log, Phase, Vm};
+use crate::server::registry::vm::{Ancestry, Hold, Log, Phase, Vm};
 use crate::server::{FamilyManager, Server};
 use crate::units::ByteSize;
 use crate::wire::{self, FEW, Identity, Machine, MachineShape, RunState, Start, ToVm};
@@ -98,12 +98,13 @@ impl Server {
         let expires = quota::expires(launch.ttl_ms, Instant::now())?;
         let name = match launch.name {
             Some(name) => name,
-            None => self.vms.draw_names("vm", 1).pop().expect("names do not end"),
+            None => self.registry.vms.draw_names("vm", 1).pop().expect("names do not end"),
         };
         let failed = |what: &'static str| move |e: io::Error| Failure::host(format!("{what}: {e}"));
         let (files, beginning) = match guest {
             None => {
-                let image = self.files.builtin(firmware::IMAGE).map_err(failed("put the firmware into memory"))?;
+                let image =
+                    self.memory.files.builtin(firmware::IMAGE).map_err(failed("put the firmware into memory"))?;
                 let place = GfnRange::new(Gfn::of_gpa(abi::IMAGE_BASE), image.pages());
                 (vec![(place, image)], Beginning::monitor())
             }
@@ -116,21 +117,21 @@ impl Server {
 
         let ram = ram_ranges(shape.ram);
         let span = PageCount(ram.last().expect("a VM has memory").end().0);
-        let mut manager =
-            Manager::new(stage2::Shape::X86_64, span, self.stores.clone()).with_max_runs(self.max_runs as usize);
-        if !self.features.userfaultfd {
+        let mut manager = Manager::new(stage2::Shape::X86_64, span, self.memory.stores.clone())
+            .with_max_runs(self.host.max_runs as usize);
+        if !self.host.features.userfaultfd {
             manager = manager.without_holes();
         }
         let shared: Vec<GfnRange> = launch.shared.iter().map(pages_of).collect();
         let window = self.window_of(process);
         let vm = manager.launch(&ram, &files, &shared, window);
         let vm = vm.map_err(|e| failed("memory that is shared")(io::Error::other(e)))?;
-        let family = FamilyId(self.fresh_id());
-        self.families.insert(family, manager);
+        let family = self.registry.vms.fresh_family();
+        self.memory.families.insert(family, manager);
 
         let ancestry = Ancestry::none(Lineage::new(&name, launch.max_children));
         let generation = self.add_vm(name, ancestry, shape, Phase::Launching(Some(client)), process, (family, vm));
-        let record = self.vms.get_mut(generation).expect("added above");
+        let record = self.registry.vms.get_mut(generation).expect("added above");
         record.remove_when_off = launch.remove_when_off;
         self.live_until(generation, expires);
         self.start(generation, beginning);
@@ -169,7 +170,7 @@ impl Server {
     /// Checks the name that a new VM is to have.
     pub fn check_new_name(&self, name: &str) -> Result<(), Failure> {
         check_name(name).map_err(|e| Failure::bad_request(e.to_string()).about(name))?;
-        match self.vms.find(name) {
+        match self.registry.vms.find(name) {
             None => Ok(()),
             Some(_) => Err(Failure::new(ErrorKind::NameTaken, format!("there is a VM {name:?} already")).about(name)),
         }
@@ -185,11 +186,11 @@ impl Server {
         process: ProcessId,
         memory: impl Into<Option<(FamilyId, VmId)>>,
     ) -> Generation {
-        let generation = self.vms.fresh_generation();
-        self.pool.used(shape);
-        let taken = self.processes.get_mut(&process).expect("a process just taken");
+        let generation = self.registry.vms.fresh_generation();
+        self.procs.pool.used(shape);
+        let taken = self.procs.all.get_mut(&process).expect("a process just taken");
         (taken.role, taken.vm) = (Role::Vm(generation), Some(generation));
-        self.vms.insert(Vm {
+        self.registry.vms.insert(Vm {
             fresh: ancestry.parent.is_none(),
             name,
             ancestry,
@@ -222,12 +223,12 @@ impl Server {
 
     /// Has a VM's process become the VM, now or as soon as it is prepared.
     pub fn start(&mut self, generation: Generation, beginning: Beginning) {
-        let vm = self.vms.get(generation).expect("a VM that is to start is listed");
+        let vm = self.registry.vms.get(generation).expect("a VM that is to start is listed");
         let (family, member) = vm.memory.expect("a VM that is to start has memory");
         let process = vm.process.expect("a VM that is to start has a process");
         let identity = Identity { name: vm.name.clone(), generation: generation.0 };
-        let manager = &self.families[&family];
-        let expectation = &mut self.processes.get_mut(&process).expect("a VM's process").expectation;
+        let manager = &self.memory.families[&family];
+        let expectation = &mut self.procs.all.get_mut(&process).expect("a VM's process").expectation;
         let Beginning { origin, kernel, activity, ahead } = beginning;
         let runs = manager.family().runs(member);
         let runs = match origin {
@@ -242,7 +243,7 @@ impl Server {
                 let start = Start { identity, runs, stores, read_only, origin, activity, ahead };
                 descriptors.extend(kernel);
                 let message = ToVm::Start(Box::new(start));
-                let process = self.processes.get_mut(&process).expect("a VM's process");
+                let process = self.procs.all.get_mut(&process).expect("a VM's process");
                 process.send_when_ready(Parcel { message, descriptors });
             }
             Err(e) => self.start_failed(generation, &format!("descriptors of its memory: {e}")),
@@ -251,10 +252,10 @@ impl Server {
 
     /// A VM cannot go on, or never came to life: then nothing of it stays.
     pub fn start_failed(&mut self, generation: Generation, why: &str) {
-        let launching = self.vms.get(generation).is_some_and(|vm| matches!(vm.phase, Phase::Launching(_)));
+        let launching = self.registry.vms.get(generation).is_some_and(|vm| matches!(vm.phase, Phase::Launching(_)));
         self.end_vm(generation, Phase::Dead(why.to_owned()));
         if launching {
-            self.vms.remove(generation);
+            self.registry.vms.remove(generation);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The names of VMs, and which are free.
 
-use crate::server::registry::vm::Generation;
+use crate::server::ids::Generation;
 use rangemap::RangeSet;
 use std::collections::{BTreeMap, HashMap};
 

@@ -16,8 +16,9 @@
 
 use crate::api::{ErrorKind, Failure};
 use crate::server::Server;
-use crate::server::clients::talk::Deadline;
-use crate::server::registry::vm::{Generation, Vm};
+use crate::server::clients::deadlines::Deadline;
+use crate::server::ids::Generation;
+use crate::server::registry::vm::Vm;
 use crate::units::count;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -111,20 +112,20 @@ impl Server {
     /// Whether there may be so many VMs more: children of `parent`, or a family of their own.
     pub fn check_quotas(&self, parent: Option<Generation>, more: usize) -> Result<(), Failure> {
         let limit = |why: String| Failure::new(ErrorKind::Limit, why);
-        let all = self.vms.iter();
-        if let Err(most) = admit(self.max_vms, all.len(), more) {
+        let all = self.registry.vms.iter();
+        if let Err(most) = admit(self.registry.max_vms, all.len(), more) {
             let (there, ended) = (count(all.len() as u64, "VM"), all.filter(|vm| !vm.is_alive()).count());
             return Err(limit(format!(
                 "{there} ({ended} of them ended) and {more} more: this server may list {most} (serve --max-vms); `rm` makes room"
             )));
         }
-        let Some(parent) = parent.and_then(|parent| self.vms.get(parent)) else { return Ok(()) };
+        let Some(parent) = parent.and_then(|parent| self.registry.vms.get(parent)) else { return Ok(()) };
         let lineage = &parent.ancestry.lineage;
         if lineage.max_children.is_none() {
             return Ok(());
         }
         let below = |vm: &&Vm| vm.parent().is_some() && Rc::ptr_eq(&vm.ancestry.lineage, lineage);
-        let there = self.vms.iter().filter(below).count();
+        let there = self.registry.vms.iter().filter(below).count();
         admit(lineage.max_children, there, more).map_err(|most| {
             let first = &lineage.name;
             let why = format!("VM {:?}: {there} descend from {first:?}, and {more} more are asked for: it may have {most} (launch --max-children)", parent.name);
@@ -134,9 +135,9 @@ impl Server {
 
     /// Has a VM end then.
     pub fn live_until(&mut self, generation: Generation, expires: Option<Instant>) {
-        let (Some(at), Some(vm)) = (expires, self.vms.get_mut(generation)) else { return };
+        let (Some(at), Some(vm)) = (expires, self.registry.vms.get_mut(generation)) else { return };
         vm.expires = expires;
-        self.deadlines.push((at, Deadline::TimeToLive(generation)));
+        self.deadlines.set_at(at, Deadline::TimeToLive(generation));
     }
 
     /// The time of a VM is over. Of one that had not started nothing stays, as if it had failed.

@@ -1,12 +1,10 @@
 //! VMs as the server lists them.
 
 use crate::api::{VmState, VmSummary};
-use crate::server::clients::connection::ClientId;
-use crate::server::fork::op::ForkId;
 use crate::server::freeze::queue::FreezeQueue;
+use crate::server::ids::{ClientId, FamilyId, ForkId, Generation, ProcessId};
 use crate::server::inspect::guest_stats::GuestMemory;
 use crate::server::memory::idle::IdleBalloon;
-use crate::server::procs::process::ProcessId;
 use crate::server::registry::names::Names;
 use crate::server::registry::quota::{Lineage, left_ms};
 use crate::wire::{Machine, MachineShape};
@@ -14,14 +12,6 @@ use guest_mem::{GfnRange, PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
-
-/// Names a VM of this server, and is the guest's generation id; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Generation(pub u64);
-
-/// Names a family of this server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FamilyId(pub u64);
 
 /// Bytes of console output kept per VM.
 const LOG_MAX: usize = 1 << 20;
@@ -227,6 +217,9 @@ pub struct Vms {
     /// What the next VM is called among all that there ever are on this host.
     next: Generation,
     names: Names,
+    next_family: FamilyId,
+    /// What the next line for a guest is called. A child may answer a line that its parent was told.
+    next_tag: u64,
     /// How many have a Linux guest.
     linux: usize,
     /// What has changed since this was last taken, in order.
@@ -238,7 +231,15 @@ impl Default for Vms {
     fn default() -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let next = Generation(now.as_micros() as u64);
-        Self { by_generation: BTreeMap::new(), next, names: Names::default(), linux: 0, news: Vec::new() }
+        Self {
+            by_generation: BTreeMap::new(),
+            next,
+            next_family: FamilyId(1),
+            next_tag: 1,
+            names: Names::default(),
+            linux: 0,
+            news: Vec::new(),
+        }
     }
 }
 
@@ -247,6 +248,20 @@ impl Vms {
     pub fn fresh_generation(&mut self) -> Generation {
         let fresh = self.next;
         self.next.0 += 1;
+        fresh
+    }
+
+    /// A name that no other family of this server has had.
+    pub fn fresh_family(&mut self) -> FamilyId {
+        let fresh = self.next_family;
+        self.next_family.0 += 1;
+        fresh
+    }
+
+    /// A tag that no other line for a guest has had.
+    pub fn fresh_tag(&mut self) -> u64 {
+        let fresh = self.next_tag;
+        self.next_tag += 1;
         fresh
     }
 

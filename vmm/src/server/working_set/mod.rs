@@ -10,7 +10,7 @@
 //! There is one notion for both: a set belongs to a parent, a child inherits its parent's (it goes on from the same place,
 //! so its own children most likely do what it did), and a page that was of no use so many times in a row is forgotten.
 
-use crate::server::registry::vm::Generation;
+use crate::server::ids::Generation;
 use guest_mem::family::Family;
 use guest_mem::{Gfn, GfnRange, VmId};
 use rangemap::{RangeMap, RangeSet};

@@ -1,7 +1,7 @@
 //! What is to be done to keep a budget: pure functions of what was seen.
 
 use crate::api::MIN_MEMORY;
-use crate::server::registry::vm::Generation;
+use crate::server::ids::Generation;
 use std::time::{Duration, Instant};
 
 /// How often to look while something grows, at most and at least.

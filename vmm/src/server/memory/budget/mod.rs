@@ -22,8 +22,9 @@ use self::decide::{
 use crate::api::{BudgetReport, BudgetSetting, ErrorKind, Failure, MIN_MEMORY};
 use crate::procfs;
 use crate::server::Server;
+use crate::server::ids::{FamilyId, Generation};
 use crate::server::memory::reclaim::{EvictedPages, NO_TRAPS};
-use crate::server::registry::vm::{FamilyId, Generation, Hold, Phase, Vms};
+use crate::server::registry::vm::{Hold, Phase, Vms};
 use crate::units::ByteSize;
 use guest_mem::ids::Activity;
 use guest_mem::{PAGE_SIZE, PageCount};
@@ -174,41 +175,41 @@ impl Server {
             Some(BudgetSetting::Bytes(bytes)) if bytes < MIN_MEMORY => {
                 return Err(Failure::bad_request(format!("a budget of {}: at least 16M", ByteSize(bytes))));
             }
-            Some(BudgetSetting::Bytes(_)) if !self.features.userfaultfd => {
+            Some(BudgetSetting::Bytes(_)) if !self.host.features.userfaultfd => {
                 return Err(Failure::new(ErrorKind::Unsupported, NO_TRAPS));
             }
-            Some(BudgetSetting::Bytes(bytes)) => self.budget.limit = Some(bytes),
-            Some(BudgetSetting::None) => self.budget.limit = None,
+            Some(BudgetSetting::Bytes(bytes)) => self.memory.budget.limit = Some(bytes),
+            Some(BudgetSetting::None) => self.memory.budget.limit = None,
         }
         let now = Instant::now();
-        self.budget.next = now;
+        self.memory.budget.next = now;
         // What there is of a floor was seen a while ago, where there was no budget to keep.
         self.look(now);
-        Ok(BudgetReport { budget_bytes: self.budget.limit, floor_bytes: self.floor() })
+        Ok(BudgetReport { budget_bytes: self.memory.budget.limit, floor_bytes: self.floor() })
     }
 
     /// Keeps the budget. Whether there is more to do at once.
     pub fn tend_budget(&mut self, now: Instant) -> bool {
-        if !self.features.userfaultfd || self.stopping.is_some() {
+        if !self.host.features.userfaultfd || self.stopping.is_some() {
             return false;
         }
         self.look_at_host(now);
-        let looks = now >= self.budget.next;
+        let looks = now >= self.memory.budget.next;
         if looks {
             self.look(now);
         }
-        let Some(limit) = self.budget.effective() else {
-            self.budget.tight = false;
+        let Some(limit) = self.memory.budget.effective() else {
+            self.memory.budget.tight = false;
             self.release_all();
             return false;
         };
         // What VMs do is known as of the last look: in between, there are only stores to think of, however many VMs.
         let vms = if looks { self.vm_figures(now) } else { Vec::new() };
         let figures = self.figures(now, vms);
-        self.budget.tight = figures.accounted > Marks::of(limit, self.held_bytes()).target;
+        self.memory.budget.tight = figures.accounted > Marks::of(limit, self.held_bytes()).target;
         let decision = decide(limit, &figures);
         if looks {
-            self.budget.layers_go = !decision.freeze.is_empty();
+            self.memory.budget.layers_go = !decision.freeze.is_empty();
         }
         if decision.release {
             self.release_all();
@@ -227,18 +228,19 @@ impl Server {
     fn look(&mut self, now: Instant) {
         let begun = Instant::now();
         let alive: Vec<(Generation, bool)> = self
+            .registry
             .vms
             .iter()
             .filter(|vm| vm.is_alive() && vm.memory.is_some())
             .map(|vm| (vm.generation, vm.paused))
             .collect();
         let is_alive: BTreeSet<Generation> = alive.iter().map(|(vm, _)| *vm).collect();
-        self.budget.seen.retain(|vm, _| is_alive.contains(vm));
-        self.budget.held.retain(|vm| self.vms.get(*vm).is_some_and(|vm| vm.hold != Hold::Free));
+        self.memory.budget.seen.retain(|vm, _| is_alive.contains(vm));
+        self.memory.budget.held.retain(|vm| self.registry.vms.get(*vm).is_some_and(|vm| vm.hold != Hold::Free));
         for (vm, paused) in alive {
             let Some(pid) = self.memory_holder(vm) else { continue };
             let Ok(bytes) = procfs::anonymous(pid) else { continue };
-            let seen = self.budget.seen.entry(vm).or_insert_with(|| Seen::new(now, bytes));
+            let seen = self.memory.budget.seen.entry(vm).or_insert_with(|| Seen::new(now, bytes));
             seen.saw(now, bytes);
             if (seen.ticks == 0 || now >= seen.ticks_at + TICKS_EVERY)
                 && let Ok(ticks) = procfs::run_ticks(pid)
@@ -249,48 +251,48 @@ impl Server {
             self.set_activity(vm, if idle { Activity::Idle } else { Activity::Running });
         }
         let prepared = self.prepared_bytes();
-        self.budget.live = self.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + prepared;
+        self.memory.budget.live = self.memory.budget.seen.values().map(|seen| seen.bytes).sum::<u64>() + prepared;
         // Prepared ones can go.
-        self.budget.least = self.budget.seen.values().map(|seen| seen.least).sum();
-        self.budget.books = self.books_bytes();
-        let came: u64 =
-            self.families.values().map(|manager| manager.counts().refaults).sum::<u64>() + self.past.refaults;
-        let since = PageCount(came.saturating_sub(self.budget.came)).bytes();
-        self.budget.thrashes = since > self.stores_bytes().max(PAGE_SIZE as u64);
-        self.budget.came = came;
+        self.memory.budget.least = self.memory.budget.seen.values().map(|seen| seen.least).sum();
+        self.memory.budget.books = self.books_bytes();
+        let came: u64 = self.memory.families.values().map(|manager| manager.counts().refaults).sum::<u64>()
+            + self.memory.past.refaults;
+        let since = PageCount(came.saturating_sub(self.memory.budget.came)).bytes();
+        self.memory.budget.thrashes = since > self.stores_bytes().max(PAGE_SIZE as u64);
+        self.memory.budget.came = came;
         // A part of what can go at all, or pages would never have room beside it.
-        let bound = self.budget.effective().map_or(u64::MAX, |limit| limit.saturating_sub(self.floor()) / 4);
-        self.swap.borrow_mut().bound(bound);
-        let growth = self.budget.seen.values().map(|seen| seen.growth).filter(|growth| *growth >= SLOW).sum();
-        let room = Room::of(self.budget.effective(), self.accounted());
+        let bound = self.memory.budget.effective().map_or(u64::MAX, |limit| limit.saturating_sub(self.floor()) / 4);
+        self.memory.swap.borrow_mut().bound(bound);
+        let growth = self.memory.budget.seen.values().map(|seen| seen.growth).filter(|growth| *growth >= SLOW).sum();
+        let room = Room::of(self.memory.budget.effective(), self.accounted());
         let took = begun.elapsed();
-        self.budget.rest_until = now + took * STIRRED_SHARE;
-        self.budget.next = now
-            + match self.budget.effective() {
+        self.memory.budget.rest_until = now + took * STIRRED_SHARE;
+        self.memory.budget.next = now
+            + match self.memory.budget.effective() {
                 Some(_) => interval(growth, room, took),
                 None => CALM_LOOK,
             };
     }
 
     fn set_activity(&mut self, vm: Generation, activity: Activity) {
-        if let Some((family, member)) = self.vms.get(vm).and_then(|vm| vm.memory) {
-            let manager = self.families.get_mut(&family).expect("a VM has a family");
+        if let Some((family, member)) = self.registry.vms.get(vm).and_then(|vm| vm.memory) {
+            let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
             manager.set_activity(member, activity).expect("a family knows its VMs");
         }
     }
 
     /// A guest waits for a page. What was thought idle may be about to lose what it needs now.
     pub fn has_trapped(&mut self, vm: Generation) {
-        self.budget.stir();
-        if self.budget.woke(vm) && self.vms.get(vm).is_some_and(|vm| !vm.paused) {
+        self.memory.budget.stir();
+        if self.memory.budget.woke(vm) && self.registry.vms.get(vm).is_some_and(|vm| !vm.paused) {
             self.set_activity(vm, Activity::Running);
         }
     }
 
     fn look_at_host(&mut self, now: Instant) {
-        let budget = &mut self.budget;
+        let budget = &mut self.memory.budget;
         budget.shortage.take_if(|(_, until)| *until <= now);
-        if now < budget.host_next || self.vms.iter().all(|vm| !vm.is_alive()) {
+        if now < budget.host_next || self.registry.vms.iter().all(|vm| !vm.is_alive()) {
             return;
         }
         budget.host_next = now + QUIET_LOOK;
@@ -309,14 +311,14 @@ impl Server {
         let accounted = self.accounted();
         if let Some(limit) = shortage(pressure, available, total, accounted) {
             log::info!("the host is short of memory: {accounted} bytes are to become {limit}");
-            self.budget.shortage = Some((limit, now + SHORTAGE));
+            self.memory.budget.shortage = Some((limit, now + SHORTAGE));
         }
     }
 
     /// What VMs have, and do, as of the last look.
     fn vm_figures(&self, now: Instant) -> Vec<VmFigures> {
         let figures = |(&vm, seen): (&Generation, &Seen)| {
-            let record = self.vms.get(vm)?;
+            let record = self.registry.vms.get(vm)?;
             let free = record.hold == Hold::Free && record.phase == Phase::Live && record.freezes.is_idle();
             let rested = seen.released.is_none_or(|at| now >= at + RUN_LEAST);
             Some(VmFigures {
@@ -329,46 +331,46 @@ impl Server {
                 on: seen.released.map_or(Duration::MAX, |at| now.saturating_duration_since(at)),
             })
         };
-        self.budget.seen.iter().filter_map(figures).collect()
+        self.memory.budget.seen.iter().filter_map(figures).collect()
     }
 
     fn figures(&self, now: Instant, vms: Vec<VmFigures>) -> Figures {
         let empty = |(id, manager): (&FamilyId, &crate::server::FamilyManager)| {
-            self.budget.empty.get(id).is_some_and(|left| manager.family().resident() <= *left)
+            self.memory.budget.empty.get(id).is_some_and(|left| manager.family().resident() <= *left)
         };
         Figures {
             accounted: self.accounted(),
             stores: self.stores_bytes(),
             floor: self.held_bytes(),
-            thrashes: self.budget.thrashes,
-            leaving: self.families.values().map(|manager| manager.family().in_flight().bytes()).sum(),
+            thrashes: self.memory.budget.thrashes,
+            leaving: self.memory.families.values().map(|manager| manager.family().in_flight().bytes()).sum(),
             vms,
-            stores_empty: self.families.iter().all(empty),
-            swap_full: self.budget.full_until.is_some_and(|until| now < until),
-            freezing: self.reclaims.settling(),
-            layers_go: self.budget.layers_go,
+            stores_empty: self.memory.families.iter().all(empty),
+            swap_full: self.memory.budget.full_until.is_some_and(|until| now < until),
+            freezing: self.memory.reclaims.settling(),
+            layers_go: self.memory.budget.layers_go,
         }
     }
 
     /// Evicts a little, one family after the other. Whether there is more to do at once.
     fn evict_in_turn(&mut self, bytes: u64, now: Instant) -> bool {
-        if !self.reclaims.may_put(now) {
-            self.budget.next = self.budget.next.min(now + GROWING_LOOK);
+        if !self.memory.reclaims.may_put(now) {
+            self.memory.budget.next = self.memory.budget.next.min(now + GROWING_LOOK);
             return false;
         }
-        let turn = self.budget.turn;
-        let after = self.families.range((std::ops::Bound::Excluded(turn), std::ops::Bound::Unbounded)).next();
-        let Some((&family, _)) = after.or_else(|| self.families.iter().next()) else { return false };
-        self.budget.turn = family;
+        let turn = self.memory.budget.turn;
+        let after = self.memory.families.range((std::ops::Bound::Excluded(turn), std::ops::Bound::Unbounded)).next();
+        let Some((&family, _)) = after.or_else(|| self.memory.families.iter().next()) else { return false };
+        self.memory.budget.turn = family;
         let limit = PageCount(bytes.div_ceil(PAGE_SIZE as u64));
         let (_, end) = self.evict(family, limit, now);
-        let left = self.families[&family].family().resident();
+        let left = self.memory.families[&family].family().resident();
         match end {
-            EvictedPages::Some => drop(self.budget.empty.remove(&family)),
-            EvictedPages::All => drop(self.budget.empty.insert(family, left)),
+            EvictedPages::Some => drop(self.memory.budget.empty.remove(&family)),
+            EvictedPages::All => drop(self.memory.budget.empty.insert(family, left)),
             EvictedPages::Behind => return false,
             EvictedPages::Full | EvictedPages::Failing => {
-                self.budget.full_until = Some(now + QUIET_LOOK);
+                self.memory.budget.full_until = Some(now + QUIET_LOOK);
                 return false;
             }
         }

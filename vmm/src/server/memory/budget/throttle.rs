@@ -1,7 +1,8 @@
 //! VMs that stand still for moments, unknown to their users, because they grow faster than memory is taken out.
 
 use crate::server::Server;
-use crate::server::registry::vm::{Generation, Hold};
+use crate::server::ids::Generation;
+use crate::server::registry::vm::Hold;
 use crate::wire::ToVm;
 use std::time::{Duration, Instant};
 
@@ -11,41 +12,43 @@ const HOLD_MOST: Duration = Duration::from_millis(300);
 impl Server {
     /// Has a VM stand still, without telling.
     pub(super) fn hold(&mut self, generation: Generation, now: Instant) {
-        if let (Some(vm), Some(seen)) = (self.vms.get_mut(generation), self.budget.seen.get_mut(&generation)) {
+        if let (Some(vm), Some(seen)) =
+            (self.registry.vms.get_mut(generation), self.memory.budget.seen.get_mut(&generation))
+        {
             vm.hold = Hold::Stopping;
             seen.held = Some(now);
-            self.budget.held.insert(generation);
+            self.memory.budget.held.insert(generation);
             self.tell(generation, &ToVm::Pause);
         }
     }
 
     /// Lets a VM run on.
     pub fn release(&mut self, generation: Generation) {
-        let Some(vm) = self.vms.get_mut(generation).filter(|vm| vm.hold == Hold::Held) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation).filter(|vm| vm.hold == Hold::Held) else { return };
         vm.hold = Hold::Releasing;
-        if let Some(seen) = self.budget.seen.get_mut(&generation) {
+        if let Some(seen) = self.memory.budget.seen.get_mut(&generation) {
             (seen.held, seen.released) = (None, Some(Instant::now()));
         }
         self.tell(generation, &ToVm::Resume);
     }
 
     pub(super) fn release_all(&mut self) {
-        let held: Vec<Generation> = self.budget.held.iter().copied().collect();
+        let held: Vec<Generation> = self.memory.budget.held.iter().copied().collect();
         held.into_iter().for_each(|vm| self.release(vm));
     }
 
     /// Nobody stands still for long.
     pub(super) fn release_tired(&mut self, now: Instant) {
-        let since = |vm: &Generation| self.budget.seen.get(vm).and_then(|seen| seen.held);
+        let since = |vm: &Generation| self.memory.budget.seen.get(vm).and_then(|seen| seen.held);
         let tired = |vm: &Generation| since(vm).is_some_and(|at| now >= at + HOLD_MOST);
-        let tired: Vec<Generation> = self.budget.held.iter().copied().filter(tired).collect();
+        let tired: Vec<Generation> = self.memory.budget.held.iter().copied().filter(tired).collect();
         tired.into_iter().for_each(|vm| self.release(vm));
     }
 
     /// A VM runs again.
     pub fn released(&mut self, generation: Generation) {
-        self.budget.held.remove(&generation);
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        self.memory.budget.held.remove(&generation);
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         vm.hold = Hold::Free;
         vm.pausers.append(&mut vm.late_pausers);
         if !vm.pausers.is_empty() {

@@ -2,7 +2,7 @@
 
 use super::{Want, Wants};
 use crate::procfs;
-use crate::server::procs::process::ProcessId;
+use crate::server::ids::ProcessId;
 use crate::wire::{ADDRESSES_END, Frozen};
 use guest_mem::sys::Userfaultfd;
 use guest_mem::{Gfn, GfnRange, PAGE_SIZE, ScratchRange, StoreId};

@@ -13,8 +13,8 @@ pub mod memory;
 #[cfg(test)]
 mod tests;
 
-use super::process::ProcessId;
 use crate::procfs;
+use crate::server::ids::ProcessId;
 use guest_mem::sys::Userfaultfd;
 use guest_mem::{Failure, Gfn, GfnRange, Protection, StoreId, Window};
 use memory::{Memory, image_of};

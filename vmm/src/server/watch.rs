@@ -3,10 +3,26 @@
 //! Handlers have no hold of the loop: they note what is to change, and the loop applies it between rounds. A
 //! descriptor that is to be watched no more is kept open until then, so that its number is not given to another.
 
+use crate::server::ids::{ClientId, ProcessId};
 use event_manager::{EventOps, EventSet, Events};
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::os::fd::{AsRawFd, RawFd};
+
+/// What an event is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Listener,
+    Signals,
+    Client(ClientId),
+    Process(ProcessId),
+    Traps(ProcessId),
+    Swap,
+    Files,
+    Aside,
+    Zygote,
+    Home,
+}
 
 /// Names a watch; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,6 +92,12 @@ impl<S: Clone> Watches<S> {
     pub fn source(&self, events: &Events) -> Option<(Token, S)> {
         let token = Token(events.data());
         self.sources.get(&token).map(|(.., source)| (token, source.clone()))
+    }
+
+    /// What somebody is watched for.
+    #[cfg(test)]
+    pub fn events(&self, token: Token) -> Option<EventSet> {
+        self.sources.get(&token).map(|(_, events, _)| *events)
     }
 
     /// Makes the loop watch as noted.

@@ -6,8 +6,7 @@
 
 use crate::nice;
 use crate::procfs::{Mapping, Usage, UsageFiles};
-use crate::server::procs::process::ProcessId;
-use crate::server::registry::vm::Generation;
+use crate::server::ids::{Generation, ProcessId};
 use guest_mem::sys::Pagemap;
 use guest_mem::{GfnRange, PAGE_SHIFT, PageRange};
 use rangemap::RangeSet;

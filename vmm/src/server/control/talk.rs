@@ -2,11 +2,12 @@
 
 use crate::api::{Answer, Failure};
 use crate::server::Server;
-use crate::server::clients::connection::{ClientId, Mode};
-use crate::server::fork::op::ForkId;
-use crate::server::registry::vm::{Generation, Hold};
+use crate::server::clients::connection::Mode;
+use crate::server::clients::deadlines::Deadline;
+use crate::server::ids::{ClientId, Generation};
+use crate::server::registry::vm::Hold;
 use crate::wire::{Line, Machine, ToVm};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Longest line for a guest, in bytes.
 const LINE_MAX: usize = 4000;
@@ -25,42 +26,6 @@ impl LogPart {
     const NOTHING: Self = Self { follow: true, tail_lines: Some(0) };
 }
 
-/// Something that a client does not wait for any longer than until then.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Deadline {
-    /// The answer to its line.
-    Answer(Generation, u64, ClientId),
-    /// A VM's end.
-    End(Generation, ClientId),
-    /// The size of its balloon.
-    Balloon(Generation, ClientId),
-    /// What its guest says of its memory.
-    Stats(Generation, ClientId),
-    /// What its guest tells of free pages, for this fork.
-    Hint(Generation, ForkId),
-    /// A VM's end, which is the server's doing then.
-    TimeToLive(Generation),
-}
-
-impl Deadline {
-    /// Whether it is for the answer to this line.
-    pub fn is_of_line(&self, vm: Generation, line: u64) -> bool {
-        matches!(*self, Self::Answer(of, tag, _) if (of, tag) == (vm, line))
-    }
-
-    fn vm(&self) -> Generation {
-        match *self {
-            Self::Answer(vm, ..) | Self::End(vm, _) | Self::Balloon(vm, _) | Self::Stats(vm, _) => vm,
-            Self::Hint(vm, _) | Self::TimeToLive(vm) => vm,
-        }
-    }
-
-    /// Whether it is for anything of this VM's.
-    pub fn is_of(&self, vm: Generation) -> bool {
-        self.vm() == vm
-    }
-}
-
 impl Server {
     pub fn send(&mut self, client: ClientId, name: &str, text: String, timeout_ms: u64) {
         if text.len() > LINE_MAX || text.contains(['\n', '\r', '\0']) {
@@ -75,8 +40,8 @@ impl Server {
             self.type_on_console(generation, format!("{text}\n").into_bytes());
             return self.reply(client, Ok(Answer::Done));
         }
-        let tag = self.fresh_id();
-        self.vms.get_mut(generation).expect("found above").sends.insert(tag, client);
+        let tag = self.registry.vms.fresh_tag();
+        self.registry.vms.get_mut(generation).expect("found above").sends.insert(tag, client);
         self.tell(generation, &ToVm::Input(Line { tag, text }));
         self.set_deadline(Some(timeout_ms), Deadline::Answer(generation, tag, client));
     }
@@ -101,32 +66,23 @@ impl Server {
     /// Turns a connection into a view of a console, which begins with what was printed before.
     fn stream(&mut self, client: ClientId, vm: Generation, (mode, part): (Mode, LogPart)) {
         self.reply(client, Ok(Answer::Stream));
-        let record = self.vms.get_mut(vm).expect("found above");
+        let record = self.registry.vms.get_mut(vm).expect("found above");
         if mode != Mode::Closing {
             record.viewers.push(client);
         }
         let before = record.log.tail(part.tail_lines);
-        if let Some(connection) = self.clients.get_mut(&client) {
-            connection.mode = mode;
-            connection.write(&before);
-        }
+        self.clients.stream(client, mode, &before);
     }
 
     pub fn type_on_console(&mut self, vm: Generation, bytes: Vec<u8>) {
-        self.budget.stir();
+        self.memory.budget.stir();
         self.tell(vm, &ToVm::Console(bytes));
     }
 
     pub fn guest_printed(&mut self, generation: Generation, bytes: &[u8]) {
-        let Some(vm) = self.vms.get_mut(generation) else { return };
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         vm.log.push(bytes);
-        vm.viewers.retain(|viewer| self.clients.contains_key(viewer));
-        for viewer in vm.viewers.clone() {
-            if let Some(client) = self.clients.get_mut(&viewer) {
-                client.write(bytes);
-            }
-            self.rewatch(viewer);
-        }
+        self.clients.show(&mut vm.viewers, bytes, &mut self.watches);
     }
 
     pub fn pause(&mut self, client: ClientId, name: &str, pause: bool) {
@@ -134,7 +90,7 @@ impl Server {
             Ok(generation) => generation,
             Err(failure) => return self.reply(client, Err(failure)),
         };
-        let vm = self.vms.get_mut(generation).expect("found above");
+        let vm = self.registry.vms.get_mut(generation).expect("found above");
         if pause == vm.paused {
             return self.reply(client, Ok(Answer::Done));
         }
@@ -161,26 +117,19 @@ impl Server {
 
     /// Sends a message to a VM's process.
     pub fn tell(&mut self, vm: Generation, message: &ToVm) {
-        let process = self.vms.get(vm).and_then(|vm| vm.process);
-        if let Some(process) = process.and_then(|id| self.processes.get_mut(&id)) {
+        let process = self.registry.vms.get(vm).and_then(|vm| vm.process);
+        if let Some(process) = process.and_then(|id| self.procs.all.get_mut(&id)) {
             process.send(message, &[]);
         }
     }
 
     pub fn set_deadline(&mut self, timeout_ms: Option<u64>, deadline: Deadline) {
-        let at = timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
-        self.deadlines.extend(at.map(|at| (at, deadline)));
-    }
-
-    /// Nobody waits for these any more. There are as many deadlines as there is somebody who waits.
-    pub fn drop_deadlines(&mut self, which: impl Fn(&Deadline) -> bool) {
-        self.deadlines.retain(|(_, deadline)| !which(deadline));
+        self.deadlines.set(Instant::now(), timeout_ms, deadline);
     }
 
     /// Tells those whose time has run out.
     pub fn pass_deadlines(&mut self, now: Instant) {
-        let passed: Vec<Deadline> = self.deadlines.extract_if(.., |(at, _)| *at <= now).map(|(_, what)| what).collect();
-        for deadline in passed {
+        for deadline in self.deadlines.passed(now) {
             match deadline {
                 Deadline::Balloon(vm, client) => self.balloon_late(vm, client),
                 Deadline::Stats(vm, _) => self.answer_stats_waiters(vm),
@@ -188,7 +137,7 @@ impl Server {
                 Deadline::TimeToLive(vm) => self.time_is_over(vm),
                 _ => {}
             }
-            let Some(vm) = self.vms.get_mut(deadline.vm()) else { continue };
+            let Some(vm) = self.registry.vms.get_mut(deadline.vm()) else { continue };
             let (client, why) = match deadline {
                 Deadline::Answer(_, tag, client) if vm.sends.remove(&tag).is_some() => {
                     (client, format!("no answer from the guest of VM {:?} in time", vm.name))
