@@ -99,6 +99,7 @@ fn serve_unix(system: &Arc<System>, path: &Path) -> io::Result<()> {
 
 fn serve_vsock(system: &Arc<System>) -> io::Result<()> {
     let listener = sys::vsock_listen(agent::PORT)?;
+    eprintln!("offshoot-agent: listens on vsock port {}", agent::PORT);
     loop {
         match sys::vsock_accept(&listener) {
             // Programs of the guest are not who this is for.

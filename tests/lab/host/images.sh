@@ -32,6 +32,13 @@ modules() {
   done
 }
 
+# package_modules RELEASE-TREE DESTINATION NAMES: the named modules of a kernel as and where its package has them.
+package_modules() {
+  local name
+  mkdir -p "$2"
+  for name in $3; do (cd "$1" && find . -name "$name.ko*" -exec cp --parents {} "$2" \;); done
+}
+
 # host_programs WORK DIRECTORY: Debian's QEMU and cpio with their libraries and firmware in one directory, where `run NAME
 # ARGUMENT…` starts them on any host, installed nowhere.
 host_programs() {
@@ -150,6 +157,8 @@ make_images() {
   for version in "${kernels[@]}"; do
     mkdir -p "$root/kernels/$version"
     cp "$work/out/vmlinuz-$version" "$root/kernels/$version/vmlinuz"
+    release=$(ls "$work/linux-$version/lib/modules")
+    package_modules "$work/linux-$version/lib/modules/$release" "$root/kernels/$version/lib/modules/$release" "$inner_modules"
   done
   cp "$work/out/initrd.gz" "$root/initrd.gz"
   pack "$root" >"$work/out/common.cpio"

@@ -50,6 +50,9 @@ fn options_of(launch: Launch) -> Result<LaunchOptions, vmm::client::Error> {
     if let Some(cmdline) = launch.cmdline {
         options = options.cmdline(cmdline)?;
     }
+    if launch.agent {
+        options = options.agent(true)?;
+    }
     Ok(options)
 }
 

@@ -49,6 +49,7 @@ mod connection;
 mod error;
 mod expect;
 mod home;
+mod initrd;
 mod options;
 mod start;
 #[cfg(test)]
@@ -197,8 +198,9 @@ impl Client {
 
     /// The same, with what the server tells of the new VM.
     pub fn launch_told(&self, options: LaunchOptions) -> Result<(Vm, VmSummary), Error> {
+        let options = options.prepared(self.home().path())?;
         options.check()?;
-        let summary = answer!(self.call(&Request::Launch(options.0)), "launch", Launched)?;
+        let summary = answer!(self.call(&Request::Launch(options.launch)), "launch", Launched)?;
         Ok((Vm::new(self.clone(), summary.name.clone()), summary))
     }
 

@@ -1,6 +1,6 @@
 //! What a launch and a fork can be told.
 
-use super::{Error, check_vm_name};
+use super::{Error, check_vm_name, initrd};
 use crate::api::{DEFAULT_MEMORY, ErrorKind, Failure, Fork, Launch, Linux, MAX_CHILDREN, MAX_VCPUS};
 use crate::boot::linux::{self, DEFAULT_CMDLINE, Plan};
 use crate::host;
@@ -12,11 +12,14 @@ use std::time::Duration;
 
 /// A launch: the built-in guest with 256 MiB and one vCPU, where nothing else is asked for.
 #[derive(Clone, Debug)]
-pub struct LaunchOptions(pub(super) Launch);
+pub struct LaunchOptions {
+    pub(super) launch: Launch,
+    agent: bool,
+}
 
 impl Default for LaunchOptions {
     fn default() -> Self {
-        Self(Launch {
+        let launch = Launch {
             name: None,
             mem_bytes: DEFAULT_MEMORY,
             vcpus: 1,
@@ -25,7 +28,8 @@ impl Default for LaunchOptions {
             shared: Vec::new(),
             ttl_ms: None,
             max_children: None,
-        })
+        };
+        Self { launch, agent: false }
     }
 }
 
@@ -37,13 +41,13 @@ impl LaunchOptions {
 
     /// The VM's name; without it, the server makes one.
     pub fn name(mut self, name: impl Into<String>) -> Self {
-        self.0.name = Some(name.into());
+        self.launch.name = Some(name.into());
         self
     }
 
     /// Its memory: at least 16 MiB, whole pages of 4 KiB, and no more than the host can give.
     pub fn memory(mut self, size: ByteSize) -> Self {
-        self.0.mem_bytes = size.0;
+        self.launch.mem_bytes = size.0;
         self
     }
 
@@ -53,7 +57,7 @@ impl LaunchOptions {
     /// There is no current directory that the path could be relative to.
     pub fn kernel(mut self, path: impl AsRef<Path>) -> Result<Self, Error> {
         let kernel = absolute("kernel", path.as_ref())?;
-        self.0.linux = Some(Linux { kernel, initrd: None, cmdline: DEFAULT_CMDLINE.into() });
+        self.launch.linux = Some(Linux { kernel, initrd: None, cmdline: DEFAULT_CMDLINE.into() });
         Ok(self)
     }
 
@@ -76,68 +80,122 @@ impl LaunchOptions {
         Ok(self)
     }
 
+    /// Gives the Linux guest the agent, with the modules of its kernel that it takes to talk to it: those that lie beside the
+    /// kernel as in an unpacked package, or this host's of the same version. Without an initial RAM disk of the user's, the
+    /// agent is the guest's init; with one, it runs beside the init in that.
+    ///
+    /// # Errors
+    /// No kernel was given.
+    pub fn agent(mut self, agent: bool) -> Result<Self, Error> {
+        if agent {
+            self.linux("the agent")?;
+        }
+        self.agent = agent;
+        Ok(self)
+    }
+
+    /// What is to go into the guest's initial RAM disk.
+    fn plan_of_initrd(&self, guest: &Linux) -> Result<initrd::Plan, String> {
+        if guest.initrd.is_some() && guest.cmdline.split_whitespace().any(|word| word.starts_with("rdinit=")) {
+            return Err("a command line with rdinit= does not go with the agent, which is that itself".into());
+        }
+        initrd::Plan::new(&guest.kernel)
+    }
+
+    /// The same with the initial RAM disk that has the agent, which is made and kept in the home.
+    pub(super) fn prepared(mut self, home: &Path) -> Result<Self, Error> {
+        let (true, Some(guest)) = (self.agent, &self.launch.linux) else { return Ok(self) };
+        let about = |e: String| Error::bad_request(format!("{}: {e}", self.operation()));
+        let plan = self.plan_of_initrd(guest).map_err(about)?;
+        if !plan.has_modules() {
+            log::warn!(
+                "no modules of kernel {} are found: the agent works if it has virtio-vsock built in",
+                plan.release
+            );
+        }
+        let bytes = plan.build(guest.initrd.as_deref()).map_err(about)?;
+        let path = initrd::keep(&home.join("initrds"), &bytes).map_err(Error::io("write an initial RAM disk"))?;
+        let mut guest = guest.clone();
+        if guest.initrd.is_some() {
+            guest.cmdline = format!("{} rdinit={}", guest.cmdline, initrd::AGENT);
+        }
+        guest.initrd = Some(path);
+        self.launch.linux = Some(guest);
+        self.agent = false;
+        Ok(self)
+    }
+
+    fn operation(&self) -> String {
+        self.launch.name.as_ref().map_or("launch".into(), |name| format!("launch {name}"))
+    }
+
     fn linux(&mut self, what: &str) -> Result<&mut Linux, Error> {
-        self.0.linux.as_mut().ok_or_else(|| Error::bad_request(format!("launch: {what} needs a kernel")))
+        self.launch.linux.as_mut().ok_or_else(|| Error::bad_request(format!("launch: {what} needs a kernel")))
     }
 
     /// Its virtual CPUs. The built-in guest has one, a Linux guest from 1 to 8.
     pub fn vcpus(mut self, count: u8) -> Self {
-        self.0.vcpus = count;
+        self.launch.vcpus = count;
         self
     }
 
     /// Guest-physical memory (whole pages of its RAM, in ascending order) that all VMs which descend from this one share: what
     /// one of them writes there, all see. For the built-in guest.
     pub fn share(mut self, bytes: Range<u64>) -> Self {
-        self.0.shared.push(bytes);
+        self.launch.shared.push(bytes);
         self
     }
 
     /// Removes the VM once its guest has powered off.
     pub fn remove_when_off(mut self, remove: bool) -> Self {
-        self.0.remove_when_off = remove;
+        self.launch.remove_when_off = remove;
         self
     }
 
     /// Has the server end it after so long, whether it runs or not. Who is forked from it ends with it, unless the fork says
     /// otherwise.
     pub fn ttl(mut self, time: Duration) -> Self {
-        self.0.ttl_ms = Some(milliseconds(time));
+        self.launch.ttl_ms = Some(milliseconds(time));
         self
     }
 
     /// How many VMs may descend from it at a time: children, their children and so on, whoever forks them. Those that have
     /// ended count until they are removed. The limit stays when this VM is removed.
     pub fn max_children(mut self, count: u32) -> Self {
-        self.0.max_children = Some(count);
+        self.launch.max_children = Some(count);
         self
     }
 
     /// Checks all that needs no server: the name, the sizes, and whether this host has KVM and the memory.
     /// [`Client::launch`](super::Client::launch) does so too.
     pub fn check(&self) -> Result<(), Error> {
-        let operation = self.0.name.as_ref().map_or("launch".into(), |name| format!("launch {name}"));
+        let operation = self.operation();
         let failure = |kind, cause: &dyn std::fmt::Display| {
-            Err(Failure { kind, message: format!("{operation}: {cause}"), subject: self.0.name.clone() }.into())
+            Err(Failure { kind, message: format!("{operation}: {cause}"), subject: self.launch.name.clone() }.into())
         };
         let bad = |cause: &dyn std::fmt::Display| failure(ErrorKind::BadRequest, cause);
-        if let Some(name) = &self.0.name {
+        if let Some(name) = &self.launch.name {
             check_vm_name("launch", name)?;
         }
-        let memory = ByteSize(self.0.mem_bytes);
+        let memory = ByteSize(self.launch.mem_bytes);
         if let Err(e) = memory.as_guest_memory() {
             return bad(&e);
         }
-        match &self.0.linux {
-            None if self.0.vcpus != 1 => {
-                return bad(&format_args!("the built-in guest has 1 vCPU, not {}", self.0.vcpus));
+        match &self.launch.linux {
+            None if self.launch.vcpus != 1 => {
+                return bad(&format_args!("the built-in guest has 1 vCPU, not {}", self.launch.vcpus));
             }
-            Some(_) if !(1..=MAX_VCPUS).contains(&self.0.vcpus) => {
-                return bad(&format_args!("a Linux guest has from 1 to {MAX_VCPUS} vCPUs, not {}", self.0.vcpus));
+            Some(_) if !(1..=MAX_VCPUS).contains(&self.launch.vcpus) => {
+                return bad(&format_args!("a Linux guest has from 1 to {MAX_VCPUS} vCPUs, not {}", self.launch.vcpus));
             }
             _ => {}
         }
-        if let Some(guest) = &self.0.linux {
+        if let Some(guest) = &self.launch.linux {
+            if self.agent
+                && let Err(e) = self.plan_of_initrd(guest)
+            {
+                return bad(&e);
+            }
             let (kernel, initrd) = match guest.open() {
                 Ok(files) => files,
                 Err(e) => return bad(&e),

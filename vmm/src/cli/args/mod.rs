@@ -347,6 +347,10 @@ pub struct Launch {
     /// The kernel's command line [default: console=ttyS0 panic=-1]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     pub cmdline: Option<String>,
+    /// Put the agent into the Linux guest, with the modules of its kernel that it takes: those beside the kernel, as in an
+    /// unpacked package, or this host's of that version. Without --initrd it is the guest's init, otherwise it runs beside that
+    #[arg(long, requires = "kernel")]
+    pub agent: bool,
     /// End it after so long, whether it runs or not: seconds, or a number with ms, s, m, h or d. What is forked from it ends
     /// with it, unless the fork says otherwise
     #[arg(long, value_name = "DURATION", value_parser = duration)]
