@@ -4,9 +4,29 @@ use guest_mem::PAGE_SHIFT;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// What most files of the kernel's hold at most. They do not tell how long they are: without a buffer of this size they are
+/// read by eight calls and more, each of which has the kernel write all of it anew.
+const MOST: usize = 8192;
+
+/// A file of the kernel's.
+///
+/// # Errors
+/// It is not there, or cannot be read.
+pub fn read_file(path: impl AsRef<Path>) -> io::Result<String> {
+    read_open(File::open(path)?)
+}
+
+/// An open file of the kernel's.
+fn read_open(mut file: File) -> io::Result<String> {
+    let mut text = String::with_capacity(MOST);
+    file.read_to_string(&mut text)?;
+    Ok(text)
+}
 
 /// Memory of a process, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,7 +79,7 @@ impl UsageFiles {
     /// # Errors
     /// It is gone.
     pub fn read(self) -> io::Result<Usage> {
-        let [rollup, status, statm] = [self.rollup, self.status, self.statm].map(io::read_to_string);
+        let [rollup, status, statm] = [self.rollup, self.status, self.statm].map(read_open);
         let (rollup, status) = (rollup?, status?);
         let bytes = |text: &str, key| kib_field(text, key).unwrap_or(0) << 10;
         Ok(Usage {
@@ -77,7 +97,7 @@ impl UsageFiles {
 /// It is gone.
 pub fn anonymous(pid: i32) -> io::Result<u64> {
     // Read often: much cheaper than `status`, whose RssAnon it is.
-    Ok(parse_anonymous(&std::fs::read_to_string(format!("/proc/{pid}/statm"))?))
+    Ok(parse_anonymous(&read_file(format!("/proc/{pid}/statm"))?))
 }
 
 fn parse_anonymous(statm: &str) -> u64 {
@@ -91,7 +111,7 @@ fn parse_anonymous(statm: &str) -> u64 {
 /// # Errors
 /// It is gone.
 pub fn run_ticks(pid: i32) -> io::Result<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let stat = read_file(format!("/proc/{pid}/stat"))?;
     parse_ticks(&stat).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a line of stat without times"))
 }
 
@@ -108,7 +128,7 @@ const THREADS: usize = 128;
 /// Whether a thread of this process runs, or waits for a processor or for the disk.
 pub fn is_busy(pid: i32) -> bool {
     let Ok(all) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
-    let stat = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("stat")).ok();
+    let stat = |thread: std::fs::DirEntry| read_file(thread.path().join("stat")).ok();
     let busy = |stat: String| matches!(parse_state(&stat), Some('R' | 'D'));
     all.take(THREADS).flatten().filter_map(stat).any(busy)
 }
@@ -131,7 +151,7 @@ pub fn maps(pid: i32) -> io::Result<File> {
 /// # Errors
 /// The process is gone.
 pub fn mappings(maps: File, bounds: &Range<u64>) -> io::Result<Vec<Mapping>> {
-    let maps = io::read_to_string(maps)?;
+    let maps = read_open(maps)?;
     if maps.is_empty() {
         // It has ended, and has not been reaped.
         return Err(io::ErrorKind::NotFound.into());
@@ -166,7 +186,7 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
 /// # Errors
 /// It is gone.
 pub fn user(pid: i32) -> io::Result<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let status = read_file(format!("/proc/{pid}/status"))?;
     let user = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
     user.ok_or_else(|| io::Error::other("a process without a user"))
 }
@@ -194,7 +214,7 @@ pub fn user_namespace(pid: i32) -> io::Result<u64> {
 /// # Errors
 /// The kernel does not tell (`CONFIG_PROC_CHILDREN`).
 pub fn children() -> io::Result<Vec<Pid>> {
-    let children = std::fs::read_to_string("/proc/thread-self/children")?;
+    let children = read_file("/proc/thread-self/children")?;
     Ok(children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect())
 }
 
@@ -203,7 +223,7 @@ pub fn children() -> io::Result<Vec<Pid>> {
 /// # Errors
 /// There is no `/proc`, or it says something else.
 pub fn ignored_signals() -> io::Result<SigSet> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
+    let status = read_file("/proc/self/status")?;
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).ok_or(io::ErrorKind::InvalidData)?;
     Ok(Signal::iterator().filter(|&signal| mask & (1 << (signal as i32 - 1)) != 0).collect())
@@ -229,7 +249,7 @@ mod tests {
     fn a_process_that_has_ended_has_no_mappings_and_not_none() {
         let mut ended = std::process::Command::new("true").spawn().unwrap();
         let pid = ended.id() as i32;
-        while std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().split(' ').nth(2) != Some("Z") {
+        while read_file(format!("/proc/{pid}/stat")).unwrap().split(' ').nth(2) != Some("Z") {
             std::thread::yield_now();
         }
         let all = |pid| mappings(maps(pid)?, &(0..u64::MAX));

@@ -1,8 +1,9 @@
 //! How much memory can still be had: the host's, and that of every control group this process is in.
 
+use crate::procfs::read_file;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::{fmt, fs};
 
 /// The kind of control groups that bound this process's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +45,7 @@ pub fn memory_pressure() -> Option<f64> {
 }
 
 pub(super) fn cgroups() -> Cgroups {
-    let mounts = read(&Path::new("/").join(MOUNTS)).map(|text| mounts(&text)).unwrap_or_default();
+    let mounts = read_file(Path::new("/").join(MOUNTS)).map(|text| mounts(&text)).unwrap_or_default();
     let any = |version| mounts.iter().any(|mount| mount.version == version);
     match (any(Version::V1), any(Version::V2)) {
         (false, false) => Cgroups::None,
@@ -58,24 +59,23 @@ const MOUNTS: &str = "proc/self/mountinfo";
 
 /// The same, in a file system that starts at `root`.
 fn available_in(root: &Path) -> io::Result<u64> {
-    let mut available = meminfo_field(&read(&root.join("proc/meminfo"))?, "MemAvailable:")
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo tells no MemAvailable"))?;
+    let meminfo = read_file(root.join("proc/meminfo"))?;
+    let [mut available, total] = [meminfo_field(&meminfo, "MemAvailable:")?, meminfo_field(&meminfo, "MemTotal:")?];
     for (group, version) in own_groups(root) {
-        available = available.min(headroom(&group, version).unwrap_or(u64::MAX));
+        available = available.min(headroom(&group, version, total).unwrap_or(u64::MAX));
     }
     Ok(available)
 }
 
 fn total_in(root: &Path) -> io::Result<u64> {
-    let total = meminfo_field(&read(&root.join("proc/meminfo"))?, "MemTotal:")
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo tells no MemTotal"))?;
+    let total = meminfo_field(&read_file(root.join("proc/meminfo"))?, "MemTotal:")?;
     Ok(own_groups(root).iter().filter_map(|(group, version)| limit(group, *version)).fold(total, u64::min))
 }
 
 fn pressure_in(root: &Path) -> Option<f64> {
     let own = own_groups(root).into_iter().next().map(|(group, _)| group.join("memory.pressure"));
     let files = own.into_iter().chain([root.join("proc/pressure/memory")]);
-    files.filter_map(|file| stalled(&read(&file).ok()?)).reduce(f64::max)
+    files.filter_map(|file| stalled(&read_file(file).ok()?)).reduce(f64::max)
 }
 
 /// From `some avg10=0.12 avg60=0.00 avg300=0.00 total=1234`.
@@ -87,7 +87,7 @@ fn stalled(text: &str) -> Option<f64> {
 fn own_groups(root: &Path) -> Vec<(PathBuf, Version)> {
     let mut found = Vec::new();
     // A kernel without control groups has neither file.
-    let (Ok(groups), Ok(text)) = (read(&root.join("proc/self/cgroup")), read(&root.join(MOUNTS))) else {
+    let (Ok(groups), Ok(text)) = (read_file(root.join("proc/self/cgroup")), read_file(root.join(MOUNTS))) else {
         return found;
     };
     for mount in mounts(&text) {
@@ -149,14 +149,16 @@ fn group_of(groups: &str, version: Version) -> Option<&str> {
     })
 }
 
-/// What a group's limit leaves; `None` where it has none.
-fn headroom(group: &Path, version: Version) -> Option<u64> {
+/// What a group's limit leaves; `None` where it has none, or one above the `total` of the host: the kernel adds up what all
+/// processors count before it tells what such a group uses, which takes longer than all else here.
+fn headroom(group: &Path, version: Version, total: u64) -> Option<u64> {
     let (usage, inactive) = match version {
         Version::V1 => ("memory.usage_in_bytes", "total_inactive_file"),
         Version::V2 => ("memory.current", "inactive_file"),
     };
-    let (limit, usage) = (limit(group, version)?, number(&group.join(usage))?);
-    let stat = read(&group.join("memory.stat")).unwrap_or_default();
+    let limit = limit(group, version).filter(|limit| *limit < total)?;
+    let usage = number(&group.join(usage))?;
+    let stat = read_file(group.join("memory.stat")).unwrap_or_default();
     let reclaimable = stat.lines().find_map(|line| line.strip_prefix(inactive)?.trim().parse().ok()).unwrap_or(0);
     Some(limit.saturating_sub(usage.saturating_sub(reclaimable)))
 }
@@ -171,22 +173,20 @@ fn limit(group: &Path, version: Version) -> Option<u64> {
 
 /// A file that holds one number. "max" is none.
 fn number(file: &Path) -> Option<u64> {
-    read(file).ok()?.trim().parse().ok()
+    read_file(file).ok()?.trim().parse().ok()
 }
 
-fn meminfo_field(meminfo: &str, field: &str) -> Option<u64> {
-    let kib = meminfo.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix("kB"))?;
-    kib.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    fs::read_to_string(path)
+fn meminfo_field(meminfo: &str, field: &str) -> io::Result<u64> {
+    let kib = meminfo.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix("kB"));
+    let bytes = kib.and_then(|kib| kib.trim().parse::<u64>().ok()?.checked_mul(1024));
+    bytes.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/meminfo tells no {field}")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::client::testing::TempDir;
+    use std::fs;
 
     const MIB: u64 = 1 << 20;
     const MEMINFO: &str = "MemTotal:       16384000 kB\nMemFree:  100 kB\nMemAvailable:    8192000 kB\n";
@@ -260,6 +260,17 @@ mod tests {
         // A group that is not to be seen from here: its mounted ancestors still are.
         let files = [("proc/self/cgroup", "4:memory:/not/here\n"), (MOUNTS, V1_MOUNTS), limit[0], limit[1]];
         assert_eq!(available(&files), 64 * MIB);
+    }
+
+    #[test]
+    fn a_limit_above_all_memory_is_none() {
+        let files = [
+            ("proc/self/cgroup", "0::/a\n"),
+            (MOUNTS, V2_MOUNT),
+            ("sys/fs/cgroup/a/memory.max", "16777216000\n"),
+            ("sys/fs/cgroup/a/memory.current", "16777216000\n"),
+        ];
+        assert_eq!(available(&files), 8_192_000 * 1024);
     }
 
     #[test]

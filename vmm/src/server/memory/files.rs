@@ -162,7 +162,7 @@ impl Server {
                 _ if self.stopping.is_some() => {
                     Err(Failure::new(ErrorKind::ShuttingDown, "the server is shutting down"))
                 }
-                Ok(file) => self.launch_from(client, launch, Some((guest, Some(file)))),
+                Ok(file) => self.launch_read(client, launch, guest, file),
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     Err(Failure::failed("the initrd has become shorter while it was read"))
                 }

@@ -82,19 +82,29 @@ impl Server {
                 self.launch_when_read(client, launch, guest, initrd);
                 Ok(())
             }
-            (guest, _) => self.launch_from(client, launch, guest.map(|guest| (guest, None))),
+            (guest, _) => self.launch_checked(client, launch, shape, guest.map(|guest| (guest, None))),
         }
     }
 
-    /// Launches a VM, whose files are there.
-    pub fn launch_from(
+    /// Launches a Linux guest, whose initrd has been read. Other VMs may have come meanwhile.
+    pub fn launch_read(
         &mut self,
         client: ClientId,
         launch: Launch,
+        guest: Guest,
+        initrd: Rc<MemfdFile>,
+    ) -> Result<(), Failure> {
+        let shape = self.check_launch(&launch)?;
+        self.launch_checked(client, launch, shape, Some((guest, Some(initrd))))
+    }
+
+    fn launch_checked(
+        &mut self,
+        client: ClientId,
+        launch: Launch,
+        shape: MachineShape,
         guest: Option<(Guest, Option<Rc<MemfdFile>>)>,
     ) -> Result<(), Failure> {
-        // Other VMs may have come meanwhile.
-        let shape = self.check_launch(&launch)?;
         let expires = quota::expires(launch.ttl_ms, Instant::now())?;
         let name = match launch.name {
             Some(name) => name,
