@@ -14,7 +14,7 @@ pub(crate) fn within<I: PageNumber>(ranges: &[RangeOf<I>], bounds: RangeOf<I>) -
 
 /// What sorted `ranges` have besides sorted `holes`.
 pub(crate) fn without<I: PageNumber>(ranges: &[RangeOf<I>], holes: &[RangeOf<I>]) -> Vec<RangeOf<I>> {
-    let (mut rest, mut holes) = (Vec::new(), holes);
+    let (mut rest, mut holes) = (Vec::with_capacity(ranges.len()), holes);
     for range in ranges {
         holes = &holes[holes.iter().take_while(|hole| hole.end() <= range.start()).inspect(|_| step()).count()..];
         let mut start = range.start();

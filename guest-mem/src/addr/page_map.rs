@@ -1,5 +1,6 @@
 //! What is said of pages, stretch by stretch.
 
+use crate::addr::extents::push;
 use crate::addr::{PageNumber, RangeOf};
 use crate::steps::step;
 use std::collections::BTreeMap;
@@ -116,6 +117,31 @@ impl<I: PageNumber, V: Copy + PartialEq> PageMap<I, V> {
         self.parts(pages).map(|(part, _)| part.count().0).sum::<u64>() == pages.count().0
     }
 
+    /// Which of these pages (sorted, apart from each other) have no value: each chunk is looked up once.
+    pub fn absent(&self, all: &[RangeOf<I>]) -> Vec<RangeOf<I>> {
+        let mut absent = Vec::new();
+        let mut all = all.iter().copied().flat_map(chunks).peekable();
+        while let Some(&(chunk, ..)) = all.peek() {
+            let mut parts = self.chunks.get(&chunk).map_or(&[][..], Vec::as_slice);
+            let base = chunk * CHUNK;
+            let mut add = |start: u16, end: u16| {
+                if start < end {
+                    push(&mut absent, (base + u64::from(start)..base + u64::from(end)).into());
+                }
+            };
+            while let Some((_, mut start, end)) = all.next_if(|&(next, ..)| next == chunk) {
+                step();
+                parts = &parts[parts.iter().take_while(|part| part.end <= start).count()..];
+                for part in parts.iter().take_while(|part| part.start < end) {
+                    add(start, part.start);
+                    start = part.end;
+                }
+                add(start, end);
+            }
+        }
+        absent
+    }
+
     /// Takes out the first stretches, about as many as are `left` to take, and counts them.
     pub fn take_some(&mut self, left: &mut usize) -> Vec<(RangeOf<I>, V)> {
         let mut some: Vec<(RangeOf<I>, V)> = Vec::new();
@@ -223,6 +249,10 @@ mod tests {
             let asked = PageRange::from(random(PAGES)..random(PAGES));
             let of_model = &model[asked.start().0 as usize..asked.end().0 as usize];
             assert_eq!(slots.covers(asked), of_model.iter().all(Option::is_some), "step {step}");
+            let absent = slots.absent(&[asked, PageRange::from(PAGES..PAGES + 1)]);
+            let absent: Vec<_> = absent.into_iter().flat_map(|pages| pages.iter()).collect();
+            let none = asked.iter().zip(of_model).filter_map(|(page, slot)| slot.is_none().then_some(page));
+            assert!(none.chain([PageIndex(PAGES)]).eq(absent), "step {step}");
             let told = slots.within(asked);
             let pages = told.flat_map(|(pages, slot)| pages.iter().map(move |page| (page, slot)));
             let want = asked.iter().zip(of_model).filter_map(|(page, slot)| Some((page, (*slot)?)));

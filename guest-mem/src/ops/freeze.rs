@@ -116,10 +116,12 @@ impl Family {
             }
         }
         let books = self.vms.get_mut(&vm).expect("a VM of this family");
-        let before = self.stage2.runs_of(books.root, &harvest.copied);
+        // Over what it keeps a copy of already it goes on to.
+        let kept = books.overlay.kept.absent(&harvest.copied);
+        let before = self.stage2.runs_of(books.root, &kept);
         let mut cursor = Cursor::new(&mut self.stage2, &mut books.root);
         cursor.set_all(&all, source, &mut replaced);
-        books.overlay.keep(&harvest.copied, &before);
+        books.overlay.keep(&kept, &before);
         books.overlay.uncover(&harvest.moved);
         (books.runs, books.child, books.dedup) = Default::default();
         let left = outside(&books.bridges, &all);

@@ -43,11 +43,9 @@ impl Overlay {
         self.kept.iter().map(|(_, source)| source).chain(self.zeros.iter().map(|run| run.source))
     }
 
-    /// The window keeps copies of `pages` over what it maps there. Stage-2 showed `before` there until now.
+    /// The window keeps copies of `pages`, which it did not, over what it maps there. Stage-2 showed `before` there until now.
     pub fn keep(&mut self, pages: &[GfnRange], before: &[Run]) {
-        let kept: Vec<GfnRange> =
-            pages.iter().flat_map(|&pages| self.kept.within(pages)).map(|(part, _)| part).collect();
-        let beneath = outside(&over(before, pages.iter().flat_map(|&pages| among(&self.zeros, pages))), &kept);
+        let beneath = over(before, pages.iter().flat_map(|&pages| among(&self.zeros, pages)));
         for runs in beneath.chunk_by(|a, b| a.source == b.source) {
             self.kept.insert(runs.iter().map(|run| run.pages), runs[0].source);
         }

@@ -156,7 +156,7 @@ impl Stage2 {
 
     /// The same of many stretches: sorted, and apart from each other.
     pub fn runs_of(&self, root: TableId, all: &[GfnRange]) -> Vec<Run> {
-        let mut runs = Vec::new();
+        let mut runs = Vec::with_capacity(all.len());
         self.for_each_leaf(root, all, TableSharing::Own, &mut |run, _| push_run(&mut runs, run));
         runs
     }
