@@ -141,6 +141,9 @@ fn users_are_those_of_the_guest() {
     fs::write(host.root("etc/passwd"), "ana:x:12345:12346::/:/bin/sh\n").unwrap();
     fs::write(host.root("etc/group"), "audio:x:77:ana\n").unwrap();
     if !is_root() {
+        // Rather not at all than as somebody else.
+        let e = host.agent().command(["true"]).user("ana").output().unwrap_err();
+        assert!(e.to_string().contains("the agent is not root"), "{e}");
         return skip(Lack::Root, "a program becomes somebody else");
     }
     let told = host.agent().command(sh("id -u; id -g; id -G; echo $USER")).user("ana").output().unwrap();

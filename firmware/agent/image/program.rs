@@ -34,6 +34,10 @@ pub fn prepare(start: &Start, system: &System) -> Result<Program, Failed> {
     }
     let who = String::from_utf8_lossy(start.user.as_deref().unwrap_or(b"0")).into_owned();
     let user = users::find(&system.root, &who)?;
+    if start.user.is_some() && !sys::is_root() {
+        // Never as somebody else than was asked for.
+        return Err(bad(format!("the agent is not root, and cannot run a program as {who:?}")));
+    }
     let mut command = Command::new(OsStr::from_bytes(name));
     command.args(arguments.map(|argument| OsStr::from_bytes(argument)));
     command.env_clear().env("PATH", PATH).env("HOME", &user.home);

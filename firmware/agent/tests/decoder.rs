@@ -2,7 +2,7 @@
 
 use agent::frame::{self, MAX_FRAME};
 use agent::message::{
-    Ack, Exit, Failed, FailedKind, Forked, FromAgent, Hello, Message, Place, Session, Size, Start, ToAgent,
+    Ack, Exit, Failed, FailedKind, Forked, FromAgent, Hello, Malformed, Message, Place, Session, Size, Start, ToAgent,
 };
 use std::cell::Cell;
 use std::io::{Cursor, ErrorKind};
@@ -187,6 +187,58 @@ fn a_million_frames_that_may_be_spoiled() {
     }
     // Most are spoiled, and not all.
     assert!((200_000..900_000).contains(&good), "{good}");
+}
+
+/// The kinds of fields that the table in the README gives a message, with a value for each that cannot be taken for another's.
+fn sample(fields: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for word in fields.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()) {
+        match word {
+            "u8" => bytes.push(1),
+            "u16" => bytes.extend(7u16.to_le_bytes()),
+            // The protocol has to be ours.
+            "u32" => bytes.extend(agent::PROTOCOL.to_le_bytes()),
+            "i32" => bytes.extend((-7i32).to_le_bytes()),
+            "u64" => bytes.extend(9u64.to_le_bytes()),
+            "option" => bytes.push(1),
+            "list" => bytes.extend([1, 0, 0, 0, 2, 0, 0, 0, b'a', b'b']),
+            "bytes" if fields.contains("entropy 32 bytes") && bytes.len() > 8 => bytes.extend([5; 32]),
+            "bytes" => bytes.extend([3, 0, 0, 0, b'x', b'y', b'z']),
+            "rest" => bytes.extend(b"all of it"),
+            _ => {}
+        }
+    }
+    bytes
+}
+
+#[test]
+fn the_readme_tells_every_message() {
+    let readme = include_str!("../README.md");
+    let rows = readme.lines().skip_while(|line| !line.starts_with("| tag |")).skip(2);
+    let (mut of_client, mut of_agent) = (0, 0);
+    for row in rows.take_while(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let said = |cells: &[&str]| {
+            let mut bytes = vec![cells[0].parse::<u8>().unwrap()];
+            bytes.extend(sample(cells[2]));
+            (cells[1].trim_matches('`').to_owned(), bytes)
+        };
+        let (name, bytes) = said(&cells[1..4]);
+        let message = ToAgent::decode(&bytes).unwrap_or_else(|e| panic!("{row}: {e}"));
+        assert!(format!("{message:?}").starts_with(&name), "{row}: {message:?}");
+        assert_eq!(message.encode(), bytes, "{row}");
+        of_client += 1;
+        if !cells[5].is_empty() {
+            let (name, bytes) = said(&cells[5..8]);
+            let message = FromAgent::decode(&bytes).unwrap_or_else(|e| panic!("{row}: {e}"));
+            assert!(format!("{message:?}").starts_with(&name), "{row}: {message:?}");
+            assert_eq!(message.encode(), bytes, "{row}");
+            of_agent += 1;
+        }
+    }
+    // There are no others.
+    assert_eq!(ToAgent::decode(&[of_client]), Err(Malformed::Tag(of_client)));
+    assert_eq!(FromAgent::decode(&[of_agent]), Err(Malformed::Tag(of_agent)));
 }
 
 #[test]
