@@ -1,13 +1,17 @@
 //! The home as its server keeps it: locked, and whole. What somebody deletes in it is made again; a home that is deleted
 //! itself, or moved away, is the server's end: nobody would find it any more.
 
-use super::registry::end::EndCause;
+use super::registry::removals::EndCause;
 use super::registry::roll::Roll;
-use super::{Server, listen, roll_path};
+use super::{Error, Server};
 use crate::client::{Home, HomeLock};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use std::{fs, io};
 
 /// The lock of a home, and the watch on what becomes of it.
 #[derive(Debug)]
@@ -111,4 +115,30 @@ impl Server {
 fn is_missing(server: &Server, file: &str) -> bool {
     let there = fs::symlink_metadata(server.home.path().join(file));
     there.is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+}
+
+/// Listens on the home's socket, whatever an earlier server has left of it.
+///
+/// # Errors
+/// It cannot be made.
+pub fn listen(home: &Home) -> Result<UnixListener, Error> {
+    let path = home.socket()?;
+    match std::fs::remove_file(path.as_ref()) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::Io { operation: "remove an old socket", source: e });
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(&path).and_then(|listener| {
+        // Whatever the mask is that we were started with.
+        std::fs::set_permissions(path.as_ref(), Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    listener.map_err(|source| Error::Io { operation: "listen on the home's socket", source })
+}
+
+/// Where the names of VMs are kept.
+pub fn roll_path(home: &Home) -> PathBuf {
+    home.path().join("vms")
 }

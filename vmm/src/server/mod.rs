@@ -11,14 +11,16 @@
 //! | --- | --- |
 //! | `ids`, `watch`, `aside`, `host` | names of things; the descriptors that are watched; the thread that asks the kernel what it takes long to tell; what is known of the host |
 //! | `clients` | where clients come from, who is connected, what they say; until when somebody waits |
-//! | `registry` | the list of VMs, their names and its copy in the home; how VMs come and how they end |
-//! | `procs` | VM processes: the zygote that makes them, what they say, their windows, and the prepared ones with what they expect |
+//! | `freeze` | the freezes of a VM, whoever wants them, as values |
+//! | `guest` | what guests say of their memory, their balloons, and what becomes of these while they are idle |
+//! | `procs` | VM processes: the zygote that makes them, what they owe, their windows, and the prepared ones with what they expect |
+//! | `registry` | the list of VMs, where each is on its way, whether it is to run, their names and the copy of these in the home; how VMs come, and who waits for their end |
 //! | `working_set` | what children of a VM need first |
 //! | `memory` | faults and write-back; the budget, throttling, reclaim and swap; balloons; files that guests map |
-//! | `freeze` | the freezes of a VM, whoever wants them |
 //! | `fork` | freeze the parent, share what it has, start the children |
 //! | `inspect` | the verbs that look, and `check` |
-//! | `control` | requests, carried out on the parts that they concern |
+//! | `control` | what crosses rooms: requests, what VM processes say, their ends |
+//! | `home` | the home, kept whole |
 //! | `main_loop` | what is done when something happens, and between rounds |
 
 mod aside;
@@ -26,6 +28,7 @@ mod clients;
 mod control;
 mod fork;
 mod freeze;
+mod guest;
 mod home;
 mod host;
 mod ids;
@@ -34,6 +37,8 @@ mod main_loop;
 mod memory;
 mod procs;
 mod registry;
+#[cfg(test)]
+mod rooms;
 mod watch;
 mod working_set;
 
@@ -46,12 +51,13 @@ use clients::deadlines::Deadlines;
 use clients::{Clients, most_clients};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use fork::op::Forks;
+use guest::balloon::Balloons;
 use guest_mem::Manager;
 use guest_mem::manager::SwapCounts;
 use guest_mem::store::memfd::MemfdStores;
 use guest_mem::swap::handle::SharedSwap;
 use guest_mem::sys::Userfaultfd;
-use home::KeptHome;
+use home::{KeptHome, listen, roll_path};
 use host::HostFacts;
 use inspect::Inspect;
 use memory::MemoryPolicy;
@@ -71,14 +77,11 @@ use procs::late::Patience;
 use procs::window::{RemoteWindow, Wants};
 use procs::zygote::Jail;
 use registry::Registry;
-use registry::end::EndCause;
+use registry::removals::EndCause;
 use registry::roll::Roll;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -87,7 +90,7 @@ use watch::{Origin, Watches};
 use working_set::WorkingSets;
 
 pub use crate::wire::Strictness;
-pub use memory::idle::{AutoBalloon, IdleConfig};
+pub use guest::idle::{AutoBalloon, IdleConfig};
 pub use memory::swap::SwapConfig;
 pub use procs::trial::try_jail;
 
@@ -245,7 +248,7 @@ impl Server {
                 past: SwapCounts::default(),
                 files: Files::new().map_err(io("make an eventfd"))?,
                 dedups: Dedups::default(),
-                balloons: Vec::new(),
+                balloons: Balloons::default(),
                 retries: BTreeMap::new(),
                 pace: Pace::default(),
             },
@@ -305,29 +308,7 @@ impl Server {
     }
 }
 
-fn listen(home: &Home) -> Result<UnixListener, Error> {
-    let path = home.socket()?;
-    match std::fs::remove_file(path.as_ref()) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::Io { operation: "remove an old socket", source: e });
-        }
-        _ => {}
-    }
-    let listener = UnixListener::bind(&path).and_then(|listener| {
-        // Whatever the mask is that we were started with.
-        std::fs::set_permissions(path.as_ref(), Permissions::from_mode(0o600))?;
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    });
-    listener.map_err(|source| Error::Io { operation: "listen on the home's socket", source })
-}
-
 /// The VMs of a server that did not get to end in order, as long as no other has taken its place.
 pub fn lost_vms(home: &Home) -> Vec<String> {
     Roll::left_at(&roll_path(home))
-}
-
-/// Where the names of VMs are kept.
-fn roll_path(home: &Home) -> PathBuf {
-    home.path().join("vms")
 }

@@ -6,8 +6,9 @@ use crate::server::Server;
 use crate::server::clients::Errand;
 use crate::server::ids::ClientId;
 use crate::server::inspect::look::Wanted;
-use crate::server::registry::end::EndCause;
-use crate::server::registry::vm::{Phase, Vm};
+use crate::server::registry::phase::Phase;
+use crate::server::registry::removals::EndCause;
+use crate::server::registry::vm::Vm;
 
 impl Server {
     pub fn serve_client(&mut self, id: ClientId) {

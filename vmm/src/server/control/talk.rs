@@ -5,7 +5,7 @@ use crate::server::Server;
 use crate::server::clients::connection::Mode;
 use crate::server::clients::deadlines::Deadline;
 use crate::server::ids::{ClientId, Generation};
-use crate::server::registry::vm::Hold;
+use crate::server::registry::run::{RunAction, RunNews};
 use crate::wire::{Line, Machine, ToVm};
 use std::time::Instant;
 
@@ -90,28 +90,13 @@ impl Server {
             Ok(generation) => generation,
             Err(failure) => return self.reply(client, Err(failure)),
         };
+        let wanted = if pause { RunNews::Paused } else { RunNews::Running };
         let vm = self.registry.vms.get_mut(generation).expect("found above");
-        if pause == vm.paused {
-            return self.reply(client, Ok(Answer::Done));
-        }
-        match vm.hold {
-            Hold::Free => {}
-            // It stands, or is about to, and now somebody knows.
-            Hold::Held => {
-                (vm.hold, vm.paused) = (Hold::Free, true);
-                return self.reply(client, Ok(Answer::Done));
-            }
-            Hold::Stopping => {
-                vm.hold = Hold::Free;
-                return vm.pausers.push(client);
-            }
-            Hold::Releasing => return vm.late_pausers.push(client),
-        }
-        // It says once that it has come to that, for all who wait.
-        let asked = !vm.pausers.is_empty();
-        vm.pausers.push(client);
-        if !asked {
-            self.tell(generation, if pause { &ToVm::Pause } else { &ToVm::Resume });
+        match vm.run.ask(client, wanted) {
+            RunAction::Answer => self.reply(client, Ok(Answer::Done)),
+            RunAction::Pause => self.tell(generation, &ToVm::Pause),
+            RunAction::Resume => self.tell(generation, &ToVm::Resume),
+            RunAction::Wait => {}
         }
     }
 

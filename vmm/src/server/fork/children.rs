@@ -34,7 +34,9 @@ impl Server {
             let runs = manager.family().runs(child).len() as u64;
             let vm = self.registry.vms.get_mut(generation).expect("a child of the fork");
             vm.memory = Some((family, child));
-            vm.paused = activity == RunState::Paused;
+            if activity == RunState::Paused {
+                vm.run.begin_paused();
+            }
             vm.born = Some((parent_generation, ahead.clone()));
             self.working_sets.inherit(parent_generation, generation);
             (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);

@@ -4,7 +4,6 @@ use crate::server::Server;
 use crate::server::clients::deadlines::Deadline;
 use crate::server::freeze::queue::Purpose;
 use crate::server::ids::{ForkId, Generation};
-use crate::server::inspect::guest_stats::can_tell;
 use crate::wire::ToVm;
 
 /// Whether the guest tells of its free pages before it is frozen.
@@ -22,7 +21,7 @@ impl Server {
     /// Whether the guest is to tell of its free pages before this fork freezes it, and has not.
     pub fn asks_for_hints(&mut self, parent: Generation, fork: ForkId) -> bool {
         let Some(vm) = self.registry.vms.get(parent) else { return false };
-        let can_tell = can_tell(vm) && vm.pausers.is_empty();
+        let can_tell = vm.can_tell() && !vm.run.is_awaited();
         let Some(op) = self.forks.get_mut(fork) else { return false };
         match op.hint {
             Hint::Wanted(_) if !can_tell => {

@@ -12,8 +12,9 @@ use crate::server::Server;
 use crate::server::fork::hint::Hint;
 use crate::server::freeze::queue::Purpose;
 use crate::server::ids::{ClientId, FamilyId, ForkId, Generation};
+use crate::server::registry::phase::Phase;
 use crate::server::registry::quota;
-use crate::server::registry::vm::{Ancestry, Phase};
+use crate::server::registry::vm::Ancestry;
 use crate::wire::{Frozen, RunState, Take, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
 use guest_mem::{Destination, VmId};
@@ -300,8 +301,8 @@ impl Server {
         if op.failure().is_none() {
             // Whether somebody waits for pages to settle or not: they are VMs like any other.
             for child in op.children() {
-                if let Some(vm) = self.registry.vms.get_mut(child).filter(|vm| vm.phase == Phase::Forking(fork)) {
-                    vm.phase = Phase::Live;
+                if let Some(vm) = self.registry.vms.get_mut(child) {
+                    vm.phase.forked(fork);
                 }
             }
         }

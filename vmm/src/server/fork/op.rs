@@ -2,8 +2,8 @@
 
 use super::hint::Hint;
 use crate::api::Child;
+use crate::server::guest::idle::IdleBalloon;
 use crate::server::ids::{ClientId, FamilyId, ForkId, Generation};
-use crate::server::memory::idle::IdleBalloon;
 use guest_mem::StoreId;
 use guest_mem::manager::Copied;
 use std::collections::BTreeMap;

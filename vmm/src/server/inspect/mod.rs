@@ -4,6 +4,7 @@ pub mod check;
 pub mod guest_stats;
 pub mod look;
 pub mod report;
+mod windows;
 
 use crate::server::aside::Aside;
 use crate::server::ids::{ClientId, Generation};

@@ -105,7 +105,7 @@ impl Server {
             pooled: self.pooled(),
             host_bytes: self.host_bytes(sum.resident, seen),
             budget_bytes: self.memory.budget.limit(),
-            accounted_bytes: self.accounted_bytes(seen),
+            accounted_bytes: self.accounted_bytes(&seen.usage),
             compressed_bytes: swap.compressed_bytes,
             disk_bytes: swap.disk_bytes,
             swap_slots: swap.slots_used - unneeded,

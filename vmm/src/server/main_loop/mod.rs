@@ -3,7 +3,8 @@
 use crate::server::aside::Finding;
 use crate::server::procs::process::{Parcel, Role};
 use crate::server::procs::window::Want;
-use crate::server::registry::vm::{Phase, Vm};
+use crate::server::registry::phase::Phase;
+use crate::server::registry::vm::Vm;
 use crate::server::watch::Origin;
 use crate::server::{FamilyManager, Server};
 use crate::wire::ToVm;
@@ -104,9 +105,8 @@ impl Server {
         let next =
             self.deadlines.next().into_iter().chain(self.memory.retries.values().copied()).chain(pool).chain(checking);
         let next = next.chain(self.memory.reclaims.next_look()).chain(self.memory.budget.next_look(&self.registry.vms));
-        let removals = self.registry.removals.iter().map(|removal| removal.until).filter(|until| *until > now);
         let next = next
-            .chain(removals)
+            .chain(self.registry.removals.next_look(now))
             .chain(late)
             .chain(self.forks.rest_at(now))
             .chain(self.procs.children.next_look(now))

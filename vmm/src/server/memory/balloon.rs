@@ -6,113 +6,67 @@
 use crate::api::{Answer, Balloon, ErrorKind, Failure, MIN_MEMORY};
 use crate::server::Server;
 use crate::server::clients::deadlines::Deadline;
+use crate::server::guest::balloon::{BalloonNext, BalloonOp, Way};
+use crate::server::guest::idle::IdleBalloon;
 use crate::server::ids::{ClientId, Generation};
-use crate::server::memory::idle::IdleBalloon;
-use crate::server::registry::vm::{Phase, Vm};
+use crate::server::registry::phase::Phase;
+use crate::server::registry::vm::Vm;
 use crate::units::ByteSize;
 use crate::wire::{Line, Machine, ToVm};
-use firmware::abi::FIRST_FREE_PAGE;
 use guest_mem::{GfnRange, PAGE_SIZE, PageCount};
-use std::collections::VecDeque;
-
-/// A guest on its way to a size.
-#[derive(Debug)]
-pub struct BalloonOp {
-    client: ClientId,
-    vm: Generation,
-    /// Pages that are to be in the balloon.
-    target: u64,
-    /// What the built-in guest has still to be told.
-    lines: VecDeque<String>,
-    /// The line that it has not answered.
-    tag: u64,
-}
 
 impl Server {
     pub fn balloon(&mut self, client: ClientId, name: &str, size_bytes: u64, timeout_ms: u64) {
         match self.check_balloon(name, size_bytes) {
             Err(failure) => self.reply(client, Err(failure)),
-            Ok((vm, machine, target)) => {
-                let lines = match machine {
-                    Machine::Monitor => self.balloon_lines(vm, target),
-                    Machine::Linux => VecDeque::new(),
-                };
-                if let Some(vm) = self.registry.vms.get_mut(vm) {
-                    (vm.asked_balloon, vm.idle) = (target, IdleBalloon::AsAsked);
-                }
-                self.memory.balloons.push(BalloonOp { client, vm, target, lines, tag: 0 });
+            Ok((vm, way, target)) => {
+                let tag = self.registry.vms.fresh_tag();
+                let Some(record) = self.registry.vms.get_mut(vm) else { return };
+                (record.asked_balloon, record.idle) = (target, IdleBalloon::AsAsked);
+                let actual = record.balloon_pages;
                 self.set_deadline(Some(timeout_ms), Deadline::Balloon(vm, client));
-                match machine {
-                    Machine::Monitor => self.say_next_line(vm),
-                    Machine::Linux => {
-                        self.tell(vm, &ToVm::Balloon { pages: target });
-                        self.finish_balloon_if_there(vm);
-                    }
-                }
+                let next = self.memory.balloons.begin(BalloonOp::new(client, vm, target, way), actual, tag);
+                self.go_on_ballooning(vm, next);
             }
         }
     }
 
-    fn check_balloon(&self, name: &str, size_bytes: u64) -> Result<(Generation, Machine, u64), Failure> {
+    fn check_balloon(&self, name: &str, size_bytes: u64) -> Result<(Generation, Way, u64), Failure> {
         let vm = self.find_alive(name)?;
         let (size, memory) = (ByteSize(size_bytes), ByteSize::pages(vm.shape.ram.0));
         if size_bytes < MIN_MEMORY || size > memory || !size_bytes.is_multiple_of(PAGE_SIZE as u64) {
             let why = format!("VM {name:?} cannot have {size} left: from 16M to its {memory}, in multiples of 4K");
             return Err(Failure::bad_request(why));
         }
-        if self.is_ballooning(vm.generation) {
+        if self.memory.balloons.is_under_way(vm.generation) {
             return Err(Failure::new(ErrorKind::Busy, format!("VM {name:?} is on its way to another size")));
         }
-        Ok((vm.generation, vm.shape.machine, vm.shape.ram.0 - PageCount::covering(size_bytes).0))
+        let way = match vm.shape.machine {
+            Machine::Monitor => Way::Lines { ram: vm.shape.ram },
+            Machine::Linux => Way::Driver,
+        };
+        Ok((vm.generation, way, vm.shape.ram.0 - PageCount::covering(size_bytes).0))
     }
 
-    /// Whatever is in the balloon now: in the end it is the highest pages.
-    fn balloon_lines(&self, vm: Generation, target: u64) -> VecDeque<String> {
-        let pages = self.registry.vms.get(vm).map_or(0, |vm| vm.shape.ram.0);
-        let first = pages - target;
-        let below = first - FIRST_FREE_PAGE;
-        [format!("deflate {FIRST_FREE_PAGE} {below}"), format!("inflate {first} {target}")].into()
-    }
-
-    fn say_next_line(&mut self, vm: Generation) {
-        let tag = self.registry.vms.fresh_tag();
-        let Some(op) = self.memory.balloons.iter_mut().find(|op| op.vm == vm) else { return };
-        match op.lines.pop_front() {
-            Some(text) => {
-                op.tag = tag;
-                self.tell(vm, &ToVm::Input(Line { tag, text }));
+    /// Does what a guest on its way to a size needs next.
+    fn go_on_ballooning(&mut self, vm: Generation, next: BalloonNext) {
+        match next {
+            BalloonNext::Nothing => {}
+            BalloonNext::Say(line) => self.tell(vm, &ToVm::Input(line)),
+            BalloonNext::Target(pages) => self.tell(vm, &ToVm::Balloon { pages }),
+            BalloonNext::TargetIsThere(pages, client) => {
+                self.tell(vm, &ToVm::Balloon { pages });
+                self.is_ballooned(vm, client);
             }
-            None => self.finish_balloon(vm),
+            BalloonNext::Done(client) => self.is_ballooned(vm, client),
+            BalloonNext::Refused(client, said) => {
+                self.deadlines.met(Deadline::Balloon(vm, client));
+                self.reply(client, Err(Failure::new(ErrorKind::Guest, format!("the guest says: {said}"))));
+            }
         }
     }
 
-    /// Whether the answer is to a line of ours.
-    pub fn balloon_answered(&mut self, vm: Generation, line: &Line) -> bool {
-        let Some(at) = self.memory.balloons.iter().position(|op| op.vm == vm && op.tag == line.tag) else {
-            return false;
-        };
-        if line.text.split(' ').next() == Some("ok") {
-            self.say_next_line(vm);
-        } else {
-            let op = self.memory.balloons.remove(at);
-            self.deadlines.met(Deadline::Balloon(vm, op.client));
-            self.reply(op.client, Err(Failure::new(ErrorKind::Guest, format!("the guest says: {}", line.text))));
-        }
-        true
-    }
-
-    fn finish_balloon_if_there(&mut self, vm: Generation) {
-        let Some(record) = self.registry.vms.get(vm).filter(|record| record.shape.machine == Machine::Linux) else {
-            return;
-        };
-        if self.memory.balloons.iter().any(|op| op.vm == vm && op.target == record.balloon_pages) {
-            self.finish_balloon(vm);
-        }
-    }
-
-    fn finish_balloon(&mut self, vm: Generation) {
-        let Some(at) = self.memory.balloons.iter().position(|op| op.vm == vm) else { return };
-        let client = self.memory.balloons.remove(at).client;
+    fn is_ballooned(&mut self, vm: Generation, client: ClientId) {
         self.deadlines.met(Deadline::Balloon(vm, client));
         if let Some(record) = self.registry.vms.get(vm) {
             let balloon = balloon_of(record);
@@ -120,25 +74,27 @@ impl Server {
         }
     }
 
+    /// Whether the answer is to a line of ours.
+    pub fn balloon_answered(&mut self, vm: Generation, line: &Line) -> bool {
+        if !self.memory.balloons.has_said(vm, line.tag) {
+            return false;
+        }
+        let tag = self.registry.vms.fresh_tag();
+        let next = self.memory.balloons.answered(vm, &line.text, tag);
+        self.go_on_ballooning(vm, next);
+        true
+    }
+
     /// The guest is not where it should be, and a client waits no longer. A Linux guest goes on.
     pub fn balloon_late(&mut self, vm: Generation, client: ClientId) {
-        let Some(at) = self.memory.balloons.iter().position(|op| op.vm == vm && op.client == client) else { return };
-        self.memory.balloons.remove(at);
+        if !self.memory.balloons.late(vm, client) {
+            return;
+        }
         let Some(record) = self.registry.vms.get(vm) else { return };
         let Balloon { size_bytes, balloon_bytes } = balloon_of(record);
         let (size, given) = (ByteSize(size_bytes), ByteSize(balloon_bytes));
         let why = format!("VM {:?} is not there in time: it has {size} left, {given} in the balloon", record.name);
         self.reply(client, Err(Failure::timed_out(why)));
-    }
-
-    /// Whether a VM is on its way to a size that somebody waits for.
-    pub fn is_ballooning(&self, vm: Generation) -> bool {
-        self.memory.balloons.iter().any(|op| op.vm == vm)
-    }
-
-    /// Who waits for a VM's size; nobody does any more.
-    pub fn balloon_ops_of(&mut self, vm: Generation) -> Vec<ClientId> {
-        self.memory.balloons.extract_if(.., |op| op.vm == vm).map(|op| op.client).collect()
     }
 
     /// A guest has given pages back, and its window shows nothing there any more.
@@ -158,9 +114,10 @@ impl Server {
 
     /// A guest's balloon has another size now.
     pub fn balloon_resized(&mut self, generation: Generation, pages: u64) {
-        let vm = self.registry.vms.get_mut(generation).expect("it has just spoken");
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
         vm.balloon_pages = pages.min(vm.shape.ram.0);
-        self.finish_balloon_if_there(generation);
+        let next = self.memory.balloons.resized(generation, vm.balloon_pages);
+        self.go_on_ballooning(generation, next);
     }
 }
 

@@ -2,7 +2,8 @@
 
 use crate::server::Server;
 use crate::server::ids::Generation;
-use crate::server::registry::vm::{Phase, Vm};
+use crate::server::registry::phase::Phase;
+use crate::server::registry::vm::Vm;
 use crate::wire::ToVm;
 use guest_mem::window::host::HostWindow;
 use guest_mem::{GfnRange, PageCount, StoreId};

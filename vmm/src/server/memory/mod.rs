@@ -13,8 +13,8 @@ mod swap_place;
 pub mod writeback;
 
 use crate::server::FamilyManager;
+use crate::server::guest::balloon::Balloons;
 use crate::server::ids::FamilyId;
-use balloon::BalloonOp;
 use budget::Budget;
 use dedup::Dedups;
 use files::Files;
@@ -42,7 +42,7 @@ pub struct MemoryPolicy {
     pub files: Files,
     /// What is to leave windows.
     pub dedups: Dedups,
-    pub balloons: Vec<BalloonOp>,
+    pub balloons: Balloons,
     /// When families do again what failed, or could not be done yet.
     pub retries: BTreeMap<FamilyId, Instant>,
     pub pace: Pace,

@@ -7,7 +7,8 @@ use crate::api::{Answer, ErrorKind, Failure};
 use crate::server::aside::Ticket;
 use crate::server::freeze::queue::Purpose;
 use crate::server::ids::{ClientId, FamilyId, Generation};
-use crate::server::registry::vm::{Phase, Vm};
+use crate::server::registry::phase::Phase;
+use crate::server::registry::vm::Vm;
 use crate::server::{FamilyManager, Server};
 use crate::wire::{Frozen, Take, ToVm};
 use guest_mem::{Along, Destination, PageCount, StoreId};
@@ -161,7 +162,7 @@ impl Server {
         let vms = &self.registry.vms;
         let size = |(vm, live): (Generation, RangeSet<u64>)| {
             let pages = live.iter().map(|part| part.end - part.start).sum();
-            Some((vms.get(vm)?.paused, pages, vm))
+            Some((vms.get(vm)?.run.is_paused(), pages, vm))
         };
         if let Some(request) = self.memory.reclaims.asked.iter_mut().find(|request| request.has_asked(ticket)) {
             request.sizes_came(layers.into_iter().filter_map(size));

@@ -2,7 +2,8 @@
 
 use crate::server::ids::{FamilyId, Generation, ProcessId};
 use crate::server::procs::process::Role;
-use crate::server::registry::vm::{Phase, Vm};
+use crate::server::registry::phase::Phase;
+use crate::server::registry::vm::Vm;
 use crate::server::{FamilyManager, Server};
 use guest_mem::manager::Error as MemoryError;
 use guest_mem::ops::Fault;

@@ -13,11 +13,8 @@
 //! for it is no VM yet. So it is out of the pool until it has said that it is done, and ends if it waits for a page.
 
 use crate::machine::state::PackedState;
-use crate::server::Server;
-use crate::server::ids::{FamilyId, Generation, ProcessId};
-use crate::server::procs::process::{Parcel, Role};
-use crate::server::registry::launch::stores_of;
-use crate::wire::{Expect, Machine, MachineShape, ToVm};
+use crate::server::ids::{FamilyId, Generation};
+use crate::wire::Machine;
 use firmware::abi::EVENT_PAGE;
 use guest_mem::space::runs::{Runs, changed};
 use guest_mem::{GfnRange, PAGE_SIZE, Run, Source};
@@ -40,8 +37,15 @@ pub struct Expectation {
 }
 
 impl Expectation {
-    fn new(parent: Generation, family: FamilyId, runs: Runs) -> Self {
-        Self { parent: Some(parent), window: Some((family, runs)), ..Self::default() }
+    /// To become a child of this VM, of which it has nothing yet.
+    pub fn of(parent: Generation) -> Self {
+        Self { parent: Some(parent), ..Self::default() }
+    }
+
+    /// To have these runs of a family mapped, copies of these of their pages, and this state.
+    pub fn with(self, (family, runs): (FamilyId, Runs), ahead: &[GfnRange], state: Option<Rc<PackedState>>) -> Self {
+        let ahead = ahead.iter().map(|pages| pages.raw()).collect();
+        Self { window: Some((family, runs)), ahead, state, ..self }
     }
 
     /// The process is about to become a child of somebody: its window is another from now on.
@@ -142,7 +146,7 @@ impl Favourites {
 
     /// Which of processes that expect to become children of `expected` is to expect a parent, and which: one that expects
     /// nothing yet, and if each has its own, not the last such.
-    fn to_tell(&self, expected: &[Option<Generation>]) -> Option<(usize, Generation)> {
+    pub fn to_tell(&self, expected: &[Option<Generation>]) -> Option<(usize, Generation)> {
         let all = self.all();
         let mut free = (0..expected.len()).filter(|&at| expected[at].is_none());
         let (first, spare) = (free.next()?, free.next());
@@ -151,64 +155,14 @@ impl Favourites {
     }
 }
 
-impl Server {
-    /// Tells one prepared process what to expect, if there is one that is to expect something else, and no other gets ready
-    /// meanwhile. Whether there was.
-    pub fn tell_what_to_expect(&mut self) -> bool {
-        let to_tell = |(shape, favourites): (MachineShape, &Favourites)| {
-            let ready: Vec<ProcessId> = self.procs.pool.ready(shape).collect();
-            let expected: Vec<_> = ready.iter().map(|id| self.procs.all[id].expectation.parent).collect();
-            favourites.to_tell(&expected).map(|(at, parent)| (shape, parent, ready[at]))
-        };
-        let Some((shape, parent, process)) = self.procs.pool.favourites().find_map(to_tell) else { return false };
-        if self.expect(shape, parent, process) {
-            self.procs.pool.withdraw(shape, process);
-            self.procs.all.get_mut(&process).expect("a process of the pool").role = Role::Preparing;
-        }
-        true
-    }
-
-    /// Tells a process whose child it most likely becomes. Whether there is something that it is to get ready.
-    fn expect(&mut self, shape: MachineShape, parent: Generation, process: ProcessId) -> bool {
-        let memory = self.registry.vms.get(parent).and_then(|parent| parent.memory);
-        let process = self.procs.all.get_mut(&process).expect("a process of the pool");
-        process.expectation = Expectation { parent: Some(parent), ..Expectation::default() };
-        let Some((family, member)) = memory else { return false };
-        let manager = self.memory.families.get_mut(&family).expect("a VM has a family");
-        let runs = without_shared(manager.runs_of_child(member).expect("a family knows its VMs"));
-        // Where descriptors are short, it expects nothing.
-        let Ok((stores, descriptors)) = stores_of(manager, &runs) else { return false };
-        let state = self.procs.pool.state_to_expect(shape, parent);
-        // Without traps it would plant zeros in the store of a page that has left it.
-        let ahead = match self.host.features.userfaultfd {
-            true => {
-                let books = manager.family();
-                let told = told_first(shape.machine).into_iter().flat_map(|page| books.at_hand(member, page));
-                let writes = self.working_sets.writes(parent, books, member);
-                let pages: RangeSet<u64> = told.chain(writes).map(GfnRange::raw).collect();
-                pages.into_iter().map(GfnRange::from).collect()
-            }
-            false => Vec::new(),
-        };
-        process.expectation = Expectation {
-            state: state.clone(),
-            ahead: ahead.iter().map(|pages| pages.raw()).collect(),
-            ..Expectation::new(parent, family, runs.clone())
-        };
-        let expect = Expect { runs: runs.to_vec(), stores, ahead, state: state.as_deref().cloned() };
-        process.send_when_ready(Parcel { message: ToVm::Expect(Box::new(expect)), descriptors });
-        true
-    }
-}
-
 /// All runs but those of shared memory: who is no VM yet is not given what it could write.
-fn without_shared(runs: Runs) -> Runs {
+pub fn without_shared(runs: Runs) -> Runs {
     let is_own = |run: &Run| !matches!(run.source, Source::Shared { .. });
     if runs.iter().all(is_own) { runs } else { runs.iter().copied().filter(is_own).collect() }
 }
 
 /// The page that every child is written to before it runs.
-fn told_first(machine: Machine) -> Option<GfnRange> {
+pub fn told_first(machine: Machine) -> Option<GfnRange> {
     let page = EVENT_PAGE / PAGE_SIZE as u64;
     (machine == Machine::Monitor).then(|| (page..page + 1).into())
 }
@@ -232,7 +186,7 @@ mod tests {
     #[test]
     fn only_what_has_changed_is_mapped_again() {
         let before = runs(&[(0, 10, Source::Anonymous), (10, 100, store(1)), (200, 300, store(1))]);
-        let expectation = Expectation::new(PARENT, FAMILY, before.clone());
+        let expectation = Expectation::of(PARENT).with((FAMILY, before.clone()), &[], None);
         assert_eq!(expectation.news(FAMILY, &before), []);
         // A freeze has put a store in the middle of another, and zeros were found at the end.
         let after = [
@@ -253,7 +207,7 @@ mod tests {
     #[test]
     fn copies_that_are_mapped_over_are_made_again() {
         let pages = |raw: &[(u64, u64)]| raw.iter().map(|&(start, end)| (start..end).into()).collect::<Vec<GfnRange>>();
-        let before = Expectation::new(PARENT, FAMILY, runs(&[(0, 100, store(1))]));
+        let before = Expectation::of(PARENT).with((FAMILY, runs(&[(0, 100, store(1))])), &[], None);
         let expectation = Expectation { ahead: [10..20, 50..60].into_iter().collect(), ..before };
         let ahead = pages(&[(10, 20), (55, 70)]);
         assert_eq!(expectation.left_ahead(&ahead, &[]), pages(&[(60, 70)]));
@@ -272,7 +226,7 @@ mod tests {
     #[test]
     fn stores_of_another_family_are_others() {
         let all = runs(&[(0, 10, Source::Anonymous), (10, 100, store(1))]);
-        let expectation = Expectation::new(PARENT, FAMILY, all.clone());
+        let expectation = Expectation::of(PARENT).with((FAMILY, all.clone()), &[], None);
         assert_eq!(expectation.news(FamilyId(4), &all)[..], all[..]);
     }
 

@@ -4,14 +4,10 @@
 //! one each time it was found empty, and shrinks when it was not used for a while, or memory is short. An empty pool is slower, never an error.
 
 use crate::machine::state::PackedState;
-use crate::server::Server;
 use crate::server::ids::{Generation, ProcessId};
 use crate::server::procs::expect::{Favourites, fitting};
-use crate::server::procs::process::{Role, VmProcess};
-use crate::server::procs::window::RemoteWindow;
 use crate::wire::MachineShape;
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -23,72 +19,143 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// For how long none is made after one could not be.
 const REST: Duration = Duration::from_secs(1);
 
-/// Prepared processes of all shapes, and until when none is made.
+/// Prepared processes of all shapes.
 #[derive(Debug, Default)]
-pub struct Pool(BTreeMap<MachineShape, Shelf>, Option<Instant>);
+pub struct Pool {
+    shelves: BTreeMap<MachineShape, Shelf>,
+    /// Until when none is made.
+    rest_until: Option<Instant>,
+}
 
+/// Those of one shape.
 #[derive(Debug)]
 struct Shelf {
-    ready: VecDeque<ProcessId>,
+    /// The next to be taken first.
+    ready: VecDeque<Prepared>,
     preparing: usize,
     wanted: usize,
     used: Instant,
     favourites: Favourites,
 }
 
+/// A process that waits for a VM to become, and whose child it expects to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Prepared {
+    process: ProcessId,
+    expects: Option<Generation>,
+}
+
+/// What else there is to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rivals {
+    /// Memory is short: what is only handy goes.
+    pub memory: bool,
+    /// Guests wait for pages, or soon will, and come first; but an empty pool is filled.
+    pub pages: bool,
+    /// A fork hurries, whose own processes come first.
+    pub fork: bool,
+}
+
+/// What is to be done for the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolActions {
+    /// These processes are to end.
+    pub end: Vec<ProcessId>,
+    pub next: PoolNext,
+}
+
+/// What is to be done for it next, at most one thing at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolNext {
+    Nothing,
+    /// A process of this shape is to be made, after none could be for a while where that is said.
+    Make(MachineShape, Rested),
+    /// A prepared one may be told what to expect.
+    Tell,
+}
+
+/// Whether the pool has rested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rested {
+    Yes,
+    No,
+}
+
 impl Pool {
     /// There is a VM of this shape.
-    pub fn used(&mut self, shape: MachineShape) {
-        self.0.entry(shape).or_insert_with(|| Shelf {
+    pub fn used(&mut self, shape: MachineShape, now: Instant) {
+        self.shelves.entry(shape).or_insert_with(|| Shelf {
             ready: VecDeque::new(),
             preparing: 0,
             wanted: SMALLEST,
-            used: Instant::now(),
+            used: now,
             favourites: Favourites::default(),
         });
     }
 
     /// `parent`, a VM of this shape, is forked.
     pub fn forked(&mut self, shape: MachineShape, parent: Generation) {
-        if let Some(shelf) = self.0.get_mut(&shape) {
+        if let Some(shelf) = self.shelves.get_mut(&shape) {
             shelf.favourites.forked(parent);
         }
     }
 
-    /// A process has prepared itself. Whether there is a place for it.
-    pub fn put(&mut self, shape: MachineShape, process: ProcessId) -> bool {
-        let Some(shelf) = self.0.get_mut(&shape) else { return false };
+    /// A prepared process for a child of `parent`, or for a VM of nobody's: best one that expects that. None where one has to be
+    /// made.
+    pub fn take(&mut self, shape: MachineShape, parent: Option<Generation>, now: Instant) -> Option<ProcessId> {
+        let shelf = self.shelves.get_mut(&shape)?;
+        shelf.used = now;
+        let best = fitting(shelf.ready.iter().map(|prepared| prepared.expects), parent);
+        let taken = best.and_then(|best| shelf.ready.remove(best));
+        if taken.is_none() {
+            shelf.wanted = (shelf.wanted + 1).clamp(SMALLEST, LARGEST);
+        }
+        taken.map(|prepared| prepared.process)
+    }
+
+    /// A process has prepared itself, for a child of that VM where it expects one. Whether there is a place for it.
+    pub fn put(&mut self, shape: MachineShape, process: ProcessId, expects: Option<Generation>) -> bool {
+        let Some(shelf) = self.shelves.get_mut(&shape) else { return false };
         shelf.preparing = shelf.preparing.saturating_sub(1);
-        shelf.ready.push_back(process);
+        shelf.ready.push_back(Prepared { process, expects });
         true
+    }
+
+    /// A prepared process expects to become a child of this VM.
+    pub fn expects(&mut self, shape: MachineShape, process: ProcessId, parent: Generation) {
+        let shelf = self.shelves.get_mut(&shape);
+        let prepared = shelf.and_then(|shelf| shelf.ready.iter_mut().find(|prepared| prepared.process == process));
+        if let Some(prepared) = prepared {
+            prepared.expects = Some(parent);
+        }
     }
 
     /// A prepared process is to get something ready first.
     pub fn withdraw(&mut self, shape: MachineShape, process: ProcessId) {
         self.lost(shape, process);
-        if let Some(shelf) = self.0.get_mut(&shape) {
+        if let Some(shelf) = self.shelves.get_mut(&shape) {
             shelf.preparing += 1;
         }
     }
 
     /// A process that was to be put here ends instead.
     pub fn ended(&mut self, shape: MachineShape) {
-        if let Some(shelf) = self.0.get_mut(&shape) {
+        if let Some(shelf) = self.shelves.get_mut(&shape) {
             shelf.preparing = shelf.preparing.saturating_sub(1);
         }
     }
 
     /// A prepared process has died.
     pub fn lost(&mut self, shape: MachineShape, process: ProcessId) {
-        if let Some(shelf) = self.0.get_mut(&shape) {
-            shelf.ready.retain(|&id| id != process);
+        if let Some(shelf) = self.shelves.get_mut(&shape) {
+            shelf.ready.retain(|prepared| prepared.process != process);
         }
     }
 
     /// A process could not prepare itself: the pool stays empty until a process is taken from it again.
     pub fn failed(&mut self, shape: MachineShape) {
         self.ended(shape);
-        if let Some(shelf) = self.0.get_mut(&shape) {
+        if let Some(shelf) = self.shelves.get_mut(&shape) {
             shelf.wanted = 0;
         }
     }
@@ -96,155 +163,109 @@ impl Pool {
     /// A process could not be made: none is for a while.
     pub fn rest(&mut self, shape: MachineShape, now: Instant) {
         self.ended(shape);
-        self.1 = Some(now + REST);
-    }
-
-    /// VMs whose children prepared processes are to expect, by their shapes, but for those of which processes are on their
-    /// way.
-    pub fn favourites(&self) -> impl Iterator<Item = (MachineShape, &Favourites)> {
-        self.0.iter().filter(|(_, shelf)| shelf.preparing == 0).map(|(&shape, shelf)| (shape, &shelf.favourites))
+        self.rest_until = Some(now + REST);
     }
 
     /// The children of `parent`, a VM of this shape, begin as this.
     pub fn saved(&mut self, shape: MachineShape, parent: Generation, state: PackedState) {
-        if let Some(shelf) = self.0.get_mut(&shape) {
+        if let Some(shelf) = self.shelves.get_mut(&shape) {
             shelf.favourites.saved(parent, state);
         }
     }
 
     /// Forgets VMs that are gone.
     pub fn retain(&mut self, lives: impl Fn(Generation) -> bool) {
-        self.0.values_mut().for_each(|shelf| shelf.favourites.retain(&lives));
+        self.shelves.values_mut().for_each(|shelf| shelf.favourites.retain(&lives));
     }
 
     /// Prepared processes of a shape are to expect nothing, until a VM has been forked again and again anew.
     pub fn forget_favourites(&mut self, shape: MachineShape) {
-        if let Some(shelf) = self.0.get_mut(&shape) {
+        if let Some(shelf) = self.shelves.get_mut(&shape) {
             shelf.favourites = Favourites::default();
         }
     }
 
     /// The state that prepared processes of a shape are to expect as children of `parent`.
     pub fn state_to_expect(&self, shape: MachineShape, parent: Generation) -> Option<Rc<PackedState>> {
-        self.0.get(&shape).and_then(|shelf| shelf.favourites.state(parent))
+        self.shelves.get(&shape).and_then(|shelf| shelf.favourites.state(parent))
     }
 
-    /// Prepared processes of a shape, the next to be taken first.
-    pub fn ready(&self, shape: MachineShape) -> impl Iterator<Item = ProcessId> {
-        self.0.get(&shape).into_iter().flat_map(|shelf| shelf.ready.iter().copied())
+    /// Which prepared process is to expect what, where none of its shape is on its way: its shape, the VM, and the process.
+    pub fn to_tell(&self) -> Option<(MachineShape, Generation, ProcessId)> {
+        let mut calm = self.shelves.iter().filter(|(_, shelf)| shelf.preparing == 0);
+        calm.find_map(|(&shape, shelf)| {
+            let expected: Vec<_> = shelf.ready.iter().map(|prepared| prepared.expects).collect();
+            let (at, parent) = shelf.favourites.to_tell(&expected)?;
+            Some((shape, parent, shelf.ready[at].process))
+        })
+    }
+
+    /// Forgets shapes that no VM has any more: their processes, and those on their way, are to end.
+    pub fn drop_unused(&mut self, is_used: impl Fn(MachineShape) -> bool) -> Vec<MachineShape> {
+        let unused: Vec<MachineShape> = self.shelves.keys().copied().filter(|&shape| !is_used(shape)).collect();
+        unused.iter().for_each(|shape| drop(self.shelves.remove(shape)));
+        unused
+    }
+
+    /// What is to be done now.
+    pub fn tend(&mut self, now: Instant, rivals: Rivals) -> PoolActions {
+        let mut end = Vec::new();
+        let mut hungry = None;
+        let most = if rivals.memory { SMALLEST } else { LARGEST };
+        for (&shape, shelf) in &mut self.shelves {
+            shelf.tend(now, most, &mut end);
+            let coming = shelf.ready.len() + shelf.preparing;
+            if coming < if rivals.pages { 1 } else { shelf.wanted } {
+                hungry = Some(shape);
+            }
+        }
+        if rivals.fork || self.rest_until.is_some_and(|until| until > now) {
+            return PoolActions { end, next: PoolNext::Nothing };
+        }
+        let rested = if self.rest_until.take().is_some() { Rested::Yes } else { Rested::No };
+        let next = match hungry.and_then(|shape| Some((shape, self.shelves.get_mut(&shape)?))) {
+            Some((shape, shelf)) => {
+                shelf.preparing += 1;
+                PoolNext::Make(shape, rested)
+            }
+            None if rivals.pages => PoolNext::Nothing,
+            None => PoolNext::Tell,
+        };
+        PoolActions { end, next }
     }
 
     /// When the pool should be looked after next.
     pub fn next_look(&self) -> Option<Instant> {
-        let shelves = self.0.values().filter(|shelf| shelf.wanted > SMALLEST).map(|shelf| shelf.used + PATIENCE);
-        shelves.chain(self.1).min()
+        let shelves = self.shelves.values().filter(|shelf| shelf.wanted > SMALLEST).map(|shelf| shelf.used + PATIENCE);
+        shelves.chain(self.rest_until).min()
     }
 }
 
-impl Server {
-    /// A process for a VM of this shape, a child of `parent`: a prepared one, best one that expects that, or one that starts to
-    /// prepare itself now.
-    pub fn take_process(&mut self, shape: MachineShape, parent: Option<Generation>) -> io::Result<ProcessId> {
-        if let Some(shelf) = self.procs.pool.0.get_mut(&shape) {
-            shelf.used = Instant::now();
-            let expected = shelf.ready.iter().map(|id| self.procs.all[id].expectation.parent);
-            if let Some(id) = fitting(expected, parent).and_then(|best| shelf.ready.remove(best)) {
-                return Ok(id);
-            }
-            shelf.wanted = (shelf.wanted + 1).clamp(SMALLEST, LARGEST);
+impl Shelf {
+    /// Has as many as are wanted, and none that nobody can use.
+    fn tend(&mut self, now: Instant, most: usize, end: &mut Vec<ProcessId>) {
+        self.wanted = self.wanted.min(most);
+        if self.wanted > SMALLEST && now >= self.used + PATIENCE {
+            self.wanted = (self.wanted / 2).max(SMALLEST);
+            self.used = now;
+            self.favourites = Favourites::default();
         }
-        self.spawn_process(shape)
-    }
-
-    /// Fills the pool by at most one process, or empties it. Whether there is more to do at once. `settling`: guests wait
-    /// for pages, or soon will, and come first; but an empty pool is filled.
-    pub fn tend_pool(&mut self, now: Instant, settling: bool) -> bool {
-        self.end_unused();
-        let mut surplus = Vec::new();
-        let mut hungry = None;
-        let most = if self.memory.budget.is_tight() { SMALLEST } else { LARGEST };
-        for (&shape, shelf) in &mut self.procs.pool.0 {
-            shelf.wanted = shelf.wanted.min(most);
-            if shelf.wanted > SMALLEST && now >= shelf.used + PATIENCE {
-                shelf.wanted = (shelf.wanted / 2).max(SMALLEST);
-                shelf.used = now;
-                shelf.favourites = Favourites::default();
-            }
-            // Each has one, the last one two, and another is there for everybody else.
-            let favourites = shelf.favourites.all();
-            if !favourites.is_empty() && shelf.wanted > 0 {
-                shelf.wanted = shelf.wanted.max((favourites.len() + 2).min(most));
-            }
-            // What expects a VM that is none any more has seen its memory, and is of no use to others.
-            let is_stale = |parent| !favourites.contains(&parent);
-            shelf.ready.retain(|id| {
-                let stale = self.procs.all[id].expectation.parent.is_some_and(is_stale);
-                surplus.extend(stale.then_some(*id));
-                !stale
-            });
-            while shelf.ready.len() > shelf.wanted {
-                surplus.extend(shelf.ready.pop_back());
-            }
-            let coming = shelf.ready.len() + shelf.preparing;
-            if coming < if settling { 1 } else { shelf.wanted } {
-                hungry = Some(shape);
-            }
+        // Each has one, the last one two, and another is there for everybody else.
+        let favourites = self.favourites.all();
+        if !favourites.is_empty() && self.wanted > 0 {
+            self.wanted = self.wanted.max((favourites.len() + 2).min(most));
         }
-        for id in surplus {
-            self.end_process(id);
+        // What expects a VM that is none any more has seen its memory, and is of no use to others.
+        self.ready.retain(|prepared| {
+            let stale = prepared.expects.is_some_and(|parent| !favourites.contains(&parent));
+            end.extend(stale.then_some(prepared.process));
+            !stale
+        });
+        while self.ready.len() > self.wanted {
+            end.extend(self.ready.pop_back().map(|prepared| prepared.process));
         }
-        // While a fork hurries its own processes come first.
-        if self.forks.hurry(now) || self.procs.pool.1.is_some_and(|until| until > now) {
-            return false;
-        }
-        let rested = self.procs.pool.1.take().is_some();
-        let Some(shape) = hungry else { return !settling && self.tell_what_to_expect() };
-        self.procs.pool.0.get_mut(&shape).expect("a shape of the pool").preparing += 1;
-        if let Err(error) = self.spawn_process(shape) {
-            if !rested {
-                log::warn!("prepare a VM process for the pool: {error}");
-            }
-            self.procs.pool.rest(shape, now);
-            return false;
-        }
-        true
-    }
-
-    /// Ends the prepared processes of shapes that no VM has any more, and those on their way.
-    pub fn end_unused(&mut self) {
-        let unused: Vec<MachineShape> =
-            self.procs.pool.0.keys().copied().filter(|&shape| !self.is_used(shape)).collect();
-        for shape in unused {
-            self.procs.pool.0.remove(&shape);
-            let spare =
-                |process: &&VmProcess| process.shape == shape && matches!(process.role, Role::Preparing | Role::Pooled);
-            let spare: Vec<ProcessId> = self.procs.all.values().filter(spare).map(|process| process.id).collect();
-            spare.into_iter().for_each(|id| self.end_process(id));
-        }
-    }
-
-    fn is_used(&self, shape: MachineShape) -> bool {
-        self.stopping.is_none() && self.registry.vms.iter().any(|vm| vm.is_alive() && vm.shape == shape)
-    }
-
-    /// Prepared processes there are.
-    pub fn pooled(&self) -> u64 {
-        self.procs.all.values().filter(|process| process.is_prepared()).count() as u64
-    }
-
-    /// Ends a process that holds no window. One that is not prepared yet ends when it is: only then its keeper is known.
-    pub fn end_process(&mut self, id: ProcessId) {
-        if let Some(process) = self.procs.all.get_mut(&id) {
-            process.role = Role::Ending;
-            if process.ready {
-                process.kill();
-                process.kill_keeper();
-            }
-        }
-    }
-
-    /// The window of the process that is to hold a VM's memory.
-    pub fn window_of(&self, id: ProcessId) -> RemoteWindow {
-        RemoteWindow(Rc::clone(&self.procs.all[&id].memory))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,11 +5,13 @@ use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
 use crate::server::freeze::queue::FreezeQueue;
+use crate::server::guest::idle::IdleBalloon;
 use crate::server::ids::{ClientId, FamilyId, Generation, ProcessId};
-use crate::server::memory::idle::IdleBalloon;
 use crate::server::procs::process::{Parcel, Role};
+use crate::server::registry::phase::Phase;
 use crate::server::registry::quota::{self, Lineage};
-use crate::server::registry::vm::{Ancestry, Hold, Log, Phase, Vm};
+use crate::server::registry::run::RunOrder;
+use crate::server::registry::vm::{Ancestry, Log, Vm};
 use crate::server::{FamilyManager, Server};
 use crate::units::ByteSize;
 use crate::wire::{self, FEW, Identity, Machine, MachineShape, RunState, Start, ToVm};
@@ -197,7 +199,7 @@ impl Server {
         memory: impl Into<Option<(FamilyId, VmId)>>,
     ) -> Generation {
         let generation = self.registry.vms.fresh_generation();
-        self.procs.pool.used(shape);
+        self.procs.pool.used(shape, Instant::now());
         let taken = self.procs.all.get_mut(&process).expect("a process just taken");
         (taken.role, taken.vm) = (Role::Vm(generation), Some(generation));
         self.registry.vms.insert(Vm {
@@ -207,17 +209,14 @@ impl Server {
             generation,
             shape,
             phase,
-            paused: false,
+            run: RunOrder::default(),
             memory: memory.into(),
             process: Some(process),
             freezes: FreezeQueue::default(),
             shedding: None,
-            hold: Hold::Free,
-            late_pausers: Vec::new(),
             log: Log::default(),
             sends: HashMap::new(),
             waiters: Vec::new(),
-            pausers: Vec::new(),
             viewers: Vec::new(),
             remove_when_off: false,
             balloon_pages: 0,

@@ -1,15 +1,17 @@
 //! The list of VMs: how they come, what they are called, and how they end.
 
-pub mod end;
 pub mod launch;
 pub mod names;
+pub mod phase;
 pub mod quota;
+pub mod removals;
 pub mod roll;
+pub mod run;
 pub mod vm;
 
 use crate::server::Server;
 use crate::server::ids::{FamilyId, Generation};
-use end::Removal;
+use removals::Removals;
 use roll::Roll;
 use vm::Vms;
 
@@ -18,7 +20,7 @@ use vm::Vms;
 pub struct Registry {
     pub vms: Vms,
     pub roll: Roll,
-    pub removals: Vec<Removal>,
+    pub removals: Removals,
     /// How many VMs there may be.
     pub max_vms: Option<u32>,
 }
@@ -26,7 +28,7 @@ pub struct Registry {
 impl Registry {
     /// No VMs yet, whose names will be kept in this roll.
     pub fn new(roll: Roll, max_vms: Option<u32>) -> Self {
-        Self { vms: Vms::default(), roll, removals: Vec::new(), max_vms }
+        Self { vms: Vms::default(), roll, removals: Removals::default(), max_vms }
     }
 }
 

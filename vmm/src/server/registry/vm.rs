@@ -2,11 +2,13 @@
 
 use crate::api::{VmState, VmSummary};
 use crate::server::freeze::queue::FreezeQueue;
-use crate::server::ids::{ClientId, FamilyId, ForkId, Generation, ProcessId};
-use crate::server::inspect::guest_stats::GuestMemory;
-use crate::server::memory::idle::IdleBalloon;
+use crate::server::guest::idle::IdleBalloon;
+use crate::server::guest::stats::GuestMemory;
+use crate::server::ids::{ClientId, FamilyId, Generation, ProcessId};
 use crate::server::registry::names::Names;
+use crate::server::registry::phase::Phase;
 use crate::server::registry::quota::{Lineage, left_ms};
+use crate::server::registry::run::RunOrder;
 use crate::wire::{Machine, MachineShape};
 use guest_mem::{GfnRange, PAGE_SIZE, StoreId, VmId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -41,37 +43,6 @@ impl Log {
         };
         all().skip(start).collect()
     }
-}
-
-/// Where a VM is on its way.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Launched by this client, and not at its prompt yet.
-    Launching(Option<ClientId>),
-    /// A child of this fork, which has not shown its first sign of life.
-    Forking(ForkId),
-    /// It is a VM like any other.
-    Live,
-    /// Its guest powered off.
-    Off,
-    /// Its guest reset the machine, which is not started again: memory and devices of a clone are not what it booted with.
-    Rebooted,
-    /// It ended otherwise.
-    Dead(String),
-}
-
-/// How far a VM is kept from growing, unknown to its user.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Hold {
-    /// It is not.
-    #[default]
-    Free,
-    /// Its vCPUs are to stand.
-    Stopping,
-    /// They stand.
-    Held,
-    /// They are to run again.
-    Releasing,
 }
 
 /// Whom a VM descends from.
@@ -109,8 +80,8 @@ pub struct Vm {
     pub shape: MachineShape,
     /// Where it is on its way.
     pub phase: Phase,
-    /// Whether its vCPUs stand still because somebody asked for it.
-    pub paused: bool,
+    /// Whether its vCPUs are to run.
+    pub run: RunOrder,
     /// Its family, and its number there; none once it has ended.
     pub memory: Option<(FamilyId, VmId)>,
     /// Its process; none once it has ended.
@@ -121,18 +92,12 @@ pub struct Vm {
     pub fresh: bool,
     /// The store of a freeze whose pages stayed in its window, and are to leave it when they have settled.
     pub shedding: Option<StoreId>,
-    /// Whether it stands still to keep the budget.
-    pub hold: Hold,
-    /// Clients that asked for a pause while it was let go.
-    pub late_pausers: Vec<ClientId>,
     /// What it printed.
     pub log: Log,
     /// Clients that wait for answers to their lines.
     pub sends: HashMap<u64, ClientId>,
     /// Clients that wait for its end.
     pub waiters: Vec<ClientId>,
-    /// Clients that wait until it stands still, or runs.
-    pub pausers: Vec<ClientId>,
     /// Clients that see its console.
     pub viewers: Vec<ClientId>,
     /// Whether it is removed when it is off.
@@ -159,19 +124,24 @@ impl Vm {
         match self.phase {
             Phase::Off | Phase::Rebooted => VmState::Off,
             Phase::Dead(_) => VmState::Dead,
-            _ if self.paused => VmState::Paused,
+            _ if self.run.is_paused() => VmState::Paused,
             _ => VmState::Running,
         }
     }
 
     /// Whether its vCPUs stand, or are about to, whoever wanted it.
     pub fn stands(&self) -> bool {
-        self.paused || matches!(self.hold, Hold::Stopping | Hold::Held)
+        self.run.stands()
     }
 
     /// Whether it has not ended.
     pub fn is_alive(&self) -> bool {
-        !matches!(self.phase, Phase::Off | Phase::Rebooted | Phase::Dead(_))
+        self.phase.is_alive()
+    }
+
+    /// Whether its guest's balloon driver would answer: it has told of itself once, and its vCPUs run.
+    pub fn can_tell(&self) -> bool {
+        self.is_alive() && !self.stands() && self.guest_memory.is_some()
     }
 
     /// The VM it was forked from.

@@ -2,19 +2,19 @@
 
 use super::decide::{Marks, Room};
 use super::{NEAR_BYTES, NEAR_PART, SERVER_BYTES};
-use crate::procfs;
+use crate::procfs::{self, Usage};
 use crate::server::Server;
 use crate::server::aside::Holder;
 use crate::server::ids::Generation;
-use crate::server::inspect::look::Findings;
 use guest_mem::{PAGE_SIZE, PageCount};
+use std::collections::BTreeMap;
 
 impl Server {
     /// Stores, compressed pages, and the anonymous memory of VM processes, prepared ones included, as it was seen.
-    pub fn accounted_bytes(&self, seen: &Findings) -> u64 {
+    pub fn accounted_bytes(&self, usage: &BTreeMap<Holder, Usage>) -> u64 {
         let vms = self.registry.vms.iter().filter_map(|vm| vm.process);
         let prepared = self.procs.all.values().filter(|process| process.is_prepared()).map(|process| process.id);
-        let live = vms.chain(prepared).filter_map(|id| seen.usage.get(&Holder::Process(id)));
+        let live = vms.chain(prepared).filter_map(|id| usage.get(&Holder::Process(id)));
         self.kept_bytes() + self.books_bytes() + live.map(|usage| usage.anonymous).sum::<u64>()
     }
 

@@ -13,18 +13,20 @@
 
 mod accounts;
 mod decide;
+mod seen;
 mod throttle;
 
 use self::decide::{
-    BUSY_LOOK, Figures, GROWING_LOOK, IDLE_AFTER, Marks, QUIET_LOOK, Room, SLOW, Seen, TICKS_EVERY, VmFigures, decide,
-    interval, shortage,
+    BUSY_LOOK, Figures, GROWING_LOOK, IDLE_AFTER, Marks, QUIET_LOOK, Room, SLOW, VmFigures, decide, interval, shortage,
 };
+use self::seen::{Seen, TICKS_EVERY};
 use crate::api::{BudgetReport, BudgetSetting, ErrorKind, Failure, MIN_MEMORY};
 use crate::procfs;
 use crate::server::Server;
 use crate::server::ids::{FamilyId, Generation};
 use crate::server::memory::reclaim::{EvictedPages, NO_TRAPS};
-use crate::server::registry::vm::{Hold, Phase, Vms};
+use crate::server::registry::phase::Phase;
+use crate::server::registry::vm::Vms;
 use crate::units::ByteSize;
 use guest_mem::ids::Activity;
 use guest_mem::{PAGE_SIZE, PageCount};
@@ -232,11 +234,11 @@ impl Server {
             .vms
             .iter()
             .filter(|vm| vm.is_alive() && vm.memory.is_some())
-            .map(|vm| (vm.generation, vm.paused))
+            .map(|vm| (vm.generation, vm.run.is_paused()))
             .collect();
         let is_alive: BTreeSet<Generation> = alive.iter().map(|(vm, _)| *vm).collect();
         self.memory.budget.seen.retain(|vm, _| is_alive.contains(vm));
-        self.memory.budget.held.retain(|vm| self.registry.vms.get(*vm).is_some_and(|vm| vm.hold != Hold::Free));
+        self.memory.budget.held.retain(|vm| self.registry.vms.get(*vm).is_some_and(|vm| !vm.run.is_free()));
         for (vm, paused) in alive {
             let Some(pid) = self.memory_holder(vm) else { continue };
             let Ok(bytes) = procfs::anonymous(pid) else { continue };
@@ -284,7 +286,7 @@ impl Server {
     /// A guest waits for a page. What was thought idle may be about to lose what it needs now.
     pub fn has_trapped(&mut self, vm: Generation) {
         self.memory.budget.stir();
-        if self.memory.budget.woke(vm) && self.registry.vms.get(vm).is_some_and(|vm| !vm.paused) {
+        if self.memory.budget.woke(vm) && self.registry.vms.get(vm).is_some_and(|vm| !vm.run.is_paused()) {
             self.set_activity(vm, Activity::Running);
         }
     }
@@ -319,15 +321,15 @@ impl Server {
     fn vm_figures(&self, now: Instant) -> Vec<VmFigures> {
         let figures = |(&vm, seen): (&Generation, &Seen)| {
             let record = self.registry.vms.get(vm)?;
-            let free = record.hold == Hold::Free && record.phase == Phase::Live && record.freezes.is_idle();
+            let free = record.run.is_free() && record.phase == Phase::Live && record.freezes.is_idle();
             let rested = seen.released.is_none_or(|at| now >= at + RUN_LEAST);
             Some(VmFigures {
                 vm,
                 live: seen.bytes.saturating_sub(seen.least),
                 growth: seen.growth,
-                idle: if record.paused { Duration::MAX } else { now.saturating_duration_since(seen.ran_at) },
+                idle: if record.run.is_paused() { Duration::MAX } else { now.saturating_duration_since(seen.ran_at) },
                 can_freeze: self.may_freeze(vm) && !seen.taken,
-                can_hold: free && !record.paused && record.pausers.is_empty() && rested,
+                can_hold: free && !record.run.is_paused() && !record.run.is_awaited() && rested,
                 on: seen.released.map_or(Duration::MAX, |at| now.saturating_duration_since(at)),
             })
         };

@@ -2,7 +2,7 @@
 
 use crate::server::Server;
 use crate::server::ids::Generation;
-use crate::server::registry::vm::Hold;
+use crate::server::registry::run::RunAction;
 use crate::wire::ToVm;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ impl Server {
         if let (Some(vm), Some(seen)) =
             (self.registry.vms.get_mut(generation), self.memory.budget.seen.get_mut(&generation))
         {
-            vm.hold = Hold::Stopping;
+            vm.run.hold();
             seen.held = Some(now);
             self.memory.budget.held.insert(generation);
             self.tell(generation, &ToVm::Pause);
@@ -24,8 +24,10 @@ impl Server {
 
     /// Lets a VM run on.
     pub fn release(&mut self, generation: Generation) {
-        let Some(vm) = self.registry.vms.get_mut(generation).filter(|vm| vm.hold == Hold::Held) else { return };
-        vm.hold = Hold::Releasing;
+        let action = self.registry.vms.get_mut(generation).map(|vm| vm.run.release());
+        if action != Some(RunAction::Resume) {
+            return;
+        }
         if let Some(seen) = self.memory.budget.seen.get_mut(&generation) {
             (seen.held, seen.released) = (None, Some(Instant::now()));
         }
@@ -45,13 +47,10 @@ impl Server {
         tired.into_iter().for_each(|vm| self.release(vm));
     }
 
-    /// A VM runs again.
-    pub fn released(&mut self, generation: Generation) {
+    /// A VM runs again, or is to stand still because somebody has asked for it meanwhile.
+    pub fn released(&mut self, generation: Generation, then: RunAction) {
         self.memory.budget.held.remove(&generation);
-        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
-        vm.hold = Hold::Free;
-        vm.pausers.append(&mut vm.late_pausers);
-        if !vm.pausers.is_empty() {
+        if then == RunAction::Pause {
             self.tell(generation, &ToVm::Pause);
         }
     }

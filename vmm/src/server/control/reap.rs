@@ -1,11 +1,11 @@
 //! Processes that have ended: what they were for ends, and what they have left behind.
 
-use super::process::{Role, VmProcess};
-use super::zygote::Still;
 use crate::machine::isolate;
 use crate::procfs;
 use crate::server::Server;
 use crate::server::ids::ProcessId;
+use crate::server::procs::process::{Role, VmProcess};
+use crate::server::procs::zygote::Still;
 use crate::wire::Isolation;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};

@@ -1,9 +1,9 @@
 //! How VM processes come to be: the zygote is asked for them, and tells of them in its own time.
 
-use super::process::{Role, VmProcess};
-use super::zygote::{Birth, Still};
 use crate::server::Server;
 use crate::server::ids::ProcessId;
+use crate::server::procs::process::{Role, VmProcess};
+use crate::server::procs::zygote::{Birth, Still};
 use crate::server::watch::Origin;
 use crate::wire::{Bounds, MachineShape, ToVm};
 use event_manager::EventSet;

@@ -5,11 +5,12 @@ use crate::machine::isolate;
 use crate::procfs;
 use crate::server::Server;
 use crate::server::freeze::Said;
-use crate::server::ids::{ClientId, Generation, ProcessId};
+use crate::server::ids::{Generation, ProcessId};
 use crate::server::procs::process::Role;
-use crate::server::registry::vm::{Hold, Phase};
+use crate::server::registry::phase::{Phase, Sign, SignAction};
+use crate::server::registry::run::{RunChange, RunNews};
 use crate::server::watch::Origin;
-use crate::wire::{self, Ending, FromVm, Isolation, Line, Machine};
+use crate::wire::{self, Ending, FromVm, Isolation, Line};
 use event_manager::EventSet;
 use guest_mem::sys::Userfaultfd;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -220,8 +221,8 @@ impl Server {
     fn offer(&mut self, id: ProcessId) {
         let process = self.procs.all.get_mut(&id).expect("it has just spoken");
         process.role = Role::Pooled;
-        let shape = process.shape;
-        if !self.procs.pool.put(shape, id) {
+        let (shape, expects) = (process.shape, process.expectation.parent);
+        if !self.procs.pool.put(shape, id, expects) {
             self.end_process(id);
         }
     }
@@ -240,28 +241,18 @@ impl Server {
     }
 
     fn vm_says(&mut self, generation: Generation, message: FromVm) {
-        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
+        if self.registry.vms.get(generation).is_none() {
+            return;
+        }
         match message {
             FromVm::Ready { .. }
             | FromVm::PrepareFailed(_)
             | FromVm::Expecting
             | FromVm::Copied { .. }
             | FromVm::Log(_) => {}
-            FromVm::Running { .. } if vm.hold == Hold::Releasing => self.released(generation),
-            FromVm::Paused if vm.hold == Hold::Stopping => vm.hold = Hold::Held,
-            FromVm::Running { at_ns } => {
-                vm.paused = false;
-                self.changed_activity(generation, Some(at_ns));
-            }
-            FromVm::Paused => {
-                vm.paused = true;
-                self.changed_activity(generation, None);
-            }
-            FromVm::FirstSign { at_ns } => match vm.phase {
-                Phase::Launching(client) => self.launched(generation, client),
-                Phase::Forking(fork) => self.child_alive(fork, generation, at_ns),
-                _ => {}
-            },
+            FromVm::Running { at_ns } => self.runs_or_stands(generation, RunNews::Running, Sign::Runs { at_ns }),
+            FromVm::Paused => self.runs_or_stands(generation, RunNews::Paused, Sign::Stands),
+            FromVm::FirstSign { at_ns } => self.gives_sign(generation, Sign::First { at_ns }),
             FromVm::StartFailed(why) => self.start_failed(generation, &why),
             FromVm::Standing => self.freeze_says(generation, Said::Standing),
             FromVm::Ballooned(pages) => self.ballooned(generation, &pages),
@@ -284,26 +275,31 @@ impl Server {
         }
     }
 
-    fn launched(&mut self, generation: Generation, client: Option<ClientId>) {
-        let vm = self.registry.vms.get_mut(generation).expect("it has just spoken");
-        vm.phase = Phase::Live;
-        if let (Some(client), Some(vm)) = (client, self.registry.vms.get(generation)) {
-            let summary = self.summary(vm);
-            self.reply(client, Ok(Answer::Launched(summary)));
+    /// Its vCPUs run, or stand.
+    fn runs_or_stands(&mut self, generation: Generation, news: RunNews, sign: Sign) {
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
+        match vm.run.says(news) {
+            RunChange::Held => {}
+            RunChange::Released(then) => self.released(generation, then),
+            RunChange::Told(clients) => {
+                self.gives_sign(generation, sign);
+                clients.into_iter().for_each(|client| self.reply(client, Ok(Answer::Done)));
+            }
         }
     }
 
-    fn changed_activity(&mut self, generation: Generation, at_ns: Option<u64>) {
-        let vm = self.registry.vms.get_mut(generation).expect("it has just spoken");
-        if let Phase::Forking(fork) = vm.phase {
-            self.child_ready(fork, generation, at_ns);
-        } else if let (Phase::Launching(client), Machine::Linux) = (&vm.phase, vm.shape.machine) {
-            let client = *client;
-            self.launched(generation, client);
-        } else {
-            for client in std::mem::take(&mut vm.pausers) {
-                self.reply(client, Ok(Answer::Done));
+    fn gives_sign(&mut self, generation: Generation, sign: Sign) {
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
+        match vm.phase.on(sign, vm.shape.machine) {
+            SignAction::Nothing | SignAction::Launched(None) => {}
+            SignAction::Launched(Some(client)) => {
+                if let Some(vm) = self.registry.vms.get(generation) {
+                    let summary = self.summary(vm);
+                    self.reply(client, Ok(Answer::Launched(summary)));
+                }
             }
+            SignAction::ChildReady(fork, at_ns) => self.child_ready(fork, generation, at_ns),
+            SignAction::ChildAlive(fork, at_ns) => self.child_alive(fork, generation, at_ns),
         }
     }
 

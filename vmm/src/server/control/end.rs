@@ -1,40 +1,16 @@
 //! `stop`, `kill`, `wait`, `rm`, `shutdown`: how VMs end.
 
 use crate::api::{Answer, ErrorKind, Failure, Removed};
-use crate::server::Server;
 use crate::server::clients::deadlines::Deadline;
-use crate::server::ids::{ClientId, Generation, ProcessId};
-use crate::server::procs::process::Role;
-use crate::server::registry::vm::{Hold, Phase, Vm};
-use crate::units::count;
+use crate::server::ids::{ClientId, FamilyId, Generation, ProcessId};
+use crate::server::procs::process::{Role, VmProcess};
+use crate::server::registry::phase::{Phase, Starter};
+use crate::server::registry::removals::{EndCause, Remains};
+use crate::server::registry::vm::Vm;
+use crate::server::{FamilyManager, Server};
 use crate::wire::ToVm;
-use std::collections::HashSet;
-use std::time::{Duration, Instant};
-
-/// Why the server ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EndCause {
-    /// This client asked for it, and is told.
-    Client(ClientId),
-    /// A signal did.
-    Signal,
-    /// There is no home any more in which somebody would look for it.
-    HomeIsGone,
-}
-
-/// Somebody, a client mostly, who waits until these processes are gone.
-#[derive(Debug)]
-pub struct Removal {
-    client: Option<ClientId>,
-    processes: Vec<ProcessId>,
-    /// What it is told then.
-    answer: Answer,
-    /// It waits no longer.
-    pub until: Instant,
-}
-
-/// How long the memory of processes that have been ended may stay. Where it stays longer, somebody holds on to it.
-const PATIENCE: Duration = Duration::from_secs(10);
+use std::collections::{BTreeMap, HashSet};
+use std::time::Instant;
 
 impl Server {
     pub fn stop(&mut self, name: &str) -> Result<(), Failure> {
@@ -107,12 +83,7 @@ impl Server {
     fn answer_when_ended(&mut self, client: ClientId, answer: Answer, of_these: impl Fn(Option<Generation>) -> bool) {
         let ending = self.procs.all.values().filter(|process| process.role == Role::Ending && of_these(process.vm));
         let processes = ending.map(|process| process.id).collect();
-        self.registry.removals.push(Removal {
-            client: Some(client),
-            processes,
-            answer,
-            until: Instant::now() + PATIENCE,
-        });
+        self.registry.removals.wait(Some(client), processes, answer, Instant::now());
     }
 
     /// All VMs, children first: then nothing of their parents has to settle for them. Leaves from the oldest on, since the
@@ -128,7 +99,7 @@ impl Server {
     pub fn shut_down(&mut self, cause: EndCause) {
         let again = self.stopping.replace(cause).is_some();
         if again && cause == EndCause::Signal {
-            return self.registry.removals.clear();
+            return self.registry.removals.give_up();
         }
         self.end_zygote();
         self.forget_vms(self.all_from_the_leaves());
@@ -137,28 +108,13 @@ impl Server {
             EndCause::Signal | EndCause::HomeIsGone => None,
         };
         let processes = self.procs.all.keys().copied().collect();
-        let until = Instant::now() + PATIENCE;
-        self.registry.removals.push(Removal { client, processes, answer: Answer::Done, until });
+        self.registry.removals.wait(client, processes, Answer::Done, Instant::now());
     }
 
     /// Answers those whose processes are gone.
     pub fn finish_removals(&mut self, now: Instant) {
-        let processes = &self.procs.all;
-        let left = |removal: &Removal| removal.processes.iter().filter(|id| processes.contains_key(id)).count();
-        // What families that are gone had in swap is given back bit by bit.
-        let freeing = self.memory.families.values().any(|manager| manager.windows() == 0 && manager.has_writeback());
-        let over = |removal: &mut Removal| removal.until <= now || (!freeing && left(removal) == 0);
-        let done =
-            self.registry.removals.extract_if(.., over).map(|removal| (left(&removal), removal.client, removal.answer));
-        for (left, client, answer) in done.collect::<Vec<_>>() {
-            let reply = match left {
-                0 => Ok(answer),
-                left => {
-                    let processes = count(left as u64, "VM process");
-                    let why = format!("the memory of {processes} is held on to by somebody");
-                    Err(Failure::host(why))
-                }
-            };
+        let remains = Left { processes: &self.procs.all, families: &self.memory.families };
+        for (client, reply) in self.registry.removals.finish(now, &remains) {
             match (client, reply) {
                 (Some(client), reply) => self.reply(client, reply),
                 (None, Ok(_)) => {}
@@ -175,24 +131,15 @@ impl Server {
 
     /// A VM has come to its end: its process ends, what only it held is freed, and everybody who waits is told.
     pub fn end_vm(&mut self, generation: Generation, end: Phase) {
-        let Some(vm) = self.registry.vms.get_mut(generation).filter(|vm| vm.is_alive()) else { return };
-        let before = std::mem::replace(&mut vm.phase, end.clone());
-        let name = vm.name.clone();
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
+        let Some((why, starter)) = vm.phase.end(end, &vm.name) else { return };
         let (memory, process) = (vm.memory.take(), vm.process.take());
         let (freezes, viewers) = (vm.freezes.died(), std::mem::take(&mut vm.viewers));
         let waiters = std::mem::take(&mut vm.waiters);
         vm.shedding = None;
-        vm.hold = Hold::Free;
-        let late = std::mem::take(&mut vm.late_pausers);
-        let mut asked: Vec<ClientId> =
-            vm.sends.drain().map(|(_, client)| client).chain(vm.pausers.drain(..)).chain(late).collect();
+        let mut asked: Vec<ClientId> = vm.sends.drain().map(|(_, client)| client).chain(vm.run.end()).collect();
         let remove = vm.remove_when_off;
 
-        let why = match (&end, &before) {
-            (Phase::Dead(why), Phase::Live) => format!("VM {name:?} is dead: {why}"),
-            (Phase::Dead(why), _) => format!("VM {name:?} did not start: {why}"),
-            _ => format!("VM {name:?} is off"),
-        };
         log::info!("{why}");
         self.working_sets.forget(generation);
         if let Some((family, member)) = memory {
@@ -214,12 +161,12 @@ impl Server {
         // While it is listed: a child of a fork that fails is not for long.
         self.answer_stats_waiters(generation);
         self.freezes_died(generation, freezes, &why);
-        match before {
-            Phase::Launching(Some(client)) => self.reply(client, Err(Failure::new(ErrorKind::VmEnded, why.clone()))),
-            Phase::Forking(fork) => self.child_failed(fork, generation, why.clone()),
-            _ => {}
+        match starter {
+            Starter::Nobody => {}
+            Starter::Client(client) => self.reply(client, Err(Failure::new(ErrorKind::VmEnded, why.clone()))),
+            Starter::Fork(fork) => self.child_failed(fork, generation, why.clone()),
         }
-        asked.extend(self.balloon_ops_of(generation));
+        asked.extend(self.memory.balloons.ended(generation));
         for client in asked {
             self.reply(client, Err(Failure::new(ErrorKind::VmEnded, why.clone())));
         }
@@ -236,5 +183,21 @@ impl Server {
         if remove {
             self.registry.vms.remove(generation);
         }
+    }
+}
+
+/// What there still is.
+struct Left<'a> {
+    processes: &'a BTreeMap<ProcessId, VmProcess>,
+    families: &'a BTreeMap<FamilyId, FamilyManager>,
+}
+
+impl Remains for Left<'_> {
+    fn has(&self, process: ProcessId) -> bool {
+        self.processes.contains_key(&process)
+    }
+
+    fn is_freeing(&self) -> bool {
+        self.families.values().any(|manager| manager.windows() == 0 && manager.has_writeback())
     }
 }
