@@ -1,9 +1,10 @@
 //! The agent as process 1 of an initial RAM disk.
 //!
 //! With a `/init` of the user's in it, the agent leaves process 1 to that, once the modules are loaded that it needs itself,
-//! and stays as a process beside it. Otherwise it is the guest's init: it mounts what every program wants, and reaps.
+//! and stays as a process beside it. Otherwise it is the guest's init: it mounts what every program wants, reaps, and powers off
+//! when it is asked to.
 
-use crate::{System, serve_vsock, sys};
+use crate::{System, power, serve_vsock, sys};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -34,7 +35,11 @@ pub fn run() -> ExitCode {
     if let Err(e) = loopback_up() {
         say(&[format!("loopback: {e}")]);
     }
-    let served = serve_vsock(&System::new(PathBuf::from("/"), None));
+    let system = System::new(PathBuf::from("/"), None);
+    if power::watch(&system) == 0 {
+        say(&["no power button: a request to power off is not heard".into()]);
+    }
+    let served = serve_vsock(&system);
     if let Err(e) = served {
         say(&[format!("vsock: {e}")]);
     }

@@ -16,6 +16,7 @@ mod connection;
 mod dial;
 mod init;
 mod notice;
+mod power;
 mod program;
 mod session;
 mod sys;

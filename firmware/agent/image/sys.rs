@@ -283,6 +283,12 @@ pub fn signal_group(group: u32, signal: u8) -> io::Result<()> {
     done(unsafe { kill(-group, signal.into()) }).map(drop)
 }
 
+/// Sends a signal to all processes but this one. There may be none.
+pub fn signal_all(signal: u8) {
+    // SAFETY: takes no pointers.
+    let _ = unsafe { kill(-1, signal.into()) };
+}
+
 /// Waits until a child has ended, and leaves it to be reaped.
 pub fn ended_child() -> io::Result<u32> {
     const P_ALL: c_int = 0;

@@ -7,6 +7,8 @@ kernels=(6.1 6.12)
 outer_modules="irqbypass kvm kvm-amd loop dm-mod"
 inner_modules="virtio_ring virtio virtio_mmio rng-core virtio-rng virtio_balloon virtio_blk failover net_failover
   virtio_net vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libnvdimm nd_virtio virtio_pmem"
+# What lies beside the kernels, of which the agent's initial RAM disk takes what it needs.
+beside_modules="$inner_modules button evdev"
 # Libraries that stress-ng names and that its memory and CPU stressors do not use, 18 MB with what they need in turn:
 # stubs, whose functions abort.
 stubbed="libEGL.so.1 libGLESv2.so.2 libgbm.so.1 libIPSec_MB.so.1 libkmod.so.2"
@@ -158,7 +160,7 @@ make_images() {
     mkdir -p "$root/kernels/$version"
     cp "$work/out/vmlinuz-$version" "$root/kernels/$version/vmlinuz"
     release=$(ls "$work/linux-$version/lib/modules")
-    package_modules "$work/linux-$version/lib/modules/$release" "$root/kernels/$version/lib/modules/$release" "$inner_modules"
+    package_modules "$work/linux-$version/lib/modules/$release" "$root/kernels/$version/lib/modules/$release" "$beside_modules"
   done
   cp "$work/out/initrd.gz" "$root/initrd.gz"
   pack "$root" >"$work/out/common.cpio"

@@ -23,6 +23,9 @@ sleep 2
 same "three clones of it run" 3 "$(offshoot ls | grep -E "^($(echo $children | tr ' ' '|')) " | grep -c running)"
 untroubled b
 
+check "one of them is asked to power off" offshoot stop "${children%% *}"
+expect "and does" '^off' offshoot wait "${children%% *}" --timeout 30
+
 same "two initial RAM disks are kept" 2 "$(ls "$kept" | wc -l)"
 check "launch c, as b" offshoot launch c --kernel "$kernel" --agent
 same "which takes the same" 2 "$(ls "$kept" | wc -l)"

@@ -19,11 +19,14 @@ use std::time::SystemTime;
 /// Where the agent is in the guest. Beside an init of the user's, the kernel starts it instead, and it starts that.
 pub const AGENT: &str = "/offshoot/agent";
 /// What a kernel needs to be talked to, and for its balloon and its random numbers. Those that they need come with them.
-const WANTED: [Wanted; 4] = [
+const WANTED: [Wanted; 6] = [
     Wanted { name: "virtio_mmio", needed: true },
     Wanted { name: "vmw_vsock_virtio_transport", needed: true },
     Wanted { name: "virtio_rng", needed: false },
     Wanted { name: "virtio_balloon", needed: false },
+    // The power button, and the way in which programs hear of it.
+    Wanted { name: "button", needed: false },
+    Wanted { name: "evdev", needed: false },
 ];
 /// Files that are kept in the home.
 const KEPT: usize = 4;
