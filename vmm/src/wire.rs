@@ -277,6 +277,21 @@ pub enum ToVm {
     /// Ask a Linux guest to tell of its free pages and keep them until the next freeze is done. They come as `Ballooned`,
     /// then `Hinted`, in the guest's time.
     HintFree,
+    /// Have a Linux guest accept a connection to this port of its. Its socket travels along, and does not wait. Answered by
+    /// `Connected`, in the guest's time.
+    Connect {
+        /// Names it.
+        tag: u64,
+        /// The port.
+        port: u32,
+        /// Whether the socket is told when the guest has accepted: `OK`, the host's port, and the end of the line.
+        greet: bool,
+    },
+    /// The answer to a `Connect` of the VM's: a socket that does not wait travels along, if there is one.
+    Connected {
+        /// Names it.
+        tag: u64,
+    },
     /// Ask the guest to power off.
     Stop,
     /// Try to write to the store whose descriptor travels along. Answered by `Probed`.

@@ -2,6 +2,7 @@
 
 use super::Confinement;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// What the server answers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -16,6 +17,8 @@ pub enum Answer {
     Said(String),
     /// Raw bytes follow.
     Stream,
+    /// The guest has accepted a connection, whose socket travels along.
+    Connected(Connected),
     /// All VMs.
     Vms(Vec<VmSummary>),
     /// All VMs, parents before children.
@@ -38,6 +41,16 @@ pub enum Answer {
     Checked(CheckReport),
     /// It is done.
     Done,
+}
+
+/// Whom a connection leads to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Connected {
+    /// The VM's name.
+    pub name: String,
+    /// Its id if it was forked, and 0 if it was launched.
+    pub generation: u64,
 }
 
 /// The budget, and what of it cannot be kept.
@@ -327,6 +340,8 @@ pub struct Inspection {
     pub isolation: String,
     /// What keeps its process apart, as the kernel tells it; null if it has none, or that is about to begin.
     pub confinement: Option<Confinement>,
+    /// The socket by which programs reach its guest's ports; null if it has none.
+    pub vsock: Option<PathBuf>,
     /// Its children that are listed.
     pub children: Vec<String>,
     /// Their ids.

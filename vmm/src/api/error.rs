@@ -26,7 +26,7 @@ pub enum ErrorKind {
     NoSuchVm,
     /// There is a VM of that name already.
     NameTaken,
-    /// The VM is off or dead.
+    /// The VM is off, dead or paused.
     NotRunning,
     /// It is more than there may be, or than the host has.
     Limit,
@@ -42,6 +42,8 @@ pub enum ErrorKind {
     VmEnded,
     /// The VM's process does not answer.
     DoesNotAnswer,
+    /// Nothing in the guest accepts a connection.
+    Refused,
     /// The guest answered `err`. Only a client says so.
     Guest,
     /// It was not done in the time that was given for it.
@@ -58,7 +60,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// All there are.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::BadRequest,
         Self::NoSuchVm,
         Self::NameTaken,
@@ -70,6 +72,7 @@ impl ErrorKind {
         Self::Busy,
         Self::VmEnded,
         Self::DoesNotAnswer,
+        Self::Refused,
         Self::Guest,
         Self::TimedOut,
         Self::ShuttingDown,
@@ -83,7 +86,7 @@ impl ErrorKind {
         match self {
             Self::BadRequest | Self::NoSuchVm | Self::NameTaken | Self::NotRunning => 2,
             Self::Limit | Self::Unsupported | Self::NoServer | Self::Home => 2,
-            Self::Busy | Self::VmEnded | Self::DoesNotAnswer | Self::Guest | Self::ShuttingDown => 1,
+            Self::Busy | Self::VmEnded | Self::DoesNotAnswer | Self::Refused | Self::Guest | Self::ShuttingDown => 1,
             Self::Host | Self::Connection | Self::Failed => 1,
             Self::TimedOut => 3,
         }

@@ -16,8 +16,8 @@ mod page;
 mod request;
 
 pub use answer::{
-    Answer, Balloon, BudgetReport, CheckReport, Child, EntryInfo, GuestStats, Inspection, Reclaimed, Removed, RunInfo,
-    Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
+    Answer, Balloon, BudgetReport, CheckReport, Child, Connected, EntryInfo, GuestStats, Inspection, Reclaimed,
+    Removed, RunInfo, Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
 };
 pub use confinement::{Confinement, Limits};
 pub use error::{ErrorKind, Failure};

@@ -57,6 +57,7 @@ fn launch() -> Launch {
         shared: Vec::new(),
         ttl_ms: None,
         max_children: None,
+        vsock: None,
     }
 }
 
@@ -69,6 +70,7 @@ fn requests() -> Vec<Request> {
         Request::Send { name: name.clone(), text: String::new(), timeout_ms: 1 },
         Request::Console { name: name.clone() },
         Request::Logs { name: name.clone(), follow: true, tail_lines: None },
+        Request::Connect { name: name.clone(), port: 1, timeout_ms: 1 },
         Request::List,
         Request::Tree,
         Request::Stats { name: None },
@@ -93,6 +95,7 @@ fn answers() -> Vec<Answer> {
         Answer::Launched(VmSummary::default()),
         Answer::Forked(Vec::new()),
         Answer::Said(String::new()),
+        Answer::Connected(Connected { name: String::new(), generation: 0 }),
         Answer::Stream,
         Answer::Vms(Vec::new()),
         Answer::Tree(Vec::new()),
@@ -116,6 +119,7 @@ fn verb(request: &Request) -> &'static str {
         Request::Send { .. } => "send",
         Request::Console { .. } => "console",
         Request::Logs { .. } => "logs",
+        Request::Connect { .. } => "connect",
         Request::List => "list",
         Request::Tree => "tree",
         Request::Stats { .. } => "stats",
@@ -175,6 +179,7 @@ fn every_field_is_on_the_page() {
     assert_eq!(fields("row of the tree"), beside_vm(json(&TreeRow::default())));
     assert_eq!(fields("figures of a VM"), beside_vm(json(&VmStats::default())));
     for (section, value) in [
+        ("connected", json(&Connected { name: String::new(), generation: 0 })),
         ("child", json(&Child::default())),
         ("removed", json(&Removed::default())),
         ("balloon's value", json(&Balloon::default())),
@@ -204,12 +209,13 @@ fn every_kind_of_error_is_on_the_page_with_its_exit_code() {
 }
 
 /// Numbers that are neither bytes, pages nor durations: counts of something else, ids and addresses.
-const UNITLESS: [&str; 38] = [
+const UNITLESS: [&str; 39] = [
     "protocol",
     "pid",
     "vcpus",
     "count",
     "tail_lines",
+    "port",
     "id",
     "parent_id",
     "depth",

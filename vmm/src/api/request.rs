@@ -38,6 +38,16 @@ pub enum Request {
         /// Only so many of the last lines that there are; null for all.
         tail_lines: Option<u64>,
     },
+    /// Connect to a port of a Linux guest's vsock. Answered by `Connected` when the guest has accepted: a stream socket travels
+    /// along, which leads straight to the guest.
+    Connect {
+        /// The VM.
+        name: String,
+        /// The port.
+        port: u32,
+        /// How long to wait for the guest.
+        timeout_ms: u64,
+    },
     /// All VMs. Answered by `Vms`.
     List,
     /// All VMs with their page counts, parents before children. Answered by `Tree`.
@@ -122,6 +132,7 @@ impl Request {
             Self::Send { name, .. } | Self::Console { name } | Self::Logs { name, .. } => Some(name),
             Self::Pause { name } | Self::Resume { name } | Self::Stop { name } | Self::Kill { name } => Some(name),
             Self::Wait { name, .. } | Self::Balloon { name, .. } | Self::Inspect { name } => Some(name),
+            Self::Connect { name, .. } => Some(name),
             Self::Stats { name } | Self::Reclaim { name, .. } => name.as_deref(),
             Self::List | Self::Tree | Self::Remove { .. } | Self::Budget { .. } => None,
             Self::Check | Self::Shutdown => None,
@@ -159,6 +170,8 @@ pub struct Launch {
     pub ttl_ms: Option<u64>,
     /// How many VMs may descend from it at a time, those that have ended and are still listed included; null for any number.
     pub max_children: Option<u32>,
+    /// Where a socket is made by which programs connect to ports of the guest's; null for none.
+    pub vsock: Option<PathBuf>,
 }
 
 /// A Linux guest. Paths are absolute.

@@ -53,6 +53,9 @@ fn options_of(launch: Launch) -> Result<LaunchOptions, vmm::client::Error> {
     if launch.agent {
         options = options.agent(true)?;
     }
+    if let Some(path) = launch.vsock {
+        options = options.vsock(path)?;
+    }
     Ok(options)
 }
 

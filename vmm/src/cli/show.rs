@@ -192,6 +192,7 @@ pub fn inspection(out: &mut impl Write, inspection: &Inspection) -> io::Result<(
             ("pid", &dash(&vm.pid)),
             ("keeper", &dash(&inspection.keeper_pid)),
             ("isolation", &isolation),
+            ("vsock", &dash(&inspection.vsock.as_ref().map(|path| path.display()))),
             ("chain depth", &stats.chain_depth),
             ("window runs", &stats.window_runs),
         ],

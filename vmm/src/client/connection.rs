@@ -1,12 +1,13 @@
 //! One connection to a server: lines of JSON, and then perhaps raw bytes.
 
 use super::SocketPath;
-use crate::api::{Failure, Greeting, Line, Reply, Request};
+use crate::api::{Answer, Failure, Greeting, Line, Reply, Request};
 use serde::de::DeserializeOwned;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// A greeted connection.
 #[derive(Debug)]
@@ -36,6 +37,27 @@ impl Connection {
         line.push(b'\n');
         self.socket.get_mut().write_all(&line)?;
         read_line(&mut self.socket)
+    }
+
+    /// The same, where a socket may come with the answer.
+    pub fn call_for_socket(&mut self, request: &Request) -> io::Result<(Reply, Option<UnixStream>)> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        let socket = self.socket.get_mut();
+        socket.write_all(&line)?;
+        let (mut line, mut came) = (Vec::new(), None);
+        let mut buffer = [0; 4096];
+        // Nothing but the answer can come, and no further than to the end of its line.
+        while line.last() != Some(&b'\n') {
+            let (read, descriptor) = socket.recv_with_fd(&mut buffer)?;
+            came = came.or(descriptor);
+            if read == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection"));
+            }
+            line.extend_from_slice(&buffer[..read]);
+        }
+        let line: Line<Answer> = serde_json::from_slice(&line)?;
+        Ok((line.into(), came.map(|file| UnixStream::from(OwnedFd::from(file)))))
     }
 
     /// After [`Answer::Stream`].

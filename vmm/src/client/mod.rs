@@ -63,13 +63,14 @@ pub use options::{ForkOptions, LaunchOptions};
 pub use vm::{Forked, Scoped, Vm};
 
 use crate::api::{
-    Answer, BudgetReport, BudgetSetting, CheckReport, Failure, PROTOCOL, Reclaimed, Removed, Request, Stats, TreeRow,
-    VmSummary,
+    Answer, BudgetReport, BudgetSetting, CheckReport, Connected, Failure, PROTOCOL, Reclaimed, Removed, Request, Stats,
+    TreeRow, VmSummary,
 };
 use crate::name::check_name;
 use crate::units::ByteSize;
 use connection::Connection;
 use start::{Launcher, Starter};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -305,6 +306,17 @@ impl Client {
                 self.state().idle.push(connection);
                 Err(failure.into())
             }
+        }
+    }
+
+    /// Asks for a connection to a guest.
+    fn call_for_socket(&self, request: &Request) -> Result<(UnixStream, Connected), Error> {
+        let mut connection = self.take()?;
+        let (reply, socket) = connection.call_for_socket(request).map_err(self.lost_server())?;
+        self.state().idle.push(connection);
+        match (reply?, socket) {
+            (Answer::Connected(connected), Some(socket)) => Ok((socket, connected)),
+            _ => Err(Error::Protocol("connect")),
         }
     }
 

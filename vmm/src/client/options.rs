@@ -28,6 +28,7 @@ impl Default for LaunchOptions {
             shared: Vec::new(),
             ttl_ms: None,
             max_children: None,
+            vsock: None,
         };
         Self { launch, agent: false }
     }
@@ -157,6 +158,16 @@ impl LaunchOptions {
     pub fn ttl(mut self, time: Duration) -> Self {
         self.launch.ttl_ms = Some(milliseconds(time));
         self
+    }
+
+    /// A socket by which programs of the host connect to ports of the Linux guest's vsock, in Firecracker's way: `CONNECT PORT`.
+    /// `{name}` in its path is the name of the VM; then all that descend from this one have such a socket.
+    ///
+    /// # Errors
+    /// There is no current directory that the path could be relative to.
+    pub fn vsock(mut self, path: impl AsRef<Path>) -> Result<Self, Error> {
+        self.launch.vsock = Some(absolute("vsock", path.as_ref())?);
+        Ok(self)
     }
 
     /// How many VMs may descend from it at a time: children, their children and so on, whoever forks them. Those that have

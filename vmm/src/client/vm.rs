@@ -3,11 +3,12 @@
 use super::expect::Expectation;
 use super::{Client, Error, ForkOptions, Stream, answer, check_vm_name};
 use crate::api::{
-    Answer, Balloon, Child, ErrorKind, Failure, Inspection, Reclaimed, Request, Stats, VmStats, VmSummary,
+    Answer, Balloon, Child, Connected, ErrorKind, Failure, Inspection, Reclaimed, Request, Stats, VmStats, VmSummary,
 };
 use crate::units::ByteSize;
 use regex::Regex;
 use std::ops::Deref;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 /// A VM, by its name. Dropping this does nothing to it.
@@ -85,6 +86,17 @@ impl Vm {
             Answer::Done => Ok(None),
             _ => Err(Error::Protocol("send")),
         }
+    }
+
+    /// Connects to a port of a Linux guest's vsock, and waits until the guest has accepted. The stream leads straight to the
+    /// guest. At a fork it stays with this VM; a child has none of its parent's.
+    ///
+    /// # Errors
+    /// Of kind `Refused` where nothing listens on that port, `TimedOut` where the guest does not answer.
+    pub fn connect(&self, port: u32, timeout: Duration) -> Result<(UnixStream, Connected), Error> {
+        let name = self.checked_name("connect")?;
+        let timeout_ms = timeout.as_millis().try_into().unwrap_or(u64::MAX);
+        self.client.call_for_socket(&Request::Connect { name, port, timeout_ms })
     }
 
     /// Types a line on the serial console, and waits until `pattern` is in what is printed after it. Returns the lines

@@ -6,7 +6,9 @@ use super::kvm::KvmError;
 use super::mailbox::Memory;
 use super::state::LinuxState;
 use crate::devices::interrupt::Interrupt;
-use crate::devices::virtio::{Balloon, ConfigChange, DEVICES, Device, Kind, Requests, Rng, Sink, Transport};
+use crate::devices::virtio::{
+    Balloon, ConfigChange, DEVICES, Device, Host, Kind, Outcome, Outside, Pair, Requests, Rng, Sink, Transport, Vsock,
+};
 use crate::layout::devices::{GENERATION_IRQ, POWER_IRQ, VIRTIO_IRQ};
 use crate::layout::linux::GENERATION_ID;
 use crate::wire::FromVm;
@@ -22,6 +24,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 pub(super) enum LinuxError {
     #[error("/dev/urandom: {0}")]
     Random(io::Error),
+    #[error("watch sockets: {0}")]
+    Sockets(io::Error),
     #[error("generation id: {0}")]
     GenerationId(GuestMemoryError),
     #[error("{0}")]
@@ -59,6 +63,20 @@ impl Sink for GiveBack {
     }
 }
 
+/// What the socket device says goes to the server.
+#[derive(Debug)]
+struct Peer(Arc<Floor>);
+
+impl Host for Peer {
+    fn connected(&self, tag: u64, outcome: Outcome) {
+        self.0.tell(self.0.lock(), FromVm::Connected { tag, outcome });
+    }
+
+    fn ask(&self, pair: Pair) {
+        self.0.tell(self.0.lock(), FromVm::Connect { tag: pair.to_u64(), port: pair.host });
+    }
+}
+
 /// The devices beside the vCPUs.
 #[derive(Debug)]
 pub(super) struct LinuxMachine {
@@ -68,6 +86,7 @@ pub(super) struct LinuxMachine {
     virtio: Arc<VirtioDevices>,
     balloon: Arc<Requests>,
     balloon_changes: Vec<ConfigChange>,
+    sockets: Arc<Outside>,
     generation: Line,
     power: Line,
 }
@@ -77,12 +96,14 @@ impl LinuxMachine {
     pub fn new(vm: &Arc<VmFd>, memory: &Memory, floor: &Arc<Floor>) -> Result<Self, LinuxError> {
         let random = File::open("/dev/urandom").map_err(LinuxError::Random)?;
         let balloon = Arc::new(Requests::default());
+        let sockets = Arc::new(Outside::new().map_err(LinuxError::Sockets)?);
         let mut balloon_changes = Vec::new();
         let mut virtio = Vec::new();
         for (kind, number) in DEVICES.iter().zip(VIRTIO_IRQ..) {
             let device: Box<dyn Device> = match kind {
                 Kind::Rng => Box::new(Rng::new(random.try_clone().map_err(LinuxError::Random)?)),
                 Kind::Balloon => Box::new(Balloon::new(Box::new(GiveBack(Arc::clone(floor))), Arc::clone(&balloon))),
+                Kind::Vsock => Box::new(Vsock::new(Box::new(Peer(Arc::clone(floor))), Arc::clone(&sockets))),
             };
             let line = Arc::new(Line::new(vm, number));
             let transport = Transport::new(device, line, memory.clone());
@@ -98,6 +119,7 @@ impl LinuxMachine {
             virtio: Arc::new(VirtioDevices(virtio)),
             balloon,
             balloon_changes,
+            sockets,
             generation: Line::new(vm, GENERATION_IRQ),
             power: Line::new(vm, POWER_IRQ),
         })
@@ -122,18 +144,27 @@ impl LinuxMachine {
     }
 
     /// Becomes the saved machine, and tells the guest that it is another one now. The vCPUs have their state, and stand.
-    pub fn restore(&self, state: &LinuxState) -> Result<(), LinuxError> {
+    /// Whether a device has something to [attend](super::mmio::Mmio::attend) to as soon as they run.
+    pub fn restore(&self, state: &LinuxState) -> Result<bool, LinuxError> {
         let (has, wants) = (state.virtio.len(), self.virtio.0.len());
         if has != wants {
             return Err(LinuxError::DeviceCount { state: has, machine: wants });
         }
+        let mut attention = false;
         for (device, saved) in self.virtio.0.iter().zip(&state.virtio) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).load(saved).map_err(LinuxError::Device)?;
+            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            device.load(saved).map_err(LinuxError::Device)?;
+            attention |= device.wants_attention();
         }
         chips::restore(&self.vm, &state.chips)?;
         self.generation.pulse();
         self.announce_ended_hinting();
-        Ok(())
+        Ok(attention)
+    }
+
+    /// The sockets of its guest's connections.
+    pub fn sockets(&self) -> &Arc<Outside> {
+        &self.sockets
     }
 
     /// Asks the guest to have so many pages in its balloon.

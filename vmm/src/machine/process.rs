@@ -6,6 +6,7 @@ use super::outbox::{self, Outbox};
 use super::probe::ways_to_write;
 use super::vm::{Freeze, Preparation, Vm, VmError};
 use super::voice;
+use crate::devices::virtio::Wanted;
 use crate::link::Link;
 use crate::nice;
 use crate::wire::{FromVm, RunState, SOME, Take, ToVm};
@@ -94,6 +95,7 @@ const FIRST_ANSWERS: u32 = 2;
 const SOCKET: u32 = 0;
 const BELL: u32 = 1;
 const CONSOLE: u32 = 2;
+const SOCKETS: u32 = 3;
 
 impl MutEventSubscriber for Process<'_> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
@@ -105,6 +107,10 @@ impl MutEventSubscriber for Process<'_> {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let served = match events.data() {
             BELL | CONSOLE => self.pass_on(),
+            SOCKETS => {
+                self.vm.iter().for_each(Vm::serve_sockets);
+                Ok(())
+            }
             _ => self.serve(ops),
         };
         match served.and_then(|()| self.flush(ops)) {
@@ -273,6 +279,13 @@ impl Process<'_> {
                 floor.lock().mailbox.fork_done(outcome);
                 floor.notify();
             }
+            ToVm::Connect { tag, port, greet } => {
+                let socket = fds.into_iter().next().ok_or_else(|| nonsense("a connection needs a socket"))?;
+                if let Some(outcome) = vm.connect(Wanted { tag, port, greet, socket }) {
+                    outbox::tell(&mut self.link, &FromVm::Connected { tag, outcome }, &[])?;
+                }
+            }
+            ToVm::Connected { tag } => vm.answer_connect(tag, fds.into_iter().next()),
             ToVm::Balloon { pages } => vm.set_balloon(pages),
             ToVm::AskStats => vm.ask_statistics(),
             ToVm::HintFree => vm.begin_hinting(),
@@ -313,6 +326,8 @@ impl Process<'_> {
                 ops.add(Events::with_data(vm.floor().bell(), BELL, EventSet::IN)).map_err(io::Error::other)?;
                 let console = Events::with_data_raw(vm.floor().console_bell(), CONSOLE, EventSet::IN);
                 ops.add(console).map_err(io::Error::other)?;
+                let sockets = vm.socket_bell().map(|bell| Events::with_data_raw(bell, SOCKETS, EventSet::IN));
+                sockets.map_or(Ok(()), |sockets| ops.add(sockets)).map_err(io::Error::other)?;
                 let (ready, traps) = vm.ready();
                 outbox::tell(&mut self.link, &ready, traps.as_slice())?;
                 self.vm = Some(vm);

@@ -19,3 +19,7 @@ pub struct FamilyId(pub u64);
 /// A fork under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ForkId(pub u64);
+
+/// A program that has connected to a guest's socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VisitorId(pub u64);

@@ -3,7 +3,7 @@
 //! Handlers have no hold of the loop: they note what is to change, and the loop applies it between rounds. A
 //! descriptor that is to be watched no more is kept open until then, so that its number is not given to another.
 
-use crate::server::ids::{ClientId, ProcessId};
+use crate::server::ids::{ClientId, Generation, ProcessId, VisitorId};
 use event_manager::{EventOps, EventSet, Events};
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -15,6 +15,9 @@ pub enum Origin {
     Listener,
     Signals,
     Client(ClientId),
+    /// A guest's socket.
+    Door(Generation),
+    Visitor(VisitorId),
     Process(ProcessId),
     Traps(ProcessId),
     Swap,

@@ -1,6 +1,7 @@
 //! What a VM process says, and what of it can be: whoever is taken over may say anything.
 
 use super::{Line, MachineShape, RunState};
+use crate::devices::virtio::Outcome;
 use crate::layout::ram_ranges;
 use crate::machine::WINDOW_BASE;
 use crate::machine::state::PackedState;
@@ -177,6 +178,20 @@ pub enum FromVm {
     Answer(Line),
     /// Bytes the guest wrote to its serial console.
     Console(Vec<u8>),
+    /// How a connection to the guest came out.
+    Connected {
+        /// Names it.
+        tag: u64,
+        /// How.
+        outcome: Outcome,
+    },
+    /// The guest wants to be connected to this port of the host's. Answered by `Connected`.
+    Connect {
+        /// Names it.
+        tag: u64,
+        /// The port.
+        port: u32,
+    },
     /// The guest asks to be forked. It waits for `ForkDone`.
     Fork {
         /// How many children.

@@ -358,6 +358,11 @@ pub struct Launch {
     /// How many VMs may descend from it at a time, whoever forks them; those that have ended count until `rm`
     #[arg(long, value_name = "N", value_parser = number(0..=u32::MAX))]
     pub max_children: Option<u32>,
+    /// Make a socket by which programs of the host reach ports of the Linux guest's vsock, in the way of Firecracker: `CONNECT
+    /// PORT`; the guest's own connections to port N of the host go to PATH_N. With {name} in it, each VM that descends from this
+    /// one has one, with its name there
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    pub vsock: Option<PathBuf>,
     #[command(flatten)]
     pub output: Output,
 }

@@ -284,7 +284,8 @@ impl Device for Balloon {
         }
     }
 
-    fn notified(&mut self, index: usize, queue: &mut Queue, memory: &Memory) -> Result<bool, Broken> {
+    fn notified(&mut self, index: usize, queues: &mut [Queue], memory: &Memory) -> Result<bool, Broken> {
+        let queue = &mut queues[index];
         let role = roles(self.features).nth(index).ok_or(Broken)?;
         let mut heads = Vec::new();
         let mut pages = Vec::new();

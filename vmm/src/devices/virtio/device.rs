@@ -33,11 +33,11 @@ pub trait Device: Debug + Send {
     /// Writes its configuration space.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The guest says that there is something in queue `index`. Whether it wants to know what was done.
+    /// The guest says that there is something in queue `index`, which it has set up. Whether it wants to know what was done.
     ///
     /// # Errors
-    /// The queue makes no sense.
-    fn notified(&mut self, index: usize, queue: &mut Queue, memory: &Memory) -> Result<bool, Broken>;
+    /// A queue makes no sense.
+    fn notified(&mut self, index: usize, queues: &mut [Queue], memory: &Memory) -> Result<bool, Broken>;
 
     /// The guest and it have agreed on these features, of those that it offers.
     fn agreed(&mut self, _features: u64) {}
@@ -48,6 +48,11 @@ pub trait Device: Debug + Send {
     /// A queue makes no sense.
     fn attend(&mut self, _queues: &mut [Queue], _memory: &Memory) -> Result<bool, Broken> {
         Ok(false)
+    }
+
+    /// Whether there is something to [attend](Self::attend) to, without anybody having asked.
+    fn wants_attention(&self) -> bool {
+        false
     }
 
     /// The guest has reset it.

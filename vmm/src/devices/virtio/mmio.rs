@@ -214,9 +214,9 @@ impl Transport {
         if self.status & (status::DRIVER_OK | status::NEEDS_RESET) != status::DRIVER_OK {
             return;
         }
-        let Some(queue) = self.queues.get_mut(index).filter(|queue| queue.ready()) else { return };
+        let Some(queue) = self.queues.get(index).filter(|queue| queue.ready()) else { return };
         let done = match queue.is_valid(&self.memory) {
-            true => self.device.notified(index, queue, &self.memory),
+            true => self.device.notified(index, &mut self.queues, &self.memory),
             false => Err(super::Broken),
         };
         self.tell(done);
@@ -228,6 +228,11 @@ impl Transport {
             let done = self.device.attend(&mut self.queues, &self.memory);
             self.tell(done);
         }
+    }
+
+    /// Whether the device, which has just been loaded, has something to attend to.
+    pub fn wants_attention(&self) -> bool {
+        self.device.wants_attention()
     }
 
     /// Tells the guest what was done, if it wants to know.

@@ -5,7 +5,7 @@
 //! | `mmio` | the registers: one transport for every device |
 //! | `device` | what a device is to the transport |
 //! | `state` | a transport and its queues as plain data |
-//! | `rng`, `balloon` | the devices |
+//! | `rng`, `balloon`, `vsock` | the devices |
 //! | `hint` | the part of the balloon's protocol that is about free pages at a fork |
 //!
 //! Whoever accesses a register carries out what that asks for, queues included, before the access is over; what the machine
@@ -25,12 +25,14 @@ mod rng;
 mod state;
 #[cfg(test)]
 mod tests;
+mod vsock;
 
 pub use balloon::{Balloon, Requests, Sink};
 pub use device::{Broken, Device};
 pub use mmio::{ConfigChange, Transport};
 pub use rng::Rng;
 pub use state::{QueueState, State};
+pub use vsock::{Host, Outcome, Outside, Pair, Vsock, Wanted};
 
 /// Kinds of devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +41,9 @@ pub enum Kind {
     Rng,
     /// Memory that the guest gives back.
     Balloon,
+    /// Streams between the guest and the host.
+    Vsock,
 }
 
 /// The devices of every Linux guest, in the order of their addresses.
-pub const DEVICES: &[Kind] = &[Kind::Rng, Kind::Balloon];
+pub const DEVICES: &[Kind] = &[Kind::Rng, Kind::Balloon, Kind::Vsock];

@@ -58,7 +58,8 @@ impl Device for Rng {
         &[QUEUE_SIZE]
     }
 
-    fn notified(&mut self, _index: usize, queue: &mut Queue, memory: &Memory) -> Result<bool, Broken> {
+    fn notified(&mut self, index: usize, queues: &mut [Queue], memory: &Memory) -> Result<bool, Broken> {
+        let queue = &mut queues[index];
         let mut used = false;
         // Not more than there can be: a guest that goes on adding does not keep us here.
         for _ in 0..queue.size() {

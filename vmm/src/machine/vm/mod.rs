@@ -25,6 +25,7 @@ use super::vcpu::{Buses, Vcpu};
 use crate::api::MAX_VCPUS;
 use crate::boot::linux::{self, LoadError, Plan};
 use crate::devices::serial::Console;
+use crate::devices::virtio::{Outcome, Pair, Wanted};
 use crate::host::system_call_filter;
 use crate::layout::devices::COM1_IRQ;
 use crate::layout::ram_ranges;
@@ -36,7 +37,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -379,7 +380,9 @@ impl Vm {
     ) -> Result<(), VmError> {
         self.floor.load(self.loads(state)?);
         drop(self.floor.await_standing()?);
-        machine.restore(beside)?;
+        if machine.restore(beside)? {
+            self.floor.send_errand();
+        }
         self.floor.ask(activity);
         Ok(())
     }
@@ -418,9 +421,43 @@ impl Vm {
     pub fn ask_statistics(&self) {
         if let (Some(machine), true) = (&self.linux, self.started) {
             machine.ask_statistics();
-            self.floor.send_errand();
-            self.threads.first().into_iter().for_each(interrupt_thread);
+            self.run_errand();
         }
+    }
+
+    /// Rings when a socket of a guest's connection is ready.
+    pub fn socket_bell(&self) -> Option<RawFd> {
+        self.linux.as_ref().map(|machine| machine.sockets().bell())
+    }
+
+    /// Has a vCPU see to the sockets that are ready.
+    pub fn serve_sockets(&self) {
+        if self.linux.as_ref().is_some_and(|machine| machine.sockets().look()) {
+            self.run_errand();
+        }
+    }
+
+    /// Has the guest asked for a connection to one of its ports. How that ended, where it is known at once.
+    pub fn connect(&self, wanted: Wanted) -> Option<Outcome> {
+        let Some(machine) = self.linux.as_ref().filter(|_| self.started) else { return Some(Outcome::Refused) };
+        if !machine.sockets().connect(wanted) {
+            return Some(Outcome::Full);
+        }
+        self.run_errand();
+        None
+    }
+
+    /// The server's answer to a request of the guest's.
+    pub fn answer_connect(&self, tag: u64, socket: Option<OwnedFd>) {
+        if let Some(machine) = &self.linux {
+            machine.sockets().answer(Pair::from_u64(tag), socket);
+            self.run_errand();
+        }
+    }
+
+    fn run_errand(&self) {
+        self.floor.send_errand();
+        self.threads.first().into_iter().for_each(interrupt_thread);
     }
 
     /// Asks the guest to tell of its free pages, which are gone then. It keeps them until the next freeze.

@@ -8,7 +8,9 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::unistd::geteuid;
 use serde::Serialize;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Longest request line.
 const REQUEST_MAX: usize = 1 << 20;
@@ -44,6 +46,8 @@ pub struct Client {
     pub subject: Option<String>,
     input: Vec<u8>,
     output: Vec<u8>,
+    /// Goes with the first byte of what is sent next.
+    enclosed: Option<OwnedFd>,
     /// Nothing more will come.
     ended: bool,
 }
@@ -76,6 +80,7 @@ impl Client {
             subject: None,
             input: Vec::new(),
             output: Vec::new(),
+            enclosed: None,
             ended: false,
         })
     }
@@ -135,6 +140,11 @@ impl Client {
         self.say(&Line::from(&reply));
     }
 
+    /// Has a descriptor travel with the answer to the request under way: a client that waits for that has read all before.
+    pub fn enclose(&mut self, descriptor: OwnedFd) {
+        self.enclosed = Some(descriptor);
+    }
+
     /// Sends a line.
     pub fn say(&mut self, line: &impl Serialize) {
         let mut bytes = serde_json::to_vec(line).expect("the protocol's types are plain data");
@@ -151,7 +161,7 @@ impl Client {
     /// Sends what waits.
     pub fn flush(&mut self) {
         while !self.output.is_empty() {
-            match self.stream.write(&self.output) {
+            match self.write_some() {
                 Ok(n) => drop(self.output.drain(..n)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -163,7 +173,15 @@ impl Client {
         }
     }
 
+    fn write_some(&mut self) -> io::Result<usize> {
+        let Some(descriptor) = &self.enclosed else { return self.stream.write(&self.output) };
+        let sent = self.stream.send_with_fd(self.output.as_slice(), descriptor.as_raw_fd())?;
+        self.enclosed = None;
+        Ok(sent)
+    }
+
     fn hang_up(&mut self) {
+        self.enclosed = None;
         self.output.clear();
         self.ended = true;
         self.mode = Mode::Closing;

@@ -16,6 +16,8 @@ pub enum Deadline {
     Stats(Generation, ClientId),
     /// What its guest tells of free pages, for this fork.
     Hint(Generation, ForkId),
+    /// The guest's answer to a connection, by its tag.
+    Connect(Generation, u64),
     /// A VM's end, which is the server's doing then.
     TimeToLive(Generation),
 }
@@ -25,7 +27,7 @@ impl Deadline {
     pub fn vm(&self) -> Generation {
         match *self {
             Self::Answer(vm, ..) | Self::End(vm, _) | Self::Balloon(vm, _) | Self::Stats(vm, _) => vm,
-            Self::Hint(vm, _) | Self::TimeToLive(vm) => vm,
+            Self::Hint(vm, _) | Self::Connect(vm, _) | Self::TimeToLive(vm) => vm,
         }
     }
 

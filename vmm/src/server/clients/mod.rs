@@ -1,20 +1,25 @@
 //! Clients: who is connected, what they ask, and that they are told.
 
 pub mod connection;
+pub mod connects;
 pub mod deadlines;
+pub mod doors;
 pub mod listener;
 #[cfg(test)]
 mod tests;
 
-use crate::api::{Failure, Greeting, Line, PROTOCOL, Reply, Request};
+use crate::api::{Answer, Failure, Greeting, Line, PROTOCOL, Reply, Request};
 use crate::clock::monotonic_ns;
 use crate::server::ids::{ClientId, Generation};
 use crate::server::watch::{Origin, Watches};
 use connection::{Client, Heard, Mode};
+use connects::Connects;
+use doors::Doors;
 use event_manager::EventSet;
 use listener::{Accept, Listener};
 use nix::sys::resource::{Resource, getrlimit};
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
 
@@ -45,13 +50,18 @@ pub struct Clients<L = UnixListener> {
     pending: Vec<ClientId>,
     /// VMs that an earlier server has lost, as the first client is told.
     lost: Vec<String>,
+    /// What they are to be connected to.
+    pub connects: Connects,
+    /// Where other programs come from that want to be.
+    pub doors: Doors,
 }
 
 impl<L: Accept> Clients<L> {
     /// Nobody yet, and no more than `most` ever.
     pub fn new(socket: L, most: usize, lost: Vec<String>) -> Self {
         let (connected, next, pending) = (BTreeMap::new(), ClientId(1), Vec::new());
-        Self { listener: Listener::new(socket), connected, most, next, pending, lost }
+        let (connects, doors) = (Connects::default(), Doors::default());
+        Self { listener: Listener::new(socket), connected, most, next, pending, lost, connects, doors }
     }
 
     /// Where they come from.
@@ -59,9 +69,15 @@ impl<L: Accept> Clients<L> {
         &mut self.listener
     }
 
+    /// Does what it is time for.
+    pub fn tend(&mut self, now: Instant, watches: &mut Watches<Origin>) {
+        self.listener.tend(now, watches);
+        self.doors.tend(now, watches);
+    }
+
     /// When there is something to do though nothing happens.
     pub fn next_look(&self) -> Option<Instant> {
-        self.listener.next_look()
+        self.listener.next_look().into_iter().chain(self.doors.next_look()).min()
     }
 
     /// Takes in all who have come.
@@ -129,6 +145,14 @@ impl<L: Accept> Clients<L> {
             self.rewatch(id, watches);
             self.pending.push(id);
         }
+    }
+
+    /// The same, with a descriptor that goes to the client.
+    pub fn reply_with(&mut self, id: ClientId, answer: Answer, descriptor: OwnedFd, watches: &mut Watches<Origin>) {
+        if let Some(client) = self.connected.get_mut(&id) {
+            client.enclose(descriptor);
+        }
+        self.reply(id, Ok(answer), watches);
     }
 
     /// Makes of a connection, which has been answered, a view of a console, and shows what was printed `before`.

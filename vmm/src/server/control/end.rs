@@ -167,6 +167,7 @@ impl Server {
             Starter::Fork(fork) => self.child_failed(fork, generation, why.clone()),
         }
         asked.extend(self.memory.balloons.ended(generation));
+        asked.extend(self.connections_end(generation));
         for client in asked {
             self.reply(client, Err(Failure::new(ErrorKind::VmEnded, why.clone())));
         }

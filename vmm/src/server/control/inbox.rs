@@ -271,6 +271,8 @@ impl Server {
             FromVm::Ended(Ending::Off) => self.end_vm(generation, Phase::Off),
             FromVm::Ended(Ending::Reboot) => self.end_vm(generation, Phase::Rebooted),
             FromVm::Ended(Ending::Dead(why)) => self.end_vm(generation, Phase::Dead(why)),
+            FromVm::Connected { tag, outcome } => self.connection_came(generation, tag, outcome),
+            FromVm::Connect { tag, port } => self.guest_connects(generation, tag, port),
             FromVm::Probed(ways) => self.probed(generation, ways),
         }
     }

@@ -10,3 +10,4 @@ mod pool;
 mod reap;
 mod requests;
 mod talk;
+mod vsock;

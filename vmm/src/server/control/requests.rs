@@ -43,6 +43,7 @@ impl Server {
             Request::Send { name, text, timeout_ms } => self.send(client, &name, text, timeout_ms),
             Request::Console { name } => self.console(client, &name),
             Request::Logs { name, follow, tail_lines } => self.logs(client, &name, LogPart { follow, tail_lines }),
+            Request::Connect { name, port, timeout_ms } => self.connect(client, &name, port, timeout_ms),
             Request::List => {
                 let answer = Answer::Vms(self.list());
                 self.reply(client, Ok(answer));

@@ -119,6 +119,7 @@ impl Server {
                 Deadline::Balloon(vm, client) => self.balloon_late(vm, client),
                 Deadline::Stats(vm, _) => self.answer_stats_waiters(vm),
                 Deadline::Hint(vm, fork) => self.hint_late(vm, fork),
+                Deadline::Connect(vm, tag) => self.connection_late(vm, tag),
                 Deadline::TimeToLive(vm) => self.time_is_over(vm),
                 _ => {}
             }

@@ -301,8 +301,10 @@ impl Server {
         if op.failure().is_none() {
             // Whether somebody waits for pages to settle or not: they are VMs like any other.
             for child in op.children() {
-                if let Some(vm) = self.registry.vms.get_mut(child) {
-                    vm.phase.forked(fork);
+                let Some(vm) = self.registry.vms.get_mut(child) else { continue };
+                vm.phase.forked(fork);
+                if let Some(pattern) = &vm.ancestry.lineage.vsock {
+                    self.clients.doors.add_like(pattern, (child, &vm.name), &mut self.watches);
                 }
             }
         }

@@ -142,6 +142,7 @@ impl Server {
             keeper_pid: process.and_then(|process| process.memory.keeper.get()).map(|pid| pid.as_raw()),
             isolation: self.host.isolation.to_string(),
             confinement: process.filter(|process| process.ready).and_then(|process| self.confinement(process)),
+            vsock: self.clients.doors.of(vm.generation).map(ToOwned::to_owned),
             children: self.children(vm).map(|child| child.name.clone()).collect(),
             child_ids: self.children(vm).map(|child| child.generation.0).collect(),
             entries,

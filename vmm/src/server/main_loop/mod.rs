@@ -19,6 +19,8 @@ impl MutEventSubscriber for Server {
             Origin::Listener => self.clients.accept(Instant::now(), &mut self.watches),
             Origin::Signals => self.take_signals(),
             Origin::Client(client) => self.serve_client(client),
+            Origin::Door(vm) => self.answer_door(vm),
+            Origin::Visitor(visitor) => self.hear_visitor(visitor),
             Origin::Process(process) => self.hear_process(process),
             Origin::Traps(process) if events.event_set().contains(EventSet::ERROR) => self.traps_broken(process),
             Origin::Traps(process) => self.serve_traps(process),
@@ -74,7 +76,7 @@ impl Server {
         self.end_strays(now);
         let late = self.tend_answers(now).into_iter().chain(self.tend_zygote(now)).min();
         self.finish_removals(now);
-        self.clients.listener().tend(now, &mut self.watches);
+        self.clients.tend(now, &mut self.watches);
         self.mend_home(now);
         let checking = self.tend_checks(now);
         self.finish_checks();

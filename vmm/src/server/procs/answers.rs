@@ -50,6 +50,8 @@ impl Owed {
             | ToVm::Balloon { .. }
             | ToVm::AskStats
             | ToVm::HintFree
+            | ToVm::Connect { .. }
+            | ToVm::Connected { .. }
             | ToVm::Stop => None,
         }
     }

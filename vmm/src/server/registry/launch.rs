@@ -4,6 +4,7 @@ use crate::api::{ErrorKind, Failure, Launch, Linux, MAX_VCPUS, MIN_MEMORY};
 use crate::boot::linux::{self, Plan};
 use crate::layout::ram_ranges;
 use crate::name::check_name;
+use crate::server::clients::doors::{Door, is_pattern, place};
 use crate::server::freeze::queue::FreezeQueue;
 use crate::server::guest::idle::IdleBalloon;
 use crate::server::ids::{ClientId, FamilyId, Generation, ProcessId};
@@ -112,6 +113,7 @@ impl Server {
             Some(name) => name,
             None => self.registry.vms.draw_names("vm", 1).pop().expect("names do not end"),
         };
+        let door = launch.vsock.as_deref().map(|path| Door::open(&place(path, &name))).transpose()?;
         let failed = |what: &'static str| move |e: io::Error| Failure::host(format!("{what}: {e}"));
         let (files, beginning) = match guest {
             None => {
@@ -141,10 +143,14 @@ impl Server {
         let family = self.registry.vms.fresh_family();
         self.memory.families.insert(family, manager);
 
-        let ancestry = Ancestry::none(Lineage::new(&name, launch.max_children));
+        let ancestry =
+            Ancestry::none(Lineage::new(&name, launch.max_children, launch.vsock.filter(|path| is_pattern(path))));
         let generation = self.add_vm(name, ancestry, shape, Phase::Launching(Some(client)), process, (family, vm));
         let record = self.registry.vms.get_mut(generation).expect("added above");
         record.remove_when_off = launch.remove_when_off;
+        if let Some(door) = door {
+            self.clients.doors.add(generation, door, &mut self.watches);
+        }
         self.live_until(generation, expires);
         self.start(generation, beginning);
         Ok(())
@@ -157,6 +163,9 @@ impl Server {
         }
         self.check_quotas(None, 1)?;
         let machine = if launch.linux.is_some() { Machine::Linux } else { Machine::Monitor };
+        if launch.vsock.is_some() && machine == Machine::Monitor {
+            return bad("the built-in guest has no sockets: vsock is for Linux guests".into());
+        }
         match machine {
             Machine::Monitor if launch.vcpus != 1 => {
                 return bad(format!("the built-in guest has 1 vCPU, not {}", launch.vcpus));

@@ -21,6 +21,7 @@ use crate::server::ids::Generation;
 use crate::server::registry::vm::Vm;
 use crate::units::count;
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -31,14 +32,16 @@ pub struct Lineage {
     pub name: Rc<str>,
     /// How many may descend from it at a time.
     pub max_children: Option<u32>,
+    /// Where the sockets of all of them are, with `{name}` for their names, if each has one.
+    pub vsock: Option<PathBuf>,
     /// How many children guests have asked for lately.
     asked: RefCell<Rate>,
 }
 
 impl Lineage {
     /// That of a VM that is launched.
-    pub fn new(name: &str, max_children: Option<u32>) -> Rc<Self> {
-        Rc::new(Self { name: name.into(), max_children, asked: RefCell::default() })
+    pub fn new(name: &str, max_children: Option<u32>, vsock: Option<PathBuf>) -> Rc<Self> {
+        Rc::new(Self { name: name.into(), max_children, vsock, asked: RefCell::default() })
     }
 
     /// A guest asks for so many children.
@@ -181,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_rate_is_one_of_all_that_descend_from_a_vm() {
-        let (lineage, now) = (Lineage::new("base", Some(4)), Instant::now());
+        let (lineage, now) = (Lineage::new("base", Some(4), None), Instant::now());
         let relative = Rc::clone(&lineage);
         lineage.ask(256, now).unwrap();
         let refused = relative.ask(1, now).unwrap_err();
