@@ -3,6 +3,7 @@
  *
  * | port | what it does with a connection |
  * | ---: | --- |
+ * | 1 | passes it on to port 1 of the host, where a test has an agent listen: so whoever asks for the guest's agent gets that |
  * | 7 | sends back what comes |
  * | 8 | says how many other connections it has, how many were reset while they were open, and how many of its own were refused |
  * | 9 | takes a number of four bytes: connects to that port of the host, and sends back what comes there |
@@ -24,7 +25,7 @@ typedef unsigned long u64;
 #define ROOM 4096
 
 enum { REQUEST = 1, RESPONSE, RST, SHUTDOWN, DATA, CREDIT_UPDATE, CREDIT_REQUEST };
-enum { ECHO = 7, COUNT, CALL, SILENT, LIAR };
+enum { RELAY = 1, ECHO = 7, COUNT, CALL, SILENT, LIAR };
 
 struct descriptor { u64 address; u32 len; u16 flags, next; };
 struct available { u16 flags, index, ring[RING]; };
@@ -47,7 +48,9 @@ static struct queue {
 static struct connection {
     u32 host, guest;
     u8 there, open, ends, answers, calls;
-    /* What waits to be sent. */
+    /* What has come waits to be sent on this one: it is the same, or the one to which it is passed on. */
+    struct connection *to;
+    u8 passed_end;
     u32 waiting;
     u8 bytes[ROOM];
     u32 sent, taken, told, room, peer_taken;
@@ -102,7 +105,7 @@ static struct connection *begin(u32 host, u32 guest) {
         struct connection *it = &connections[i];
         if (it->there)
             continue;
-        it->host = host, it->guest = guest, it->there = 1, it->open = it->ends = it->answers = it->calls = 0;
+        it->host = host, it->guest = guest, it->there = 1, it->open = it->ends = it->answers = it->calls = it->passed_end = 0, it->to = it;
         it->waiting = it->sent = it->taken = it->told = it->room = it->peer_taken = 0;
         return it;
     }
@@ -120,12 +123,21 @@ static void say_number(struct connection *it, u32 number) {
     it->bytes[it->waiting++] = ' ';
 }
 
+static struct connection *call(u32 port) {
+    struct connection *it = may_send() ? begin(port, next_port++) : 0;
+    if (!it)
+        return 0;
+    it->calls = 1;
+    send(it, REQUEST, 0, 0, 0);
+    return it;
+}
+
 static void requested(struct header *header) {
     u32 port = header->to_port;
     if (port == SILENT)
         return;
     struct connection none = {.host = header->from_port, .guest = port};
-    struct connection *it = port >= ECHO && port <= LIAR ? begin(header->from_port, port) : 0;
+    struct connection *it = port == RELAY || (port >= ECHO && port <= LIAR) ? begin(header->from_port, port) : 0;
     if (!it) {
         if (may_send())
             send(&none, RST, 0, 0, 0);
@@ -133,6 +145,13 @@ static void requested(struct header *header) {
     }
     it->open = it->answers = 1;
     it->room = header->room;
+    if (port == RELAY) {
+        struct connection *agent = call(RELAY);
+        if (agent)
+            it->to = agent, agent->to = it;
+        else
+            it->ends = 3;
+    }
     if (port == COUNT) {
         u32 there = 0;
         for (u32 i = 0; i < CONNECTIONS; i++)
@@ -142,14 +161,6 @@ static void requested(struct header *header) {
         say_number(it, refusals);
         it->ends = 3;
     }
-}
-
-static void call(u32 port) {
-    struct connection *it = begin(port, next_port++);
-    if (it && may_send())
-        it->calls = 1, send(it, REQUEST, 0, 0, 0);
-    else if (it)
-        it->there = 0;
 }
 
 static void took(struct connection *it, u8 *bytes, u32 len) {
@@ -177,7 +188,14 @@ static void heard(struct header *header) {
     it->room = header->room, it->peer_taken = header->taken;
     switch (header->op) {
     case RESPONSE: it->open = 1, it->calls = 0; break;
-    case RST: it->there = 0, resets += it->open, refusals += it->calls; break;
+    case RST:
+        it->there = 0, resets += it->open, refusals += it->calls;
+        if (it->to != it && it->to->there) {
+            it->to->there = 0;
+            if (may_send())
+                send(it->to, RST, 0, 0, 0);
+        }
+        break;
     case SHUTDOWN: it->ends |= header->flags; break;
     case DATA: took(it, (u8 *)(header + 1), header->len); break;
     }
@@ -201,8 +219,9 @@ static void work(struct connection *it) {
         send(it, RESPONSE, 0, 0, 0);
         return;
     }
-    u32 room = it->room - (it->sent - it->peer_taken);
-    if (it->waiting && room && room <= it->room && !(it->guest == CALL)) {
+    struct connection *to = it->to;
+    u32 room = to->room - (to->sent - to->peer_taken);
+    if (it->waiting && to->open && room && room <= to->room && it->guest != CALL) {
         u32 len = it->waiting < room ? it->waiting : room;
         if (it->guest == LIAR) {
             it->waiting--;
@@ -211,17 +230,21 @@ static void work(struct connection *it) {
             return;
         }
         copy(queues[1].buffers[queues[1].given % RING] + HEADER, it->bytes, len);
-        it->sent += len;
+        to->sent += len;
         it->waiting -= len;
         copy(it->bytes, it->bytes + len, it->waiting);
         if (it->guest != COUNT)
             it->taken += len;
-        send(it, DATA, 0, len, 0);
-    } else if (it->ends & 2 && !it->waiting) {
+        send(to, DATA, 0, len, 0);
+    } else if (it->ends & 2 && !it->waiting && !it->passed_end) {
         /* Nothing more comes, and all has been sent. */
-        send(it, SHUTDOWN, 3, 0, 0);
-        it->ends = 0;
-        it->open = 0;
+        it->passed_end = 1;
+        send(to, SHUTDOWN, to == it || to->passed_end ? 3 : 2, 0, 0);
+        if (to == it)
+            it->open = 0;
+    } else if (to != it && it->passed_end == 1 && to->passed_end) {
+        it->passed_end = 2;
+        send(to, SHUTDOWN, 3, 0, 0);
     } else if (it->taken - it->told >= ROOM / 2) {
         send(it, CREDIT_UPDATE, 0, 0, 0);
     }
