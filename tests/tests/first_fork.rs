@@ -49,8 +49,8 @@ fn a_launched_vm_goes_on_without_waiting() {
     child.verify(WRITTEN, 1);
     child.fill(20000..21000, 3);
 
-    let shed = || vm.stats().unwrap().private_pages < 1200;
-    wait_until("the parent has shed what has settled", TEN_SECONDS, shed);
+    let deduped = || vm.stats().unwrap().private_pages < 1200;
+    wait_until("what has settled has left the parent's window", TEN_SECONDS, deduped);
     vm.verify(WRITTEN.start..2000, 1);
     vm.verify(2000..3000, 2);
     vm.verify(3000..WRITTEN.end, 1);
@@ -79,9 +79,9 @@ fn settled_is_when_nothing_is_in_memory_twice() {
     home.check();
 }
 
-/// A second fork, and a third of the child, before the first has settled; and while the parent sheds. All stay right.
+/// A second fork, and a third of the child, before the first has settled; and while its dedup is under way. All stay right.
 #[test]
-fn forks_before_and_while_it_sheds() {
+fn forks_before_and_during_dedup() {
     let Some(home) = TestHome::new() else { return };
     for round in 0..3 {
         let vm = launched(&home);
@@ -91,7 +91,7 @@ fn forks_before_and_while_it_sheds() {
         let grandchild = child.fork(ForkOptions::new()).unwrap().remove(0).vm;
         let mut forks = 0;
         let mut late = Vec::new();
-        wait_until("the parent has shed what has settled", TEN_SECONDS, || {
+        wait_until("what has settled has left the parent's window", TEN_SECONDS, || {
             vm.fill(20000..20100, 3 + forks);
             late.push((vm.fork(ForkOptions::new()).unwrap().remove(0).vm, 3 + forks));
             forks += 1;

@@ -120,9 +120,9 @@ fn a_child_whose_pages_are_waited_for_is_a_vm_like_any_other() {
     assert!(in_time, "no child was forked before all had settled");
 }
 
-/// What stayed with the parent was to be shed by it, and whoever waited for that waited for ever.
+/// What stayed with the parent was to be given back by it, since it was in memory twice, and whoever waited for that waited for ever.
 #[test]
-fn a_parent_that_ends_has_nothing_to_shed() {
+fn a_parent_that_ends_has_nothing_to_dedup() {
     let Some(home) = TestHome::new() else { return };
     forked_and_awaited(&home, |parent, child| {
         kill(parent.stats().unwrap().vm.pid.expect("it runs"));

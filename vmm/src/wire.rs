@@ -243,8 +243,8 @@ pub enum ToVm {
     /// The pages of this freeze have settled: unmap its scratch range.
     DropScratch(StoreId),
     /// Stop the vCPUs, map this store (its descriptor travels along) in the place of pages that stayed in the window at the
-    /// freeze into it, all of which have settled; run on as before. Answered by `Shed`.
-    Shed {
+    /// freeze into it, all of which have settled; run on as before. Answered by `Deduped`.
+    Dedup {
         /// The store.
         store: StoreId,
         /// The pages.
@@ -306,7 +306,7 @@ impl ToVm {
             Self::Freeze { .. }
                 | Self::LeaveScratch { .. }
                 | Self::DropScratch(_)
-                | Self::Shed { .. }
+                | Self::Dedup { .. }
                 | Self::Protect { .. }
                 | Self::Probe
         )

@@ -2,7 +2,7 @@
 
 use crate::fakes::Gaps;
 use crate::swap::Reads;
-use crate::world::{Half, Layout, Shedding, What, World};
+use crate::world::{Dedup, Half, Layout, What, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::{Destination, Protection, Sharing, Touch, VmId};
 
@@ -41,7 +41,7 @@ enum Op {
     ForkFrozen(usize),
     /// A window gives up what stayed in it, and the manager hears of that.
     DoShed(usize),
-    TellShed(usize),
+    TellDedup(usize),
     /// What the last freeze took has still to be copied.
     CopiesBehind(usize),
 }
@@ -127,7 +127,7 @@ impl Scope {
 
 /// Whether the manager hears of this VM's freeze or dedup before anything that it does now.
 fn is_between(world: &World, vm: VmId) -> bool {
-    matches!(world.halves.get(&vm), Some(Half::Taken(..))) || world.sheddings.contains_key(&vm)
+    matches!(world.halves.get(&vm), Some(Half::Taken(..))) || world.dedups.contains_key(&vm)
 }
 
 /// The steps that this VM can take now.
@@ -137,9 +137,9 @@ fn halves(world: &World, vm: usize, id: VmId) -> Vec<Op> {
         Some(Half::Begun(..) | Half::Standing(..)) => vec![Op::Take(vm), Op::Abort(vm)],
         Some(Half::Taken(..)) => vec![Op::Finish(vm)],
     };
-    match world.sheddings.get(&id) {
-        Some(Shedding::Asked(..)) => {}
-        Some(Shedding::Done(..)) => steps.push(Op::TellShed(vm)),
+    match world.dedups.get(&id) {
+        Some(Dedup::Asked(..)) => {}
+        Some(Dedup::Done(..)) => steps.push(Op::TellDedup(vm)),
         None if world.halves.contains_key(&id) || world.kept_stores(id).is_empty() => {}
         None => steps.push(Op::DoShed(vm)),
     }
@@ -209,10 +209,10 @@ fn run(world: &mut World, op: Op, gaps: Gaps) {
         }
         Op::DoShed(vm) => {
             let store = *world.kept_stores(ids[vm]).first().expect("pages stayed");
-            world.ask_to_shed(ids[vm], store, 1, u64::MAX);
-            world.do_shed(ids[vm]);
+            world.ask_to_dedup(ids[vm], store, 1, u64::MAX);
+            world.do_dedup(ids[vm]);
         }
-        Op::TellShed(vm) => world.tell_shed(ids[vm]),
+        Op::TellDedup(vm) => world.tell_dedup(ids[vm]),
         Op::CopiesBehind(vm) => world.copies_behind(ids[vm]),
     }
 }
@@ -306,7 +306,7 @@ fn every_sequence_of_five_operations_under_pressure() {
 
 /// Freezes in two steps, snapshots among them, which are copied later, and dedups.
 #[test]
-fn every_sequence_of_five_steps_of_freezes_and_sheds() {
+fn every_sequence_of_five_steps_of_freezes_and_dedups() {
     for gaps in [Gaps::None, Gaps::Stay] {
         let scope = Scope::smallest(gaps, Ops::Halves);
         explore(&scope, &mut vec![Op::Write(0, 0)], 4);

@@ -7,7 +7,7 @@ use crate::world::World;
 const LENGTH: usize = 250;
 
 #[test]
-fn whatever_happens_between_the_halves_of_freezes_and_sheds() {
+fn whatever_happens_between_the_halves_of_freezes_and_dedups() {
     run_seeds(seeds(50_000, LENGTH), LENGTH, |seed, stage, ops| {
         let world = World::new(&stage.layout);
         if seed % 2 == 0 {

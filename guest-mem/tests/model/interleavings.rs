@@ -6,7 +6,7 @@
 use super::fakes::{Call, Gaps};
 use super::rng::Rng;
 use super::swap::WorldSwap;
-use super::world::{Half, Layout, Shedding, What, World};
+use super::world::{Dedup, Half, Layout, What, World};
 use guest_mem::addr::{Gfn, GfnRange, PageCount};
 use guest_mem::manager::Error;
 use guest_mem::{Activity, Destination, Protection, Sharing, Touch, VmId};
@@ -44,7 +44,7 @@ pub enum Op {
     CopiesBehind(u64),
     AskToShed(u64, u64, u64),
     DoShed(u64),
-    TellShed(u64),
+    TellDedup(u64),
     Exit(u64),
     /// The process of a VM, or one that outlives its VM.
     Kill(u64),
@@ -151,7 +151,7 @@ impl Stage {
             69..72 => Op::CopiesBehind(vm),
             72..75 => Op::AskToShed(vm, 1 + rng.below(4), 1 + rng.below(60)),
             75 => Op::DoShed(vm),
-            76 | 77 => Op::TellShed(vm),
+            76 | 77 => Op::TellDedup(vm),
             78..82 => Op::Exit(vm),
             82 => Op::Kill(vm),
             83..89 => Op::WriteBack,
@@ -258,8 +258,8 @@ impl<'a, S: WorldSwap> Player<'a, S> {
                 let told = !matches!(self.world.halves.get(&vm), Some(Half::Standing(..) | Half::Taken(..)));
                 if told {
                     // It tells of one thing after the other.
-                    if let Some(Shedding::Done(..)) = self.world.sheddings.get(&vm) {
-                        self.world.tell_shed(vm);
+                    if let Some(Dedup::Done(..)) = self.world.dedups.get(&vm) {
+                        self.world.tell_dedup(vm);
                     }
                     for part in stretch.chunk_by(|a, b| a.0 + 1 == b.0) {
                         self.world.balloon(vm, GfnRange::new(part[0], PageCount(part.len() as u64)));
@@ -327,21 +327,21 @@ impl<'a, S: WorldSwap> Player<'a, S> {
             Op::CopiesBehind(vm) => self.world.copies_behind(self.vm(vm)),
             Op::AskToShed(vm, least, limit) => {
                 let vm = self.vm(vm);
-                let may = !self.world.halves.contains_key(&vm) && !self.world.sheddings.contains_key(&vm);
+                let may = !self.world.halves.contains_key(&vm) && !self.world.dedups.contains_key(&vm);
                 if let Some(store) = self.world.kept_stores(vm).into_iter().next().filter(|_| may) {
-                    self.world.ask_to_shed(vm, store, least, limit);
+                    self.world.ask_to_dedup(vm, store, least, limit);
                 }
             }
             Op::DoShed(vm) => {
-                let all: Vec<VmId> = self.world.sheddings.keys().copied().collect();
+                let all: Vec<VmId> = self.world.dedups.keys().copied().collect();
                 if !all.is_empty() {
-                    self.world.do_shed(all[(vm % all.len() as u64) as usize]);
+                    self.world.do_dedup(all[(vm % all.len() as u64) as usize]);
                 }
             }
-            Op::TellShed(vm) => {
-                let all: Vec<VmId> = self.world.sheddings.keys().copied().collect();
+            Op::TellDedup(vm) => {
+                let all: Vec<VmId> = self.world.dedups.keys().copied().collect();
                 if !all.is_empty() {
-                    self.world.tell_shed(all[(vm % all.len() as u64) as usize]);
+                    self.world.tell_dedup(all[(vm % all.len() as u64) as usize]);
                 }
             }
             Op::Exit(vm) => {

@@ -86,7 +86,7 @@ pub enum Half {
 
 /// What a window is to give up.
 #[derive(Debug)]
-pub enum Shedding {
+pub enum Dedup {
     /// It has not done so.
     Asked(StoreId, Vec<GfnRange>),
     /// It has, and the manager has not heard of it.
@@ -113,7 +113,7 @@ pub struct World<S = FakeSwap> {
     pub halves: BTreeMap<VmId, Half>,
     /// What freezes under way are to take along.
     along: BTreeMap<VmId, Along>,
-    pub sheddings: BTreeMap<VmId, Shedding>,
+    pub dedups: BTreeMap<VmId, Dedup>,
     /// VMs that are gone; their windows may be needed.
     gone: BTreeSet<VmId>,
     writes: u64,
@@ -170,7 +170,7 @@ impl<S: WorldSwap> World<S> {
             vms,
             halves: BTreeMap::new(),
             along: BTreeMap::new(),
-            sheddings: BTreeMap::new(),
+            dedups: BTreeMap::new(),
             gone: BTreeSet::new(),
             writes: 0,
             killed: false,
@@ -495,7 +495,7 @@ impl<S: WorldSwap> World<S> {
 
     /// A VM has nothing at these pages any more. Whatever its window has done before is told first.
     pub fn try_unmap(&mut self, vm: VmId, pages: GfnRange) -> Result<(), Error> {
-        self.tell_shed(vm);
+        self.tell_dedup(vm);
         let done = self.manager.unmap(vm, pages, |window| window.hide(pages));
         let is_there = pages.iter().all(|gfn| self.has(vm, gfn) && self.frames().any(|frame| frame == gfn));
         assert_eq!(
@@ -517,7 +517,7 @@ impl<S: WorldSwap> World<S> {
 
     /// A VM has pages somewhere else from now on. Whatever its window has done before is told first.
     pub fn try_move(&mut self, vm: VmId, from: GfnRange, to: Gfn) -> Result<(), Error> {
-        self.tell_shed(vm);
+        self.tell_dedup(vm);
         let done = self.manager.move_pages(vm, from, to, |window| window.carry(from, to));
         let by = Distance::between(from.start(), to);
         let ram: BTreeSet<u64> = self.frames().map(|gfn| gfn.0).collect();
@@ -600,7 +600,7 @@ impl<S: WorldSwap> World<S> {
     /// It stands.
     pub fn stand(&mut self, vm: VmId) {
         let Some(Half::Begun(store, to)) = self.halves.remove(&vm) else { panic!("{vm:?} is not to be stopped") };
-        self.tell_shed(vm);
+        self.tell_dedup(vm);
         self.manager.stands(vm).expect("a VM of the family");
         self.halves.insert(vm, Half::Standing(store, to));
     }
@@ -688,41 +688,41 @@ impl<S: WorldSwap> World<S> {
     /// A window gives up what stayed in it since a freeze into `store`: stretches of at least `least` pages, about `limit`
     /// pages in all. How many it did.
     pub fn dedup(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) -> u64 {
-        self.ask_to_shed(vm, store, least, limit);
-        let pages = match self.sheddings.get(&vm) {
-            Some(Shedding::Asked(_, pages)) => pages.iter().map(|pages| pages.count().0).sum(),
+        self.ask_to_dedup(vm, store, least, limit);
+        let pages = match self.dedups.get(&vm) {
+            Some(Dedup::Asked(_, pages)) => pages.iter().map(|pages| pages.count().0).sum(),
             _ => 0,
         };
-        self.tell_shed(vm);
+        self.tell_dedup(vm);
         pages
     }
 
     /// A window is asked to.
-    pub fn ask_to_shed(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) {
+    pub fn ask_to_dedup(&mut self, vm: VmId, store: StoreId, least: u64, limit: u64) {
         let pages = self.manager.to_dedup(vm, store, PageCount(least), PageCount(limit)).expect("a VM of the family");
         if !pages.is_empty() {
-            let before = self.sheddings.insert(vm, Shedding::Asked(store, pages));
+            let before = self.dedups.insert(vm, Dedup::Asked(store, pages));
             assert!(before.is_none(), "one thing after the other is asked of {vm:?}");
         }
     }
 
     /// It does so, if it is asked to.
-    pub fn do_shed(&mut self, vm: VmId) {
-        if let Some(Shedding::Asked(store, pages)) = self.sheddings.get(&vm) {
+    pub fn do_dedup(&mut self, vm: VmId) {
+        if let Some(Dedup::Asked(store, pages)) = self.dedups.get(&vm) {
             let (store, pages) = (*store, pages.clone());
             // It holds on to the descriptor.
             let done = match self.manager.store(store).map(Mapped::store) {
                 Some(mapped) => self.window_mut(vm).dedup(store, mapped, &pages),
                 None => Vec::new(),
             };
-            self.sheddings.insert(vm, Shedding::Done(store, done));
+            self.dedups.insert(vm, Dedup::Done(store, done));
         }
     }
 
     /// It does so, if it has not done so, and the manager hears of it.
-    pub fn tell_shed(&mut self, vm: VmId) {
-        self.do_shed(vm);
-        if let Some(Shedding::Done(store, pages)) = self.sheddings.remove(&vm) {
+    pub fn tell_dedup(&mut self, vm: VmId) {
+        self.do_dedup(vm);
+        if let Some(Dedup::Done(store, pages)) = self.dedups.remove(&vm) {
             self.manager.dedup(vm, store, &pages).expect("a VM of the family");
         }
     }
@@ -730,7 +730,7 @@ impl<S: WorldSwap> World<S> {
     /// What is half done comes to its end.
     pub fn close(&mut self) {
         for vm in self.ids() {
-            self.tell_shed(vm);
+            self.tell_dedup(vm);
             match self.halves.get(&vm) {
                 Some(Half::Taken(..)) => self.finish(vm),
                 Some(Half::Begun(..) | Half::Standing(..)) => self.abort(vm),
@@ -741,8 +741,7 @@ impl<S: WorldSwap> World<S> {
 
     /// Whether the manager does not know what the window of `vm` shows.
     fn is_between(&self, vm: VmId) -> bool {
-        matches!(self.halves.get(&vm), Some(Half::Taken(..)))
-            || matches!(self.sheddings.get(&vm), Some(Shedding::Done(..)))
+        matches!(self.halves.get(&vm), Some(Half::Taken(..))) || matches!(self.dedups.get(&vm), Some(Dedup::Done(..)))
     }
 
     /// Stores from whose freezes a window may keep pages.
@@ -789,7 +788,7 @@ impl<S: WorldSwap> World<S> {
         self.shares.remove(&vm);
         self.holes.remove(&vm);
         self.halves.remove(&vm);
-        self.sheddings.remove(&vm);
+        self.dedups.remove(&vm);
         self.manager.exit(vm).expect("a VM of the family");
         self.gone.insert(vm);
     }

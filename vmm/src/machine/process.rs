@@ -245,10 +245,10 @@ impl Process<'_> {
                     }
                 }
             }
-            ToVm::Shed { store, pages } => {
+            ToVm::Dedup { store, pages } => {
                 let file = one(&fds)?;
                 let link = &mut self.link;
-                if let Err(error) = vm.shed(store, file.as_fd(), &pages, |message| outbox::tell(link, &message, &[])) {
+                if let Err(error) = vm.dedup(store, file.as_fd(), &pages, |message| outbox::tell(link, &message, &[])) {
                     log::warn!("pages {pages:?} stay in memory twice: {error}");
                     if error.is_fatal() {
                         floor.die(error.to_string());

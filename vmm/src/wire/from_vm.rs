@@ -166,7 +166,7 @@ pub enum FromVm {
     /// A freeze that changed nothing, and why.
     FreezeFailed(String),
     /// The window maps the store where it kept these pages, and keeps them no longer.
-    Shed {
+    Deduped {
         /// The store.
         store: StoreId,
         /// The pages; none where it could not be done.
@@ -270,7 +270,7 @@ impl FromVm {
             Self::Ready { window_base, .. } => *window_base == WINDOW_BASE,
             Self::Frozen(frozen) => bounds.allow(frozen),
             Self::Answer(line) => line.text.len() <= ANSWER_MAX,
-            Self::Shed { pages, .. } | Self::Wrote { pages, .. } => are_apart(pages, &bounds.ram),
+            Self::Deduped { pages, .. } | Self::Wrote { pages, .. } => are_apart(pages, &bounds.ram),
             _ => true,
         }
     }

@@ -572,7 +572,7 @@ fn what_is_shed_is_in_the_store_and_what_was_written_stays() {
 
 /// Every call of it fails once: everything is as it was, what was written is still dirty, and the next try does it.
 #[test]
-fn shedding_that_fails_changes_nothing() {
+fn dedup_that_fails_changes_nothing() {
     for calls in 0.. {
         let Some((mut rig, file)) = kept_rig() else { return };
         rig.write(50, 1);

@@ -136,7 +136,7 @@ impl Server {
         let (memory, process) = (vm.memory.take(), vm.process.take());
         let (freezes, viewers) = (vm.freezes.died(), std::mem::take(&mut vm.viewers));
         let waiters = std::mem::take(&mut vm.waiters);
-        vm.shedding = None;
+        vm.deduping = None;
         let mut asked: Vec<ClientId> = vm.sends.drain().map(|(_, client)| client).chain(vm.run.end()).collect();
         let remove = vm.remove_when_off;
 

@@ -263,7 +263,7 @@ impl Server {
             FromVm::Frozen(frozen) => self.freeze_says(generation, Said::Frozen(frozen)),
             FromVm::Saved { store, state, still } => self.freeze_says(generation, Said::Saved { store, state, still }),
             FromVm::WentOn { store, pause_ns } => self.freeze_says(generation, Said::WentOn { store, pause_ns }),
-            FromVm::Shed { store, pages } => self.deduped(generation, store, &pages),
+            FromVm::Deduped { store, pages } => self.deduped(generation, store, &pages),
             FromVm::FreezeFailed(why) => self.freeze_says(generation, Said::Failed(why)),
             FromVm::Answer(line) => self.guest_answered(generation, line),
             FromVm::Console(bytes) => self.guest_printed(generation, &bytes),

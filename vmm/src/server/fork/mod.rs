@@ -316,8 +316,8 @@ impl Server {
     /// Whether all pages are where they belong, and nowhere else.
     fn has_settled(&self, op: &ForkOp) -> bool {
         op.store().is_none_or(|(family, store)| {
-            let shed = self.registry.vms.get(op.parent).is_none_or(|parent| parent.shedding != Some(store));
-            shed && self.memory.families.get(&family).is_none_or(|manager| manager.is_written_back(store))
+            let deduped = self.registry.vms.get(op.parent).is_none_or(|parent| parent.deduping != Some(store));
+            deduped && self.memory.families.get(&family).is_none_or(|manager| manager.is_written_back(store))
         })
     }
 

@@ -38,7 +38,7 @@ impl Owed {
             ToVm::Start(_) | ToVm::Load(_) | ToVm::LoadExpected => Some(Self::Start),
             ToVm::Pause | ToVm::Resume => Some(Self::RunState),
             ToVm::Freeze { store, .. } => Some(Self::Freeze(*store)),
-            ToVm::Shed { .. } => Some(Self::Dedup),
+            ToVm::Dedup { .. } => Some(Self::Dedup),
             // `check` has a patience of its own.
             ToVm::Probe
             | ToVm::LeaveScratch { .. }
@@ -106,7 +106,7 @@ impl Answers {
             FromVm::Running { .. } | FromVm::Paused => &[Owed::RunState],
             FromVm::StartFailed(_) => &[Owed::Expectation, Owed::Start, Owed::FirstSign],
             FromVm::FirstSign { .. } => &[Owed::FirstSign],
-            FromVm::Shed { .. } => &[Owed::Dedup],
+            FromVm::Deduped { .. } => &[Owed::Dedup],
             // Of a freeze there is mostly more to come.
             FromVm::Standing
             | FromVm::Frozen(_)
@@ -178,11 +178,11 @@ mod tests {
         let start = Instant::now();
         let mut answers = Answers::default();
         assert!(answers.asked(&ToVm::Pause, start));
-        assert!(!answers.asked(&ToVm::Shed { store: StoreId(1), pages: Vec::new() }, at(start, 1)), "it owed already");
+        assert!(!answers.asked(&ToVm::Dedup { store: StoreId(1), pages: Vec::new() }, at(start, 1)), "it owed already");
         assert_eq!(answers.oldest(), Some((Owed::RunState, start)));
         answers.heard(&FromVm::Paused, Machine::Linux, at(start, 5));
         assert_eq!(answers.oldest(), Some((Owed::Dedup, at(start, 5))));
-        answers.heard(&FromVm::Shed { store: StoreId(1), pages: Vec::new() }, Machine::Linux, at(start, 6));
+        answers.heard(&FromVm::Deduped { store: StoreId(1), pages: Vec::new() }, Machine::Linux, at(start, 6));
         assert_eq!(answers.oldest(), None);
     }
 

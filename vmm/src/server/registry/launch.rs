@@ -222,7 +222,7 @@ impl Server {
             memory: memory.into(),
             process: Some(process),
             freezes: FreezeQueue::default(),
-            shedding: None,
+            deduping: None,
             log: Log::default(),
             sends: HashMap::new(),
             waiters: Vec::new(),

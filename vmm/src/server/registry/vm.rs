@@ -91,7 +91,7 @@ pub struct Vm {
     /// Whether it was launched and has not been frozen since.
     pub fresh: bool,
     /// The store of a freeze whose pages stayed in its window, and are to leave it when they have settled.
-    pub shedding: Option<StoreId>,
+    pub deduping: Option<StoreId>,
     /// What it printed.
     pub log: Log,
     /// Clients that wait for answers to their lines.

@@ -284,7 +284,7 @@ impl Vm {
 
     /// Maps `file`, which is `store`, in the place of pages that are kept since a freeze into it, with the vCPUs stopped, and
     /// tells where it did.
-    pub fn shed(
+    pub fn dedup(
         &mut self,
         store: StoreId,
         file: BorrowedFd<'_>,
@@ -293,19 +293,19 @@ impl Vm {
     ) -> Result<(), VmError> {
         let Stopped { before, busy, .. } = self.floor.stop();
         self.interrupt_those(&busy);
-        let shed = self.shed_standing(store, file, pages, &mut tell);
+        let deduped = self.dedup_standing(store, file, pages, &mut tell);
         // Before the guest can touch them: they may trap now.
-        let pages = shed.as_ref().map_or_else(|_| Vec::new(), |shed| shed.pages.clone());
-        let told = tell(FromVm::Shed { store, pages });
-        if !shed.as_ref().is_err_and(VmError::is_fatal) {
+        let pages = deduped.as_ref().map_or_else(|_| Vec::new(), |deduped| deduped.pages.clone());
+        let told = tell(FromVm::Deduped { store, pages });
+        if !deduped.as_ref().is_err_and(VmError::is_fatal) {
             self.floor.go_on(before);
         }
         // Only now what was there is given back.
-        drop(shed?);
+        drop(deduped?);
         told.map_err(VmError::Server)
     }
 
-    fn shed_standing(
+    fn dedup_standing(
         &mut self,
         store: StoreId,
         file: BorrowedFd<'_>,
@@ -316,12 +316,12 @@ impl Vm {
         drop(self.await_standing(&floor, tell)?);
         self.kvm.read_log()?;
         let dirty = if self.log_tells_all { Dirty::Logged(self.kvm.logs()) } else { Dirty::Every };
-        let shed = self.window.dedup(dirty, store, file, pages)?;
+        let deduped = self.window.dedup(dirty, store, file, pages)?;
         if let Err(error) = self.kvm.clear_log() {
             log::warn!("the next freeze takes every private page: {error}");
             self.log_tells_all = false;
         }
-        Ok(shed)
+        Ok(deduped)
     }
 
     /// What the guest has written since it was started or frozen; none where no log is kept. Of pages that were touched
