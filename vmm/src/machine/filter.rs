@@ -234,6 +234,8 @@ const OF_VCPU: &[u64] = &[
     request(WRITE, KVM, 0xa5, size_of::<kvm_xsave>()),
     request(READ, KVM, 0xa6, size_of::<kvm_xcrs>()),
     request(WRITE, KVM, 0xa7, size_of::<kvm_xcrs>()),
+    // KVM_KVMCLOCK_CTRL: the guest's watchdog is told that it stood still.
+    request(0, KVM, 0xad, 0),
     // The time stamp counter's offset.
     request(WRITE, KVM, 0xe1, size_of::<kvm_device_attr>()),
     request(WRITE, KVM, 0xe2, size_of::<kvm_device_attr>()),

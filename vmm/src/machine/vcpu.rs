@@ -1,14 +1,14 @@
 //! A vCPU and its thread.
 
 use super::filter::{Filters, Thread};
-use super::floor::{Floor, Load, Task};
+use super::floor::{After, Floor, Load, Task};
 use super::kick::StopSwitch;
 use super::mmio::Mmio;
 use super::ports::{Ports, Read};
 use super::registers::{Registers, RegistersError};
 use super::touch::{TouchError, Way};
 use crate::boot;
-use crate::wire::FromVm;
+use crate::wire::{FromVm, Machine};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use std::io;
 use std::sync::Arc;
@@ -39,15 +39,21 @@ pub(super) struct Vcpu {
     stop: StopSwitch,
     registers: Registers,
     way: Way,
+    machine: Machine,
     /// The last `KVM_RUN` has left registers behind.
     shared: bool,
 }
 
 impl Vcpu {
     /// Takes a vCPU that has not run, for the life of the process; gives the switch that stops it as well.
-    pub fn new(number: usize, fd: VcpuFd, registers: Registers, way: Way) -> (Self, StopSwitch) {
+    pub fn new(
+        number: usize,
+        fd: VcpuFd,
+        registers: Registers,
+        (way, machine): (Way, Machine),
+    ) -> (Self, StopSwitch) {
         let (stop, fd) = StopSwitch::of(Box::leak(Box::new(fd)));
-        (Self { number, fd, stop, registers, way, shared: false }, stop)
+        (Self { number, fd, stop, registers, way, machine, shared: false }, stop)
     }
 
     /// Starts the thread, which waits on the floor for something to do.
@@ -80,7 +86,10 @@ impl Vcpu {
                     floor.saved(self.number, state.map_err(|error| error.to_string()));
                 }
                 Task::Attend => buses.mmio.attend(),
-                Task::Run => {
+                Task::Run(after) => {
+                    if after == After::Standing {
+                        self.tell_of_pause();
+                    }
                     let ended = self.run(buses).and_then(|()| {
                         let ended = self.registers.end_page_workers(self.fd);
                         ended.map_err(|error| format!("pages under way: {error}"))
@@ -90,6 +99,17 @@ impl Vcpu {
                     }
                 }
             }
+        }
+    }
+
+    /// A guest whose clock went on while it stood would take that for a processor that hangs: its watchdog is told that the
+    /// host stopped it.
+    fn tell_of_pause(&self) {
+        if self.machine == Machine::Linux
+            && let Err(error) = self.fd.kvmclock_ctrl()
+        {
+            // EINVAL: it does not use that clock.
+            log::debug!("KVM_KVMCLOCK_CTRL: {error}");
         }
     }
 

@@ -98,7 +98,16 @@ pub(super) enum Task {
     /// Have the devices do what they are asked for.
     Attend,
     /// Run until it is stopped.
-    Run,
+    Run(After),
+}
+
+/// What a vCPU did before it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// It stood still, for however long.
+    Standing,
+    /// It ran, and was called away for a moment.
+    Errand,
 }
 
 /// What vCPUs did that are to stop.
@@ -462,14 +471,15 @@ impl Floor {
             desk.stop.clear();
         }
         let since_ns = now_ns();
-        desk.at = Station::Running { since_ns };
+        let before = std::mem::replace(&mut desk.at, Station::Running { since_ns });
+        let after = if matches!(before, Station::Running { .. }) { After::Errand } else { After::Standing };
         let news = shared.announce.take_if(|activity| *activity == RunState::Running).is_some();
         if news {
             shared.out.push(FromVm::Running { at_ns: since_ns });
         }
         let next = std::mem::take(&mut shared.next);
         self.wake(shared, news && next == NextNews::Unknown);
-        Task::Run
+        Task::Run(after)
     }
 
     /// vCPU thread: the registers are saved.

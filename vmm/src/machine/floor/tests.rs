@@ -19,7 +19,7 @@ fn pages_are_taken_before_their_vcpu_stands() {
         let (stopped, told) = channel();
         let floor = &floor;
         let vcpu = scope.spawn(move || {
-            assert!(matches!(floor.next_task(0), Task::Run));
+            assert!(matches!(floor.next_task(0), Task::Run(_)));
             told.recv().unwrap();
             // The main thread waits by now, or soon.
             thread::sleep(Duration::from_millis(20));
@@ -52,9 +52,9 @@ fn an_errand_is_run_between_two_runs() {
     floor.send_errand();
     thread::scope(|scope| {
         scope.spawn(|| {
-            assert!(matches!(floor.next_task(0), Task::Run));
+            assert!(matches!(floor.next_task(0), Task::Run(_)));
             assert!(matches!(floor.next_task(0), Task::Attend));
-            assert!(matches!(floor.next_task(0), Task::Run));
+            assert!(matches!(floor.next_task(0), Task::Run(_)));
         });
         drop(floor.await_standing().unwrap());
         floor.ask(RunState::Running);
@@ -66,7 +66,7 @@ fn an_errand_is_run_between_two_runs() {
 fn run_waiting_guest(floor: &Floor, registers: &VcpuState) -> Wakeup {
     loop {
         match floor.next_task(0) {
-            Task::Run => {
+            Task::Run(_) => {
                 if let Some(wakeup) = floor.await_wakeup(0) {
                     return wakeup;
                 }

@@ -184,7 +184,7 @@ impl Vm {
             let registers = Registers::of_fresh(access.clone(), &fd)?;
             // Not every host tells; the guest then knows that it does not know.
             tsc_khz = fd.get_tsc_khz().unwrap_or(0).into();
-            let (vcpu, stop) = Vcpu::new(number.into(), fd, registers, way);
+            let (vcpu, stop) = Vcpu::new(number.into(), fd, registers, (way, shape.machine));
             vcpus.push(vcpu);
             switches.push(stop);
         }
