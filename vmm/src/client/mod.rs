@@ -12,37 +12,34 @@
 //! ```no_run
 //! use std::sync::LazyLock;
 //! use std::time::Duration;
-//! use vmm::client::{Client, Error, ForkOptions, LaunchOptions, Scoped, Vm};
-//! use vmm::units::ByteSize;
+//! use vmm::client::{Client, Error, LaunchOptions, Warm, warm};
 //!
 //! const PATIENCE: Duration = Duration::from_secs(30);
 //!
-//! static WARM: LazyLock<Vm> = LazyLock::new(|| warm_up().expect("a warm VM"));
+//! static WARM: LazyLock<Warm> = LazyLock::new(|| warm_up().expect("a warm VM"));
 //!
-//! fn warm_up() -> Result<Vm, Error> {
+//! fn warm_up() -> Result<Warm, Error> {
 //!     let client = Client::builder().home("/tmp/my-tests").connect()?;
-//!     let vm = client.launch(LaunchOptions::new().name("warm").memory(ByteSize::mib(256)))?;
-//!     vm.send("fill 64 16384 1", PATIENCE)?; // 64 MiB of state that was dear to come by
-//!     Ok(vm)
-//! }
-//!
-//! fn fresh() -> Result<Scoped, Error> {
-//!     Ok(WARM.fork(ForkOptions::new())?.remove(0).vm.scoped())
+//!     warm(&client, LaunchOptions::new().name("warm"), |vm| {
+//!         vm.send("fill 64 16384 1", PATIENCE).map(drop) // 64 MiB of state that was dear to come by
+//!     })
 //! }
 //!
 //! fn one_test() -> Result<(), Error> {
-//!     let vm = fresh()?;
+//!     let vm = WARM.fork()?;
 //!     vm.send("fill 64 1 2", PATIENCE)?;
 //!     vm.send("verify 64 1 2", PATIENCE)?;
-//!     Ok(()) // the clone is removed
+//!     Ok(()) // the fork is removed
 //! }
 //!
 //! fn another_test() -> Result<(), Error> {
-//!     fresh()?.send("verify 64 16384 1", PATIENCE)?; // never sees the first one's write
+//!     WARM.fork()?.send("verify 64 16384 1", PATIENCE)?; // never sees the first one's write
 //!     Ok(())
 //! }
 //! # one_test().and(another_test()).unwrap()
 //! ```
+//!
+//! [`Warm::fork_each`] runs one test on many cases, each on a fork.
 
 pub mod agent;
 mod connection;
@@ -55,12 +52,14 @@ mod start;
 #[cfg(test)]
 pub(crate) mod testing;
 mod vm;
+mod warm;
 
 pub use connection::Stream;
 pub use error::Error;
 pub use home::{Home, HomeError, HomeLock, SocketPath};
 pub use options::{ForkOptions, LaunchOptions};
 pub use vm::{Forked, Scoped, Vm};
+pub use warm::{Warm, warm};
 
 use crate::api::{
     Answer, BudgetReport, BudgetSetting, CheckReport, Connected, Failure, PROTOCOL, Reclaimed, Removed, Request, Stats,

@@ -46,12 +46,7 @@ pub(super) struct Vcpu {
 
 impl Vcpu {
     /// Takes a vCPU that has not run, for the life of the process; gives the switch that stops it as well.
-    pub fn new(
-        number: usize,
-        fd: VcpuFd,
-        registers: Registers,
-        (way, machine): (Way, Machine),
-    ) -> (Self, StopSwitch) {
+    pub fn new(number: usize, fd: VcpuFd, registers: Registers, (way, machine): (Way, Machine)) -> (Self, StopSwitch) {
         let (stop, fd) = StopSwitch::of(Box::leak(Box::new(fd)));
         (Self { number, fd, stop, registers, way, machine, shared: false }, stop)
     }
