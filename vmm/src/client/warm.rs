@@ -10,10 +10,10 @@ use std::thread;
 ///
 /// ```no_run
 /// use std::time::Duration;
-/// use vmm::client::{Client, Error, Home, LaunchOptions, warm};
+/// use vmm::client::{Client, Error, LaunchOptions, warm};
 ///
 /// fn main() -> Result<(), Error> {
-///     let client = Client::connect(&Home::of_user()?)?;
+///     let client = Client::builder().connect()?;
 ///     let patience = Duration::from_secs(30);
 ///     // 64 MiB of state that was dear to come by.
 ///     let warm = warm(&client, LaunchOptions::new(), |vm| vm.send("fill 64 16384 1", patience).map(drop))?;
