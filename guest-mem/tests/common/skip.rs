@@ -27,10 +27,12 @@ pub enum Lack {
     UserNamespaces,
     /// File systems whose disk a test can make fail, loop devices, and file systems on them.
     Disks,
+    /// The security module Landlock, of a kernel that is not too old.
+    Landlock,
 }
 
 /// The words for it. `tests/run` knows one more, `lab`.
-const LACKS: [(&str, Lack); 8] = [
+const LACKS: [(&str, Lack); 9] = [
     ("kvm", Lack::Kvm),
     ("userfaultfd", Lack::Userfaultfd),
     ("root", Lack::Root),
@@ -39,6 +41,7 @@ const LACKS: [(&str, Lack); 8] = [
     ("cgroups", Lack::Cgroups),
     ("userns", Lack::UserNamespaces),
     ("disks", Lack::Disks),
+    ("landlock", Lack::Landlock),
 ];
 
 /// The test that runs, or a part of it, needs what this host lacks: fails, unless that is allowed.

@@ -3,6 +3,7 @@
 use super::memory::{available_memory, cgroups};
 use super::{features, isolation, latency, max_map_count, open_kvm, probe};
 use crate::api::Confinement;
+use crate::machine::landlock::{self, Landlocked};
 use crate::units::{ByteSize, PAGE_BYTES};
 use crate::wire::Isolation;
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PRE_FAULT_MEMORY};
@@ -58,7 +59,7 @@ impl HostReport {
         let (jailed, confinement) = jailed(jail());
         items.push(jailed);
         items.extend(confinement.as_ref().map(confined));
-        items.extend([filter(), memory()]);
+        items.extend([filter(), landlock(), memory()]);
         items.extend([files(), processes(), mappings(), overcommit(), huge_pages(), page_sizes(), wake_latency()]);
         Self { can_run: items.iter().all(|item| item.verdict != Verdict::Missing), items, confinement }
     }
@@ -249,6 +250,20 @@ fn filter() -> Item {
     match probe::system_call_filter() {
         Ok(()) => ok(NAME, "seccomp", "a VM process makes the calls that it needs, and is ended for any other"),
         Err(e) => missing(NAME, e, "no VM is started without: a kernel with CONFIG_SECCOMP_FILTER is needed"),
+    }
+}
+
+fn landlock() -> Item {
+    const NAME: &str = "Landlock";
+    match landlock::probe() {
+        Ok(Landlocked::Whole) => ok(NAME, "yes", "a second wall: no files, no TCP, no signals to other processes"),
+        Ok(Landlocked::Partly) => {
+            ok(NAME, "in part", "a second wall: newer kernels add TCP and signals to other processes")
+        }
+        Ok(Landlocked::Not) => {
+            ok(NAME, "no", "nothing: it would be a second wall, behind the filter and the namespaces")
+        }
+        Err(e) => degraded(NAME, e, "the kernel has it, and it cannot be used as a second wall"),
     }
 }
 

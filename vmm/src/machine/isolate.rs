@@ -1,6 +1,7 @@
 //! Takes away from a VM process what it does not need, before its guest runs.
 #![allow(unsafe_code)] // prctl and capset, which have no safe wrapper
 
+use super::landlock;
 use crate::host::USERS;
 use crate::link::MESSAGE_MAX;
 use crate::wire::Isolation;
@@ -59,16 +60,7 @@ pub(super) fn limit(how: Isolation, vcpus: u8, ram: PageCount) -> Result<(), Iso
 
 /// Has nothing that is executed from here on get a right that its file would give it.
 pub(super) fn empty_bounding_set() -> Result<(), IsolateError> {
-    for capability in 0..64_u64 {
-        // SAFETY: The call takes numbers alone.
-        match Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) }) {
-            Ok(_) => {}
-            // This kernel knows no more.
-            Err(Errno::EINVAL) => break,
-            Err(cause) => return Err(during("an empty bounding set")(cause)),
-        }
-    }
-    Ok(())
+    drop_from_bounding_set(|_| true).map_err(during("an empty bounding set"))
 }
 
 /// When memory is short, the kernel is to end VMs and not the server, with which all of them would end.
@@ -103,6 +95,11 @@ pub(super) fn isolate(how: Isolation, cage: &Path) -> Result<(), IsolateError> {
     }
     // What a filter of system calls needs, too.
     set_no_new_privs().map_err(during("PR_SET_NO_NEW_PRIVS"))?;
+    match landlock::enter() {
+        Ok(how) => log::debug!("Landlock: {how:?}"),
+        // A wall behind others.
+        Err(error) => log::warn!("Landlock: {error}"),
+    }
     if how == Isolation::UserNamespace {
         // The server, the same user outside, reads moved pages out of this process.
         set_dumpable(true).map_err(during("PR_SET_DUMPABLE"))?;
@@ -133,6 +130,35 @@ pub(super) fn without_admin<T>(open: impl FnOnce() -> T) -> Result<T, IsolateErr
     let opened = open();
     set_capabilities(&before).map_err(during("capset"))?;
     Ok(opened)
+}
+
+/// Drops all capabilities of this process, which has one thread, but these, and has nothing that it executes get others.
+pub fn keep_capabilities(kept: &[u32]) -> Result<(), Errno> {
+    const CAP_SETPCAP: u32 = 8;
+    let mut sets = capabilities()?;
+    let has = |sets: &Sets, capability: u32| sets[capability as usize / 32][0] >> (capability % 32) & 1 == 1;
+    // Who may not change the bounding set has nothing to drop.
+    if has(&sets, CAP_SETPCAP) {
+        drop_from_bounding_set(|capability| !kept.contains(&capability))?;
+    }
+    for (word, set) in (0..).zip(&mut sets) {
+        let mask = kept.iter().filter(|kept| **kept / 32 == word).fold(0, |mask, kept| mask | 1_u32 << (kept % 32));
+        *set = set.map(|bits| bits & mask);
+    }
+    set_capabilities(&sets)
+}
+
+fn drop_from_bounding_set(which: impl Fn(u32) -> bool) -> Result<(), Errno> {
+    for capability in (0..64).filter(|capability| which(*capability)) {
+        // SAFETY: The call takes numbers alone.
+        match Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, u64::from(capability), 0, 0, 0) }) {
+            Ok(_) => {}
+            // This kernel knows no more.
+            Err(Errno::EINVAL) => break,
+            Err(cause) => return Err(cause),
+        }
+    }
+    Ok(())
 }
 
 fn drop_capabilities() -> Result<(), Errno> {

@@ -31,6 +31,7 @@ mod jail;
 mod keeper;
 mod kick;
 mod kvm;
+pub(crate) mod landlock;
 mod linux;
 mod mailbox;
 mod mmio;

@@ -9,6 +9,7 @@
 //!
 //! | room | has |
 //! | --- | --- |
+//! | `confine` | what the server gives up before it does anything |
 //! | `ids`, `watch`, `aside`, `host` | names of things; the descriptors that are watched; the thread that asks the kernel what it takes long to tell; what is known of the host |
 //! | `clients` | where clients come from, who is connected, what they say; until when somebody waits |
 //! | `freeze` | the freezes of a VM, whoever wants them, as values |
@@ -25,6 +26,7 @@
 
 mod aside;
 mod clients;
+mod confine;
 mod control;
 mod fork;
 mod freeze;
@@ -178,6 +180,9 @@ pub fn run(config: Config, mut tell: impl FnMut(Stage)) -> Result<(), Error> {
     // Only root may. VM processes go back to where they can be ended.
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-900") {
         log::debug!("oom_score_adj: {error}");
+    }
+    if let Err(error) = confine::confine(crate::host::isolation()) {
+        log::warn!("the server keeps more than it needs: {error}");
     }
     config.home.create()?;
     let kept = KeptHome::new(&config.home, config.home.lock()?);
