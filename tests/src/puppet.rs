@@ -60,6 +60,38 @@ impl Puppet {
         Some(puppet)
     }
 
+    /// Takes a process that does much, while it waits for events and does nothing: whatever else it was doing would come to
+    /// nothing.
+    #[must_use]
+    pub fn take_idle(pid: i32) -> Option<Self> {
+        const WAITS: u64 = libc::SYS_epoll_wait as u64;
+        let mut taken = None;
+        let mut skipped = false;
+        wait_until("it waits for events", TEN_SECONDS, || {
+            let idle = || fs::read_to_string(format!("/proc/{pid}/syscall")).is_ok_and(|call| call.starts_with("232 "));
+            if !idle() {
+                return false;
+            }
+            if !is_root() || ptrace(libc::PTRACE_ATTACH, pid, 0).is_err() {
+                skip(Lack::Root, "only root may trace other users' processes");
+                skipped = true;
+                return true;
+            }
+            let stopped = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)).expect("wait for a traced process");
+            assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");
+            let before = registers(pid);
+            // Interrupted, and not done with.
+            if before.orig_rax == WAITS && (before.rax as i64) < 0 {
+                taken = Some(Self { pid, before, lives: true });
+                return true;
+            }
+            ptrace(libc::PTRACE_DETACH, pid, 0).expect("let a process go");
+            false
+        });
+        assert!(taken.is_some() || skipped);
+        taken
+    }
+
     /// All its memory, code included.
     fn memory(&self) -> fs::File {
         let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{}/mem", self.pid));

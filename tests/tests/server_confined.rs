@@ -50,10 +50,12 @@ fn capabilities(pid: i32, set: &str) -> u64 {
 #[test]
 fn what_no_server_needs_is_refused() {
     let Some(home) = TestHome::new() else { return };
+    // By somebody else: who has started it waits for it, and would be told in our place that it stands.
+    home.cli(&["budget", "none"]).good();
     let vm = home.launch("a", ByteSize::mib(32));
     vm.fill(1000..1100, 1);
     let server = home.server().expect("it runs");
-    let Some(mut puppet) = Puppet::take(server) else { return };
+    let Some(mut puppet) = Puppet::take_idle(server) else { return };
     for (what, number, arguments) in REFUSED {
         assert_eq!(puppet.call(*number, arguments), Called::Failed(Errno::EPERM), "{what}");
     }
