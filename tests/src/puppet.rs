@@ -6,11 +6,14 @@ use crate::process::is_alive;
 use crate::{Lack, TEN_SECONDS, is_root, skip, wait_until};
 use libc::user_regs_struct;
 use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::fs::{self, OpenOptions};
 use std::mem::MaybeUninit;
 use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Such a process. It stands still until this is dropped, and goes on then, if it lives.
 #[derive(Debug)]
@@ -50,8 +53,7 @@ impl Puppet {
             skip(Lack::Root, format!("ptrace: {error}"));
             return None;
         }
-        let stopped = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)).expect("wait for a traced process");
-        assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");
+        stand_still(pid);
         let before = registers(pid);
         let puppet = Self { pid, before, lives: true };
         let mut code = [0; 2];
@@ -77,8 +79,7 @@ impl Puppet {
                 skipped = true;
                 return true;
             }
-            let stopped = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)).expect("wait for a traced process");
-            assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");
+            stand_still(pid);
             let before = registers(pid);
             // Interrupted, and not done with.
             if before.orig_rax == WAITS && (before.rax as i64) < 0 {
@@ -109,7 +110,7 @@ impl Puppet {
         [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = all;
         set_registers(self.pid, &registers);
         ptrace(libc::PTRACE_SINGLESTEP, self.pid, 0).expect("have a process make a system call");
-        match waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::__WALL)).expect("wait for a traced process") {
+        match hear_of(self.pid).expect("it is told what became of a system call") {
             WaitStatus::Stopped(..) => {}
             WaitStatus::Signaled(..) | WaitStatus::Exited(..) => {
                 self.lives = false;
@@ -151,10 +152,33 @@ impl Drop for Puppet {
             && ptrace(libc::PTRACE_SETREGS, self.pid, registers).is_ok()
             && ptrace(libc::PTRACE_DETACH, self.pid, 0).is_ok();
         if !goes_on {
-            // It has ended, or is about to: whoever made it hears of that when its tracer has.
-            let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::__WALL));
+            // It has ended, or does so now: whoever made it hears of that when its tracer has.
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+            let _ = hear_of(self.pid);
         }
     }
+}
+
+/// What the kernel tells of a traced process, within a deadline: it tells each thing once, and to any thread of this process
+/// that waits for that process. Who has started a process must not trace it while another thread waits for its end.
+fn hear_of(pid: i32) -> Result<WaitStatus, String> {
+    let deadline = Instant::now() + TEN_SECONDS;
+    while Instant::now() < deadline {
+        match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => thread::sleep(Duration::from_micros(200)),
+            Ok(status) => return Ok(status),
+            Err(error) => return Err(format!("wait for process {pid}: {error}")),
+        }
+    }
+    Err(format!("nothing was told of process {pid} within {TEN_SECONDS:?}; does another thread wait for it?"))
+}
+
+/// Waits until a process that has just been attached to stands still. From then on it ends if this one does: nobody else could
+/// have it go on with what it did.
+fn stand_still(pid: i32) {
+    let stopped = hear_of(pid).expect("a process that is traced stands still");
+    assert!(matches!(stopped, WaitStatus::Stopped(..)), "{stopped:?}");
+    ptrace(libc::PTRACE_SETOPTIONS, pid, libc::PTRACE_O_EXITKILL as usize).expect("end a process with its tracer");
 }
 
 fn ptrace(request: libc::c_uint, pid: i32, data: usize) -> nix::Result<()> {
