@@ -62,6 +62,7 @@ const TOTALS: &[&str] = &[
     "readahead_pages",
     "readahead_hit_pages",
     "writeahead_pages",
+    "traps",
 ];
 
 #[track_caller]

@@ -1,6 +1,6 @@
 //! What the server tells.
 
-use super::Confinement;
+use super::{Confinement, RequestKind};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -314,6 +314,8 @@ pub struct Totals {
     pub readahead_hit_pages: u64,
     /// Pages written to the disk before memory was short.
     pub writeahead_pages: u64,
+    /// Traps served, those of VMs that are gone included.
+    pub traps: u64,
 }
 
 /// `stats`.
@@ -324,6 +326,34 @@ pub struct Stats {
     pub vms: Vec<VmStats>,
     /// In total.
     pub total: Totals,
+    /// How long answers took, for each kind of request that there was.
+    pub requests: Vec<RequestLatency>,
+}
+
+/// How long the server took to answer requests of a kind, since it began: a histogram.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RequestLatency {
+    /// The kind.
+    pub kind: RequestKind,
+    /// Requests that have been answered.
+    pub answers: u64,
+    /// Of those, answered by an error.
+    pub failures: u64,
+    /// How long all of them took together.
+    pub total_us: u64,
+    /// How many took how long.
+    pub buckets: Vec<LatencyBucket>,
+}
+
+/// One bucket of a histogram, which has what is in those before it as well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct LatencyBucket {
+    /// No longer than this; null for any time.
+    pub up_to_us: Option<u64>,
+    /// Answers.
+    pub answers: u64,
 }
 
 /// `inspect`.

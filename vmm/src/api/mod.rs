@@ -16,18 +16,18 @@ mod page;
 mod request;
 
 pub use answer::{
-    Answer, Balloon, BudgetReport, CheckReport, Child, Connected, EntryInfo, GuestStats, Inspection, Reclaimed,
-    Removed, RunInfo, Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
+    Answer, Balloon, BudgetReport, CheckReport, Child, Connected, EntryInfo, GuestStats, Inspection, LatencyBucket,
+    Reclaimed, Removed, RequestLatency, RunInfo, Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
 };
 pub use confinement::{Confinement, Limits};
 pub use error::{ErrorKind, Failure};
-pub use request::{BudgetSetting, Fork, Launch, Linux, Request};
+pub use request::{BudgetSetting, Fork, Launch, Linux, Request, RequestKind};
 
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A client and a server of different ones do not talk: a field that is missing would be taken
 /// for one that says nothing.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 /// Smallest guest memory, in bytes.
 pub const MIN_MEMORY: u64 = 16 << 20;
 /// Guest memory where none is asked for, in bytes.

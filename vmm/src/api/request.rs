@@ -124,6 +124,33 @@ pub enum Request {
 }
 
 impl Request {
+    /// Its verb.
+    pub fn kind(&self) -> RequestKind {
+        match self {
+            Self::Launch(_) => RequestKind::Launch,
+            Self::Fork(_) => RequestKind::Fork,
+            Self::Send { .. } => RequestKind::Send,
+            Self::Console { .. } => RequestKind::Console,
+            Self::Logs { .. } => RequestKind::Logs,
+            Self::Connect { .. } => RequestKind::Connect,
+            Self::List => RequestKind::List,
+            Self::Tree => RequestKind::Tree,
+            Self::Stats { .. } => RequestKind::Stats,
+            Self::Pause { .. } => RequestKind::Pause,
+            Self::Resume { .. } => RequestKind::Resume,
+            Self::Stop { .. } => RequestKind::Stop,
+            Self::Kill { .. } => RequestKind::Kill,
+            Self::Wait { .. } => RequestKind::Wait,
+            Self::Balloon { .. } => RequestKind::Balloon,
+            Self::Remove { .. } => RequestKind::Remove,
+            Self::Inspect { .. } => RequestKind::Inspect,
+            Self::Reclaim { .. } => RequestKind::Reclaim,
+            Self::Budget { .. } => RequestKind::Budget,
+            Self::Check => RequestKind::Check,
+            Self::Shutdown => RequestKind::Shutdown,
+        }
+    }
+
     /// The one VM that it is about, if there is one.
     pub fn vm(&self) -> Option<&str> {
         match self {
@@ -136,6 +163,91 @@ impl Request {
             Self::Stats { name } | Self::Reclaim { name, .. } => name.as_deref(),
             Self::List | Self::Tree | Self::Remove { .. } | Self::Budget { .. } => None,
             Self::Check | Self::Shutdown => None,
+        }
+    }
+}
+
+/// What kind of request one is: its verb, without what goes with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "the same as of the requests")]
+pub enum RequestKind {
+    #[default]
+    Launch,
+    Fork,
+    Send,
+    Console,
+    Logs,
+    Connect,
+    List,
+    Tree,
+    Stats,
+    Pause,
+    Resume,
+    Stop,
+    Kill,
+    Wait,
+    Balloon,
+    Remove,
+    Inspect,
+    Reclaim,
+    Budget,
+    Check,
+    Shutdown,
+}
+
+impl RequestKind {
+    /// All there are, in their order.
+    pub const ALL: [Self; 21] = [
+        Self::Launch,
+        Self::Fork,
+        Self::Send,
+        Self::Console,
+        Self::Logs,
+        Self::Connect,
+        Self::List,
+        Self::Tree,
+        Self::Stats,
+        Self::Pause,
+        Self::Resume,
+        Self::Stop,
+        Self::Kill,
+        Self::Wait,
+        Self::Balloon,
+        Self::Remove,
+        Self::Inspect,
+        Self::Reclaim,
+        Self::Budget,
+        Self::Check,
+        Self::Shutdown,
+    ];
+
+    /// As the protocol calls it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Launch => "launch",
+            Self::Fork => "fork",
+            Self::Send => "send",
+            Self::Console => "console",
+            Self::Logs => "logs",
+            Self::Connect => "connect",
+            Self::List => "list",
+            Self::Tree => "tree",
+            Self::Stats => "stats",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Stop => "stop",
+            Self::Kill => "kill",
+            Self::Wait => "wait",
+            Self::Balloon => "balloon",
+            Self::Remove => "remove",
+            Self::Inspect => "inspect",
+            Self::Reclaim => "reclaim",
+            Self::Budget => "budget",
+            Self::Check => "check",
+            Self::Shutdown => "shutdown",
         }
     }
 }

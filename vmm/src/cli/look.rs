@@ -3,7 +3,7 @@
 use super::args::Output;
 use super::errors::CliError;
 use super::reach::{running, with_server};
-use super::{Done, SUCCESS, show, shown};
+use super::{Done, SUCCESS, prometheus, show, shown};
 use serde_json::json;
 use std::io::{self, IsTerminal, Write};
 use std::thread;
@@ -61,13 +61,20 @@ pub fn stats(server: ClientBuilder, name: Option<String>, output: Output, out: &
         let stats = seen(server, |client| client.stats().map(Some), None)?;
         return match stats {
             Some(stats) => shown(output, out, &stats, |out| show::stats(out, &stats)),
-            None => shown(output, out, &json!({ "vms": [], "total": null }), |_| Ok(())),
+            None => shown(output, out, &json!({ "vms": [], "total": null, "requests": [] }), |_| Ok(())),
         };
     };
     with_server(server, Some(&name), |client| {
         let stats = client.vm(&name).stats_and_totals()?;
         shown(output, out, &stats, |out| show::stats_of_one(out, &stats))
     })
+}
+
+/// The server's figures, for Prometheus.
+pub fn prometheus(server: ClientBuilder, out: &mut impl Write) -> Done {
+    let stats = seen(server, |client| client.stats().map(Some), None)?;
+    prometheus::write(out, stats.as_ref())?;
+    Ok(SUCCESS)
 }
 
 /// Shows the figures again and again, on a terminal in the same place.

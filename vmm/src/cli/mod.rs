@@ -10,6 +10,7 @@ mod look;
 mod make;
 mod manual;
 mod notify;
+mod prometheus;
 mod reach;
 mod serve;
 mod show;
@@ -91,8 +92,9 @@ fn run(cli: Cli) -> Done {
         Verb::Ls { quiet: true, output: _ } => look::names(server, out),
         Verb::Ls { quiet: false, output } => look::list(server, output, out),
         Verb::Tree { name, output } => look::tree(server, name, output, out),
-        Verb::Stats { name, watch: None, output } => look::stats(server, name, output, out),
-        Verb::Stats { name, watch: Some(pause), output } => look::watch(server, name, output, pause, out),
+        Verb::Stats { prometheus: true, .. } => look::prometheus(server, out),
+        Verb::Stats { name, watch: None, output, .. } => look::stats(server, name, output, out),
+        Verb::Stats { name, watch: Some(pause), output, .. } => look::watch(server, name, output, pause, out),
         Verb::Inspect { name, output } => with_server(server, Some(&name), |client| {
             let inspection = client.vm(&name).inspect()?;
             shown(output, out, &inspection, |out| show::inspection(out, &inspection))

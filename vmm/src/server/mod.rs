@@ -251,6 +251,7 @@ impl Server {
                 budget: Budget::new(budget),
                 idle: IdlePolicy::new(idle),
                 past: SwapCounts::default(),
+                traps: 0,
                 files: Files::new().map_err(io("make an eventfd"))?,
                 dedups: Dedups::default(),
                 balloons: Balloons::default(),

@@ -120,7 +120,7 @@ pub enum Verb {
         output: Output,
     },
     /// Print the figures of all VMs, or all the figures of one, and of the server
-    #[command(after_help = examples(&["stats", "stats base", "stats --json"]))]
+    #[command(after_help = examples(&["stats", "stats base --json", "stats --prometheus"]))]
     Stats {
         #[arg(value_parser = vm_name)]
         name: Option<String>,
@@ -128,6 +128,9 @@ pub enum Verb {
         #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "1",
               value_parser = seconds)]
         watch: Option<Duration>,
+        /// The server's totals, and how long its answers took by verb, in the text format of Prometheus
+        #[arg(long, conflicts_with_all = ["name", "watch", "json"])]
+        prometheus: bool,
         #[command(flatten)]
         output: Output,
     },

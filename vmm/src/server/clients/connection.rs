@@ -1,6 +1,6 @@
 //! Clients: connections that ask, one request at a time, and are told.
 
-use crate::api::{Line, Reply, Request};
+use crate::api::{Line, Reply, Request, RequestKind};
 use crate::server::ids::Generation;
 use crate::server::watch::Token;
 use nix::sys::socket::getsockopt;
@@ -42,6 +42,8 @@ pub struct Client {
     pub mode: Mode,
     /// When the request under way was received; `CLOCK_MONOTONIC` nanoseconds.
     pub asked_ns: u64,
+    /// Of what kind it is.
+    pub asked: Option<RequestKind>,
     /// The VM that it is about.
     pub subject: Option<String>,
     input: Vec<u8>,
@@ -77,6 +79,7 @@ impl Client {
             token: None,
             mode: Mode::Idle,
             asked_ns: 0,
+            asked: None,
             subject: None,
             input: Vec::new(),
             output: Vec::new(),

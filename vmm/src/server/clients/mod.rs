@@ -4,6 +4,7 @@ pub mod connection;
 pub mod connects;
 pub mod deadlines;
 pub mod doors;
+pub mod latencies;
 pub mod listener;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use connection::{Client, Heard, Mode};
 use connects::Connects;
 use doors::Doors;
 use event_manager::EventSet;
+use latencies::{Latencies, Outcome};
 use listener::{Accept, Listener};
 use nix::sys::resource::{Resource, getrlimit};
 use std::collections::BTreeMap;
@@ -48,6 +50,8 @@ pub struct Clients<L = UnixListener> {
     /// Those that may have something to say though nothing comes: they got an answer, and may have asked the next thing
     /// already.
     pending: Vec<ClientId>,
+    /// How long they waited for answers.
+    pub latencies: Latencies,
     /// VMs that an earlier server has lost, as the first client is told.
     lost: Vec<String>,
     /// What they are to be connected to.
@@ -60,8 +64,8 @@ impl<L: Accept> Clients<L> {
     /// Nobody yet, and no more than `most` ever.
     pub fn new(socket: L, most: usize, lost: Vec<String>) -> Self {
         let (connected, next, pending) = (BTreeMap::new(), ClientId(1), Vec::new());
-        let (connects, doors) = (Connects::default(), Doors::default());
-        Self { listener: Listener::new(socket), connected, most, next, pending, lost, connects, doors }
+        let (connects, doors, latencies) = (Connects::default(), Doors::default(), Latencies::default());
+        Self { listener: Listener::new(socket), connected, most, next, pending, latencies, lost, connects, doors }
     }
 
     /// Where they come from.
@@ -122,6 +126,7 @@ impl<L: Accept> Clients<L> {
                 Heard::Request(Ok(request)) => {
                     client.asked_ns = monotonic_ns();
                     client.subject = request.vm().map(str::to_owned);
+                    client.asked = Some(request.kind());
                     return Some(Errand::Request(request));
                 }
             }
@@ -141,6 +146,11 @@ impl<L: Accept> Clients<L> {
     /// Answers the request that a client waits for. Its next one is heard between rounds.
     pub fn reply(&mut self, id: ClientId, reply: Reply, watches: &mut Watches<Origin>) {
         if let Some(client) = self.connected.get_mut(&id) {
+            // A line that was no request is of no kind.
+            if let Some(kind) = client.asked.take() {
+                let outcome = if reply.is_ok() { Outcome::Done } else { Outcome::Failed };
+                self.latencies.add(kind, monotonic_ns().saturating_sub(client.asked_ns), outcome);
+            }
             client.reply(reply);
             self.rewatch(id, watches);
             self.pending.push(id);

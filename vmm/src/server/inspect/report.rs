@@ -50,7 +50,7 @@ impl Server {
         let only = name.map(|name| self.find(name).map(|vm| vm.generation)).transpose()?;
         let vms = self.registry.vms.iter().filter(|vm| only.is_none_or(|only| only == vm.generation));
         let vms = vms.map(|vm| self.vm_stats(vm, seen)).collect();
-        Ok(Stats { vms, total: self.totals(seen) })
+        Ok(Stats { vms, total: self.totals(seen), requests: self.clients.latencies.shown() })
     }
 
     fn vm_stats(&self, vm: &Vm, seen: &Findings) -> VmStats {
@@ -120,6 +120,7 @@ impl Server {
             readahead_pages: swap.readahead_pages,
             readahead_hit_pages: swap.readahead_hits,
             writeahead_pages: swap.writeahead_pages,
+            traps: self.memory.traps,
         }
     }
 

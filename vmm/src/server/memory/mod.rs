@@ -39,6 +39,8 @@ pub struct MemoryPolicy {
     pub idle: IdlePolicy,
     /// What families that are gone have counted.
     pub past: SwapCounts,
+    /// Traps of guests that have been served.
+    pub traps: u64,
     pub files: Files,
     /// What is to leave windows.
     pub dedups: Dedups,

@@ -132,6 +132,7 @@ impl Server {
         for trap in traps {
             if let Some(vm) = self.registry.vms.get_mut(generation) {
                 vm.traps += 1;
+                self.memory.traps += 1;
             }
             self.serve_trap(generation, memory.gfn(trap.address), trap.touch);
         }
