@@ -2,11 +2,11 @@
 
 use super::errors::tell;
 use super::signals::{self, Signals};
+use super::terminal::RawMode;
 use super::{Done, SUCCESS};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::read;
-use std::io::{self, IsTerminal, Read, Stdin, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use vmm::api::VmState;
 use vmm::client::Vm;
@@ -28,6 +28,7 @@ pub fn attach(vm: &Vm, signals: &Signals, out: &mut impl Write) -> Done {
     if vm.summary()?.state == VmState::Paused {
         tell(&format!("{name} is paused: it reads what is typed after `offshoot resume {name}`"));
     }
+    let _line = is_terminal.then(|| NewLine);
     let _raw = is_terminal.then(|| RawMode::enter(&stdin)).transpose()?;
     let mut typing = true;
     let mut buffer = [0; 4096];
@@ -73,28 +74,11 @@ pub fn attach(vm: &Vm, signals: &Signals, out: &mut impl Write) -> Done {
     }
 }
 
-/// The terminal without line editing, echo and signal keys, until this is dropped. Its output stays as it was: the guest
-/// need not send carriage returns.
-struct RawMode<'a> {
-    terminal: &'a Stdin,
-    before: Termios,
-}
+/// A new line on the terminal when the console is left, wherever the guest's cursor stood.
+struct NewLine;
 
-impl<'a> RawMode<'a> {
-    fn enter(terminal: &'a Stdin) -> io::Result<Self> {
-        let before = tcgetattr(terminal)?;
-        let mut raw = before.clone();
-        cfmakeraw(&mut raw);
-        raw.output_flags = before.output_flags;
-        tcsetattr(terminal, SetArg::TCSANOW, &raw)?;
-        Ok(Self { terminal, before })
-    }
-}
-
-impl Drop for RawMode<'_> {
+impl Drop for NewLine {
     fn drop(&mut self) {
-        // A terminal that is gone needs no mode.
-        let _ = tcsetattr(self.terminal, SetArg::TCSANOW, &self.before);
         let _ = writeln!(io::stderr());
     }
 }

@@ -16,6 +16,8 @@ mod serve;
 mod show;
 mod signals;
 mod talk;
+mod terminal;
+mod top;
 mod vm_process;
 
 use args::{Cli, Output, Verb};
@@ -95,6 +97,7 @@ fn run(cli: Cli) -> Done {
         Verb::Stats { prometheus: true, .. } => look::prometheus(server, out),
         Verb::Stats { name, watch: None, output, .. } => look::stats(server, name, output, out),
         Verb::Stats { name, watch: Some(pause), output, .. } => look::watch(server, name, output, pause, out),
+        Verb::Top { interval, once } => top::run(server, interval, once, out),
         Verb::Inspect { name, output } => with_server(server, Some(&name), |client| {
             let inspection = client.vm(&name).inspect()?;
             shown(output, out, &inspection, |out| show::inspection(out, &inspection))

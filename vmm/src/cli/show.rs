@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::io::{self, Write};
 use vmm::api::{CheckReport, Confinement, GuestStats, Inspection, Stats, Totals, TreeRow, VmState, VmStats, VmSummary};
 use vmm::host::{HostReport, Verdict};
+use vmm::plain;
 use vmm::units::{ByteSize, count};
 
 pub fn json(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
@@ -28,7 +29,8 @@ pub fn vms(out: &mut impl Write, vms: &[VmSummary]) -> io::Result<()> {
 /// One line for each VM, children below their parents, with what it has of its own and what it shares.
 pub fn tree(out: &mut impl Write, rows: &[TreeRow]) -> io::Result<()> {
     let mut table = table(["NAME", "STATE", "PRIVATE", "SHARED", "TOTAL", ""]);
-    for (row, branch) in rows.iter().zip(branches(rows)) {
+    let depths: Vec<u32> = rows.iter().map(|row| row.depth).collect();
+    for (row, branch) in rows.iter().zip(branches(&depths)) {
         let name = format!("{}{}", shortened(&branch), row.vm.name);
         let total = row.private_pages + row.shared_pages;
         let [private, shared, total] = [row.private_pages, row.shared_pages, total].map(short_pages);
@@ -52,7 +54,7 @@ pub fn below(rows: Vec<TreeRow>, name: &str) -> Vec<TreeRow> {
 const LEVELS: usize = 8;
 
 /// The lines of a deep branch, with how many levels are not drawn.
-fn shortened(branch: &str) -> String {
+pub fn shortened(branch: &str) -> String {
     let lines: Vec<char> = branch.chars().collect();
     match (lines.len() / 3).checked_sub(LEVELS) {
         None | Some(0) => branch.to_owned(),
@@ -60,15 +62,15 @@ fn shortened(branch: &str) -> String {
     }
 }
 
-/// The lines of the tree to the left of each row's name.
-fn branches(rows: &[TreeRow]) -> Vec<String> {
+/// The lines of the tree to the left of each row's name, by how far below its root each stands.
+pub fn branches(depths: &[u32]) -> Vec<String> {
     // Upwards: a row is its parent's last child if no sibling has been seen below it.
     let mut open: Vec<bool> = Vec::new();
-    let mut branches: Vec<String> = rows
+    let mut branches: Vec<String> = depths
         .iter()
         .rev()
-        .map(|row| {
-            let depth = row.depth as usize;
+        .map(|&depth| {
+            let depth = depth as usize;
             open.resize(depth + 1, false);
             let mut branch: String =
                 open.iter().take(depth).skip(1).map(|&open| if open { "│  " } else { "   " }).collect();
@@ -308,7 +310,7 @@ pub fn write_table(out: &mut impl Write, table: &mut Table, right: &[usize]) -> 
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    table.lines().try_for_each(|line| writeln!(out, "{}", cut(line.trim_end())))
+    table.lines().try_for_each(|line| writeln!(out, "{}", cut(&plain::lines(line.trim_end()))))
 }
 
 fn cut(line: &str) -> Cow<'_, str> {
@@ -320,10 +322,11 @@ fn cut(line: &str) -> Cow<'_, str> {
 }
 
 fn fields(out: &mut impl Write, fields: &[(&str, &dyn std::fmt::Display)]) -> io::Result<()> {
-    fields.iter().try_for_each(|(name, value)| writeln!(out, "{name:<15} {value}"))
+    // Whatever a guest or its process has to do with it, a terminal obeys none of it.
+    fields.iter().try_for_each(|(name, value)| writeln!(out, "{name:<15} {}", plain::lines(&value.to_string())))
 }
 
-fn word(state: VmState) -> &'static str {
+pub fn word(state: VmState) -> &'static str {
     match state {
         VmState::Running => "running",
         VmState::Paused => "paused",
@@ -402,7 +405,10 @@ mod tests {
             row("b", 0),
             row("b-1", 1),
         ];
-        assert_eq!(branches(&rows), ["", "├─ ", "│  ├─ ", "│  └─ ", "└─ ", "   └─ ", "", "└─ "]);
+        assert_eq!(
+            branches(&rows.each_ref().map(|row| row.depth)),
+            ["", "├─ ", "│  ├─ ", "│  └─ ", "└─ ", "   └─ ", "", "└─ "]
+        );
         let text = text(|out| tree(out, &rows[..2]));
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[0], "NAME    STATE    PRIVATE  SHARED  TOTAL");

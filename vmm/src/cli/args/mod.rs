@@ -134,6 +134,16 @@ pub enum Verb {
         #[command(flatten)]
         output: Output,
     },
+    /// Show the tree with what each VM has of memory and how often it faults, until q or Ctrl-C
+    #[command(after_help = examples(&["top --once", "top --once --interval 0.5"]))]
+    Top {
+        /// How often to look
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+        interval: Duration,
+        /// Print what has happened in one interval, and end
+        #[arg(long)]
+        once: bool,
+    },
     /// Have a guest give memory back until it has SIZE left, and print what it has; exit code 3 on time-out
     ///
     /// The same takes memory out of the balloon again. What the guest gives back reads zero when it uses it again. A Linux
@@ -296,6 +306,7 @@ impl Verb {
             | Self::Kill(_)
             | Self::Console { .. }
             | Self::Logs { .. }
+            | Self::Top { .. }
             | Self::Serve(_)
             | Self::Shutdown
             | Self::Demo { .. } => false,
