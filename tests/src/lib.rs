@@ -4,6 +4,7 @@
 //! | file | has |
 //! | --- | --- |
 //! | `home` | a home of a test's own, its server, and the proof that nothing of it is left |
+//! | `agent` | the agent of Linux guests as a program of this host |
 //! | `fuse` | a file whose blocks can be made to fail |
 //! | `hostile` | a VM process that has been taken over |
 //! | `puppet` | a process that makes the system calls a test wants |
@@ -21,6 +22,7 @@
 //!
 //! A test that cannot run here fails, unless `OFFSHOOT_SKIPS` allows it to be skipped ([`skip`]).
 
+mod agent;
 mod binary;
 mod command;
 mod figures;
@@ -36,6 +38,7 @@ mod skips;
 mod traced;
 mod turn;
 
+pub use self::agent::{AgentHost, command_at};
 pub use binary::binary as offshoot_binary;
 pub use command::Outcome;
 pub use figures::{Random, TEN_SECONDS, median, wait_until};

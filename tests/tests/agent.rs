@@ -3,67 +3,17 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use offshoot_tests::{Lack, TEN_SECONDS, is_root, skip, wait_until};
+use offshoot_tests::{AgentHost as Host, Lack, TEN_SECONDS, is_root, skip, wait_until};
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 use std::time::{Duration, Instant};
 use vmm::api::ErrorKind;
 use vmm::client::Error;
-use vmm::client::agent::{Agent, AgentErrorKind, Event, Identity, Running, Size};
-
-/// An agent with a directory of its own.
-struct Host {
-    process: Child,
-    directory: PathBuf,
-}
-
-impl Host {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("offshoot-agent-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let directory = std::env::temp_dir().join(name);
-        fs::create_dir_all(directory.join("root/etc")).unwrap();
-        let program = directory.join("agent");
-        fs::write(&program, agent::IMAGE).unwrap();
-        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
-        let socket = directory.join("socket");
-        let mut command = Command::new(&program);
-        command.arg("--root").arg(directory.join("root")).arg("--listen").arg(&socket);
-        let process = command.spawn().unwrap();
-        wait_until("the agent listens", TEN_SECONDS, || UnixStream::connect(&socket).is_ok());
-        Self { process, directory }
-    }
-
-    fn agent(&self) -> Agent {
-        self.agent_of("vm", 0)
-    }
-
-    fn agent_of(&self, name: &str, generation: u64) -> Agent {
-        Agent::at_socket(Identity { name: name.into(), generation }, self.directory.join("socket"))
-    }
-
-    fn root(&self, path: &str) -> PathBuf {
-        self.directory.join("root").join(path)
-    }
-
-    fn count(&self, what: &str) -> usize {
-        fs::read_dir(format!("/proc/{}/{what}", self.process.id())).unwrap().count()
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = kill(Pid::from_raw(self.process.id() as i32), Signal::SIGKILL);
-        let _ = self.process.wait();
-        let _ = fs::remove_dir_all(&self.directory);
-    }
-}
+use vmm::client::agent::{AgentErrorKind, Event, Running, Size};
 
 fn sh(line: &str) -> [&str; 3] {
     ["sh", "-c", line]
@@ -265,7 +215,7 @@ fn signals_reach_all_of_a_session() {
 fn files_go_both_ways() {
     let host = Host::new();
     let agent = host.agent();
-    let (here, there) = (host.directory.join("here"), host.directory.join("there"));
+    let (here, there) = (host.directory().join("here"), host.directory().join("there"));
     fs::create_dir_all(here.join("sub")).unwrap();
     let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(7919) >> 5) as u8).collect();
     fs::write(here.join("sub/large"), &bytes).unwrap();
@@ -277,17 +227,17 @@ fn files_go_both_ways() {
     assert_eq!(fs::read(there.join("sub/large")).unwrap(), bytes);
     assert_eq!(agent.exec([there.join("script")]).unwrap().stdout, b"copied\n");
     agent.copy_in(&here.join("script"), &there).unwrap();
-    let back = host.directory.join("back");
+    let back = host.directory().join("back");
     agent.copy_out(&there, &back).unwrap();
     assert_eq!(fs::read(back.join("link")).unwrap(), bytes);
-    agent.copy_out(there.join("script"), &host.directory.join("renamed")).unwrap();
-    assert!(host.directory.join("renamed").exists());
+    agent.copy_out(there.join("script"), &host.directory().join("renamed")).unwrap();
+    assert!(host.directory().join("renamed").exists());
 
     let mut archive = Vec::new();
     agent.archive(there.join(".")).unwrap().copy_to(&mut archive).unwrap();
-    fs::create_dir(host.directory.join("again")).unwrap();
-    agent.unpack(archive.as_slice(), host.directory.join("again")).unwrap();
-    assert_eq!(fs::read(host.directory.join("again/sub/large")).unwrap(), bytes);
+    fs::create_dir(host.directory().join("again")).unwrap();
+    agent.unpack(archive.as_slice(), host.directory().join("again")).unwrap();
+    assert_eq!(fs::read(host.directory().join("again/sub/large")).unwrap(), bytes);
 
     let e = agent.copy_out("/no/such", &back).unwrap_err();
     assert_eq!(e.to_string(), "vm: cp: /no/such: No such file or directory (os error 2)");
@@ -386,7 +336,7 @@ fn clients_that_lie_hurt_only_themselves() {
     let agent = host.agent();
     let mut random = 1u64;
     for _ in 0..300 {
-        let mut socket = UnixStream::connect(host.directory.join("socket")).unwrap();
+        let mut socket = UnixStream::connect(host.socket()).unwrap();
         let bytes: Vec<u8> = (0..64)
             .map(|n| {
                 random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -398,7 +348,7 @@ fn clients_that_lie_hurt_only_themselves() {
     }
     assert!(agent.exec(["true"]).unwrap().status.success());
 
-    let mut socket = UnixStream::connect(host.directory.join("socket")).unwrap();
+    let mut socket = UnixStream::connect(host.socket()).unwrap();
     let hello = agent::message::Hello { protocol: 99, generation: 0 };
     agent::frame::write(&mut socket, &agent::message::ToAgent::Hello(hello)).unwrap();
     socket.shutdown(Shutdown::Write).unwrap();

@@ -3,7 +3,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use offshoot_tests::process::children_of;
-use offshoot_tests::{Outcome, TestHome};
+use offshoot_tests::{AgentHost, Outcome, TestHome};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -16,24 +16,39 @@ fn words(line: &str) -> Vec<String> {
     words.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Runs a command in the directory of a home. A file in `/var` is one of that directory's.
-fn run(home: &TestHome, words: &[String]) -> Outcome {
+/// Runs a command in the directory of a home, whose VMs have this host's agent. A file in `/var` is one of that directory's.
+fn run(home: &TestHome, agent: &AgentHost, words: &[String]) -> Outcome {
     let directory = home.path().parent().unwrap().to_owned();
     let words: Vec<String> =
         words.iter().map(|word| word.replace("/var/", &format!("{}/", directory.display()))).collect();
     let arguments: Vec<&str> = words.iter().map(String::as_str).collect();
     let mut command = home.command(&arguments);
-    command.current_dir(directory).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    if words.first().is_none_or(|verb| verb != "serve") {
-        return Outcome::new(arguments.join(" "), command.output().unwrap());
+    command
+        .current_dir(directory)
+        .env("OFFSHOOT_AGENT_SOCKET", agent.socket())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let first = match words.first().map_or("", String::as_str) {
+        "serve" => "Listening on ",
+        "forward" => {
+            if words.contains(&"--json".into()) {
+                "["
+            } else {
+                "127.0.0.1:"
+            }
+        }
+        _ => return Outcome::new(arguments.join(" "), command.output().unwrap()),
+    };
+    // These go on until they are told to end.
+    if first == "Listening on " {
+        home.cli(&["shutdown"]).good();
     }
-    // A server goes on until it is told to end.
-    home.cli(&["shutdown"]).good();
     let mut server = command.spawn().unwrap();
     let mut out = BufReader::new(server.stdout.take().unwrap());
     let mut line = String::new();
     out.read_line(&mut line).unwrap();
-    assert!(line.starts_with("Listening on "), "{words:?}: {line}");
+    assert!(line.starts_with(first), "{words:?}: {line}");
     // The child is `timeout`, and the server its child.
     kill(Pid::from_raw(children_of(server.id() as i32)[0]), Signal::SIGTERM).unwrap();
     let mut outcome = Outcome::new(arguments.join(" "), server.wait_with_output().unwrap());
@@ -70,8 +85,15 @@ fn every_example_of_the_help_works() {
             "" => drop(home.cli(&["rm", "--all"]).good()),
             _ => set(&home),
         }
+        // The session that some are about.
+        let agent = AgentHost::new();
+        match verb {
+            "attach" => assert_eq!(agent.cli(&["exec", "-d", "base", "true"]).good(), "1\n"),
+            "kill" => assert_eq!(agent.cli(&["exec", "-d", "base", "sleep", "60"]).good(), "1\n"),
+            _ => {}
+        }
         for example in examples {
-            let outcome = run(&home, &words(example));
+            let outcome = run(&home, &agent, &words(example));
             assert_eq!((outcome.code, outcome.err.as_str()), (0, ""), "{outcome:?}");
         }
     }
@@ -118,6 +140,7 @@ fn every_command_of_the_readmes_works() {
         assert!(!blocks.is_empty(), "{page}");
         blocks
     };
+    let agent = AgentHost::new();
     for block in ["../README.md", "../vmm/README.md"].into_iter().flat_map(blocks) {
         let Some(home) = TestHome::new() else { return };
         // A block that begins with a launch has what it needs.
@@ -125,7 +148,7 @@ fn every_command_of_the_readmes_works() {
             set(&home);
         }
         for (command, shown) in block {
-            let outcome = run(&home, &words(&command));
+            let outcome = run(&home, &agent, &words(&command));
             assert_eq!((outcome.code, outcome.err.as_str()), (0, ""), "{outcome:?}");
             if !shown.is_empty() {
                 assert_eq!(shape(&outcome.out), shape(&shown), "{command}: {}", outcome.out);

@@ -2,7 +2,7 @@
 
 use super::errors::tell;
 use super::signals::{self, Signals};
-use super::terminal::RawMode;
+use super::terminal::{OutputMode, RawMode};
 use super::{Done, SUCCESS};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::read;
@@ -28,8 +28,8 @@ pub fn attach(vm: &Vm, signals: &Signals, out: &mut impl Write) -> Done {
     if vm.summary()?.state == VmState::Paused {
         tell(&format!("{name} is paused: it reads what is typed after `offshoot resume {name}`"));
     }
+    let _raw = is_terminal.then(|| RawMode::enter(OutputMode::AsItWas)).transpose()?;
     let _line = is_terminal.then(|| NewLine);
-    let _raw = is_terminal.then(|| RawMode::enter(&stdin)).transpose()?;
     let mut typing = true;
     let mut buffer = [0; 4096];
     loop {
@@ -74,7 +74,7 @@ pub fn attach(vm: &Vm, signals: &Signals, out: &mut impl Write) -> Done {
     }
 }
 
-/// A new line on the terminal when the console is left, wherever the guest's cursor stood.
+/// Ends the line that the guest was in, when this is dropped.
 struct NewLine;
 
 impl Drop for NewLine {

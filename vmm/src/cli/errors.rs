@@ -20,11 +20,13 @@ pub struct CliError {
     subject: Option<String>,
     /// Nobody reads what is written: nothing to tell, and no failure.
     silent: bool,
+    /// An exit code that says more than its kind.
+    code: Option<u8>,
 }
 
 impl CliError {
     pub fn of(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), subject: None, silent: false }
+        Self { kind, message: message.into(), subject: None, silent: false, code: None }
     }
 
     pub fn failed(message: impl Into<String>) -> Self {
@@ -50,8 +52,13 @@ impl CliError {
         Self { message: format!("{what}: {}", self.message), ..self }
     }
 
+    /// The same, with that exit code, unless it has one of its own.
+    pub fn or_ending(self, code: u8) -> Self {
+        Self { code: self.code.or(Some(code)), ..self }
+    }
+
     pub fn code(&self) -> u8 {
-        if self.silent { 0 } else { self.kind.exit_code() }
+        self.code.unwrap_or(if self.silent { 0 } else { self.kind.exit_code() })
     }
 
     /// Tells the user.

@@ -3,9 +3,12 @@
 mod args;
 mod balloon;
 mod console;
+mod copy;
 mod demo;
 mod each;
 mod errors;
+mod exec;
+mod forward;
 mod look;
 mod make;
 mod manual;
@@ -13,6 +16,7 @@ mod notify;
 mod prometheus;
 mod reach;
 mod serve;
+mod sessions;
 mod show;
 mod signals;
 mod talk;
@@ -87,6 +91,11 @@ fn run(cli: Cli) -> Done {
             let signals = signals::Signals::catch()?;
             with_server(server, Some(&name), |client| console::attach(&client.vm(&name), &signals, out))
         }
+        Verb::Exec(exec) => exec::exec(exec, server, out),
+        Verb::Attach(attach) => exec::attach(attach, server, out),
+        Verb::Ps(ps) => sessions::ps(ps, server, out),
+        Verb::Cp(cp) => copy::cp(&cp, server, out),
+        Verb::Forward(forward) => forward::forward(&forward, server, out),
         Verb::Logs { name, follow, tail } => with_server(server, Some(&name), |client| {
             let vm = client.vm(&name);
             talk::copy(if follow { vm.follow_logs(tail)? } else { vm.logs(tail)? }, out)
@@ -111,7 +120,7 @@ fn run(cli: Cli) -> Done {
         Verb::Pause(names) => each::vm(server, names, |vm| vm.pause()),
         Verb::Resume(names) => each::vm(server, names, |vm| vm.resume()),
         Verb::Stop(names) => each::vm(server, names, |vm| vm.stop()),
-        Verb::Kill(names) => each::vm(server, names, |vm| vm.kill()),
+        Verb::Kill(args::Kill { names }) => sessions::kill(names, server),
         Verb::Wait { names, timeout, output } => each::wait(server, &names, timeout, output, out),
         Verb::Rm { names, all: false, output } => each::remove(server, names, output, out),
         Verb::Rm { all: true, output, .. } => each::remove_all(server, output, out),

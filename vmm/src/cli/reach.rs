@@ -2,7 +2,9 @@
 
 use super::Done;
 use super::errors::{self, CliError};
+use std::env;
 use vmm::api::ErrorKind;
+use vmm::client::agent::{Agent, Identity};
 use vmm::client::{Client, ClientBuilder, Error, Home};
 
 /// Connects, starting a server if there is none, and does something with it. If that fails, a server that was started
@@ -25,6 +27,17 @@ pub fn with_server(server: ClientBuilder, vm: Option<&str>, act: impl FnOnce(&Cl
         Ok(client) => act(&client),
         Err(absent) => Err(absent.error(vm)),
     }
+}
+
+/// Where an agent listens that is taken for every VM's: for tests of what is done inside guests, on hosts that run none.
+const AGENT_SOCKET: &str = "OFFSHOOT_AGENT_SOCKET";
+
+/// Does something with the agent of that VM.
+pub fn with_agent(server: ClientBuilder, name: &str, act: impl FnOnce(&Agent) -> Done) -> Done {
+    if let Some(socket) = env::var_os(AGENT_SOCKET).filter(|socket| !socket.is_empty()) {
+        return act(&Agent::at_socket(Identity { name: name.to_owned(), generation: 0 }, socket));
+    }
+    with_server(server, Some(name), |client| act(&client.vm(name).agent()))
 }
 
 /// The server that is there, if one is.

@@ -6,6 +6,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::ExitCode;
 
+const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+
 /// SIGINT, SIGTERM, SIGHUP and SIGQUIT. Threads that are started from now on leave them to this as well; processes get
 /// them as ever.
 #[derive(Debug)]
@@ -17,7 +19,16 @@ pub struct Signals {
 impl Signals {
     /// From now on. To be called while there is one thread.
     pub fn catch() -> io::Result<Self> {
-        let mask: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+        Self::of(&ENDING)
+    }
+
+    /// The same, and the one that tells that the terminal has another size.
+    pub fn catch_and_resizes() -> io::Result<Self> {
+        Self::of(&[&ENDING[..], &[Signal::SIGWINCH]].concat())
+    }
+
+    fn of(signals: &[Signal]) -> io::Result<Self> {
+        let mask: SigSet = signals.iter().copied().collect();
         mask.thread_block()?;
         Ok(Self { descriptor: SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?, mask })
     }

@@ -1,8 +1,10 @@
 //! What can be written on the command line.
 
+mod guest;
 mod line;
 mod values;
 
+pub use guest::{Attach, Cp, Exec, Forward, Kill, Ps};
 pub use line::in_order;
 pub use values::{Budget, SwapPlace};
 
@@ -34,7 +36,8 @@ pub struct Cli {
 
 const AFTER_HELP: &str = "\
 Exit codes: 0 done, 1 failed (or the guest answered `err`), 2 bad input and nothing has changed, 3 timed out. Where a
-command takes several names, each is done, whatever becomes of the others: then 1 if only some failed.
+command takes several names, each is done, whatever becomes of the others: then 1 if only some failed. `exec` and `attach`
+end with the exit code of the program.
 
 Examples:
   offshoot launch base
@@ -89,6 +92,38 @@ pub enum Verb {
         #[arg(value_parser = vm_name)]
         name: String,
     },
+    /// Run a program in a Linux guest, and end with its exit code
+    ///
+    /// Its output and its errors come here as it writes them. What follows NAME is the program's, also what begins with a dash.
+    ///
+    /// The exit code is the program's, 128 and the number of the signal that ended it, or 124 if its time was over; 127 where there
+    /// is no such program, 126 where it cannot be executed, and 125 where it was not run for another reason. SIGINT, SIGTERM,
+    /// SIGHUP and SIGQUIT are passed on to it; the third leaves it. With -i and -t, Ctrl-P Ctrl-Q leaves it. A program that is
+    /// left runs on: `offshoot attach` follows it again.
+    #[command(after_help = examples(&["exec base uname -r", "exec -w /tmp -e LEVEL=3 base sh -c true", "exec -d base sleep 60"]))]
+    Exec(Exec),
+    /// Follow a program that runs in a Linux guest, in place of whoever does; the last 64 KiB that it wrote come first
+    ///
+    /// Exit codes, signals and keys are those of `exec`.
+    #[command(after_help = examples(&["attach --no-stdin base 1"]))]
+    Attach(Attach),
+    /// List the programs that `exec` started in a Linux guest: those that run, and those whose end nobody has seen
+    ///
+    /// A VM that was forked has those that its parent had. Without a name, this is `offshoot ls`.
+    #[command(after_help = examples(&["ps base", "ps base --json", "ps"]))]
+    Ps(Ps),
+    /// Copy files and directories to or from a Linux guest
+    ///
+    /// What is copied goes below TO if that is a directory, and becomes TO otherwise, in a directory that there must be. Of a
+    /// directory whose path ends with /. the contents are copied. Symbolic links are copied as such. Modes and times stay, owners
+    /// too if root writes. Nothing is written outside of TO, whatever the guest sends.
+    #[command(after_help = examples(&["cp /etc/hosts base:/var/hosts", "cp base:/etc/passwd /var/passwd", "cp base:/etc/passwd -"]))]
+    Cp(Cp),
+    /// Have TCP ports of this host's loopback lead to ports of a Linux guest's, until Ctrl-C or another signal
+    ///
+    /// The ports are printed, one a line, when connections are taken. Those that are open at the end are cut.
+    #[command(after_help = examples(&["forward base 0:80", "forward base 0:80 0:5432 --json"]))]
+    Forward(Forward),
     /// Print what the guest has printed, and its answers that nobody waited for
     #[command(after_help = examples(&["logs base", "logs base --tail 10"]))]
     Logs {
@@ -102,7 +137,7 @@ pub enum Verb {
         tail: Option<u64>,
     },
     /// List the VMs
-    #[command(visible_aliases = ["ps", "list"], after_help = examples(&["ls", "ls -q", "ls --json"]))]
+    #[command(visible_alias = "list", after_help = examples(&["ls", "ls -q", "ls --json"]))]
     Ls {
         /// Only their names, one a line
         #[arg(short, long, conflicts_with = "json")]
@@ -170,9 +205,15 @@ pub enum Verb {
     /// Ask guests to power off, without waiting for it
     #[command(after_help = examples(&["stop base", "stop base-1 base-2"]))]
     Stop(Names),
-    /// End VMs at once, without asking their guests; they stay listed, as dead, until `rm`
-    #[command(after_help = examples(&["kill base", "kill base-1 base-2"]))]
-    Kill(Names),
+    /// End VMs at once, without asking their guests; or send a signal to a program in a Linux guest
+    ///
+    /// VMs stay listed, as dead, until `rm`.
+    ///
+    /// Where the second word is a number, it names one that `ps NAME` lists: the signal, KILL if none is named, goes to all its
+    /// processes, and the VM goes on.
+    #[command(override_usage = "offshoot kill NAME...\n       offshoot kill NAME SESSION [SIGNAL]",
+              after_help = examples(&["kill base-1 base-2", "kill base 1 HUP"]))]
+    Kill(Kill),
     /// Wait until VMs are off; exit code 1 if one died instead, 3 on time-out
     #[command(after_help = examples(&["stop base", "wait base --timeout 10"]))]
     Wait {
@@ -300,6 +341,8 @@ impl Verb {
             Self::Rm { output, .. } | Self::Inspect { output, .. } | Self::Reclaim { output, .. } => output.json,
             Self::Budget { output, .. } | Self::Version { output } | Self::Doctor { output } => output.json,
             Self::Check { output } => output.json,
+            Self::Ps(Ps { output, .. }) | Self::Forward(Forward { output, .. }) => output.json,
+            Self::Exec(_) | Self::Attach(_) | Self::Cp(_) => false,
             Self::Pause(_)
             | Self::Resume(_)
             | Self::Stop(_)

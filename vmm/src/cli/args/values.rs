@@ -103,6 +103,12 @@ pub fn duration(text: &str) -> Result<Duration, &'static str> {
 const NO_DURATION: &str =
     "not a duration from 1ms to 3650d: write seconds, or a number and ms, s, m, h or d, like 90 or 1.5h";
 
+/// A port of the host and one of a guest.
+pub fn ports(text: &str) -> Result<(u16, u16), &'static str> {
+    let ports = text.split_once(':').and_then(|(host, guest)| Some((host.parse().ok()?, guest.parse().ok()?)));
+    ports.filter(|&(_, guest)| guest > 0).ok_or("not two ports, like 8080:80, where the first may be 0")
+}
+
 /// A pattern that says something: an empty one is in everything.
 pub fn pattern(text: &str) -> Result<regex::Regex, String> {
     if text.is_empty() {

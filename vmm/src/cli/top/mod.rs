@@ -5,7 +5,7 @@ mod frame;
 use super::errors::CliError;
 use super::reach::running;
 use super::signals::{self, Signals};
-use super::terminal::{OwnScreen, RawMode, Size};
+use super::terminal::{OutputMode, OwnScreen, RawMode, Size};
 use super::{Done, SUCCESS};
 use frame::Sample;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -47,7 +47,7 @@ pub fn run(server: ClientBuilder, pause: Duration, once: bool, out: &mut impl Wr
     }
     let signals = Signals::catch()?;
     // Dropped in the opposite order, on whatever way out.
-    let _raw = from_terminal.then(|| RawMode::enter(&stdin)).transpose()?;
+    let _raw = from_terminal.then(|| RawMode::enter(OutputMode::AsItWas)).transpose()?;
     let _screen = OwnScreen::enter(out)?;
     show(&client, before, pause, Keys { signals: &signals, stdin: from_terminal.then_some(&stdin) }, out)
 }

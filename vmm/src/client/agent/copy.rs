@@ -1,19 +1,24 @@
 //! Files to and from a guest.
 
-use super::talk::Talk;
+use super::talk::{Talk, WORK};
 use super::{Agent, Error, Place, unexpected};
+use crate::api::{ErrorKind, Failure};
 use agent::frame::MAX_DATA;
 use agent::message::{FromAgent, ToAgent};
 use agent::tree::{self, Trust};
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Instant;
 
 impl Agent {
     /// Copies a file or a tree of the host into the guest: below `to` if that is a directory, and as `to` otherwise. Owners are
     /// kept as numbers.
     pub fn copy_in(&self, from: &Path, to: impl AsRef<OsStr>) -> Result<(), Error> {
+        let found = fs::symlink_metadata(from);
+        found.map_err(|e| Error::bad_request(format!("cp: {}: {e}", from.display())))?;
         self.put(to.as_ref(), Place::As, |out| tree::pack(from, out).map(drop))
     }
 
@@ -34,7 +39,7 @@ impl Agent {
     pub fn archive(&self, from: impl AsRef<OsStr>) -> Result<Archive, Error> {
         let mut talk = self.open()?;
         talk.send(&ToAgent::Get { path: from.as_ref().as_bytes().to_vec() })?;
-        Ok(Archive { talk, piece: io::Cursor::default(), over: false, failed: None })
+        Ok(Archive { talk, piece: io::Cursor::default(), begun: false, over: false, failed: None })
     }
 
     fn put(&self, to: &OsStr, place: Place, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
@@ -44,7 +49,7 @@ impl Agent {
         let filled = fill(&mut pieces).and_then(|()| pieces.flush());
         drop(pieces.into_parts());
         if let Err(e) = filled {
-            return Err(Error::bad_request(format!("cp: {e}")));
+            return Err(Failure::failed(format!("cp: {e}")).into());
         }
         talk.send(&ToAgent::DataEnd)?;
         self.done(&mut talk)
@@ -71,6 +76,7 @@ impl Write for Pieces<'_> {
 pub struct Archive {
     talk: Talk,
     piece: io::Cursor<Vec<u8>>,
+    begun: bool,
     over: bool,
     failed: Option<Error>,
 }
@@ -81,7 +87,11 @@ impl Archive {
         if let Some(failed) = self.failed.take() {
             return Err(failed);
         }
-        done.map_err(|e| Error::bad_request(format!("cp: {e}")))
+        done.map_err(|e| {
+            // Before anything came, nothing was changed.
+            let kind = if self.begun { ErrorKind::Failed } else { ErrorKind::BadRequest };
+            Failure::new(kind, format!("cp: {e}")).into()
+        })
     }
 
     /// Copies all of it.
@@ -101,8 +111,11 @@ impl Read for Archive {
             if count > 0 || self.over {
                 return Ok(count);
             }
-            match self.talk.read() {
-                Ok(FromAgent::Out(bytes)) => self.piece = io::Cursor::new(bytes),
+            match self.talk.read_by(Instant::now() + WORK) {
+                Ok(FromAgent::Out(bytes)) => {
+                    self.begun = true;
+                    self.piece = io::Cursor::new(bytes);
+                }
                 Ok(FromAgent::Done) => self.over = true,
                 Ok(other) => self.failed = Some(unexpected(self.talk.name(), other)),
                 Err(e) => self.failed = Some(e),

@@ -1,6 +1,6 @@
 //! Programs in a guest.
 
-use super::talk::Talk;
+use super::talk::{Talk, WORK};
 use super::{Agent, Error, Size, talk_failed};
 use agent::frame::{self, MAX_DATA};
 use agent::message::{Exit, FromAgent, Start, ToAgent};
@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A program to run, root's and without input where nothing else is asked for.
 #[derive(Clone, Debug)]
@@ -168,11 +168,11 @@ pub struct Running {
 
 impl Running {
     pub(super) fn begin(agent: &Agent, mut talk: Talk) -> Result<Self, Error> {
-        let (session, pid) = match talk.read()? {
+        let (session, pid) = match talk.read_by(Instant::now() + WORK)? {
             FromAgent::Started { session, pid } => (session, pid),
             other => return Err(agent.unexpected(other)),
         };
-        let stream = talk.stream().try_clone().map_err(|e| talk_failed(talk.name(), e))?;
+        let stream = talk.patient()?;
         let input = Input { stream: Arc::new(Mutex::new(stream)), name: talk.name().to_owned(), session };
         Ok(Self { talk, input, session, pid })
     }

@@ -7,12 +7,15 @@
 
 mod copy;
 mod exec;
+mod forward;
 mod talk;
+mod vm;
 
 pub use copy::Archive;
 pub use exec::{Command, Event, Input, Output, Running, Status};
+pub use forward::Forward;
 
-pub use ::agent::message::{Place, Session, Size};
+pub use ::agent::message::{Exit, Place, Session, Size};
 
 use super::Error;
 use crate::api::{ErrorKind, Failure};
@@ -22,8 +25,11 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
-use talk::Talk;
+use std::time::{Duration, Instant};
+use talk::{PROMPT, Talk, WORK};
+
+/// More sessions than any agent keeps.
+const MAX_SESSIONS: usize = 10_000;
 
 /// Which VM an agent is to be the agent of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,19 +40,19 @@ pub struct Identity {
     pub generation: u64,
 }
 
-/// The agent of one VM. Clones are of the same.
+/// The agent of the VM of that name. Clones are of the same.
 #[derive(Clone)]
 pub struct Agent {
     reach: Arc<Reach>,
-    vm: Identity,
+    name: String,
 }
 
-/// How a connection to the agent is made.
-type Reach = dyn Fn() -> Result<UnixStream, Error> + Send + Sync;
+/// How a connection to the agent is made, and to which VM it leads: another one may have that name by now.
+type Reach = dyn Fn() -> Result<(UnixStream, Identity), Error> + Send + Sync;
 
 impl fmt::Debug for Agent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Agent").field("vm", &self.vm).finish_non_exhaustive()
+        f.debug_struct("Agent").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
@@ -61,19 +67,26 @@ pub struct Acked {
 
 impl Agent {
     /// The agent that connections made so lead to.
-    pub fn by(vm: Identity, reach: impl Fn() -> Result<UnixStream, Error> + Send + Sync + 'static) -> Self {
-        Self { reach: Arc::new(reach), vm }
+    pub fn by(
+        name: impl Into<String>,
+        reach: impl Fn() -> Result<(UnixStream, Identity), Error> + Send + Sync + 'static,
+    ) -> Self {
+        Self { reach: Arc::new(reach), name: name.into() }
     }
 
-    /// An agent that listens on a Unix socket: one that serves no VM, for tests.
+    /// An agent that listens on a Unix socket, and is that VM's: for tests, and for guests that are reached in ways of their
+    /// own.
     pub fn at_socket(vm: Identity, path: impl Into<PathBuf>) -> Self {
         let path = path.into();
-        Self::by(vm, move || UnixStream::connect(&path).map_err(Error::io(format!("connect to {}", path.display()))))
+        Self::by(vm.name.clone(), move || {
+            let stream = UnixStream::connect(&path).map_err(Error::io(format!("connect to {}", path.display())))?;
+            Ok((stream, vm.clone()))
+        })
     }
 
     /// The VM's name.
     pub fn name(&self) -> &str {
-        &self.vm.name
+        &self.name
     }
 
     /// A program to run in the guest, with its arguments.
@@ -90,10 +103,15 @@ impl Agent {
     pub fn sessions(&self) -> Result<Vec<Session>, Error> {
         let mut talk = self.open()?;
         talk.send(&ToAgent::List)?;
+        let until = Instant::now() + PROMPT;
         let mut sessions = Vec::new();
         loop {
-            match talk.read()? {
-                FromAgent::Session(session) => sessions.push(session),
+            match talk.read_by(until)? {
+                FromAgent::Session(session) if sessions.len() < MAX_SESSIONS => sessions.push(session),
+                FromAgent::Session(_) => {
+                    let why = format!("more than {MAX_SESSIONS} sessions");
+                    return Err(talk_failed(&self.name, io::Error::new(io::ErrorKind::InvalidData, why)));
+                }
                 FromAgent::Done => return Ok(sessions),
                 other => return Err(self.unexpected(other)),
             }
@@ -118,25 +136,26 @@ impl Agent {
     pub fn dial(&self, port: u16) -> Result<UnixStream, Error> {
         let mut talk = self.open()?;
         talk.send(&ToAgent::Dial { port })?;
-        match talk.read()? {
-            FromAgent::Connected => Ok(talk.into_stream()),
+        match talk.read_by(Instant::now() + WORK)? {
+            FromAgent::Connected => talk.into_stream(),
             other => Err(self.unexpected(other)),
         }
     }
 
     /// Makes sure that a VM that was forked has been told so, and has random numbers of its own.
     pub fn notify(&self) -> Result<Acked, Error> {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         let trouble = self.open()?.trouble.filter(|trouble| !trouble.is_empty());
         Ok(Acked { trouble, took: began.elapsed() })
     }
 
     fn open(&self) -> Result<Talk, Error> {
-        Talk::open((self.reach)()?, &self.vm)
+        let (stream, vm) = (self.reach)()?;
+        Talk::open(stream, &vm)
     }
 
     fn done(&self, talk: &mut Talk) -> Result<(), Error> {
-        match talk.read()? {
+        match talk.read_by(Instant::now() + WORK)? {
             FromAgent::Done => Ok(()),
             other => Err(self.unexpected(other)),
         }
@@ -144,7 +163,7 @@ impl Agent {
 
     /// What an answer means that is not the one that was asked for.
     fn unexpected(&self, message: FromAgent) -> Error {
-        unexpected(&self.vm.name, message)
+        unexpected(&self.name, message)
     }
 }
 

@@ -5,14 +5,16 @@ use agent::PROTOCOL;
 use agent::frame;
 use agent::message::{Ack, Failed, FailedKind, Forked, FromAgent, Hello, ToAgent};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// How long an agent may take to greet.
-const GREETING: Duration = Duration::from_secs(10);
+/// How long an agent may take to greet, and to say what takes it no work.
+pub(super) const PROMPT: Duration = Duration::from_secs(10);
 /// How long it may take for the notice of a fork: it runs hooks for 10 seconds at most.
 const NOTICE: Duration = Duration::from_secs(20);
+/// How long it may take for what it has work with: to start a program, to connect, to read or write 64 KiB of a file.
+pub(super) const WORK: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 pub(super) struct Talk {
@@ -27,9 +29,9 @@ impl Talk {
     /// Greets, and tells a child that it is one if nobody has.
     pub fn open(stream: UnixStream, vm: &Identity) -> Result<Self, Error> {
         let mut talk = Self { stream, name: vm.name.clone(), trouble: None };
-        talk.patience(Some(GREETING))?;
-        talk.send(&ToAgent::Hello(Hello { protocol: PROTOCOL, generation: vm.generation }))?;
-        let hello = match talk.read()? {
+        let until = Instant::now() + PROMPT;
+        talk.send_by(until, &ToAgent::Hello(Hello { protocol: PROTOCOL, generation: vm.generation }))?;
+        let hello = match talk.read_by(until)? {
             FromAgent::Hello(hello) => hello,
             other => return Err(unexpected(&vm.name, other)),
         };
@@ -38,10 +40,8 @@ impl Talk {
             return Err(AgentError::new(&vm.name, Failed::new(FailedKind::Version, why)).into());
         }
         if hello.generation != vm.generation {
-            talk.patience(Some(NOTICE))?;
             talk.notify(vm)?;
         }
-        talk.patience(None)?;
         Ok(talk)
     }
 
@@ -55,13 +55,15 @@ impl Talk {
             .and_then(|mut random| random.read_exact(&mut entropy))
             .map_err(Error::io("read /dev/urandom"))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.send(&ToAgent::Forked(Forked {
+        let until = Instant::now() + NOTICE;
+        let forked = ToAgent::Forked(Forked {
             name: vm.name.clone().into_bytes(),
             generation: vm.generation,
             entropy,
             wall_ns: now.as_nanos().try_into().unwrap_or(u64::MAX),
-        }))?;
-        let Ack { generation, reseeded, trouble } = match self.read()? {
+        });
+        self.send_by(until, &forked)?;
+        let Ack { generation, reseeded, trouble } = match self.read_by(until)? {
             FromAgent::Ack(ack) => ack,
             other => return Err(unexpected(&vm.name, other)),
         };
@@ -74,16 +76,33 @@ impl Talk {
         Ok(())
     }
 
+    /// Sends a message of a few bytes, or a piece of a file.
     pub fn send(&mut self, message: &ToAgent) -> Result<(), Error> {
-        frame::write(&mut self.stream, message).map_err(|e| match e.kind() {
+        self.send_by(Instant::now() + WORK, message)
+    }
+
+    fn send_by(&mut self, until: Instant, message: &ToAgent) -> Result<(), Error> {
+        frame::write(&mut Timed { stream: &self.stream, until }, message).map_err(|e| match e.kind() {
             // Before anything was written.
             io::ErrorKind::InvalidData => Error::bad_request(format!("{}: {e}", self.name)),
             _ => talk_failed(&self.name, e),
         })
     }
 
+    /// Waits for a message, for ever: a program may have nothing to say.
     pub fn read(&mut self) -> Result<FromAgent, Error> {
-        let message = frame::read(&mut self.stream).map_err(|e| talk_failed(&self.name, e))?;
+        let read = self.stream.set_read_timeout(None).and_then(|()| frame::read(&mut self.stream));
+        self.read_to(read)
+    }
+
+    /// Waits for a message until then.
+    pub fn read_by(&mut self, until: Instant) -> Result<FromAgent, Error> {
+        let read = frame::read(&mut Timed { stream: &self.stream, until });
+        self.read_to(read)
+    }
+
+    fn read_to(&self, read: io::Result<Option<FromAgent>>) -> Result<FromAgent, Error> {
+        let message = read.map_err(|e| talk_failed(&self.name, e))?;
         message.ok_or_else(|| talk_failed(&self.name, io::ErrorKind::UnexpectedEof.into()))
     }
 
@@ -91,15 +110,48 @@ impl Talk {
         &self.name
     }
 
-    pub fn stream(&self) -> &UnixStream {
-        &self.stream
+    /// The stream, whose reads and writes wait as long as it takes.
+    pub fn into_stream(self) -> Result<UnixStream, Error> {
+        let stream = self.patient()?;
+        stream.set_read_timeout(None).map_err(|e| talk_failed(&self.name, e))?;
+        Ok(stream)
     }
 
-    pub fn into_stream(self) -> UnixStream {
-        self.stream
+    /// Another end of the stream, to write to for as long as it takes.
+    pub fn patient(&self) -> Result<UnixStream, Error> {
+        let failed = |e| talk_failed(&self.name, e);
+        self.stream.set_write_timeout(None).map_err(failed)?;
+        self.stream.try_clone().map_err(failed)
+    }
+}
+
+/// A stream on which all of a message has to come, or go, by a time: however the other side divides it.
+struct Timed<'a> {
+    stream: &'a UnixStream,
+    until: Instant,
+}
+
+impl Timed<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Timed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
     }
 
-    fn patience(&self, patience: Option<Duration>) -> Result<(), Error> {
-        self.stream.set_read_timeout(patience).map_err(|e| talk_failed(&self.name, e))
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
