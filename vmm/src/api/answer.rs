@@ -85,6 +85,8 @@ pub struct Child {
     pub gap_pages: Option<u64>,
     /// Mappings of the child's window.
     pub window_runs: u64,
+    /// Request received to the agent's word that it has heard which child it is; null if it has not, or was not waited for.
+    pub acked_us: Option<u64>,
     /// Free pages that the guest told of for this fork; null if it was not asked to.
     pub hinted_pages: Option<u64>,
 }
@@ -372,6 +374,8 @@ pub struct Inspection {
     pub confinement: Option<Confinement>,
     /// The socket by which programs reach its guest's ports; null if it has none.
     pub vsock: Option<PathBuf>,
+    /// What came of the notice that its agent was given of the fork; null where it has not answered, or there is none.
+    pub agent: Option<AgentNotice>,
     /// Its children that are listed.
     pub children: Vec<String>,
     /// Their ids.
@@ -380,6 +384,18 @@ pub struct Inspection {
     pub entries: Vec<EntryInfo>,
     /// Its window's mappings, at most the first 64.
     pub runs: Vec<RunInfo>,
+}
+
+/// What the agent of a child has made of the notice of the fork.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct AgentNotice {
+    /// Fork asked for to the agent's answer.
+    pub acked_us: u64,
+    /// Whether the kernel's random numbers are this VM's own. If not, the agent does nothing for anybody.
+    pub reseeded: bool,
+    /// What was not done; null if all was.
+    pub trouble: Option<String>,
 }
 
 /// A map entry and the chain behind it.

@@ -16,8 +16,8 @@ mod page;
 mod request;
 
 pub use answer::{
-    Answer, Balloon, BudgetReport, CheckReport, Child, Connected, EntryInfo, GuestStats, Inspection, LatencyBucket,
-    Reclaimed, Removed, RequestLatency, RunInfo, Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
+    AgentNotice, Answer, Balloon, BudgetReport, CheckReport, Child, Connected, EntryInfo, GuestStats, Inspection,
+    LatencyBucket, Reclaimed, Removed, RequestLatency, RunInfo, Stats, Totals, TreeRow, VmState, VmStats, VmSummary,
 };
 pub use confinement::{Confinement, Limits};
 pub use error::{ErrorKind, Failure};

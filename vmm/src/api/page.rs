@@ -37,6 +37,7 @@ fn fork() -> Fork {
         children: Vec::new(),
         prefix: None,
         wait_settled: false,
+        wait_agent_ms: None,
         paused: false,
         hint_free_ms: None,
         ttl_ms: None,
@@ -156,6 +157,7 @@ fn every_field_is_on_the_page() {
     for (section, value) in [
         ("connected", json(&Connected { name: String::new(), generation: 0 })),
         ("child", json(&Child::default())),
+        ("agent", json(&AgentNotice::default())),
         ("removed", json(&Removed::default())),
         ("balloon's value", json(&Balloon::default())),
         ("reclaimed", json(&Reclaimed::default())),

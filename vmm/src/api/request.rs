@@ -331,6 +331,9 @@ pub struct Fork {
     /// Have a Linux guest tell of its free pages first, and wait for that no longer than so many milliseconds; null for not
     /// at all.
     pub hint_free_ms: Option<u64>,
+    /// Answer when the agents of all children, Linux guests, have heard that these are children, or after so many milliseconds;
+    /// null for not waiting.
+    pub wait_agent_ms: Option<u64>,
     /// How long each child lives; null for as long as the parent.
     pub ttl_ms: Option<u64>,
 }

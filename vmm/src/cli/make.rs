@@ -9,8 +9,8 @@ use super::signals::Signals;
 use super::{Done, SUCCESS, show};
 use std::io::Write;
 use std::time::Duration;
-use vmm::api::Child;
-use vmm::client::{ClientBuilder, ForkOptions, LaunchOptions};
+use vmm::api::{Child, Failure};
+use vmm::client::{ClientBuilder, Error, ForkOptions, LaunchOptions};
 
 pub fn launch(launch: Launch, server: ClientBuilder, out: &mut impl Write) -> Done {
     let signals = launch.attach.then(Signals::catch).transpose()?;
@@ -70,6 +70,9 @@ pub fn fork(fork: Fork, server: ClientBuilder, out: &mut impl Write) -> Done {
     if let Some(ms) = fork.hint_free {
         options = options.hint_free(Duration::from_millis(ms));
     }
+    if let Some(ms) = fork.wait_agent {
+        options = options.wait_agent(Duration::from_millis(ms));
+    }
     if let Some(ttl) = fork.ttl {
         options = options.ttl(ttl);
     }
@@ -81,8 +84,14 @@ pub fn fork(fork: Fork, server: ClientBuilder, out: &mut impl Write) -> Done {
         } else {
             children.iter().try_for_each(|child| writeln!(out, "{}", child.vm.name()))
         };
+        let silent = children.iter().filter(|child| fork.wait_agent.is_some() && child.figures.acked_us.is_none());
+        let silent: Vec<&str> = silent.map(|child| child.vm.name()).collect();
         match told.and_then(|()| out.flush()) {
-            Ok(()) => Ok(SUCCESS),
+            Ok(()) if silent.is_empty() => Ok(SUCCESS),
+            Ok(()) => {
+                let why = format!("forked, but no agent has heard of it in {}", silent.join(", "));
+                Err(Error::from(Failure::timed_out(why).about(silent[0])).into())
+            }
             Err(e) => {
                 let names = children.iter().map(|child| child.vm.name().to_owned()).collect();
                 Err(undo(client, names, CliError::of_output(e)))

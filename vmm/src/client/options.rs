@@ -252,6 +252,7 @@ impl Default for ForkOptions {
             children: Vec::new(),
             prefix: None,
             wait_settled: false,
+            wait_agent_ms: None,
             paused: false,
             hint_free_ms: None,
             ttl_ms: None,
@@ -300,6 +301,13 @@ impl ForkOptions {
     /// nor shared. A guest without a balloon driver tells nothing, and is waited for in vain.
     pub fn hint_free(mut self, bound: Duration) -> Self {
         self.0.hint_free_ms = Some(milliseconds(bound));
+        self
+    }
+
+    /// Returns only when the agents of the children, Linux guests, have heard that these are children, or after `bound`: then
+    /// [`acked_us`](crate::api::Child::acked_us) is known of those that have.
+    pub fn wait_agent(mut self, bound: Duration) -> Self {
+        self.0.wait_agent_ms = Some(milliseconds(bound));
         self
     }
 

@@ -25,6 +25,7 @@ fn child(name: &str) -> Child {
         copied_pages: None,
         gap_pages: None,
         window_runs: 3,
+        acked_us: None,
         hinted_pages: None,
     }
 }

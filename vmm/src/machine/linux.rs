@@ -7,11 +7,12 @@ use super::mailbox::Memory;
 use super::state::LinuxState;
 use crate::devices::interrupt::Interrupt;
 use crate::devices::virtio::{
-    Balloon, ConfigChange, DEVICES, Device, Host, Kind, Outcome, Outside, Pair, Requests, Rng, Sink, Transport, Vsock,
+    Balloon, Child, ConfigChange, DEVICES, Device, Host, Kind, Noticed, Outcome, Outside, Pair, Requests, Rng, Sink,
+    Transport, Vsock,
 };
 use crate::layout::devices::{GENERATION_IRQ, POWER_IRQ, VIRTIO_IRQ};
 use crate::layout::linux::GENERATION_ID;
-use crate::wire::FromVm;
+use crate::wire::{FromVm, Identity};
 use guest_mem::GfnRange;
 use kvm_ioctls::VmFd;
 use std::fs::File;
@@ -75,6 +76,10 @@ impl Host for Peer {
     fn ask(&self, pair: Pair) {
         self.0.tell(self.0.lock(), FromVm::Connect { tag: pair.to_u64(), port: pair.host });
     }
+
+    fn noticed(&self, noticed: Noticed) {
+        self.0.tell(self.0.lock(), FromVm::Noticed(noticed));
+    }
 }
 
 /// The devices beside the vCPUs.
@@ -137,6 +142,14 @@ impl LinuxMachine {
         self.memory.write_slice(&id, GuestAddress(GENERATION_ID)).map_err(LinuxError::GenerationId)
     }
 
+    /// The guest, a child which has not run, is told so as soon as it does, if it has an agent.
+    pub fn notify(&mut self, Identity { name, generation }: Identity) -> Result<(), LinuxError> {
+        let mut entropy = [0; 32];
+        self.random.read_exact(&mut entropy).map_err(LinuxError::Random)?;
+        self.sockets.notify(Child { name, generation, entropy });
+        Ok(())
+    }
+
     /// Everything but the vCPUs. They stand.
     pub fn save(&self) -> Result<LinuxState, LinuxError> {
         let save = |device: &Mutex<Transport>| device.lock().unwrap_or_else(PoisonError::into_inner).save();
@@ -144,22 +157,18 @@ impl LinuxMachine {
     }
 
     /// Becomes the saved machine, and tells the guest that it is another one now. The vCPUs have their state, and stand.
-    /// Whether a device has something to [attend](super::mmio::Mmio::attend) to as soon as they run.
-    pub fn restore(&self, state: &LinuxState) -> Result<bool, LinuxError> {
+    pub fn restore(&self, state: &LinuxState) -> Result<(), LinuxError> {
         let (has, wants) = (state.virtio.len(), self.virtio.0.len());
         if has != wants {
             return Err(LinuxError::DeviceCount { state: has, machine: wants });
         }
-        let mut attention = false;
         for (device, saved) in self.virtio.0.iter().zip(&state.virtio) {
-            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            device.load(saved).map_err(LinuxError::Device)?;
-            attention |= device.wants_attention();
+            device.lock().unwrap_or_else(PoisonError::into_inner).load(saved).map_err(LinuxError::Device)?;
         }
         chips::restore(&self.vm, &state.chips)?;
         self.generation.pulse();
         self.announce_ended_hinting();
-        Ok(attention)
+        Ok(())
     }
 
     /// The sockets of its guest's connections.

@@ -1,7 +1,7 @@
 //! What a VM process says, and what of it can be: whoever is taken over may say anything.
 
 use super::{Line, MachineShape, RunState};
-use crate::devices::virtio::Outcome;
+use crate::devices::virtio::{Noticed, Outcome};
 use crate::layout::ram_ranges;
 use crate::machine::WINDOW_BASE;
 use crate::machine::state::PackedState;
@@ -192,6 +192,8 @@ pub enum FromVm {
         /// The port.
         port: u32,
     },
+    /// What came of the notice that the guest, a child, was given.
+    Noticed(Noticed),
     /// The guest asks to be forked. It waits for `ForkDone`.
     Fork {
         /// How many children.
@@ -253,6 +255,9 @@ impl FromVm {
             Self::FreezeFailed(why) => Self::FreezeFailed(reason(why)),
             Self::Ended(Ending::Dead(why)) => Self::Ended(Ending::Dead(reason(why))),
             Self::Log(line) => Self::Log(reason(line)),
+            Self::Noticed(Noticed::Acked { reseeded, trouble }) => {
+                Self::Noticed(Noticed::Acked { reseeded, trouble: reason(trouble) })
+            }
             Self::Probed(ways) => Self::Probed(ways.into_iter().map(reason).collect()),
             other => other,
         }

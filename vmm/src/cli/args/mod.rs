@@ -449,6 +449,11 @@ pub struct Fork {
     #[arg(long, value_name = "MS", num_args = 0..=1, require_equals = true, default_missing_value = "100",
           value_parser = number(1..=HINT_MS_MAX))]
     pub hint_free: Option<u64>,
+    /// Return when the agents of the children, Linux guests, have heard that these are children and have random numbers, names
+    /// and clocks of their own; after MS milliseconds at most, and with exit code 3 if not all have
+    #[arg(long, value_name = "MS", num_args = 0..=1, require_equals = true, default_missing_value = "10000",
+          value_parser = number(1..=AGENT_MS_MAX), conflicts_with = "paused")]
+    pub wait_agent: Option<u64>,
     /// End each child after so long, like 90, 1.5h or 2d [default: when the parent ends by its own --ttl]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub ttl: Option<Duration>,
@@ -456,6 +461,8 @@ pub struct Fork {
     pub output: Output,
 }
 
+/// A fork waits no longer than this for agents.
+const AGENT_MS_MAX: u64 = 600_000;
 /// A fork waits no longer than this for free pages.
 const HINT_MS_MAX: u64 = 10_000;
 

@@ -50,11 +50,6 @@ pub trait Device: Debug + Send {
         Ok(false)
     }
 
-    /// Whether there is something to [attend](Self::attend) to, without anybody having asked.
-    fn wants_attention(&self) -> bool {
-        false
-    }
-
     /// The guest has reset it.
     fn reset(&mut self) {}
 

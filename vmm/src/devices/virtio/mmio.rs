@@ -230,11 +230,6 @@ impl Transport {
         }
     }
 
-    /// Whether the device, which has just been loaded, has something to attend to.
-    pub fn wants_attention(&self) -> bool {
-        self.device.wants_attention()
-    }
-
     /// Tells the guest what was done, if it wants to know.
     fn tell(&mut self, done: Result<bool, super::Broken>) {
         match done {

@@ -32,7 +32,7 @@ pub use device::{Broken, Device};
 pub use mmio::{ConfigChange, Transport};
 pub use rng::Rng;
 pub use state::{QueueState, State};
-pub use vsock::{Host, Outcome, Outside, Pair, Vsock, Wanted};
+pub use vsock::{Child, Host, Noticed, Outcome, Outside, Pair, Vsock, Wanted};
 
 /// Kinds of devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -324,6 +324,7 @@ impl Vm {
             }
             (Origin::Fork { .. }, Some(machine), _) => {
                 machine.renew_generation()?;
+                machine.notify(identity)?;
                 self.becoming = Some(activity);
             }
             (origin, ..) => {
@@ -380,9 +381,9 @@ impl Vm {
     ) -> Result<(), VmError> {
         self.floor.load(self.loads(state)?);
         drop(self.floor.await_standing()?);
-        if machine.restore(beside)? {
-            self.floor.send_errand();
-        }
+        machine.restore(beside)?;
+        // The notice of the fork, and resets of its parent's connections before it.
+        self.floor.send_errand();
         self.floor.ask(activity);
         Ok(())
     }

@@ -273,6 +273,7 @@ impl Server {
             FromVm::Ended(Ending::Dead(why)) => self.end_vm(generation, Phase::Dead(why)),
             FromVm::Connected { tag, outcome } => self.connection_came(generation, tag, outcome),
             FromVm::Connect { tag, port } => self.guest_connects(generation, tag, port),
+            FromVm::Noticed(noticed) => self.child_noticed(generation, noticed),
             FromVm::Probed(ways) => self.probed(generation, ways),
         }
     }

@@ -1,6 +1,9 @@
 //! Children: they begin when their parent has been frozen, and are waited for until they live.
 
 use super::op::Step;
+use crate::api::AgentNotice;
+use crate::clock::monotonic_ns;
+use crate::devices::virtio::Noticed;
 use crate::machine::state::PackedState;
 use crate::server::Server;
 use crate::server::ids::{FamilyId, ForkId, Generation};
@@ -23,6 +26,7 @@ impl Server {
         let ahead = self.working_sets.writes(parent_generation, self.memory.families[&family].family(), parent);
         let Some(parent_vm) = self.registry.vms.get(op.parent) else { return };
         let (balloon_pages, guest_memory) = (parent_vm.balloon_pages, parent_vm.guest_memory);
+        let asked_ns = op.asked_ns();
         let (asked_balloon, idle) = (op.balloon.0, op.balloon.1.of_child(Instant::now()));
         let activity = if op.paused { RunState::Paused } else { RunState::Running };
         let children: Vec<Generation> = op.children().collect();
@@ -38,6 +42,7 @@ impl Server {
                 vm.run.begin_paused();
             }
             vm.born = Some((parent_generation, ahead.clone()));
+            vm.forked_ns = Some(asked_ns);
             self.working_sets.inherit(parent_generation, generation);
             (vm.balloon_pages, vm.guest_memory) = (balloon_pages, guest_memory);
             (vm.asked_balloon, vm.idle) = (asked_balloon, idle);
@@ -101,6 +106,26 @@ impl Server {
     pub fn child_alive(&mut self, fork: ForkId, generation: Generation, at_ns: u64) {
         self.child_did(fork, generation, Step::Alive { at_ns });
         self.finish_fork_if_there(fork);
+    }
+
+    /// What came of the notice of the fork that a child's agent was given.
+    pub fn child_noticed(&mut self, generation: Generation, noticed: Noticed) {
+        let now = monotonic_ns();
+        let Some(vm) = self.registry.vms.get_mut(generation) else { return };
+        // A process that has been taken over may say so of a VM that was launched.
+        let Some(asked_ns) = vm.forked_ns else { return };
+        let step = match noticed {
+            Noticed::NoAgent => Step::NoAgent,
+            Noticed::Acked { reseeded, trouble } => {
+                let acked_us = now.saturating_sub(asked_ns) / 1000;
+                let trouble = Some(trouble).filter(|trouble| !trouble.is_empty());
+                vm.agent = Some(AgentNotice { acked_us, reseeded, trouble });
+                Step::Acked { at_ns: now }
+            }
+        };
+        if let Some(op) = self.forks.of_child(generation) {
+            op.child(generation, step);
+        }
     }
 
     /// A child never came to life: the whole fork fails.

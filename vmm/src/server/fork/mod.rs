@@ -15,14 +15,14 @@ use crate::server::ids::{ClientId, FamilyId, ForkId, Generation};
 use crate::server::registry::phase::Phase;
 use crate::server::registry::quota;
 use crate::server::registry::vm::Ancestry;
-use crate::wire::{Frozen, RunState, Take, ToVm};
+use crate::wire::{Frozen, Machine, RunState, Take, ToVm};
 use guest_mem::manager::{Copied, WRITEBACK_BATCH};
 use guest_mem::{Destination, VmId};
 use op::{Asker, ForkOp};
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A guest that asks for children itself gets fewer than this at a time, and only as long as there are no more VMs than this:
 /// one that does so in a loop leaves something to others.
@@ -35,6 +35,10 @@ impl Server {
         let asked_ns = self.clients.asked_ns(client);
         let checked = self.find_started(&fork.name).and_then(|parent| {
             let expires = quota::expires(fork.ttl_ms, Instant::now())?;
+            if fork.wait_agent_ms.is_some() && self.find(&fork.name)?.shape.machine != Machine::Linux {
+                let why = format!("VM {:?} has the built-in guest, which has no agent", fork.name);
+                return Err(Failure::new(ErrorKind::Unsupported, why));
+            }
             self.check_quotas(Some(parent), fork.count as usize)?;
             let names = match &fork.children[..] {
                 [] => self.child_names(parent, fork.prefix.as_deref(), fork.count)?,
@@ -47,6 +51,9 @@ impl Server {
             Ok((parent, names, expires)) => {
                 let mut op = ForkOp::new(Asker::Client(client), parent, asked_ns, Instant::now());
                 (op.paused, op.wait_settled) = (fork.paused, fork.wait_settled);
+                // One that is to stand still hears of nothing.
+                let patience = fork.wait_agent_ms.filter(|_| !fork.paused).map(Duration::from_millis);
+                op.agents_by = patience.and_then(|patience| Instant::now().checked_add(patience));
                 op.hint = fork.hint_free_ms.map_or(Hint::Unasked, Hint::Wanted);
                 self.begin_fork(op, names, expires);
             }
@@ -297,7 +304,7 @@ impl Server {
         if !op.is_over() {
             return;
         }
-        let settled = !op.wait_settled || op.failure().is_some() || self.has_settled(op);
+        let settled = op.failure().is_some() || self.may_be_answered(op);
         if op.failure().is_none() {
             // Whether somebody waits for pages to settle or not: they are VMs like any other.
             for child in op.children() {
@@ -313,6 +320,11 @@ impl Server {
         }
     }
 
+    /// Whether what its answer waits for besides its children is there.
+    fn may_be_answered(&self, op: &ForkOp) -> bool {
+        (!op.wait_settled || self.has_settled(op)) && !op.awaits_agents(Instant::now())
+    }
+
     /// Whether all pages are where they belong, and nowhere else.
     fn has_settled(&self, op: &ForkOp) -> bool {
         op.store().is_none_or(|(family, store)| {
@@ -321,9 +333,9 @@ impl Server {
         })
     }
 
-    /// Looks after forks whose answer waits for their pages.
-    pub fn answer_settled_forks(&mut self) {
-        let waiting = self.forks.that_wait_for_pages().filter(|(_, op)| self.has_settled(op));
+    /// Looks after forks whose answer waits for their pages, or for agents.
+    pub fn answer_waiting_forks(&mut self) {
+        let waiting = self.forks.that_wait().filter(|(_, op)| self.may_be_answered(op));
         let waiting: Vec<ForkId> = waiting.map(|(id, _)| id).collect();
         for fork in waiting {
             self.finish_fork_if_there(fork);

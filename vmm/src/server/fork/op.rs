@@ -39,6 +39,7 @@ struct Progress {
     name: String,
     ready_ns: Option<u64>,
     first_ns: Option<u64>,
+    agent: Agent,
     runs: u64,
     /// Whether it runs and has shown a sign of life, or stands still as asked; or never will.
     there: There,
@@ -49,6 +50,17 @@ struct Progress {
 enum There {
     Awaited,
     Is,
+}
+
+/// What is known of a child's agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Agent {
+    /// It has not answered.
+    Awaited,
+    /// It will not: there is none, or the child has ended.
+    None,
+    /// It has heard of the fork.
+    Acked { at_ns: u64 },
 }
 
 /// What a child has done.
@@ -64,6 +76,10 @@ pub enum Step {
     Stands,
     /// Its guest has shown its first sign of life.
     Alive { at_ns: u64 },
+    /// Its agent has heard of the fork.
+    Acked { at_ns: u64 },
+    /// It has none.
+    NoAgent,
     /// It never came to life.
     Failed,
 }
@@ -80,6 +96,8 @@ pub struct ForkOp {
     pub paused: bool,
     /// Whether its answer waits for its pages.
     pub wait_settled: bool,
+    /// Until when its answer waits for the agents of its children.
+    pub agents_by: Option<Instant>,
     pub hint: Hint,
     /// What the guest was asked to have in its balloon when it was frozen: by its user, and besides.
     pub balloon: (u64, IdleBalloon),
@@ -102,6 +120,7 @@ impl ForkOp {
             rests_at: now + HURRY,
             paused: false,
             wait_settled: false,
+            agents_by: None,
             hint: Hint::Unasked,
             balloon: (0, IdleBalloon::default()),
             stage: Stage::Waiting,
@@ -115,8 +134,8 @@ impl ForkOp {
 
     /// One more child is on its way.
     pub fn add_child(&mut self, generation: Generation, name: String) {
-        let (ready_ns, first_ns, runs, there) = (None, None, 0, There::Awaited);
-        self.children.push(Progress { generation, name, ready_ns, first_ns, runs, there });
+        let (ready_ns, first_ns, agent, runs, there) = (None, None, Agent::Awaited, 0, There::Awaited);
+        self.children.push(Progress { generation, name, ready_ns, first_ns, agent, runs, there });
     }
 
     /// The parent has been frozen into this store, with so many pages, and the children begin.
@@ -147,7 +166,10 @@ impl ForkOp {
             Step::Runs { at_ns } => child.ready_ns = Some(at_ns),
             Step::RunsSilently { at_ns } => (child.ready_ns, child.there) = (Some(at_ns), There::Is),
             Step::Alive { at_ns } => (child.first_ns, child.there) = (Some(at_ns), There::Is),
-            Step::Stands | Step::Failed => child.there = There::Is,
+            Step::Stands => child.there = There::Is,
+            Step::Acked { at_ns } => child.agent = Agent::Acked { at_ns },
+            Step::NoAgent => child.agent = Agent::None,
+            Step::Failed => (child.there, child.agent) = (There::Is, Agent::None),
         }
     }
 
@@ -175,6 +197,17 @@ impl ForkOp {
         self.children.iter().all(|child| child.there == There::Is)
     }
 
+    /// Whether its answer waits for an agent, which may still answer in time.
+    pub fn awaits_agents(&self, now: Instant) -> bool {
+        let awaited = |child: &Progress| child.agent == Agent::Awaited;
+        self.agents_by.is_some_and(|by| now < by) && self.children.iter().any(awaited)
+    }
+
+    /// When it was asked for, in nanoseconds of the monotonic clock.
+    pub fn asked_ns(&self) -> u64 {
+        self.asked_ns
+    }
+
     /// Whether children are about to begin, or the parent is about to go on.
     pub fn awaits_guests(&self) -> bool {
         let some_to_come = match self.stage {
@@ -199,6 +232,10 @@ impl ForkOp {
             pause_us: self.pause_ns.map(|ns| ns / 1000),
             ready_us: child.ready_ns.map(us),
             first_exit_us: child.first_ns.map(us),
+            acked_us: match child.agent {
+                Agent::Acked { at_ns } => Some(us(at_ns)),
+                Agent::Awaited | Agent::None => None,
+            },
             moved_pages: self.moved,
             copied_pages: copied.map(|copied| copied.pages),
             gap_pages: copied.map(|copied| copied.copy_ups),
@@ -244,9 +281,20 @@ impl Forks {
         self.0.get_mut(&id)
     }
 
-    /// Those whose answers wait for their pages.
-    pub fn that_wait_for_pages(&self) -> impl Iterator<Item = (ForkId, &ForkOp)> {
-        self.0.iter().filter(|(_, op)| op.wait_settled).map(|(&id, op)| (id, op))
+    /// Those whose answers wait for something besides their children: pages, agents.
+    pub fn that_wait(&self) -> impl Iterator<Item = (ForkId, &ForkOp)> {
+        let waits = |op: &ForkOp| op.wait_settled || op.agents_by.is_some();
+        self.0.iter().filter(move |(_, op)| waits(op)).map(|(&id, op)| (id, op))
+    }
+
+    /// The fork under way that a VM is a child of.
+    pub fn of_child(&mut self, child: Generation) -> Option<&mut ForkOp> {
+        self.0.values_mut().find(|op| op.children.iter().any(|progress| progress.generation == child))
+    }
+
+    /// When the next answer waits for agents no longer.
+    pub fn next_look(&self, now: Instant) -> Option<Instant> {
+        self.0.values().filter_map(|op| op.agents_by).filter(|by| *by > now).min()
     }
 
     /// Whether children are about to begin, or a parent is about to go on.

@@ -144,6 +144,7 @@ impl Server {
             isolation: self.host.isolation.to_string(),
             confinement: process.filter(|process| process.ready).and_then(|process| self.confinement(process)),
             vsock: self.clients.doors.of(vm.generation).map(ToOwned::to_owned),
+            agent: vm.agent.clone(),
             children: self.children(vm).map(|child| child.name.clone()).collect(),
             child_ids: self.children(vm).map(|child| child.generation.0).collect(),
             entries,

@@ -64,7 +64,7 @@ impl Server {
         let settling = self.settle(now);
         self.grant_wants();
         self.tend_dedups();
-        self.answer_settled_forks();
+        self.answer_waiting_forks();
         let reclaiming = self.tend_reclaims(now) | self.tend_budget(now);
         self.tend_idle(now);
         self.watch_swap();
@@ -111,6 +111,7 @@ impl Server {
             .chain(self.registry.removals.next_look(now))
             .chain(late)
             .chain(self.forks.rest_at(now))
+            .chain(self.forks.next_look(now))
             .chain(self.procs.children.next_look(now))
             .chain(self.clients.next_look())
             .chain(self.kept_home.next_look());

@@ -233,6 +233,8 @@ impl Server {
             idle: IdleBalloon::default(),
             traps: 0,
             born: None,
+            forked_ns: None,
+            agent: None,
             guest_memory: None,
             expires: None,
         });

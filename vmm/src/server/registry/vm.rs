@@ -1,6 +1,6 @@
 //! VMs as the server lists them.
 
-use crate::api::{VmState, VmSummary};
+use crate::api::{AgentNotice, VmState, VmSummary};
 use crate::server::freeze::queue::FreezeQueue;
 use crate::server::guest::idle::IdleBalloon;
 use crate::server::guest::stats::GuestMemory;
@@ -112,6 +112,10 @@ pub struct Vm {
     pub traps: u64,
     /// The VM that it was forked from, and the pages of which it had copies when it began.
     pub born: Option<(Generation, Vec<GfnRange>)>,
+    /// When it was asked for, where it was forked, in nanoseconds of the monotonic clock.
+    pub forked_ns: Option<u64>,
+    /// What came of the notice of that which its agent was given.
+    pub agent: Option<AgentNotice>,
     /// What the guest said of its memory.
     pub guest_memory: Option<GuestMemory>,
     /// When the server ends it.

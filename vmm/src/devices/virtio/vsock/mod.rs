@@ -5,6 +5,7 @@
 //! | `packet` | a packet's header |
 //! | `connection` | one connection: its phase, credit, and what is to be told |
 //! | `muxer` | all of them: what packets and sockets do to them, without either |
+//! | `notice` | what a child's device says to the agent of its guest |
 //! | `outside` | where the main thread and the device meet |
 //!
 //! A connection has a Unix socket on the host's side, one end of which is here; who has the other end is the server's affair. The
@@ -18,21 +19,24 @@
 
 mod connection;
 mod muxer;
+mod notice;
 mod outside;
 mod packet;
 #[cfg(test)]
 mod tests;
 
 pub use muxer::Outcome;
+pub use notice::{Child, Noticed};
 pub use outside::{Outside, Wanted};
 pub use packet::Pair;
 
 use super::device::{Broken, Device, Memory};
 use connection::ROOM;
-use muxer::{Action, Event, Muxer, Next, Saved};
+use muxer::{Action, Event, Muxer, Next, Readiness, Saved};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, sendmsg, shutdown};
 use nix::unistd::read;
+use notice::{AGENT_PORT, Notice};
 use outside::News;
 use packet::{GUEST_CID, HEADER_LEN, Header, NO_RECEIVE, Op};
 use std::collections::BTreeMap;
@@ -45,6 +49,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 const ID: u32 = 19;
 /// Packets to the guest, packets from it, and events, of which there are none.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+/// What the connection is called that carries the notice. No server counts so far.
+const NOTICE: u64 = u64::MAX;
 /// How often packets of both ways are looked for in one access: who has more tells again.
 const ROUNDS: usize = 4;
 
@@ -55,6 +61,9 @@ pub trait Host: Debug + Send {
 
     /// The guest wants to be connected to this port of the host's. The answer comes by [`Outside::answer`].
     fn ask(&self, pair: Pair);
+
+    /// What came of the notice that the guest is a child.
+    fn noticed(&self, noticed: Noticed);
 }
 
 /// The device.
@@ -64,6 +73,8 @@ pub struct Vsock {
     outside: Arc<Outside>,
     muxer: Muxer,
     sockets: BTreeMap<Pair, OwnedFd>,
+    /// What the guest's agent is told, on which connection, until that is over.
+    notice: Option<(Option<Pair>, Notice)>,
     /// What is on its way to the guest.
     buffer: Vec<u8>,
 }
@@ -71,7 +82,7 @@ pub struct Vsock {
 impl Vsock {
     /// A device without connections.
     pub fn new(host: Box<dyn Host>, outside: Arc<Outside>) -> Self {
-        Self { host, outside, muxer: Muxer::default(), sockets: BTreeMap::new(), buffer: Vec::new() }
+        Self { host, outside, muxer: Muxer::default(), sockets: BTreeMap::new(), notice: None, buffer: Vec::new() }
     }
 
     /// Takes note of what has happened, and does what follows. `socket` is the one that comes with the event.
@@ -90,6 +101,8 @@ impl Vsock {
 
     fn carry_out(&mut self, action: Action, new: &mut Option<OwnedFd>) -> Option<Event<'static>> {
         match action {
+            Action::Tell(NOTICE, Outcome::Accepted) => {}
+            Action::Tell(NOTICE, _) => self.no_agent(),
             Action::Tell(tag, outcome) => self.host.connected(tag, outcome),
             Action::Ask(pair) => self.host.ask(pair),
             Action::Greet(pair) => {
@@ -98,17 +111,24 @@ impl Vsock {
                 self.send(pair, line.as_bytes()).ok()?;
             }
             Action::Adopt(pair) => {
-                let socket = new.take()?;
+                let Some(socket) = new.take() else {
+                    if let Some((on, _)) = &mut self.notice {
+                        *on = Some(pair);
+                    }
+                    return None;
+                };
                 if let Err(error) = self.outside.begin(pair, socket.as_fd()) {
                     log::error!("watch a socket: {error}");
                 }
                 self.sockets.insert(pair, socket);
             }
+            Action::Close(pair) if self.is_notice(pair) => self.no_agent(),
             Action::Close(pair) => {
                 if let Some(socket) = self.sockets.remove(&pair) {
                     self.outside.end(socket.as_fd());
                 }
             }
+            Action::Write(pair) if self.is_notice(pair) => return self.hear_agent(pair),
             Action::Write(pair) => return self.write(pair),
             Action::Shut(pair, flags) => {
                 let how = if flags & NO_RECEIVE != 0 { Shutdown::Read } else { Shutdown::Write };
@@ -123,6 +143,27 @@ impl Vsock {
             }
         }
         None
+    }
+
+    /// Whether this connection carries the notice.
+    fn is_notice(&self, pair: Pair) -> bool {
+        self.notice.as_ref().is_some_and(|(on, _)| *on == Some(pair))
+    }
+
+    /// The connection that carries the notice has ended before that was acked, or was never made.
+    fn no_agent(&mut self) {
+        if self.notice.take().is_some() {
+            self.host.noticed(Noticed::NoAgent);
+        }
+    }
+
+    /// The agent says something on the connection that carries the notice. When it is over, nobody is at its host's end.
+    fn hear_agent(&mut self, pair: Pair) -> Option<Event<'static>> {
+        let (bytes, (_, notice)) = (self.muxer.unsent(pair), self.notice.as_mut()?);
+        let Some(noticed) = notice.hear(bytes) else { return Some(Event::Wrote(pair, bytes.len())) };
+        self.notice = None;
+        self.host.noticed(noticed);
+        Some(Event::Ready(pair, Readiness { read: true, write: false, hung_up: true }))
     }
 
     /// Writes what the guest sent, as far as the socket takes it.
@@ -152,6 +193,10 @@ impl Vsock {
                 News::Connect(Wanted { socket, .. }) if is_at_end(&socket) => {}
                 News::Connect(Wanted { tag, port, greet, socket }) => {
                     self.happened(Event::Connect { tag, port, greet }, Some(socket));
+                }
+                News::Notice(child) => {
+                    self.notice = Some((None, Notice::new(child)));
+                    self.happened(Event::Connect { tag: NOTICE, port: AGENT_PORT, greet: false }, None);
                 }
                 News::Answer(pair, socket) => self.happened(Event::Answer(pair, socket.is_some()), socket),
                 News::Ready(pair, ready) => self.happened(Event::Ready(pair, ready), None),
@@ -235,6 +280,14 @@ impl Vsock {
             match self.muxer.next(room) {
                 Next::Nothing => return None,
                 Next::Packet(header) => return Some(header),
+                Next::Read(pair, most) if self.is_notice(pair) => {
+                    let said = self.notice.as_mut().map(|(_, notice)| notice.say(most)).unwrap_or_default();
+                    self.buffer.extend_from_slice(&said);
+                    match said.len() {
+                        0 => self.happened(Event::Empty(pair), None),
+                        count => return self.muxer.read(pair, count),
+                    }
+                }
                 Next::Read(pair, most) => {
                     self.buffer.resize(most, 0);
                     let got = self.sockets.get(&pair).map_or(Ok(0), |socket| read(socket, &mut self.buffer));
@@ -284,6 +337,7 @@ impl Device for Vsock {
     }
 
     fn reset(&mut self) {
+        self.notice = None;
         self.happened(Event::Reset, None);
     }
 
@@ -295,9 +349,5 @@ impl Device for Vsock {
         let saved: Saved =
             postcard::from_bytes(saved).map_err(|e| format!("{} bytes are no connections: {e}", saved.len()))?;
         self.muxer.load(saved)
-    }
-
-    fn wants_attention(&self) -> bool {
-        self.muxer.has_next()
     }
 }

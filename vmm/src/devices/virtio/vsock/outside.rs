@@ -4,6 +4,7 @@
 //! vCPU that has it.
 
 use super::muxer::{MOST, Readiness};
+use super::notice::Child;
 use super::packet::Pair;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::io;
@@ -28,6 +29,8 @@ pub struct Wanted {
 pub enum News {
     /// The host wants a connection.
     Connect(Wanted),
+    /// The guest is to be told which child it is.
+    Notice(Child),
     /// What the guest asked for, and its socket where there is one.
     Answer(Pair, Option<OwnedFd>),
     /// A socket has become ready.
@@ -61,6 +64,11 @@ impl Outside {
             news.push(News::Connect(wanted));
         }
         waiting < MOST
+    }
+
+    /// Main thread: the guest, which has not run since it was forked, is to be told so.
+    pub fn notify(&self, child: Child) {
+        self.lock().push(News::Notice(child));
     }
 
     /// Main thread: the server's answer to what the guest asked for.
