@@ -93,6 +93,12 @@ impl Puppet {
         taken
     }
 
+    /// Where its stack is: memory of its own that can be read, and has a zero byte soon.
+    #[must_use]
+    pub fn stack(&self) -> u64 {
+        self.before.rsp
+    }
+
     /// All its memory, code included.
     fn memory(&self) -> fs::File {
         let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{}/mem", self.pid));

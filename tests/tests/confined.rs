@@ -235,6 +235,50 @@ fn all_processes_are_confined() {
     }
 }
 
+/// Each limit is tried: up to it, and one beyond.
+#[test]
+fn no_limit_gives_way() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = parent(&home);
+    let pid = fork_settled(&vm, 1).remove(0).pid();
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("read limits");
+    let limit = |name: &str| -> u64 {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).expect("a limit");
+        line.split_whitespace().next().and_then(|most| most.parse().ok()).expect("a number")
+    };
+    let Some(mut puppet) = Puppet::take(pid) else { return };
+    // Open files, by the numbers that they may have.
+    let name = puppet.stack();
+    let Called::Gave(file) = puppet.call(libc::SYS_memfd_create, &[name, 0]) else { panic!("no memory of its own") };
+    let last = limit("Max open files") - 1;
+    let duplicate = [file, libc::F_DUPFD_CLOEXEC as u64, last];
+    assert_eq!(puppet.call(libc::SYS_fcntl, &duplicate), Called::Gave(last));
+    assert_eq!(puppet.call(libc::SYS_fcntl, &duplicate), Called::Failed(Errno::EMFILE));
+    // Locked memory: none.
+    let locked = PRIVATE | libc::MAP_LOCKED as u64;
+    assert_eq!(puppet.call(libc::SYS_mmap, &[0, 4096, 0, locked, NOBODY, 0]), Called::Failed(Errno::EPERM));
+    // Processes of its user, all that it is made of included.
+    let (most, mut made) = (limit("Max processes"), 0);
+    if is_root() {
+        let last = loop {
+            match puppet.make_process(libc::CLONE_PARENT | libc::SIGCHLD) {
+                Called::Gave(_) if made < most => made += 1,
+                last => break last,
+            }
+        };
+        assert_eq!(last, Called::Failed(Errno::EAGAIN), "after {made} of {most}");
+        assert!(made > 0 && made < most, "{made} of {most}");
+    }
+    // The size of a file; who goes beyond is ended for it.
+    let size = limit("Max file size");
+    assert_eq!(puppet.call(libc::SYS_ftruncate, &[file, size]), Called::Gave(0));
+    assert_eq!(puppet.call(libc::SYS_ftruncate, &[file, size + 1]), Called::Failed(Errno::EFBIG));
+    drop(puppet);
+    wait_until("it has ended", TEN_SECONDS, || !is_alive(pid));
+    vm.verify(1000..1100, 1);
+    home.check();
+}
+
 /// Nothing of the host is to be seen from where VMs are made, and where one ends up there is nothing at all.
 #[test]
 fn all_processes_are_in_the_jail() {
