@@ -21,6 +21,11 @@ children=$(fork b 3 | tr '\n' ' ')
 sleep 2
 # shellcheck disable=SC2086
 same "three clones of it run" 3 "$(offshoot ls | grep -E "^($(echo $children | tr ' ' '|')) " | grep -c running)"
+check "two more, whose agents hear of it unasked" offshoot fork b heard1 heard2 --wait-agent=60000
+for vm in heard1 heard2; do
+  same "$vm has random numbers of its own" true "$(offshoot inspect $vm --json | json reseeded)"
+  note "$vm: $(($(offshoot inspect $vm --json | json acked_us) / 1000)) ms to its agent's answer"
+done
 untroubled b
 
 check "one of them is asked to power off" offshoot stop "${children%% *}"
