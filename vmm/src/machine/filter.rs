@@ -147,8 +147,8 @@ const VCPU: &[Call] = &[
     One(libc::SYS_ioctl, 1, OF_VCPU),
     // Sockets of the guest's connections: the main thread watches each once, and the vCPU that serves it has it watched again.
     One(libc::SYS_epoll_ctl, 1, &[libc::EPOLL_CTL_ADD as u64, libc::EPOLL_CTL_DEL as u64, libc::EPOLL_CTL_MOD as u64]),
-    // Whether whoever asked for a connection is still there.
-    One(libc::SYS_recvfrom, 3, &[(libc::MSG_PEEK | libc::MSG_DONTWAIT) as u64]),
+    // What they have for the guest, and whether whoever asked for a connection is still there. Never with a wait.
+    One(libc::SYS_recvfrom, 3, &[libc::MSG_DONTWAIT as u64, (libc::MSG_PEEK | libc::MSG_DONTWAIT) as u64]),
     // Where the guest has ended one direction of a connection.
     One(libc::SYS_shutdown, 1, &[libc::SHUT_RD as u64, libc::SHUT_WR as u64]),
 ];

@@ -23,6 +23,8 @@ mod notice;
 mod outside;
 mod packet;
 #[cfg(test)]
+mod rings;
+#[cfg(test)]
 mod tests;
 
 pub use muxer::Outcome;
@@ -35,7 +37,6 @@ use connection::ROOM;
 use muxer::{Action, Event, Muxer, Next, Readiness, Saved};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, sendmsg, shutdown};
-use nix::unistd::read;
 use notice::{AGENT_PORT, Notice};
 use outside::News;
 use packet::{GUEST_CID, HEADER_LEN, Header, NO_RECEIVE, Op};
@@ -290,7 +291,9 @@ impl Vsock {
                 }
                 Next::Read(pair, most) => {
                     self.buffer.resize(most, 0);
-                    let got = self.sockets.get(&pair).map_or(Ok(0), |socket| read(socket, &mut self.buffer));
+                    let received =
+                        |socket: &OwnedFd| recv(socket.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT);
+                    let got = self.sockets.get(&pair).map_or(Ok(0), received);
                     self.buffer.truncate(*got.as_ref().unwrap_or(&0));
                     match got {
                         Ok(0) => self.happened(Event::End(pair), None),

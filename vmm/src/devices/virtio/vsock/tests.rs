@@ -97,6 +97,38 @@ fn there_are_so_many_connections_and_no_more() {
 }
 
 #[test]
+fn what_a_guest_asks_for_and_gives_up_counts_until_the_host_has_answered() {
+    let mut muxer = Muxer::default();
+    let pair = Pair { host: 5, guest: 1 };
+    for _ in 0..MOST_ASKED {
+        assert_eq!(muxer.on(Event::Packet(&from_guest(pair, Op::Request), &[])), [Action::Ask(pair)]);
+        assert_eq!(muxer.on(Event::Packet(&from_guest(pair, Op::Reset), &[])), []);
+    }
+    assert_eq!(muxer.on(Event::Packet(&from_guest(pair, Op::Request), &[])), []);
+    assert_eq!(packets(&mut muxer), [(pair, Op::Reset)]);
+    assert_eq!(muxer.on(Event::Answer(pair, true)), [], "nobody wants it");
+    assert_eq!(muxer.on(Event::Packet(&from_guest(pair, Op::Request), &[])), [Action::Ask(pair)]);
+    muxer.check();
+}
+
+#[test]
+fn news_of_a_socket_of_before_is_not_of_the_next_with_the_same_ports() {
+    let mut muxer = Muxer::default();
+    let pair = Pair { host: 5, guest: 1 };
+    for _ in 0..2 {
+        assert_eq!(muxer.on(Event::Packet(&from_guest(pair, Op::Request), &[])), [Action::Ask(pair)]);
+        // The second time, the main thread had written this down before the guest left the first.
+        let _ = muxer.on(Event::Ready(pair, Readiness { hung_up: true, ..Readiness::default() }));
+        assert_eq!(muxer.on(Event::Answer(pair, true)), [Action::Adopt(pair)]);
+        assert_eq!(packets(&mut muxer), [(pair, Op::Response)]);
+        let half = Readiness { read: true, ..Readiness::default() };
+        assert_eq!(muxer.on(Event::Empty(pair)), [Action::Watch(pair, half)], "its end is heard of");
+        assert_eq!(muxer.on(Event::Packet(&from_guest(pair, Op::Reset), &[])), [Action::Close(pair)]);
+        muxer.check();
+    }
+}
+
+#[test]
 fn what_a_guest_sends_beyond_its_credit_costs_it_the_connection() {
     let mut muxer = Muxer::default();
     let (pair, other) = (connected(&mut muxer, 1, 7), connected(&mut muxer, 2, 7));
@@ -151,6 +183,7 @@ impl Noise {
 fn random_guests_and_hosts_break_no_rule() {
     let (mut noise, mut muxer) = (Noise(20), Muxer::default());
     let (mut sockets, mut asked) = (BTreeSet::new(), BTreeSet::new());
+    let mut unanswered = Vec::new();
     let bytes = vec![7; super::ROOM as usize + 1];
     for case in 0..CASES {
         let pair = noise.pair();
@@ -173,7 +206,10 @@ fn random_guests_and_hosts_break_no_rule() {
                 asked.insert(case as u64);
                 Event::Connect { tag: case as u64, port: pair.guest, greet: noise.below(2) == 0 }
             }
-            15 | 16 => Event::Answer(pair, noise.below(3) != 0),
+            15 | 16 if !unanswered.is_empty() => {
+                let of = unanswered.swap_remove(noise.below(unanswered.len() as u64) as usize);
+                Event::Answer(of, noise.below(3) != 0)
+            }
             17 | 18 => Event::Ready(pair, ready),
             19 => Event::Empty(pair),
             20 => Event::End(pair),
@@ -206,7 +242,7 @@ fn random_guests_and_hosts_break_no_rule() {
                 Action::Greet(of) | Action::Shut(of, _) | Action::Watch(of, _) => {
                     assert!(sockets.contains(&of) || actions.contains(&Action::Adopt(of)), "case {case}: {of:?}");
                 }
-                Action::Ask(_) => {}
+                Action::Ask(of) => unanswered.push(of),
             }
         }
         if case % 64 == 0 {
