@@ -48,6 +48,8 @@ const ATTEMPTS: &[Attempt] = &[
     ("execute a file", libc::SYS_execveat, &[NOBODY, 0, 0, 0, 0], Fate::Ended),
     ("connect", libc::SYS_socket, &[libc::AF_INET as u64, libc::SOCK_STREAM as u64, 0], Fate::Ended),
     ("talk to the host", libc::SYS_socket, &[libc::AF_UNIX as u64, libc::SOCK_STREAM as u64, 0], Fate::Ended),
+    ("receive", libc::SYS_recvfrom, &[0, 0, 0, libc::MSG_DONTWAIT as u64, 0, 0], Fate::Ended),
+    ("end a connection", libc::SYS_shutdown, &[0, libc::SHUT_RD as u64], Fate::Ended),
     ("make a pair of sockets", libc::SYS_socketpair, &[libc::AF_UNIX as u64, 1, 0, 0], Fate::Ended),
     ("end everything of its user", libc::SYS_kill, &[NOBODY, 0], Fate::Ended),
     ("signal to another process", libc::SYS_tgkill, &[1, 1, 0], Fate::Ended),
@@ -92,7 +94,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("32-bit personality", libc::SYS_personality, &[8], Fate::Ended),
 ];
 
-/// What a vCPU's thread may not do though the main one may.
+/// What a vCPU's thread may not do: what the main one may, and with sockets of the guest's connections what would wait.
 const OF_MAIN: &[Attempt] = &[
     ("receive", libc::SYS_recvmsg, &[0, 0, 0], Fate::Ended),
     ("have memory of its own", libc::SYS_memfd_create, &[0, 0], Fate::Ended),
@@ -101,6 +103,9 @@ const OF_MAIN: &[Attempt] = &[
     ("turn traps off", libc::SYS_ioctl, &[0, 0x8010_aa01, 0], Fate::Ended),
     ("wait for events", libc::SYS_epoll_wait, &[0, 0, 0, 0], Fate::Ended),
     ("have another name", libc::SYS_prctl, &[libc::PR_SET_NAME as u64, 0], Fate::Ended),
+    ("receive, and wait", libc::SYS_recvfrom, &[0, 0, 0, 0, 0, 0], Fate::Ended),
+    ("end both ways", libc::SYS_shutdown, &[0, libc::SHUT_RDWR as u64], Fate::Ended),
+    ("watch in another way", libc::SYS_epoll_ctl, &[0, 9, 0, 0], Fate::Ended),
 ];
 
 /// What the keeper may not do, in whose memory a process that is taken over can write.

@@ -4,6 +4,8 @@
 use super::muxer::{FIRST_PORT, MOST};
 use super::packet::{HOST_CID, NO_SEND, STREAM};
 use super::*;
+use agent::frame;
+use agent::message::{Ack, FromAgent, Hello, ToAgent};
 use std::collections::{BTreeSet, VecDeque};
 use std::io::ErrorKind;
 use std::net::Shutdown as Half;
@@ -27,10 +29,11 @@ const CASES: u64 = 1_000_000;
 /// Where its numbers begin.
 const SEED: u64 = 16;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Said {
     Connected(u64, Outcome),
     Ask(Pair),
+    Noticed(Noticed),
 }
 
 /// What the device has told the host.
@@ -50,6 +53,10 @@ impl Host for Told {
 
     fn ask(&self, pair: Pair) {
         self.0.lock().unwrap().push(Said::Ask(pair));
+    }
+
+    fn noticed(&self, noticed: Noticed) {
+        self.0.lock().unwrap().push(Said::Noticed(noticed));
     }
 }
 
@@ -454,7 +461,6 @@ fn a_child_resets_first_and_its_parent_goes_on() {
     parent.send_raw(&from_guest(request, Op::Request).to_bytes(), &[11, 22]);
     let mut child = parent.fork();
 
-    assert!(child.device.wants_attention());
     let _new = child.connect(77, 52);
     // Without buffers they wait, and keep their order.
     child.look();
@@ -482,6 +488,51 @@ fn a_child_resets_first_and_its_parent_goes_on() {
     // A child of the child, before that has got rid of its resets, knows them all.
     let grandchild = parent.fork().fork();
     assert_eq!(grandchild.device.muxer.save().ended.len(), open.len() + 1, "what the guest asked for as well");
+}
+
+/// Behind the resets, and with no socket: what the agent is told, and hears.
+#[test]
+fn a_child_tells_its_agent_which_it_is() {
+    let mut parent = Machine::new();
+    let (_open, inherited) = parent.connected(1, 52);
+    let mut child = parent.fork();
+    let (name, entropy) = ("a-1".to_owned(), [7; 32]);
+    child.outside.notify(Child { name: name.clone(), generation: 9, entropy });
+    let came = child.all_received();
+    let [(reset, _), (request, _)] = &came[..] else { panic!("{came:?}") };
+    assert_eq!((reset.op(), reset.source_port), (Some(Op::Reset), inherited.host));
+    assert_eq!((request.op(), request.destination_port), (Some(Op::Request), agent::PORT));
+    let pair = Pair { host: request.source_port, guest: request.destination_port };
+    child.send(from_guest(pair, Op::Response), &[], &[]);
+    let said: Vec<u8> = child.all_received().into_iter().flat_map(|(_, bytes)| bytes).collect();
+    let mut said = &said[..];
+    let hello: Option<ToAgent> = frame::read(&mut said).unwrap();
+    assert_eq!(hello, Some(ToAgent::Hello(Hello { protocol: agent::PROTOCOL, generation: 9 })));
+    let Some(ToAgent::Forked(forked)) = frame::read(&mut said).unwrap() else { panic!("no notice") };
+    assert_eq!((forked.name, forked.entropy), (name.into_bytes(), entropy));
+
+    let mut answer = Vec::new();
+    frame::write(&mut answer, &FromAgent::Hello(Hello { protocol: agent::PROTOCOL, generation: 0 })).unwrap();
+    frame::write(&mut answer, &FromAgent::Ack(Ack { generation: 9, reseeded: true, trouble: Vec::new() })).unwrap();
+    let (first, rest) = answer.split_at(7);
+    child.send(from_guest(pair, Op::Data), first, &[]);
+    assert_eq!(child.told.take(), []);
+    child.send(from_guest(pair, Op::Data), rest, &[]);
+    let acked = Noticed::Acked { reseeded: true, trouble: String::new() };
+    assert_eq!(child.told.take(), [Said::Noticed(acked)]);
+    let ended = child.all_received();
+    assert_eq!(ops(&ended).last(), Some(&Op::Shutdown), "the host's end is closed: {ended:?}");
+    child.send(Header { flags: NO_SEND | NO_RECEIVE, ..from_guest(pair, Op::Shutdown) }, &[], &[]);
+    assert_eq!(child.told.take(), [], "it is told once");
+    child.device.muxer.check();
+
+    // A guest without an agent refuses.
+    let mut alone = parent.fork();
+    alone.outside.notify(Child { name: "a-2".into(), generation: 10, entropy });
+    let came = alone.all_received();
+    let pair = Pair { host: came[1].0.source_port, guest: agent::PORT };
+    alone.send(from_guest(pair, Op::Reset), &[], &[]);
+    assert_eq!(alone.told.take(), [Said::Noticed(Noticed::NoAgent)]);
 }
 
 /// Numbers that are the same in each run of a seed.
@@ -570,6 +621,7 @@ impl Wild {
         for said in self.machine.told.take() {
             match said {
                 Said::Connected(tag, _) => assert!(self.waiting.remove(&tag), "{tag} is told twice"),
+                Said::Noticed(_) => panic!("nobody was to be told"),
                 Said::Ask(pair) if self.noise.below(3) == 0 => self.machine.outside.answer(pair, None),
                 Said::Ask(pair) => {
                     let (ours, theirs) = UnixStream::pair().unwrap();
