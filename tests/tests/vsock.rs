@@ -474,3 +474,32 @@ fn a_process_that_lies_about_its_agent_is_not_believed_of_others() {
     assert!(vm.inspect().unwrap().agent.is_none());
     home.check();
 }
+
+/// On the whole way, from the command line through server, device and guest to an agent: clones that run programs at once each
+/// get what is theirs, and a VM without an agent says so.
+#[test]
+fn programs_of_two_clones_never_cross() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = launch(&home, "a");
+    let agents = ["a-1", "a-2"].map(|name| HostAgent::of(&home, name));
+    vm.fork(ForkOptions::new().count(2).wait_agent(TEN_SECONDS)).unwrap();
+    thread::scope(|scope| {
+        for name in ["a-1", "a-2"] {
+            let home = &home;
+            scope.spawn(move || {
+                for round in 0..5 {
+                    let line = format!("for i in $(seq 100); do echo {name} {round}; done; exit 3");
+                    let ended = home.cli(&["exec", name, "sh", "-c", &line]);
+                    assert_eq!((ended.code, ended.out), (3, format!("{name} {round}\n").repeat(100)));
+                }
+            });
+        }
+    });
+    assert!(home.client().vm("a-1").exec(["true"]).unwrap().status.success());
+    let began = Instant::now();
+    let none = home.cli(&["exec", "a", "true"]).failure(125);
+    assert!(none.contains(" a:"), "{none}");
+    assert!(began.elapsed() < TEN_SECONDS, "{:?}", began.elapsed());
+    drop(agents);
+    fs::remove_dir_all(home.path().join("vsock")).unwrap();
+}
