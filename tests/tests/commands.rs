@@ -5,6 +5,7 @@ use offshoot_tests::{Guest, PATIENCE, TEN_SECONDS, TestHome, wait_until};
 use serde_json::Value;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
+use vmm::units::ByteSize;
 
 const SUMMARY: &[&str] =
     &["name", "id", "parent", "parent_id", "parent_is_gone", "state", "reason", "mem_pages", "balloon_bytes", "pid"];
@@ -309,4 +310,23 @@ fn sends_queue() {
             });
         }
     });
+}
+
+/// Scripts that speak JSON do not have to read a line for people because a verb has nothing to tell.
+#[test]
+fn verbs_that_have_nothing_to_tell_say_in_json_whose_they_were() {
+    let Some(home) = TestHome::new() else { return };
+    for name in ["a", "b"] {
+        home.launch(name, ByteSize::mib(16));
+    }
+    for verb in ["pause", "resume", "stop"] {
+        assert_eq!(home.cli(&[verb, "a", "b", "--json"]).json(), serde_json::json!({ "done": ["a", "b"] }), "{verb}");
+    }
+    home.cli(&["wait", "a", "b"]).good();
+    home.launch("c", ByteSize::mib(16));
+    let part = home.cli(&["kill", "c", "gone", "--json"]);
+    let read = |text: &str| -> Value { serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {part:?}")) };
+    assert_eq!((part.code, read(&part.out)), (1, serde_json::json!({ "done": ["c"] })), "{part:?}");
+    let error = read(&part.err);
+    assert_eq!((&error["error"]["kind"], &error["error"]["subject"]), (&"no_such_vm".into(), &"gone".into()));
 }

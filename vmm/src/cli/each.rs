@@ -46,9 +46,21 @@ impl Outcome {
 }
 
 /// Does something with each VM.
-pub fn vm(server: ClientBuilder, names: Names, mut act: impl FnMut(Vm) -> Result<(), Error>) -> Done {
-    let mut outcome = Outcome::new(Output { json: false });
-    with_each(server, &names.names, &mut outcome, |client, name| Ok(act(client.vm(name))?))?;
+pub fn vm(
+    server: ClientBuilder,
+    Names { names, output }: Names,
+    out: &mut impl Write,
+    mut act: impl FnMut(Vm) -> Result<(), Error>,
+) -> Done {
+    let (mut outcome, mut done) = (Outcome::new(output), Vec::new());
+    with_each(server, &names, &mut outcome, |client, name| {
+        act(client.vm(name))?;
+        done.push(name.to_owned());
+        Ok(())
+    })?;
+    if output.json {
+        show::json(out, &json!({ "done": done }))?;
+    }
     Ok(outcome.code().into())
 }
 

@@ -117,10 +117,10 @@ fn run(cli: Cli) -> Done {
             let (size, given) = (balloon.size_bytes, balloon.balloon_bytes);
             shown(output, out, &balloon, |out| writeln!(out, "{name}: {}", balloon::text(size, given)))
         }),
-        Verb::Pause(names) => each::vm(server, names, |vm| vm.pause()),
-        Verb::Resume(names) => each::vm(server, names, |vm| vm.resume()),
-        Verb::Stop(names) => each::vm(server, names, |vm| vm.stop()),
-        Verb::Kill(args::Kill { names }) => sessions::kill(names, server),
+        Verb::Pause(names) => each::vm(server, names, out, |vm| vm.pause()),
+        Verb::Resume(names) => each::vm(server, names, out, |vm| vm.resume()),
+        Verb::Stop(names) => each::vm(server, names, out, |vm| vm.stop()),
+        Verb::Kill(kill) => sessions::kill(kill, server, out),
         Verb::Wait { names, timeout, output } => each::wait(server, &names, timeout, output, out),
         Verb::Rm { names, all: false, output } => each::remove(server, names, output, out),
         Verb::Rm { all: true, output, .. } => each::remove_all(server, output, out),

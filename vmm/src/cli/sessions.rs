@@ -1,6 +1,6 @@
 //! `ps` and `kill` of programs in a Linux guest, beside those of VMs.
 
-use super::args::{Names, Ps};
+use super::args::{Kill, Names, Ps};
 use super::each;
 use super::errors::CliError;
 use super::reach::{running, with_agent};
@@ -92,9 +92,9 @@ fn age(age: Duration) -> String {
 }
 
 /// Ends VMs, or sends a signal to a session in one.
-pub fn kill(names: Vec<String>, server: ClientBuilder) -> Done {
+pub fn kill(Kill { names, output }: Kill, server: ClientBuilder, out: &mut impl Write) -> Done {
     let Some(target) = Target::of(&names)? else {
-        return each::vm(server, Names { names }, |vm| vm.kill());
+        return each::vm(server, Names { names, output }, out, |vm| vm.kill());
     };
     let Target { name, session, signal } = target;
     // Numbers are names, too. Whoever meant that VM must not be told that all is well.
@@ -107,6 +107,9 @@ pub fn kill(names: Vec<String>, server: ClientBuilder) -> Done {
     }
     with_agent(server, &name, |agent| {
         agent.signal(session, signal)?;
+        if output.json {
+            show::json(out, &json!({ "done": [name] }))?;
+        }
         Ok(SUCCESS)
     })
 }

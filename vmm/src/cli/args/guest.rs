@@ -63,6 +63,8 @@ pub struct Ps {
 pub struct Kill {
     #[arg(required = true, value_name = "NAME", value_parser = vm_name)]
     pub names: Vec<String>,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Args)]

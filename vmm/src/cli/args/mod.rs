@@ -341,13 +341,11 @@ impl Verb {
             Self::Rm { output, .. } | Self::Inspect { output, .. } | Self::Reclaim { output, .. } => output.json,
             Self::Budget { output, .. } | Self::Version { output } | Self::Doctor { output } => output.json,
             Self::Check { output } => output.json,
+            Self::Pause(names) | Self::Resume(names) | Self::Stop(names) => names.output.json,
+            Self::Kill(Kill { output, .. }) => output.json,
             Self::Ps(Ps { output, .. }) | Self::Forward(Forward { output, .. }) => output.json,
             Self::Exec(_) | Self::Attach(_) | Self::Cp(_) => false,
-            Self::Pause(_)
-            | Self::Resume(_)
-            | Self::Stop(_)
-            | Self::Kill(_)
-            | Self::Console { .. }
+            Self::Console { .. }
             | Self::Logs { .. }
             | Self::Top { .. }
             | Self::Serve(_)
@@ -375,6 +373,8 @@ impl Output {
 pub struct Names {
     #[arg(required = true, value_name = "NAME", value_parser = vm_name)]
     pub names: Vec<String>,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Args)]
