@@ -1,10 +1,10 @@
 //! The agent of Linux guests as a program of this host.
 
-use crate::{Outcome, TEN_SECONDS, offshoot_binary, wait_until};
+use crate::{Outcome, TEN_SECONDS, TestHome, offshoot_binary, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,6 +16,7 @@ use vmm::client::agent::{Agent, Identity};
 pub struct AgentHost {
     process: Child,
     directory: PathBuf,
+    socket: PathBuf,
 }
 
 impl AgentHost {
@@ -26,16 +27,36 @@ impl AgentHost {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("offshoot-agent-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let directory = std::env::temp_dir().join(name);
+        let socket = directory.join("socket");
+        Self::listening(directory, socket)
+    }
+
+    /// One to which the guest of the test kernel passes on who asks for the agent of that VM. It can be told of forks.
+    #[must_use]
+    pub fn of_vm(home: &TestHome, name: &str) -> Self {
+        let (directory, sockets) = (home.path().with_file_name(format!("agent-{name}")), home.path().join("vsock"));
+        fs::create_dir_all(&sockets).unwrap();
+        for below in ["root/etc", "root/dev", "root/proc/sys/kernel"] {
+            fs::create_dir_all(directory.join(below)).unwrap();
+        }
+        let host = Self::listening(directory, sockets.join(format!("{name}_{}", agent::PORT)));
+        symlink("/dev/urandom", host.root("dev/urandom")).unwrap();
+        for file in ["proc/sys/kernel/hostname", "etc/machine-id"] {
+            fs::write(host.root(file), "parent").unwrap();
+        }
+        host
+    }
+
+    fn listening(directory: PathBuf, socket: PathBuf) -> Self {
         fs::create_dir_all(directory.join("root/etc")).unwrap();
         let program = directory.join("agent");
         fs::write(&program, agent::IMAGE).unwrap();
         fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
-        let socket = directory.join("socket");
         let mut command = Command::new(&program);
         command.arg("--root").arg(directory.join("root")).arg("--listen").arg(&socket);
         let process = command.spawn().unwrap();
         wait_until("the agent listens", TEN_SECONDS, || UnixStream::connect(&socket).is_ok());
-        Self { process, directory }
+        Self { process, directory, socket }
     }
 
     /// It, as the agent of a VM that was launched.
@@ -53,7 +74,7 @@ impl AgentHost {
     /// Where it listens.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.directory.join("socket")
+        self.socket.clone()
     }
 
     /// A directory for what a test makes.

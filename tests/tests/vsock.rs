@@ -2,14 +2,13 @@
 
 use offshoot_tests::hostile::Hostile;
 use offshoot_tests::process::descriptors;
-use offshoot_tests::{Guest, TEN_SECONDS, TestHome, wait_until};
-use std::fs::{self, Permissions};
+use offshoot_tests::{AgentHost, Guest, TEN_SECONDS, TestHome, wait_until};
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -392,61 +391,28 @@ fn connections_leave_nothing() {
     wait_until("the guest has forgotten them", TEN_SECONDS, || counts(&vm)[0] == 0);
 }
 
-/// An agent on the host, to which the guest of some VM passes on who asks for its own.
-struct HostAgent {
-    process: Child,
-    directory: PathBuf,
-}
-
-impl HostAgent {
-    fn of(home: &TestHome, name: &str) -> Self {
-        let directory = home.path().with_file_name(format!("agent-{name}"));
-        for below in ["etc", "dev", "proc/sys/kernel"] {
-            fs::create_dir_all(directory.join(below)).unwrap();
-        }
-        symlink("/dev/urandom", directory.join("dev/urandom")).unwrap();
-        for file in ["proc/sys/kernel/hostname", "etc/machine-id"] {
-            fs::write(directory.join(file), "parent").unwrap();
-        }
-        fs::create_dir_all(home.path().join("vsock")).unwrap();
-        let program = directory.join("program");
-        fs::write(&program, agent::IMAGE).unwrap();
-        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
-        let socket = home.path().join("vsock").join(format!("{name}_{}", agent::PORT));
-        let mut command = Command::new(&program);
-        let process = command.arg("--root").arg(&directory).arg("--listen").arg(&socket).spawn().unwrap();
-        wait_until("the agent listens", TEN_SECONDS, || UnixStream::connect(&socket).is_ok());
-        Self { process, directory }
-    }
-
-    fn file(&self, path: &str) -> String {
-        fs::read_to_string(self.directory.join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
-    }
-}
-
-impl Drop for HostAgent {
-    fn drop(&mut self) {
-        self.process.kill().expect("it is ours");
-        self.process.wait().expect("it is ours");
-    }
-}
-
 /// A child's agent hears of the fork without anybody asking it, and before anything else is asked of it.
 #[test]
 fn an_agent_hears_that_its_vm_was_forked() {
     let Some(home) = TestHome::new() else { return };
     let vm = launch(&home, "a");
-    let (first, second) = (HostAgent::of(&home, "a-1"), HostAgent::of(&home, "a-2"));
+    let (first, second) = (AgentHost::of_vm(&home, "a-1"), AgentHost::of_vm(&home, "a-2"));
     let children = vm.fork(ForkOptions::new().count(2).wait_agent(TEN_SECONDS)).unwrap();
     for (child, agent) in children.iter().zip([&first, &second]) {
         let acked = child.figures.acked_us.expect("its agent has heard");
         let inspected = child.vm.inspect().unwrap();
         let notice = inspected.agent.expect("the server knows");
         assert!(notice.reseeded && notice.acked_us == acked && acked >= child.figures.ready_us.unwrap(), "{notice:?}");
-        assert_eq!(agent.file("run/offshoot/name").trim(), child.vm.name());
-        assert_eq!(agent.file("run/offshoot/generation").trim(), inspected.generation.to_string());
+        assert_eq!(fs::read_to_string(agent.root("run/offshoot/name")).unwrap().trim(), child.vm.name());
+        assert_eq!(
+            fs::read_to_string(agent.root("run/offshoot/generation")).unwrap().trim(),
+            inspected.generation.to_string()
+        );
     }
-    assert_ne!(first.file("etc/machine-id"), second.file("etc/machine-id"));
+    assert_ne!(
+        fs::read_to_string(first.root("etc/machine-id")).unwrap(),
+        fs::read_to_string(second.root("etc/machine-id")).unwrap()
+    );
     assert!(vm.inspect().unwrap().agent.is_none(), "it was not forked");
 
     // One without an agent is not waited for.
@@ -461,6 +427,26 @@ fn an_agent_hears_that_its_vm_was_forked() {
     assert_eq!(kind_of(built_in.fork(ForkOptions::new().wait_agent(TEN_SECONDS)).map(drop)), ErrorKind::Unsupported);
     drop((first, second));
     fs::remove_dir_all(home.path().join("vsock")).unwrap();
+}
+
+/// Whoever waited for the agent of a child that ended meanwhile waited until the time was over.
+#[test]
+fn nobody_waits_for_the_agent_of_a_child_that_has_ended() {
+    let Some(home) = TestHome::new() else { return };
+    let vm = launch(&home, "a");
+    let directory = home.path().join("vsock");
+    fs::create_dir_all(&directory).unwrap();
+    // It takes the notice, and says nothing.
+    let silent = UnixListener::bind(directory.join(format!("a-1_{}", agent::PORT))).unwrap();
+    thread::scope(|scope| {
+        let began = Instant::now();
+        let forks = scope.spawn(|| vm.fork(ForkOptions::new().wait_agent(Duration::from_secs(60))));
+        let _heard = accept(&silent);
+        home.client().vm("a-1").kill().unwrap();
+        let children = forks.join().unwrap().expect("it was forked");
+        assert!(children[0].figures.acked_us.is_none() && began.elapsed() < 2 * TEN_SECONDS, "{:?}", began.elapsed());
+    });
+    fs::remove_dir_all(&directory).unwrap();
 }
 
 /// A VM process that has been taken over says what it likes of its own agent, and nothing of others, nor of a VM that was launched.
@@ -481,7 +467,7 @@ fn a_process_that_lies_about_its_agent_is_not_believed_of_others() {
 fn programs_of_two_clones_never_cross() {
     let Some(home) = TestHome::new() else { return };
     let vm = launch(&home, "a");
-    let agents = ["a-1", "a-2"].map(|name| HostAgent::of(&home, name));
+    let agents = ["a-1", "a-2"].map(|name| AgentHost::of_vm(&home, name));
     vm.fork(ForkOptions::new().count(2).wait_agent(TEN_SECONDS)).unwrap();
     thread::scope(|scope| {
         for name in ["a-1", "a-2"] {

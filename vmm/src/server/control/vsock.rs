@@ -7,6 +7,7 @@ use crate::server::Server;
 use crate::server::clients::connects::Asked;
 use crate::server::clients::deadlines::Deadline;
 use crate::server::clients::doors::Visit;
+use crate::server::fork::op::Step;
 use crate::server::ids::{ClientId, Generation, VisitorId};
 use crate::wire::{Machine, ToVm};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -108,8 +109,11 @@ impl Server {
         }
     }
 
-    /// A VM has ended: nobody is connected to its guest any more.
+    /// A VM has ended: nobody is connected to its guest any more, and no fork waits for its agent.
     pub fn connections_end(&mut self, vm: Generation) -> Vec<ClientId> {
+        if let Some(fork) = self.forks.of_child(vm) {
+            fork.child(vm, Step::NoAgent);
+        }
         self.clients.doors.ended(vm, &mut self.watches);
         self.clients.connects.ended(vm)
     }

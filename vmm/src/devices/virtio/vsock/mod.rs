@@ -340,7 +340,6 @@ impl Device for Vsock {
     }
 
     fn reset(&mut self) {
-        self.notice = None;
         self.happened(Event::Reset, None);
     }
 

@@ -533,6 +533,13 @@ fn a_child_tells_its_agent_which_it_is() {
     let pair = Pair { host: came[1].0.source_port, guest: agent::PORT };
     alone.send(from_guest(pair, Op::Reset), &[], &[]);
     assert_eq!(alone.told.take(), [Said::Noticed(Noticed::NoAgent)]);
+
+    // So does a driver that begins anew.
+    let mut anew = parent.fork();
+    anew.outside.notify(Child { name: "a-3".into(), generation: 11, entropy });
+    let _ = anew.all_received();
+    anew.device.reset();
+    assert_eq!(anew.told.take(), [Said::Noticed(Noticed::NoAgent)]);
 }
 
 /// Numbers that are the same in each run of a seed.
